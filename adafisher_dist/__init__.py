@@ -1,0 +1,32 @@
+"""AdaFisher, a second-order optimizer whose Fisher blocks are sharded over the data-parallel ranks.
+
+Importing this package registers `"type": "AdaFisher"` with DeepSpeed, as installing it does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.optim  # noqa: F401  what register() adds to; torch itself imports this package, so nothing heavier here
+
+from adafisher_dist.autoload import register
+
+if TYPE_CHECKING:
+    from adafisher_dist.layouts import UnsupportedLayoutError
+    from adafisher_dist.optimizer import AdaFisher
+
+__all__ = ["AdaFisher", "UnsupportedLayoutError", "__version__"]
+__version__ = "0.1.0"
+
+_HOMES = {"AdaFisher": "adafisher_dist.optimizer", "UnsupportedLayoutError": "adafisher_dist.layouts"}
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, since torch imports this package at the end of its own import, for adafisher_dist.autoload.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

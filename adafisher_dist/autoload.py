@@ -1,0 +1,39 @@
+"""Puts `AdaFisher` into `torch.optim`, where DeepSpeed looks up the `"type"` of its JSON config.
+
+`register` is an entry point of the group `torch.backends`: torch calls it at the end of `import torch`, in every process,
+so it must be light and may never fail. AdaFisher itself is imported when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+NAME = "AdaFisher"
+
+
+def register() -> None:
+    """Make `torch.optim.AdaFisher` resolve, lazily. Does nothing if torch is not there or does not allow it."""
+    try:
+        optim = sys.modules["torch.optim"]
+        _install(optim)
+    except Exception as error:
+        print(f"adafisher_dist: no registration in torch.optim ({error!r}); import adafisher_dist.", file=sys.stderr)
+
+
+def _install(optim: Any) -> None:
+    before = optim.__dict__.get("__getattr__")
+    if getattr(before, "adafisher", False):
+        return
+
+    def resolve(name: str) -> Any:
+        if name.lower() == NAME.lower():
+            from adafisher_dist.ds import from_config
+
+            return from_config
+        if before is not None:
+            return before(name)
+        raise AttributeError(f"module {optim.__name__!r} has no attribute {name!r}")
+
+    resolve.adafisher = True  # type: ignore[attr-defined]
+    optim.__getattr__ = resolve

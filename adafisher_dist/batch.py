@@ -1,0 +1,148 @@
+"""The blocks of one size, stacked, and one step of their arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import floor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafisher_dist import fisher
+from adafisher_dist.settings import Structure
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Stacked blocks of one size and one param group, or elements with a diagonal Fisher (size 1, not dense).
+
+    Rows are in the order of the rank's elements. Momentum, factors and arithmetic have the compute dtype.
+
+    Attributes:
+        gradient_NB: the gradient on the way in, the update on the way out.
+        momentum_NB: m.
+        fisher: F, (N, B, B), or its diagonal, (N, 1); in fisher_dtype.
+        factor_NBB: roots of A that are kept between refreshes; None where they are made at every step.
+        curvature_N: d of the kept roots.
+        turn_N: each block's number q, which decides when its root is refreshed.
+        rungs: for each block, how often its factorisation needed each rung of the ladder.
+    """
+
+    group: int
+    size: int
+    dense: bool
+    structure: Structure
+    gradient_NB: Tensor
+    momentum_NB: Tensor
+    fisher: Tensor
+    factor_NBB: Tensor | None
+    curvature_N: Tensor | None
+    turn_N: Numbers
+    rungs: dict[int, list[int]] = field(default_factory=dict)
+
+    def state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Views of the state of rows [start, stop), by the names that they have in a state dict."""
+        kind = str(self.size) if self.dense else "diagonal"
+        tensors = {"momentum": self.momentum_NB, "fisher": self.fisher}
+        if self.factor_NBB is not None and self.curvature_N is not None:
+            tensors |= {"factor": self.factor_NBB, "curvature": self.curvature_N}
+        return {f"{name}_{kind}": tensor[start:stop] for name, tensor in tensors.items()}
+
+
+def allocate(
+    group: int, size: int, dense: bool, structure: Structure, turn: Numbers, rows: int,
+    device: torch.device,
+) -> Batch:  # fmt: skip
+    """A batch of `rows` blocks that have seen no gradient."""
+    wide, square = structure.compute_dtype, (rows, size, size)
+    keeps = dense and structure.keeps_factors
+    return Batch(
+        group,
+        size,
+        dense,
+        structure,
+        gradient_NB=torch.zeros(rows, size, dtype=wide, device=device),
+        momentum_NB=torch.zeros(rows, size, dtype=wide, device=device),
+        fisher=torch.zeros(square if dense else (rows, 1), dtype=structure.fisher_dtype, device=device),
+        factor_NBB=torch.zeros(square, dtype=wide, device=device) if keeps else None,
+        curvature_N=torch.zeros(rows, dtype=wide, device=device) if keeps else None,
+        turn_N=turn,
+    )
+
+
+def refresh_interval(freq: int, updates: int, decay: float) -> int:
+    """Steps between refreshes of a factor: 1 at first, `freq` when the Fisher is full (DESIGN.md, "Old factors")."""
+    return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
+
+
+def compute(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
+    """One step of rows [start, stop): their gradient goes into m and F, and the update u takes its place.
+
+    Args:
+        batch: the rows' batch.
+        start: first row.
+        stop: row after the last.
+        step: t, this step included.
+        updates: k, this step included where it updates F.
+        settings: the param group.
+    """
+    gradient_NB, momentum_NB = batch.gradient_NB[start:stop], batch.momentum_NB[start:stop]
+    stored = batch.fisher[start:stop]
+    decay, mu, eps = settings["fisher_decay"], settings["momentum"], settings["eps"]  # ρ, μ, ε
+    momentum_NB.lerp_(gradient_NB, 1 - mu)
+    if updates_fisher(step, settings):
+        (fisher.update if batch.dense else fisher.update_diagonal)(stored, gradient_NB, decay)
+    unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
+    unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
+    if settings["nesterov"]:
+        hat_NB = (momentum_NB * (mu * unbias_m)).add_(gradient_NB, alpha=1 - mu)
+    else:
+        hat_NB = momentum_NB * unbias_m
+    if batch.dense:
+        factor = _factor(batch, start, stop, step, updates, unbias_f, settings)
+        diagonal_NB = stored.diagonal(dim1=1, dim2=2).to(hat_NB.dtype) * unbias_f
+        exponent = batch.structure.exponent
+        gradient_NB.copy_(fisher.precondition(factor, hat_NB, diagonal_NB, eps, exponent, settings["grafting"]))
+    else:
+        gradient_NB.copy_(fisher.diagonal_update(hat_NB, stored.to(hat_NB.dtype) * unbias_f, eps))
+
+
+def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
+    """Whether F is updated at step t of a parameter."""
+    return (step - 1) % int(settings["fisher_update_freq"]) == 0
+
+
+def _factor(
+    batch: Batch, start: int, stop: int, step: int, updates: int, unbias: float, settings: Mapping[str, Any]
+) -> fisher.Factor:
+    damping, exponent = settings["damping"] + settings["eps"], batch.structure.exponent
+
+    def fresh(rows_NBB: Tensor, numbers: Numbers) -> fisher.Factor:
+        factor = fisher.factorize(rows_NBB, unbias, damping, exponent, batch.structure.compute_dtype)
+        if factor.rungs_N is not None:
+            _count(batch.rungs, numbers, factor.rungs_N)
+        return factor
+
+    if batch.factor_NBB is None or batch.curvature_N is None:
+        return fresh(batch.fisher[start:stop], np.arange(start, stop))
+    interval = refresh_interval(settings["inverse_update_freq"], updates, settings["fisher_decay"])
+    if interval == 1 or step == 1:
+        due = np.arange(start, stop)
+    else:
+        due = start + np.flatnonzero((batch.turn_N[start:stop] + step) % interval == 0)
+    if len(due):
+        rows = torch.from_numpy(due).to(batch.fisher.device)
+        factor = fresh(batch.fisher[rows], due)
+        batch.factor_NBB[rows], batch.curvature_N[rows] = factor.root_NBB, factor.d_N
+    return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None)
+
+
+def _count(rungs: dict[int, list[int]], rows: Numbers, rungs_N: Tensor) -> None:
+    for row, rung in zip(rows.tolist(), rungs_N.tolist(), strict=True):
+        if rung:
+            rungs.setdefault(row, [0] * len(fisher.RUNGS))[rung - 1] += 1

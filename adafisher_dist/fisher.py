@@ -1,0 +1,145 @@
+"""The maths on stacked blocks (DESIGN.md, section 2): pure functions, no state, no communication.
+
+Shape suffixes: N blocks, B elements a block. Formulas use DESIGN's symbols: F Fisher, d mean curvature,
+A = F̂/d + (δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RUNGS = ("more damping", "float64", "diagonal")
+
+
+class Factor(NamedTuple):
+    """What preconditions a stack of blocks: made once by `factorize`, applied often by `precondition`.
+
+    root_NBB is the lower Cholesky factor of A for p = 1, and A^(−1/2) for p = 1/2; d_N the mean curvature that A was
+    scaled by. rungs_N is None, or for each block the rung of the ladder that gave its factor (0: none was needed).
+    """
+
+    root_NBB: Tensor
+    d_N: Tensor
+    rungs_N: Tensor | None
+
+
+def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
+    """The largest gradient element whose squares can be summed over a block in this dtype, with a margin of 8."""
+    return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
+
+
+def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float) -> None:
+    """F ← ρ F + (1 − ρ) g gᵀ, in place. F may be stored in bfloat16; the arithmetic has the gradient's dtype."""
+    left_NB1, right_N1B = gradient_NB.unsqueeze(2), gradient_NB.unsqueeze(1)
+    if fisher_NBB.dtype == gradient_NB.dtype:
+        fisher_NBB.baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay)
+    else:
+        wide = fisher_NBB.to(gradient_NB.dtype)
+        fisher_NBB.copy_(wide.baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay))
+
+
+def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype) -> Factor:
+    """Factorise A = F̂/d + damping · I, where damping is DESIGN's δ + ε.
+
+    Never raises for a bad block: it walks the ladder (ten times the damping, at least 1e-2; that in float64; the
+    diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I.
+    """
+    diagonal_NB = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype)
+    d_N = diagonal_NB.mean(dim=1) * correction
+    scale_N = torch.where(d_N > 0, correction / d_N, 0.0)
+    a_NBB = fisher_NBB.to(dtype) * scale_N[:, None, None]
+    a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
+    root_NBB, failed_N = _root(a_NBB, exponent)
+    rungs_N = _climb(a_NBB, root_NBB, failed_N, damping, exponent) if bool(failed_N.any()) else None
+    return Factor(root_NBB, d_N, rungs_N)
+
+
+def precondition(
+    factor: Factor, momentum_NB: Tensor, diagonal_NB: Tensor, eps: float, exponent: float, grafting: str
+) -> Tensor:
+    """The update u_NB of a stack of blocks.
+
+    Args:
+        factor: from `factorize`; it may be some steps old.
+        momentum_NB: m̂.
+        diagonal_NB: today's diagonal of F̂.
+        eps: ε of the diagonal's update, from which "rms" takes the length.
+        exponent: p.
+        grafting: "rms": direction from F, length from the diagonal; "none": d^(−p) A^(−p) m̂.
+
+    Returns:
+        u_NB. A block whose Fisher is zero gets zeros; one whose direction is not representable (an underflow, an
+        overflow) gets the diagonal's update.
+    """
+    # s is computed from m̂/√d, which has no units, so that no norm leaves the dtype's range.
+    unit_N = torch.where(factor.d_N > 0, factor.d_N.rsqrt(), 1.0)
+    s_NB = _apply(factor.root_NBB, momentum_NB * unit_N[:, None], exponent)
+    by_diagonal_NB = diagonal_update(momentum_NB, diagonal_NB, eps)
+    norm_N = torch.linalg.vector_norm(s_NB, dim=1)
+    usable_N = (norm_N > 0) & (norm_N < torch.inf)
+    if grafting == "rms":
+        seen_N = diagonal_NB.sum(dim=1) > 0
+        scale_N = torch.linalg.vector_norm(by_diagonal_NB, dim=1) / norm_N
+    else:
+        seen_N = factor.d_N > 0
+        scale_N = unit_N ** (2 * exponent - 1)  # d^(−p) √d
+    u_NB = torch.where(usable_N[:, None], s_NB * scale_N[:, None], by_diagonal_NB)
+    return torch.where(seen_N[:, None], u_NB, 0.0)
+
+
+def update_diagonal(fisher_NB: Tensor, gradient_NB: Tensor, decay: float) -> None:
+    """diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks."""
+    if fisher_NB.dtype == gradient_NB.dtype:
+        fisher_NB.mul_(decay).addcmul_(gradient_NB, gradient_NB, value=1 - decay)
+    else:
+        wide = fisher_NB.to(gradient_NB.dtype)
+        fisher_NB.copy_(wide.mul_(decay).addcmul_(gradient_NB, gradient_NB, value=1 - decay))
+
+
+def diagonal_update(momentum_NB: Tensor, diagonal_NB: Tensor, eps: float) -> Tensor:
+    """m̂ / (√diag F̂ + ε)."""
+    return momentum_NB / diagonal_NB.sqrt().add_(eps)
+
+
+def _root(a_NBB: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    """(root_NBB as in Factor, whether each block failed)."""
+    if exponent == 1.0:
+        root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
+        return root_NBB, info_N != 0
+    try:
+        values_NB, vectors_NBB = torch.linalg.eigh(a_NBB)
+    except torch.linalg.LinAlgError:  # of the whole stack, though perhaps one block alone did not converge
+        if len(a_NBB) == 1:
+            return torch.zeros_like(a_NBB), torch.ones(1, dtype=torch.bool, device=a_NBB.device)
+        halves = [_root(half_NBB, exponent) for half_NBB in a_NBB.tensor_split(2)]
+        return torch.cat([root for root, _ in halves]), torch.cat([failed for _, failed in halves])
+    root_NBB = (vectors_NBB * values_NB.rsqrt().unsqueeze(1)) @ vectors_NBB.mT
+    return root_NBB, ~(values_NB[:, 0] > 0)
+
+
+def _apply(root_NBB: Tensor, right_NB: Tensor, exponent: float) -> Tensor:
+    if exponent == 1.0:
+        return torch.cholesky_solve(right_NB.unsqueeze(2), root_NBB).squeeze(2)
+    return (root_NBB @ right_NB.unsqueeze(2)).squeeze(2)
+
+
+def _climb(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float, exponent: float) -> Tensor:
+    """Replace the failed factors in `root_NBB`; returns rungs_N."""
+    rungs_N = torch.zeros_like(failed_N, dtype=torch.int64)
+    failed = failed_N.nonzero().squeeze(1)
+    more_NBB = a_NBB[failed]
+    more_NBB.diagonal(dim1=1, dim2=2).add_(max(10 * damping, 1e-2) - damping)
+    for rung, dtype in enumerate((a_NBB.dtype, torch.float64), start=1):
+        again_NBB, still_N = _root(more_NBB.to(dtype), exponent)
+        root_NBB[failed] = again_NBB.to(root_NBB.dtype)
+        rungs_N[failed] = rung
+        failed, more_NBB = failed[still_N], more_NBB[still_N]
+        if len(failed) == 0:
+            return rungs_N
+    power = 0.5 if exponent == 1.0 else -0.5  # a Cholesky factor, or A^(−1/2)
+    root_NBB[failed] = torch.diag_embed(more_NBB.diagonal(dim1=1, dim2=2).clamp_min(1e-2) ** power)
+    rungs_N[failed] = len(RUNGS)
+    return rungs_N

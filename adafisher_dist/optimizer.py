@@ -1,0 +1,490 @@
+"""AdaFisher as a torch.optim.Optimizer: its state, and the order of a step."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafisher_dist import comm, layouts, report, state
+from adafisher_dist.agreement import agree
+from adafisher_dist.batch import updates_fisher
+from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset, structure
+from adafisher_dist.shard import Chunk, Shard, build, compute
+from adafisher_dist.transfer import Transfer, transfer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.optim.optimizer import ParamsT
+
+logger = logging.getLogger("adafisher_dist")
+
+
+class AdaFisher(Optimizer):
+    r"""Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
+
+    For a block with gradient :math:`g`, at step :math:`t`, after :math:`k` Fisher updates (DESIGN.md, section 2):
+
+    .. math::
+        m &\leftarrow \mu m + (1-\mu) g, \qquad \hat m = \mu m / (1-\mu^t) + (1-\mu) g \quad\text{(Nesterov)} \\
+        F &\leftarrow \rho F + (1-\rho) g g^\top, \qquad \hat F = F / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
+        s &= \left(\hat F / d + (\delta + \epsilon) I\right)^{-p} \hat m \\
+        u &= s \, \lVert \hat m / (\sqrt{\mathrm{diag} \hat F} + \epsilon) \rVert / \lVert s \rVert \\
+        \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
+
+    In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
+    blocks, and the updates are all-gathered; under ZeRO stages 1 and 2 a block lives where its first element is stored.
+    N ranks train like one. Gradients must be averaged over ranks, as DDP and DeepSpeed leave them.
+
+    A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any rank; it is counted in
+    `skipped_steps`, and a warning is logged. A parameter without gradient is left alone, as by AdamW.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define groups; dense real tensors of any shape, in
+            float32, float64, bfloat16 or float16.
+        lr: learning rate η.
+        momentum: decay μ of the gradient's average, in [0, 1).
+        nesterov: look ahead with the newest gradient.
+        fisher_decay: decay ρ of the Fisher's average, in [0, 1).
+        damping: δ, relative to the block's mean curvature; it has no units.
+        eps: ε, keeps the diagonal's length finite.
+        block_size: largest block b. The state takes about 4·b bytes an element, shared by all ranks.
+        block_grid: "rows" cuts each row (all that feeds one output) into equal pieces; "flat" every b elements.
+        weight_decay: λ, decoupled.
+        bias_correction: divide the averages by what zero initialisation left out.
+        max_blocks: dense blocks a parameter may have; the rest of its elements keep a diagonal Fisher. None: no limit.
+        fisher_update_freq: steps between updates of F.
+        inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
+        exponent: p, 1.0 (natural gradient) or 0.5.
+        grafting: "rms": the update's length is that of the diagonal method; "none": plain F^(−p) m̂.
+        fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
+            (arithmetic in float64).
+        process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
+
+    Raises:
+        TypeError: a setting or parameter has the wrong type.
+        ValueError: a setting is out of bounds.
+        UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised by `step`).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        fisher_decay: float = 0.95,
+        damping: float = 0.1,
+        eps: float = 1e-8,
+        block_size: int = 64,
+        block_grid: str = "rows",
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        max_blocks: int | None = None,
+        fisher_update_freq: int = 1,
+        inverse_update_freq: int = 1,
+        exponent: float = 1.0,
+        grafting: str = "rms",
+        fisher_dtype: torch.dtype = torch.float32,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        arguments = locals()
+        defaults = {name: arguments[name] for name in DEFAULTS}
+        normalize(defaults)
+        self._process_group = process_group
+        self._reset()
+        super().__init__(params, defaults)
+        layouts.allow_under_zero(type(self))
+
+    @classmethod
+    def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
+        """The preset for language models: lr 3e-4, fisher_decay 0.99, block_size 128, weight_decay 0.1."""
+        return cls(params, **{**preset("language_models"), **_known(overrides)})
+
+    @classmethod
+    def for_image_classification(cls, params: ParamsT, **overrides: Any) -> Self:
+        """The preset for image classification: lr 1e-3, fisher_decay 0.95, block_size 64, weight_decay 1e-4."""
+        return cls(params, **{**preset("image_classification"), **_known(overrides)})
+
+    def _reset(self) -> None:
+        self._transfers: list[Transfer] = []  # one for each shard
+        self._where: dict[int, tuple[Transfer, int]] = {}  # id of a stored tensor → who moves it, and its number there
+        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
+        self._elsewhere: int | None = None  # the rank that a consolidated state is on
+        self._given: dict[int, weakref.ref[Tensor]] = getattr(self, "_given", {})
+        self.skipped_steps = 0
+        """Steps that were skipped for a gradient that was not finite or too large."""
+
+    # ---- torch.optim's conventions ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; its settings may differ from the defaults, except fisher_dtype.
+
+        Raises:
+            TypeError: a parameter is complex, or not floating-point.
+            ValueError: a setting is out of bounds, or looks misspelt.
+            UnsupportedLayoutError: a parameter's layout is not supported.
+        """
+        if isinstance(param_group, dict):
+            check_group_keys(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            normalize(group)
+            if group["fisher_dtype"] != self.defaults["fisher_dtype"]:
+                raise ValueError(
+                    f"fisher_dtype is one for the whole optimizer ({self.defaults['fisher_dtype']}), but a param group"
+                    f" asks for {group['fisher_dtype']}. Use two optimizers."
+                )
+            for index, tensor in enumerate(group["params"]):
+                name = self._name(len(self.param_groups) - 1, index)
+                if not tensor.is_floating_point():
+                    raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
+                layouts.check_parameter(tensor, name)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._given |= {id(tensor): weakref.ref(tensor) for tensor in group["params"]}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model and returns the loss, as in torch.optim.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse; the ranks' parameters, gradients or plans differ; a structural setting
+                (block_size, …) was changed after the first step.
+            UnsupportedLayoutError: the layout is not supported.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tensors = [(group, tensor) for group in self.param_groups for tensor in group["params"]]
+        self._enlist([tensor for _, tensor in tensors if tensor.grad is not None])
+        with_gradient = {id(tensor): group for group, tensor in tensors if tensor.grad is not None}
+        transfers = self._transfers_of(with_gradient)
+        shards = [way.shard for way in transfers]
+        if not shards and self._group().size == 1:
+            return loss
+        active = [[id(tensor) in with_gradient for tensor in shard.storage.tensors] for shard in shards]
+        largest: list[Tensor] = []
+        error: Exception | None = None
+        try:
+            settings = [self._settings(shard, with_gradient) for shard in shards]
+            self._refuse_sparse(with_gradient)
+            largest = [way.collect(having) for way, having in zip(transfers, active, strict=True)]
+        except Exception as caught:  # all ranks must hear of it before any stops
+            error = caught
+        group = shards[0].storage.group if shards else self._group()
+        if not agree(group, shards, active, largest, error):
+            self._skip()
+            return loss
+        self._consolidated = self._elsewhere = None
+        for way, having, groups in zip(transfers, active, settings, strict=True):
+            way.to_owners()
+            times = _advance(way.shard, having, groups)
+
+            def work(chunk: Chunk, times: Any = times, groups: Any = groups) -> None:
+                compute(chunk, times, groups)
+
+            way.run(work, having, groups)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim has it; see `adafisher_dist.state` for the keys.
+
+        In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must have
+        been called, on all ranks, since the last step. Under ZeRO, it is this rank's part, which DeepSpeed saves.
+
+        Raises:
+            RuntimeError: the state is sharded and was not consolidated.
+        """
+        scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._shards)
+        if scattered and self._consolidated is None:
+            raise RuntimeError(
+                "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
+                " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
+                " rank that saves."
+            )
+        if not scattered or self._consolidated is None:
+            result = super().state_dict()
+            return {**result, state.META: state.describe(self._shards)}
+        own = self.state
+        try:  # the base class packs whatever `state` holds
+            consolidated = self._consolidated
+            self.state = type(own)(dict, {tensor: consolidated[id(tensor)] for tensor in own if id(tensor) in consolidated})
+            result = super().state_dict()
+        finally:
+            self.state = own
+        part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
+        return {**result, state.META: {"format": state.FORMAT, "part": part}}
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
+
+        A collective: all ranks of the process group must call it. The copy is dropped by the next step. On the other
+        ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
+        """
+        group = self._group()
+        keep = to is None or to == group.rank
+        self._consolidated = {}
+        self._elsewhere = None if keep else to
+        for shard in self._shards:
+            if shard.storage.replicated:
+                for index, tensor in enumerate(shard.storage.tensors):
+                    whole = state.consolidate(shard, index, keep)
+                    if keep:
+                        self._consolidated[id(tensor)] = whole
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; bit for bit where the layout is the same.
+
+        A whole state dict loads on any number of ranks of the replicated layout: each rank takes its own blocks. Settings
+        of the param groups are restored too, as in torch.optim. Nothing changes if an error is raised.
+
+        Raises:
+            ValueError: the state does not fit the parameters, or is one rank's part of another layout.
+        """
+        staged: list[Shard] = []
+
+        def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            staged.extend(self._stage(saved))
+            return {**saved, "state": {}}
+
+        def install(_: Optimizer) -> None:
+            self._reset()
+            for shard in staged:
+                self._install(shard)
+
+        # As hooks, so that the user's own hooks see what they would with any other optimizer.
+        before = self.register_load_state_dict_pre_hook(stage)
+        after = self.register_load_state_dict_post_hook(install, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle.
+
+        Raises:
+            RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
+        """
+        if self._process_group is not None or any(shard.storage.group.size > 1 for shard in self._shards):
+            raise RuntimeError(
+                "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only a"
+                " part. Use consolidate_state_dict() and state_dict()."
+            )
+        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        """From copy, pickle, and torch's own load_state_dict."""
+        skipped = saved.get("skipped_steps")
+        if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
+            self._process_group = None
+            self._given = {}
+            self._reset()
+        super().__setstate__(saved)
+        if skipped is not None:
+            self._given = {id(t): weakref.ref(t) for group in self.param_groups for t in group["params"]}
+
+    # ---- beyond torch.optim ----
+
+    def fisher_stats(self) -> dict[str, report.ParameterStats]:
+        """For each parameter that has had a gradient, by name: its blocks, Fisher updates, mean block size, ladder counts."""
+        return {name: stats for shard in self._shards for name, stats in report.fisher_stats(shard).items()}
+
+    def memory_usage(self) -> dict[str, dict[str, int]]:
+        """Bytes by kind ("fisher", "momentum", "factors", "buffers", "total") of this rank ("rank") and of all ("all")."""
+        return report.memory_usage(self._shards)
+
+    def num_parameters(self) -> int:
+        """How many parameters have state: those that have had a gradient."""
+        return sum(len(shard.storage.parameters) for shard in self._shards)
+
+    def reset_state(self) -> None:
+        """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
+        self.state.clear()
+        self._reset()
+
+    def get_lr(self, group: int = 0) -> float:
+        """The learning rate of a param group."""
+        return float(self.param_groups[group]["lr"])
+
+    def set_lr(self, lr: float, group: int | None = None) -> None:
+        """Set the learning rate of one param group, or of all.
+
+        Raises:
+            ValueError: lr is negative or not finite.
+        """
+        checked = {**self.defaults, "lr": lr}
+        normalize(checked)
+        for index, param_group in enumerate(self.param_groups):
+            if group is None or index == group:
+                param_group["lr"] = checked["lr"]
+
+    # ---- the parts of a step ----
+
+    def _enlist(self, tensors: list[Tensor]) -> None:
+        """Build shards for tensors that have none yet."""
+        new = [tensor for tensor in tensors if id(tensor) not in self._where]
+        if new:
+            for shard in self._build(new, self.param_groups):
+                for index, tensor in enumerate(shard.storage.tensors):
+                    saved = self.state.get(tensor, {})  # a copy's or an unpickled optimizer's
+                    state.check(shard, index, saved, shard.storage.parameters[index].name)
+                    state.restore(shard, index, saved)
+                self._install(shard)
+                if comm.is_main_process():
+                    logger.info(report.summary(shard))
+
+    def _build(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
+        """Plan and allocate shards for tensors, with the settings of `groups` (which may be about to be loaded)."""
+        chosen = {id(tensor) for tensor in tensors}
+        found = [
+            (tensor, self._name(number, index), number)
+            for number, group in enumerate(self.param_groups)
+            for index, tensor in enumerate(group["params"])
+            if id(tensor) in chosen
+        ]
+        stored, names, numbers = [t for t, _, _ in found], [n for _, n, _ in found], [i for _, _, i in found]
+        given = [self._is_given(tensor) for tensor in stored]
+        number_of = dict(zip(map(id, stored), numbers, strict=True))
+        shards = []
+        for storage in layouts.storages(self, stored, names, given, self._process_group):
+            mine = [number_of[id(tensor)] for tensor in storage.tensors]
+            order = sorted(set(mine))
+            structures = [structure(groups[number]) for number in order]
+            shards.append(build(storage, [order.index(number) for number in mine], structures))
+        return shards
+
+    @property
+    def _shards(self) -> list[Shard]:
+        return [way.shard for way in self._transfers]
+
+    def _install(self, shard: Shard) -> None:
+        self._transfers.append(transfer(shard))
+        for index, tensor in enumerate(shard.storage.tensors):
+            self._where[id(tensor)] = self._transfers[-1], index
+            self.state[tensor] = shard.state(index)
+
+    def _stage(self, saved: Mapping[str, Any]) -> list[Shard]:
+        """Shards that hold a saved state; the optimizer itself is not touched."""
+        part = saved.get(state.META, {}).get("part", "whole")
+        if part.startswith("none"):
+            raise ValueError(f"This state dict holds no state: it was consolidated on another rank ({part}). Load that one.")
+        own = [tensor for group in self.param_groups for tensor in group["params"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        if len(own) != len(numbers):
+            return []  # torch's own check reports it
+        states = {id(t): saved["state"][number] for t, number in zip(own, numbers, strict=True) if number in saved["state"]}
+        merged = [
+            {**group, **loaded, "params": group["params"]}
+            for group, loaded in zip(self.param_groups, saved["param_groups"], strict=False)
+        ]
+        for group in merged:
+            normalize(group)
+        shards = self._build([tensor for tensor in own if id(tensor) in states], merged) if states else []
+        here = state.describe(shards)["part"]
+        if shards and part != here:
+            raise ValueError(
+                f"The state dict is a part of a sharded state ({part}), and this rank needs {here}. Load it with the world"
+                " size and ZeRO stage that it was saved with."
+            )
+        for shard in shards:
+            for index, tensor in enumerate(shard.storage.tensors):
+                state.check(shard, index, states[id(tensor)], shard.storage.parameters[index].name)
+        for shard in shards:
+            for index, tensor in enumerate(shard.storage.tensors):
+                state.restore(shard, index, states[id(tensor)])
+        return shards
+
+    def _settings(self, shard: Shard, groups: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The settings of each of the shard's param groups that has an active tensor (the others: empty)."""
+        result: list[dict[str, Any]] = [{} for _ in shard.structures]
+        for tensor, number in zip(shard.storage.tensors, shard.groups, strict=True):
+            if id(tensor) in groups and not result[number]:
+                group = groups[id(tensor)]
+                now, before = structure(group), shard.structures[number]
+                if now != before:
+                    names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
+                    raise RuntimeError(
+                        f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
+                        " shape. Call reset_state() first, or build a new optimizer."
+                    )
+                result[number] = group
+        return result
+
+    def _transfers_of(self, tensors: Iterable[int]) -> list[Transfer]:
+        wanted = {id(self._where[tensor][0]) for tensor in tensors}
+        return [way for way in self._transfers if id(way) in wanted]
+
+    def _refuse_sparse(self, with_gradient: Mapping[int, dict[str, Any]]) -> None:
+        for tensor_id in with_gradient:
+            way, index = self._where[tensor_id]
+            storage = way.shard.storage
+            gradient = storage.tensors[index].grad
+            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
+                kind = "complex" if gradient.is_complex() else "sparse"
+                raise RuntimeError(
+                    f"AdaFisher does not support {kind} gradients; {storage.parameters[index].name} has one."
+                    " For embeddings, use sparse=False."
+                )
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
+        if comm.is_main_process() and self.skipped_steps & (self.skipped_steps - 1) == 0:
+            logger.warning(
+                "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far). No"
+                " parameter or state changed.", self.skipped_steps,
+            )  # fmt: skip
+
+    def _group(self) -> comm.Group:
+        return self._shards[0].storage.group if self._shards else comm.join(self._process_group)
+
+    def _is_given(self, tensor: Tensor) -> bool:
+        reference = self._given.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+    def _name(self, group: int, index: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return names[index] if names and index < len(names) else f"{group}.{index}"
+
+
+def _known(overrides: dict[str, Any]) -> dict[str, Any]:
+    check_names(overrides, [*DEFAULTS, "process_group"])
+    return overrides
+
+
+def _advance(
+    shard: Shard, active: list[bool], settings: list[dict[str, Any]]
+) -> list[tuple[int, int] | None]:
+    """Count the step of the active tensors; each one's t and k, or None."""
+    counts: list[list[int]] = shard.counters.tolist()
+    times: list[tuple[int, int] | None] = []
+    for count, having, number in zip(counts, active, shard.groups, strict=True):
+        if having:
+            count[0] += 1
+            count[1] += updates_fisher(count[0], settings[number])
+        times.append((count[0], count[1]) if having else None)
+    shard.counters.copy_(torch.tensor(counts))
+    return times

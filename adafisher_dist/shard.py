@@ -1,0 +1,245 @@
+"""One rank's share of the blocks of some parameters: where its elements come from, and its state.
+
+The rank's own elements stand in a row in the *arena*, in the order of the plan. The arena is cut into chunks, so that the
+updates of one can travel while the next is computed; within a chunk, blocks of one size are stacked in a `Batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafisher_dist import batch as stacked
+from adafisher_dist import plan
+from adafisher_dist.batch import Batch, Numbers, allocate
+from adafisher_dist.grid import Grid, Strip, make_grid
+from adafisher_dist.layouts import Storage
+from adafisher_dist.settings import Structure
+
+# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
+CHUNK_FISHER_NUMEL = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, stop) of a batch; `owner` is the number of a parameter or of a tensor."""
+
+    owner: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The rows of one batch that lie in one chunk: which tensor each belongs to, and the same elements in the arena."""
+
+    batch: Batch
+    tensors: list[Segment]
+    in_arena: list[Tensor]
+    in_batch: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Elements [start, stop) of the arena."""
+
+    start: int
+    stop: int
+    rows: list[Rows]
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """See the module's docstring.
+
+    Attributes:
+        storage: what the layout told.
+        groups: for each stored tensor, the number of its param group within this shard.
+        structures: for each of those groups, the settings that its state was built for.
+        grids: for each parameter.
+        owned: for each rank, the spans of its blocks.
+        pieces: for each chunk and rank, the spans of the rank's chunk.
+        arena: gradients on the way in, updates on the way out; compute dtype.
+        chunks: of this rank.
+        batches: of this rank.
+        by_parameter: for each batch, the rows of each parameter.
+        counters: (tensors, 2) int64 on the CPU: steps t and Fisher updates k of each stored tensor.
+        checked: whether the ranks have compared their plans.
+    """
+
+    storage: Storage
+    groups: Sequence[int]
+    structures: Sequence[Structure]
+    grids: Sequence[Grid]
+    owned: Sequence[plan.Spans]
+    pieces: Sequence[Sequence[plan.Spans]]
+    arena: Tensor
+    chunks: list[Chunk]
+    batches: list[Batch]
+    by_parameter: list[list[Segment]]
+    counters: Tensor
+    checked: bool = False
+
+    @property
+    def length(self) -> int:
+        """Elements that this rank owns; the arena may be longer."""
+        return plan.count(self.owned[self.storage.group.rank])
+
+    def state(self, tensor: int) -> dict[str, Tensor]:
+        """Views of a stored tensor's state: what `optimizer.state[tensor]` holds."""
+        state = {"step": self.counters[tensor, 0], "fisher_updates": self.counters[tensor, 1]}
+        for batch, segments in zip(self.batches, self.by_parameter, strict=True):
+            mine = [s for s in segments if self.storage.parameters[s.owner].tensor == tensor]
+            if mine:
+                state |= batch.state(mine[0].start, mine[-1].stop)
+        return state
+
+    def digest(self) -> int:
+        """A fingerprint of the plan: the same on all ranks."""
+        shapes = [parameter.shape for parameter in self.storage.parameters]
+        return plan.digest(self.storage.layout, shapes, self.groups, self.structures, self.owned)
+
+
+def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure]) -> Shard:
+    """Plan the blocks of the stored parameters and allocate this rank's state."""
+    parameters, rank, world = storage.parameters, storage.group.rank, storage.group.size
+    grids = []
+    for parameter in parameters:
+        settings = structures[groups[parameter.tensor]]
+        grids.append(make_grid(parameter.shape, settings.block_size, settings.block_grid, settings.max_blocks))
+    owned = plan.cut(plan.whole(grids), grids, world) if storage.replicated else (
+        plan.owned_where_stored(storage.placed, grids)
+    )  # fmt: skip
+    parts = max(1, *(-(-plan.work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
+    by_rank = [plan.cut(spans, grids, parts) for spans in owned]
+    pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
+    # A chunk is gathered as long as the longest rank's: room for the padding behind this rank's last one.
+    longest = max(plan.count(spans) for chunk in pieces for spans in chunk)
+    arena = torch.zeros(
+        plan.count(owned[rank]) + longest, dtype=structures[0].compute_dtype, device=storage.tensors[0].device
+    )
+    tensors = [parameter.tensor for parameter in parameters]
+    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, tensors, groups, structures)
+    counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
+    return Shard(storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters)
+
+
+def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Sequence[Mapping[str, Any]]) -> None:
+    """Turn the gradients in a chunk of the arena into updates.
+
+    Args:
+        chunk: the chunk.
+        times: for each stored tensor, its t and k, or None where it has no gradient: its elements are zero and stay so.
+        settings: for each param group of the shard, its settings.
+    """
+    for rows in chunk.rows:
+        torch._foreach_copy_(rows.in_batch, rows.in_arena)
+        for start, stop, time in _runs(rows.tensors, times):
+            if time is not None:
+                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group])
+        torch._foreach_copy_(rows.in_arena, rows.in_batch)
+
+
+def _runs(
+    segments: Sequence[Segment], times: Sequence[tuple[int, int] | None]
+) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
+    """Consecutive rows whose tensors are at the same t and k, as (start, stop, (t, k) or None)."""
+    for time, run in groupby(segments, key=lambda segment: times[segment.owner]):
+        members = list(run)
+        yield members[0].start, members[-1].stop, time
+
+
+@dataclass(slots=True)
+class _Planned:
+    """Where a strip's rows begin in its batch, and its elements in the arena."""
+
+    strip: Strip
+    parameter: int
+    row: int
+    offset: int
+
+
+_Key = tuple[int, int, bool]  # group, size, dense
+
+
+def _stack(
+    arena: Tensor, chunks: Sequence[plan.Spans], grids: Sequence[Grid], tensors: Sequence[int],
+    groups: Sequence[int], structures: Sequence[Structure],
+) -> tuple[list[Chunk], list[Batch], list[list[Segment]]]:  # fmt: skip
+    """Sort the strips of the chunks into batches, allocate those, and pair their elements with the arena's."""
+    planned: list[dict[_Key, list[_Planned]]] = []
+    rows: dict[_Key, int] = {}
+    offset = 0
+    for spans in chunks:
+        planned.append({})
+        for span in spans:
+            for strip in grids[span.parameter].strips(span.start, span.stop):
+                key = (groups[tensors[span.parameter]], strip.size, strip.dense)
+                begin = rows.get(key, 0)
+                entry = _Planned(strip, span.parameter, begin, offset + strip.start - span.start)
+                planned[-1].setdefault(key, []).append(entry)
+                rows[key] = begin + strip.rows
+            offset += len(span)
+    base = _first_numbers(grids, [groups[tensor] for tensor in tensors])
+    entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
+    batches = {
+        key: allocate(*key, structures[key[0]], _turns(entries[key], base, key[2]), count, arena.device)
+        for key, count in rows.items()
+    }
+    result, start = [], 0
+    for spans, by_key in zip(chunks, planned, strict=True):
+        stop = start + plan.count(spans)
+        result.append(Chunk(start, stop, [_rows(arena, batches[key], by_key[key], tensors) for key in by_key]))
+        start = stop
+    by_parameter = [_segments(entries[key], [entry.parameter for entry in entries[key]]) for key in batches]
+    return result, list(batches.values()), by_parameter
+
+
+def _first_numbers(grids: Sequence[Grid], groups: Sequence[int]) -> list[int]:
+    """For each parameter, the number of blocks of the parameters before it in its group."""
+    result: list[int] = []
+    upto: dict[int, int] = {}
+    for grid, group in zip(grids, groups, strict=True):
+        result.append(upto.get(group, 0))
+        upto[group] = result[-1] + grid.num_blocks
+    return result
+
+
+def _turns(entries: list[_Planned], base: Sequence[int], dense: bool) -> Numbers:
+    """The number q of each row's block: its index on the parameter's grid, after the earlier parameters' blocks."""
+    if not dense:
+        return np.zeros(0, dtype=np.int64)
+    numbers = []
+    for entry in entries:
+        strip = entry.strip
+        periods = np.arange(strip.periods)[:, None] * strip.blocks_per_period
+        numbers.append((base[entry.parameter] + strip.block + periods + np.arange(strip.count)).ravel())
+    return np.concatenate(numbers).astype(np.int64)
+
+
+def _rows(arena: Tensor, batch: Batch, entries: list[_Planned], tensors: Sequence[int]) -> Rows:
+    in_arena, in_batch = [], []
+    for entry in entries:
+        strip = entry.strip
+        shape = (strip.periods, strip.count, strip.size)
+        in_arena.append(arena.as_strided(shape, (strip.stride, strip.size, 1), entry.offset))
+        in_batch.append(batch.gradient_NB[entry.row : entry.row + strip.rows].view(shape))
+    return Rows(batch, _segments(entries, [tensors[entry.parameter] for entry in entries]), in_arena, in_batch)
+
+
+def _segments(entries: list[_Planned], owners: list[int]) -> list[Segment]:
+    """The rows of consecutive entries, those of one owner together."""
+    segments: list[Segment] = []
+    for entry, owner in zip(entries, owners, strict=True):
+        stop = entry.row + entry.strip.rows
+        if segments and segments[-1].owner == owner:
+            segments[-1] = Segment(owner, segments[-1].start, stop)
+        else:
+            segments.append(Segment(owner, entry.row, stop))
+    return segments

@@ -1,0 +1,202 @@
+"""How gradients reach the owners of their blocks, and how the updates come back and are applied.
+
+Each layout has one of two ways, with the same three calls in the order of a step: `collect` (local), `to_owners`
+(collective), `run` (computes the chunks, returns the updates, applies them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adafisher_dist import comm, plan
+from adafisher_dist.plan import Piece
+from adafisher_dist.shard import Chunk, Shard
+
+Settings = Sequence[Mapping[str, Any]]  # for each param group of the shard
+
+
+class Transfer(Protocol):
+    """What the optimizer's step needs of a layout."""
+
+    shard: Shard
+
+    def collect(self, active: Sequence[bool]) -> Tensor:
+        """Bring this rank's gradients to where they leave from; the largest absolute element, 0-d. No collective."""
+
+    def to_owners(self) -> None:
+        """Bring all gradients of this rank's blocks into the arena."""
+
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+        """Compute the chunks, and apply the updates to the stored tensors."""
+
+
+def transfer(shard: Shard) -> Transfer:
+    """The way of the shard's layout."""
+    return Gathered(shard) if shard.storage.replicated else Routed(shard)
+
+
+class Gathered:
+    """Every rank has all gradients and all parameters: an owner reads its own, and its updates go to all.
+
+    The all-gather of one chunk's updates runs while the next chunk is computed; two buffers take turns.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        group, storage = shard.storage.group, shard.storage
+        self.own = plan.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank)
+        self.lengths = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.pieces]
+        self.pieces = [
+            [plan.local_pieces(storage.placed[group.rank], spans, rank) for rank, spans in enumerate(by_rank)]
+            for by_rank in shard.pieces
+        ]
+        sizes = [group.size * max(self.lengths)] * min(2, len(self.lengths)) if group.size > 1 else []
+        self.buffers = [torch.empty(size, dtype=shard.arena.dtype, device=shard.arena.device) for size in sizes]
+
+    def collect(self, active: Sequence[bool]) -> Tensor:
+        _into_arena(self.shard, self.own, active)
+        return _largest([self.shard.arena[: self.shard.length]])
+
+    def to_owners(self) -> None:
+        """Nothing to do: the owner had them."""
+
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+        group, arena = self.shard.storage.group, self.shard.arena
+        if group.size == 1:
+            for number, chunk in enumerate(self.shard.chunks):
+                compute(chunk)
+                self._apply(number, arena[chunk.start : chunk.stop], active, settings)
+            return
+        finish: Callable[[], None] | None = None
+        for number, chunk in enumerate(self.shard.chunks):
+            compute(chunk)
+            out = self.buffers[number % 2][: group.size * self.lengths[number]]
+            # Behind the chunk stand elements of the next, or padding: sent to make all ranks' parts equally long.
+            wait = comm.gather(group, arena[chunk.start : chunk.start + self.lengths[number]], out)
+            if finish is not None:
+                finish()
+            finish = self._finisher(number, wait, out, active, settings)
+        if finish is not None:
+            finish()
+
+    def _finisher(
+        self, number: int, wait: Callable[[], None], out: Tensor, active: Sequence[bool], settings: Settings
+    ) -> Callable[[], None]:
+        def finish() -> None:
+            wait()
+            self._apply(number, out, active, settings)
+
+        return finish
+
+    def _apply(self, number: int, updates: Tensor, active: Sequence[bool], settings: Settings) -> None:
+        targets = []
+        for rank, pieces in enumerate(self.pieces[number]):
+            base = rank * self.lengths[number]
+            targets += [(piece, updates[base + piece.arena_offset :][: piece.numel]) for piece in pieces]
+        apply(self.shard, targets, active, settings)
+
+
+class Routed:
+    """Every element is stored on one rank. Blocks that a boundary between ranks cuts are exchanged, in one call each way."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        storage = shard.storage
+        self.route = plan.route(storage.placed, shard.owned, storage.group.rank)
+        self.crossing = plan.any_crossing(storage.placed, shard.owned)
+        ranks = range(storage.group.size)
+        self.send_counts = [sum(p.numel for p in self.route.send if p.rank == rank) for rank in ranks]
+        self.receive_counts = [sum(p.numel for p in self.route.receive if p.rank == rank) for rank in ranks]
+        self.outgoing = shard.arena.new_zeros(sum(self.send_counts))
+
+    def collect(self, active: Sequence[bool]) -> Tensor:
+        _into_arena(self.shard, self.route.local, active)
+        offset = 0
+        for piece in self.route.send:
+            gradient = self.shard.storage.tensors[piece.tensor].grad
+            part = self.outgoing[offset : offset + piece.numel]
+            if gradient is None:
+                part.zero_()
+            else:
+                part.copy_(_slice(gradient, piece))
+            offset += piece.numel
+        return _largest([self.outgoing, *(_arena_part(self.shard, piece) for piece in self.route.local)])
+
+    def to_owners(self) -> None:
+        if self.crossing:
+            received = comm.exchange(self.shard.storage.group, self.outgoing, self.send_counts, self.receive_counts)
+            offset = 0
+            for piece in self.route.receive:
+                _arena_part(self.shard, piece).copy_(received[offset : offset + piece.numel])
+                offset += piece.numel
+
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+        for chunk in self.shard.chunks:
+            compute(chunk)
+        targets = [(piece, _arena_part(self.shard, piece)) for piece in self.route.local]
+        if self.crossing:
+            parts = [_arena_part(self.shard, piece) for piece in self.route.receive]
+            outgoing = torch.cat(parts) if parts else self.shard.arena.new_empty(0)
+            returned = comm.exchange(self.shard.storage.group, outgoing, self.receive_counts, self.send_counts)
+            offset = 0
+            for piece in self.route.send:
+                targets.append((piece, returned[offset : offset + piece.numel]))
+                offset += piece.numel
+        apply(self.shard, targets, active, settings)
+
+
+def apply(
+    shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequence[bool], settings: Settings
+) -> None:
+    """θ ← θ − lr·λ·θ − lr·u for pieces of the stored tensors; 16-bit tensors are rounded once, at the end."""
+    flats: dict[int, Tensor] = {}
+    by_group: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    for piece, update in targets:
+        if active[piece.tensor]:
+            if piece.tensor not in flats:
+                flats[piece.tensor] = shard.storage.tensors[piece.tensor].detach().reshape(-1)
+            weights, updates = by_group.setdefault(shard.groups[piece.tensor], ([], []))
+            weights.append(flats[piece.tensor][piece.tensor_offset : piece.tensor_offset + piece.numel])
+            updates.append(update)
+    for group, (weights, updates) in by_group.items():
+        lr, decay = float(settings[group]["lr"]), settings[group]["weight_decay"]
+        work = [weight.to(torch.promote_types(weight.dtype, shard.arena.dtype)) for weight in weights]
+        torch._foreach_mul_(work, 1 - lr * decay)
+        torch._foreach_add_(work, updates, alpha=-lr)
+        for weight, result in zip(weights, work, strict=True):
+            if weight is not result:
+                weight.copy_(result)
+    for index, flat in flats.items():
+        tensor = shard.storage.tensors[index].detach()
+        if flat.data_ptr() != tensor.data_ptr():  # reshape had to copy: the parameter is not contiguous
+            tensor.copy_(flat.view(tensor.shape))
+
+
+def _into_arena(shard: Shard, pieces: Sequence[Piece], active: Sequence[bool]) -> None:
+    for piece in pieces:
+        part = _arena_part(shard, piece)
+        gradient = shard.storage.tensors[piece.tensor].grad
+        if not active[piece.tensor] or gradient is None:
+            part.zero_()
+        elif piece.numel == gradient.numel():
+            part.view(gradient.shape).copy_(gradient)
+        else:
+            part.copy_(_slice(gradient, piece))
+
+
+def _slice(tensor: Tensor, piece: Piece) -> Tensor:
+    return tensor.reshape(-1)[piece.tensor_offset : piece.tensor_offset + piece.numel]
+
+
+def _arena_part(shard: Shard, piece: Piece) -> Tensor:
+    return shard.arena[piece.arena_offset : piece.arena_offset + piece.numel]
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute element, 0-d; NaN where there is one."""
+    norms = [torch.linalg.vector_norm(tensor, torch.inf) for tensor in tensors if tensor.numel()]
+    return torch.stack(norms).amax() if norms else tensors[0].new_zeros(())

@@ -1,0 +1,49 @@
+"""Small models and batches that tests train on, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Odd(nn.Module):
+    """Shapes that cut in every way: rows that split, rows that join, a 0-d scale, a convolution, an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(11, 37)
+        self.mix = nn.Linear(37, 5, bias=False)
+        self.conv = nn.Conv1d(1, 3, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.out = nn.Linear(9, 1)
+        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.mix(torch.tanh(self.inner(x))) * self.scale + self.frozen
+        return self.out(torch.tanh(self.conv(hidden.unsqueeze(1))).flatten(1))
+
+
+def model(dtype: torch.dtype = torch.float32) -> Odd:
+    """The model, with the same weights at every call."""
+    torch.manual_seed(1)
+    return Odd().to(dtype)
+
+
+def batch(step: int, rank: int, world: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """This rank's slice of the global batch of a step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(size, 11, generator=generator)
+    y = torch.sin(x[:, :1] * 3) + x[:, 1:2] * x[:, 2:3]
+    part = slice(rank * size // world, (rank + 1) * size // world)
+    return x[part].to(dtype), y[part].to(dtype)
+
+
+def weights(module: nn.Module) -> dict[str, np.ndarray]:
+    """All parameters as float64 arrays."""
+    return {name: p.detach().double().numpy().copy() for name, p in module.named_parameters()}
+
+
+def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """The largest difference, relative to the largest weight of the parameter."""
+    return max(float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() + 1e-30)) for name in b)

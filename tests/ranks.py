@@ -1,0 +1,99 @@
+"""Run a test's function on several processes with gloo, and show the failing rank's own traceback."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_PRELOAD = ["torch", "torch.distributed", "numpy"]
+
+
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False) -> list[Any]:
+    """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned.
+
+    `fn` and its result must be picklable, so a function at the top of a test module that returns numbers, numpy arrays
+    or CPU tensors turned into them. A rank that raises fails the test with its own traceback; one that hangs is named.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        processes, ends = [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_main, args=(fn, rank, world, folder, deepspeed, theirs, args), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            ends.append(mine)
+        try:
+            return _collect(processes, ends, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(processes: list[Any], ends: list[Any], timeout: float) -> list[Any]:
+    from multiprocessing.connection import wait
+    from time import monotonic
+
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    pending = {end: rank for rank, end in enumerate(ends)}
+    deadline = monotonic() + timeout
+    while pending:
+        # After a first failure the others may wait for it for ever: a moment for their own errors, then stop.
+        ready = wait(list(pending), max(0.0, (min(deadline, monotonic() + 5) if failures else deadline) - monotonic()))
+        if not ready:
+            break
+        for end in ready:
+            rank = pending.pop(end)
+            try:
+                ok, value = end.recv()
+            except EOFError:
+                processes[rank].join(5)
+                ok, value = False, f"died without a word, exit code {processes[rank].exitcode}"
+            (results if ok else failures)[rank] = value
+    if failures:
+        raise AssertionError("\n".join(f"--- rank {rank} of {len(ends)} ---\n{text}" for rank, text in sorted(failures.items())))
+    if pending:
+        raise AssertionError(f"hung for {timeout} s: ranks {sorted(pending.values())} of {len(ends)}")
+    return [results[rank] for rank in range(len(ends))]
+
+
+def _main(fn: Any, rank: int, world: int, folder: str, deepspeed: bool, end: Any, args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        if deepspeed:
+            _init_deepspeed(folder, rank, world)
+        else:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        value = fn(rank, world, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        end.send((True, value))
+    except BaseException:
+        end.send((False, traceback.format_exc()))
+
+
+def _init_deepspeed(folder: str, rank: int, world: int) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import logging
+
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first use
+    deepspeed.init_distributed(
+        dist_backend="gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, verbose=False,
+        auto_mpi_discovery=False,
+    )  # fmt: skip
