@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Its name from torch 2.13 on; the old one warns there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -65,7 +68,7 @@ def gather(group: Group, mine: Tensor, out: Tensor) -> Callable[[], None]:
     `mine` and `out` may not be touched before that.
     """
     wire_out, wire = group.wire(out), group.wire(mine)
-    work = dist.all_gather_into_tensor(wire_out, wire, group.handle, async_op=True)
+    work = _all_gather(wire_out, wire, group.handle, async_op=True)
 
     def wait() -> None:
         work.wait()

@@ -393,9 +393,11 @@ class AdaFisher(Optimizer):
             raise ValueError(f"This state dict holds no state: it was consolidated on another rank ({part}). Load that one.")
         own = [tensor for group in self.param_groups for tensor in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        if len(own) != len(numbers):
+        if len(own) != len(numbers) and part == "whole":
             return []  # torch's own check reports it
-        states = {id(t): saved["state"][number] for t, number in zip(own, numbers, strict=True) if number in saved["state"]}
+        states = {
+            id(t): saved["state"][number] for t, number in zip(own, numbers, strict=False) if number in saved["state"]
+        }
         merged = [
             {**group, **loaded, "params": group["params"]}
             for group, loaded in zip(self.param_groups, saved["param_groups"], strict=False)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Odd(nn.Module):
-    """Shapes that cut in every way: rows that split, rows that join, a 0-d scale, a convolution, an unused layer."""
+    """Shapes that cut in every way: rows that split, rows that join, one element alone, a convolution, an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(11, 37)
         self.mix = nn.Linear(37, 5, bias=False)
         self.conv = nn.Conv1d(1, 3, 3)
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scale = nn.Parameter(torch.tensor([1.5]))
         self.out = nn.Linear(9, 1)
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
 

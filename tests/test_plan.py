@@ -1,0 +1,143 @@
+"""Properties of the plan, for up to 64 ranks in one process: nothing here needs a process group."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import block_ranges
+
+from adafisher_dist import plan
+from adafisher_dist.grid import Grid, make_grid
+from adafisher_dist.plan import Placed
+from adafisher_dist.span import Span
+
+shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
+block_sizes = st.sampled_from([1, 2, 3, 7, 16, 64])
+grid_names = st.sampled_from(["rows", "flat"])
+limits = st.sampled_from([None, 0, 1, 5])
+worlds = st.integers(1, 64)
+many = settings(max_examples=150, deadline=None)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> list[Grid]:
+    """The grids of a model with a few parameters."""
+    size, name, limit = draw(block_sizes), draw(grid_names), draw(limits)
+    return [make_grid(shape, size, name, limit) for shape in draw(st.lists(shapes, min_size=1, max_size=5))]
+
+
+def elements(spans: plan.Spans) -> list[tuple[int, int]]:
+    return [(span.parameter, element) for span in spans for element in range(span.start, span.stop)]
+
+
+def all_elements(grids: list[Grid]) -> list[tuple[int, int]]:
+    return elements(plan.whole(grids))
+
+
+def starts(grid: Grid) -> set[int]:
+    return {grid.start(block) for block in range(grid.num_blocks + 1)}
+
+
+@many
+@given(shapes, block_sizes, grid_names)
+def test_blocks_are_those_of_the_oracle(shape: tuple[int, ...], size: int, name: str) -> None:
+    grid = make_grid(shape, size, name, None)
+    ranges = [(grid.start(block), grid.start(block + 1)) for block in range(grid.num_blocks)]
+    assert ranges == [tuple(r) for r in block_ranges(shape, size, name)]
+
+
+@many
+@given(shapes, block_sizes, grid_names, limits, st.randoms())
+def test_strips_cover_each_block_once(shape: tuple[int, ...], size: int, name: str, limit: int | None, random) -> None:
+    grid = make_grid(shape, size, name, limit)
+    first = random.randint(0, grid.num_blocks)
+    last = random.randint(first, grid.num_blocks)
+    covered, numbers = [], []
+    for strip in grid.strips(grid.start(first), grid.start(last)):
+        for period in range(strip.periods):
+            for piece in range(strip.count):
+                begin = strip.start + period * strip.stride + piece * strip.size
+                covered += range(begin, begin + strip.size)
+                if strip.dense:
+                    number = strip.block + period * strip.blocks_per_period + piece
+                    numbers.append(number)
+                    assert (grid.start(number), grid.start(number + 1)) == (begin, begin + strip.size)
+    assert sorted(covered) == list(range(grid.start(first), grid.start(last)))
+    assert sorted(numbers) == list(range(first, max(first, min(last, grid.dense_blocks))))
+
+
+@many
+@given(grids(), worlds)
+def test_every_element_has_one_owner_and_work_is_even(grids: list[Grid], world: int) -> None:
+    runs = plan.cut(plan.whole(grids), grids, world)
+    assert [element for run in runs for element in elements(run)] == all_elements(grids)
+    for run in runs:
+        for span in run:
+            assert {span.start, span.stop} <= starts(grids[span.parameter]), "a block with two owners"
+    work = [plan.work(run, grids) for run in runs]
+    largest = max((grid.period // grid.pieces + 1) ** 2 for grid in grids)
+    assert max(work) <= sum(work) / world + largest
+
+
+@many
+@given(grids(), worlds, st.integers(1, 9))
+def test_cutting_a_run_again_keeps_its_order(grids: list[Grid], world: int, parts: int) -> None:
+    run = plan.cut(plan.whole(grids), grids, world)[world // 2]
+    chunks = plan.cut(run, grids, parts)
+    assert [element for chunk in chunks for element in elements(chunk)] == elements(run)
+
+
+@many
+@given(grids(), worlds, st.integers(0, 5))
+def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], world: int, padding: int) -> None:
+    stored = flat_partitions(grids, world, padding)
+    owned = plan.owned_where_stored(stored, grids)
+    assert sorted(e for run in owned for e in elements(run)) == all_elements(grids)
+    tensors = [np.full(10_000, -1.0) for _ in range(world)]
+    value = {element: float(index) for index, element in enumerate(all_elements(grids))}
+    for rank, places in enumerate(stored):
+        for place in places:
+            for offset, element in enumerate(elements((place.span,))):
+                tensors[rank][place.offset + offset] = value[element]
+    routes = [plan.route(stored, owned, rank) for rank in range(world)]
+    arenas = [np.full(plan.count(run), -1.0) for run in owned]
+    for rank, route in enumerate(routes):
+        for piece in route.local:
+            arenas[rank][piece.arena_offset :][: piece.numel] = tensors[rank][piece.tensor_offset :][: piece.numel]
+        for owner in range(world):
+            sent = [p for p in route.send if p.rank == owner]
+            received = [p for p in routes[owner].receive if p.rank == rank]
+            assert [p.numel for p in sent] == [p.numel for p in received], "the two ends disagree"
+            for out, into in zip(sent, received, strict=True):
+                data = tensors[rank][out.tensor_offset :][: out.numel]
+                arenas[owner][into.arena_offset :][: into.numel] = data
+    for run, arena in zip(owned, arenas, strict=True):
+        assert arena.tolist() == [value[element] for element in elements(run)]
+    assert plan.any_crossing(stored, owned) == any(route.receive for route in routes)
+
+
+def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[Placed]]:
+    """What ZeRO-1/2 stores: one flat buffer, `padding` after each parameter, cut into equal partitions."""
+    total = sum(grid.numel + padding for grid in grids)
+    length = max(1, -(-total // world))
+    stored: list[list[Placed]] = [[] for _ in range(world)]
+    offset = 0
+    for number, grid in enumerate(grids):
+        for rank in range(world):
+            start, stop = max(0, rank * length - offset), min(grid.numel, (rank + 1) * length - offset)
+            if start < stop:
+                span = Span(number, grid.numel, start, stop)
+                stored[rank].append(Placed(span, 0, offset + start - rank * length))
+        offset += grid.numel + padding
+    return stored
+
+
+def test_a_large_model_is_planned_in_closed_form() -> None:
+    grids = [make_grid(shape, 64, "rows", None) for shape in [(50257, 4096), *[(4096, 11008), (11008, 4096)] * 64]]
+    runs = plan.cut(plan.whole(grids), grids, 64)
+    assert sum(plan.count(run) for run in runs) == sum(grid.numel for grid in grids)
+    work = [plan.work(run, grids) for run in runs]
+    assert max(work) - min(work) <= 64**2

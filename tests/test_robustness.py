@@ -1,0 +1,134 @@
+"""Gradients that are singular, huge, tiny or not finite: the state stays finite, and what was done about them shows."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adafisher_dist import AdaFisher, fisher
+
+
+def run(gradients: list[Tensor], **settings: object) -> tuple[nn.Parameter, AdaFisher]:
+    parameter = nn.Parameter(torch.zeros(gradients[0].shape, dtype=gradients[0].dtype))
+    optimizer = AdaFisher([("weight", parameter)], **{"lr": 0.1, "weight_decay": 0.0, **settings})
+    for gradient in gradients:
+        parameter.grad = gradient
+        optimizer.step()
+    return parameter, optimizer
+
+
+def state_is_finite(optimizer: AdaFisher) -> bool:
+    return all(torch.isfinite(v).all() for entry in optimizer.state.values() for v in entry.values())
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_a_singular_fisher_walks_the_ladder_and_is_counted(exponent: float) -> None:
+    # One gradient direction and no damping worth the name: A has rank one to float32's rounding.
+    gradient = torch.sin(torch.arange(64.0))
+    parameter, optimizer = run([gradient] * 5, damping=0.0, eps=1e-12, exponent=exponent)
+    ladder = optimizer.fisher_stats()["weight"].ladder
+    assert sum(ladder.values()) > 0, "the factorisation did not fail: this test shows nothing"
+    assert state_is_finite(optimizer) and torch.isfinite(parameter).all()
+    assert (parameter.detach() * gradient).sum() < 0, "not a descent direction"
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_every_rung_of_the_ladder(exponent: float) -> None:
+    fine = torch.eye(3)
+    slightly_negative = torch.diag(torch.tensor([1.0, 1.0, 0.5]))
+    slightly_negative[2, 2] = -0.005  # 10 × damping repairs it
+    hopeless = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    stack = torch.stack([fine, slightly_negative, hopeless])
+    factor = fisher.factorize(stack, 1.0, 1e-3, exponent, torch.float32)
+    assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 1, 3]
+    assert torch.isfinite(factor.root_NBB).all()
+    diagonal = stack[2].diagonal() / factor.d_N[2] + 1e-2
+    expected = diagonal.sqrt() if exponent == 1.0 else diagonal.rsqrt()
+    assert torch.allclose(factor.root_NBB[2], torch.diag(expected))
+
+
+def test_float64_is_the_second_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.linalg.cholesky_ex
+
+    def only_in_float64(a: Tensor) -> tuple[Tensor, Tensor]:
+        root, info = real(a)
+        return root, info if a.dtype == torch.float64 else torch.ones_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", only_in_float64)
+    _, optimizer = run([torch.randn(10)] * 3)
+    assert optimizer.fisher_stats()["weight"].ladder == {"more damping": 0, "float64": 3, "diagonal": 0}
+
+
+def test_an_eigh_that_does_not_converge_costs_only_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.linalg.eigh
+
+    def fails_on_the_marked_block(a: Tensor) -> tuple[Tensor, Tensor]:
+        if ((a[:, 0, 0] - a[:, 1, 1]).abs() > 1).any():
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(a)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on_the_marked_block)
+    stack = torch.eye(4).repeat(5, 1, 1)
+    stack[3, 0, 0] = 9.0
+    factor = fisher.factorize(stack, 1.0, 0.1, 0.5, torch.float32)
+    assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 0, 0, 3, 0]
+    assert torch.allclose(factor.root_NBB[0], torch.eye(4) / 1.1**0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-19, 1e-12, 1e6, 1e12, 1e17])
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_tiny_and_huge_gradients(scale: float, grafting: str, exponent: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(100, generator=generator) * scale for _ in range(6)]
+    parameter, optimizer = run(gradients, grafting=grafting, exponent=exponent)
+    assert optimizer.skipped_steps == 0
+    assert state_is_finite(optimizer)
+    assert not parameter.isnan().any()
+    if grafting == "rms":
+        assert parameter.abs().max() < 2, "longer than six steps of lr 0.1 can be"
+
+
+def test_a_jump_in_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(100, generator=generator) * scale for scale in (1e17, 1e-12, 1e-12, 1.0, 1e17, 1e-30)]
+    parameter, optimizer = run(gradients, fisher_update_freq=2, inverse_update_freq=2)
+    assert state_is_finite(optimizer) and torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e19])
+def test_a_bad_gradient_leaves_no_trace(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    good = [torch.sin(torch.arange(80.0) + step) for step in range(4)]
+    bad = good[0].clone()
+    bad[17] = value
+    clean, _ = run(good)
+    with caplog.at_level(logging.WARNING, "adafisher_dist"):
+        parameter, optimizer = run([bad, good[0], good[1], bad, bad, good[2], good[3]])
+    assert torch.equal(parameter, clean)
+    assert optimizer.skipped_steps == 3
+    assert [record.args for record in caplog.records] == [(1,), (2,)]
+
+
+def test_float64_takes_larger_gradients() -> None:
+    _, optimizer = run([torch.full((5,), 1e100, dtype=torch.float64)], fisher_dtype=torch.float64)
+    assert optimizer.skipped_steps == 0 and state_is_finite(optimizer)
+
+
+@pytest.mark.parametrize("settings", [{}, {"grafting": "none"}, {"inverse_update_freq": 5}, {"max_blocks": 0}])
+def test_a_block_that_never_saw_a_gradient_does_not_move(settings: dict[str, object]) -> None:
+    gradient = torch.zeros(4, 10)
+    gradient[1] = 1.0
+    parameter, optimizer = run([gradient] * 4, block_size=10, **settings)
+    assert torch.equal(parameter.detach().abs().sum(1) > 0, torch.tensor([False, True, False, False]))
+    assert state_is_finite(optimizer)
+
+
+def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "adafisher_dist"):
+        run([torch.ones(10, 10)] * 3, max_blocks=1)
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 60.0 % of the elements on dense" in message

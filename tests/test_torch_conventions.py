@@ -1,0 +1,347 @@
+"""What torch's own test suite asks of an optimizer, in one process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from models import batch, distance, model, weights
+from torch import nn
+
+from adafisher_dist import AdaFisher
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"block_size": 8, "inverse_update_freq": 3, "max_blocks": 5},
+    {"fisher_dtype": torch.bfloat16, "exponent": 0.5, "grafting": "none"},
+    {"fisher_dtype": torch.float64, "block_grid": "flat", "fisher_update_freq": 2},
+]
+
+
+def steps(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        x, y = batch(step, 0, 1, dtype=module.inner.weight.dtype)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["state"].keys() == b["state"].keys() and all(
+        torch.equal(value, b["state"][i][key]) and value.dtype == b["state"][i][key].dtype
+        for i, entry in a["state"].items()
+        for key, value in entry.items()
+    )
+
+
+def test_signature_is_the_documented_one() -> None:
+    expected = {
+        "lr": 1e-3, "momentum": 0.9, "nesterov": True, "fisher_decay": 0.95, "damping": 0.1, "eps": 1e-8, "block_size": 64,
+        "block_grid": "rows", "weight_decay": 0.01, "bias_correction": True, "max_blocks": None, "fisher_update_freq": 1,
+        "inverse_update_freq": 1, "exponent": 1.0, "grafting": "rms", "fisher_dtype": torch.float32, "process_group": None,
+    }  # fmt: skip
+    parameters = list(inspect.signature(AdaFisher).parameters.values())
+    assert parameters[0].name == "params"
+    assert {p.name: p.default for p in parameters[1:]} == expected
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_restores_bit_for_bit(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    module = model(dtype)
+    optimizer = AdaFisher(module.named_parameters(), lr=1e-2, **settings)
+    steps(module, optimizer, 0, 5)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "model": module.state_dict()}, file)
+    steps(module, optimizer, 5, 9)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = model(dtype)
+    again.load_state_dict(saved["model"])
+    resumed = AdaFisher(again.named_parameters(), lr=5.0, block_size=3)  # the saved settings win, as in torch.optim
+    resumed.load_state_dict(saved["optimizer"])
+    assert same_state(resumed.state_dict(), saved["optimizer"])
+    steps(again, resumed, 5, 9)
+    assert distance(weights(again), weights(module)) == 0
+    assert same_state(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_loading_copies() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    steps(module, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = AdaFisher(module.parameters())
+    other.load_state_dict(saved)
+    saved["state"][2]["momentum_55"].fill_(7)
+    assert not (other.state_dict()["state"][2]["momentum_55"] == 7).any()
+    steps(module, other, 2, 3)
+    assert saved["state"][2]["step"] == 2
+
+
+def test_state_shows_in_the_state_attribute() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), block_size=16)
+    assert len(optimizer.state) == 0 and optimizer.state_dict()["state"] == {}
+    steps(module, optimizer, 0, 3)
+    state = optimizer.state[module.mix.weight]
+    assert state["step"] == 3 and state["fisher_updates"] == 3
+    assert state["momentum_13"].shape == (5, 13) and state["fisher_12"].shape == (10, 12, 12)  # rows of 37: 13, 12, 12
+    assert module.frozen not in optimizer.state
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("taken", [0, 4])
+def test_a_copy_goes_on_as_the_original(how: Any, taken: int) -> None:
+    module = model()
+    optimizer = AdaFisher(module.named_parameters(), lr=1e-2, inverse_update_freq=3, block_size=8)
+    steps(module, optimizer, 0, taken)
+    module2, optimizer2 = how((module, optimizer))
+    steps(module, optimizer, taken, taken + 4)
+    steps(module2, optimizer2, taken, taken + 4)
+    assert distance(weights(module2), weights(module)) == 0
+    assert same_state(optimizer2.state_dict(), optimizer.state_dict())
+    public = lambda o: {k for k in dir(o) if not k.startswith("_") and not callable(getattr(o, k))}  # noqa: E731
+    assert public(optimizer2) == public(optimizer)
+
+
+def test_hooks() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    order: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: order.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: order.append("post"))
+    steps(module, optimizer, 0, 1)
+    optimizer.register_state_dict_pre_hook(lambda _: order.append("save"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "mine": 1})
+    saved = optimizer.state_dict()
+    assert saved["mine"] == 1
+
+    def renumber(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        order.append("load")
+        groups = [{**group, "lr": 0.5} for group in saved["param_groups"]]
+        return {**saved, "param_groups": groups}
+
+    def after(o: AdaFisher) -> None:
+        order.append(f"loaded {len(o.state)}")  # the state is there when the user's hook runs
+
+    optimizer.register_load_state_dict_pre_hook(renumber)
+    optimizer.register_load_state_dict_post_hook(after)
+    optimizer.load_state_dict(saved)
+    assert order == ["pre", "post", "save", "load", f"loaded {len(saved['state'])}"]
+    assert optimizer.get_lr() == 0.5
+    assert same_state(optimizer.state_dict(), saved)
+
+
+def test_no_gradients_is_a_no_op() -> None:
+    module = model()
+    before = weights(module)
+    optimizer = AdaFisher(module.parameters(), weight_decay=0.5)
+    optimizer.step()
+    assert distance(weights(module), before) == 0 and len(optimizer.state) == 0
+    assert AdaFisher([nn.Parameter(torch.empty(0, 3))]).step() is None
+
+
+def test_zero_gradients_move_nothing_but_by_weight_decay() -> None:
+    module = model()
+    before = weights(module)
+    optimizer = AdaFisher(module.parameters(), weight_decay=0.0)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert distance(weights(module), before) == 0
+
+
+def test_closure_and_tensor_lr() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=torch.tensor(1e-2))
+    reference = model()
+    other = AdaFisher(reference.parameters(), lr=1e-2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(x), y)
+        loss.backward()
+        return loss
+
+    x, y = batch(0, 0, 1)
+    assert optimizer.step(closure).item() > 0
+    steps(reference, other, 0, 1)
+    assert distance(weights(module), weights(reference)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: step / 10),
+    ],
+)
+def test_schedulers(schedule: Any) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=0.1)
+    scheduler = schedule(optimizer)
+    seen = []
+    for step in range(6):
+        steps(module, optimizer, step, step + 1)
+        scheduler.step()
+        seen.append(optimizer.get_lr())
+    assert len(set(seen)) > 3
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.get_lr() == seen[-1]
+
+
+def test_groups_keep_their_own_settings() -> None:
+    a, b = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+    optimizer = AdaFisher([{"params": [a], "lr": 0.1, "weight_decay": 0.0}, {"params": [b]}], lr=0.2, weight_decay=0.5)
+    optimizer.set_lr(0.3, group=1)
+    a.grad, b.grad = torch.zeros(6), torch.zeros(6)
+    optimizer.step()
+    assert torch.equal(a.detach(), torch.ones(6)) and torch.allclose(b.detach(), torch.full((6,), 1 - 0.3 * 0.5))
+    optimizer.set_lr(0.4)
+    assert [optimizer.get_lr(i) for i in range(2)] == [0.4, 0.4]
+    assert optimizer.num_parameters() == 2
+
+
+def test_reset_state() -> None:
+    module = model()
+    start = copy.deepcopy(module.state_dict())
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    steps(module, optimizer, 0, 3)
+    first = weights(module)
+    optimizer.reset_state()
+    assert optimizer.num_parameters() == 0 and len(optimizer.state) == 0 and optimizer.memory_usage()["all"]["total"] == 0
+    module.load_state_dict(start)
+    steps(module, optimizer, 0, 3)
+    assert distance(weights(module), first) == 0
+
+
+def test_presets() -> None:
+    language = AdaFisher.for_language_models(model().parameters(), damping=0.2).param_groups[0]
+    assert (language["lr"], language["fisher_decay"], language["block_size"]) == (3e-4, 0.99, 128)
+    assert (language["weight_decay"], language["damping"]) == (0.1, 0.2)
+    image = AdaFisher.for_image_classification(model().parameters(), lr=0.5).param_groups[0]
+    assert (image["lr"], image["fisher_decay"], image["block_size"], image["weight_decay"]) == (0.5, 0.95, 64, 1e-4)
+    with pytest.raises(TypeError, match="Did you mean 'damping'"):
+        AdaFisher.for_language_models(model().parameters(), dampening=1)
+
+
+def test_memory_usage_counts_the_tensors() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), block_size=8, inverse_update_freq=2, max_blocks=7)
+    steps(module, optimizer, 0, 1)
+    bytes_of = {"fisher": 0, "momentum": 0, "factor": 0, "curvature": 0}
+    for entry in optimizer.state_dict()["state"].values():
+        for key, value in entry.items():
+            if key.partition("_")[0] in bytes_of and value.dim():
+                bytes_of[key.partition("_")[0]] += value.numel() * value.element_size()
+    usage = optimizer.memory_usage()["rank"]
+    assert usage["fisher"] == bytes_of["fisher"] and usage["momentum"] == bytes_of["momentum"]
+    assert usage["factors"] == bytes_of["factor"] + bytes_of["curvature"]
+    assert usage["total"] == sum(value for key, value in usage.items() if key != "total")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"lr": -1}, ValueError, "lr should be at least 0 and finite, got -1"),
+        ({"lr": float("nan")}, ValueError, "lr should be"),
+        ({"lr": torch.ones(2)}, TypeError, "tensor of shape"),
+        ({"momentum": 1.0}, ValueError, "momentum should be at least 0 and below 1, got 1.0"),
+        ({"fisher_decay": 1.5}, ValueError, "fisher_decay should be"),
+        ({"damping": -0.1}, ValueError, "damping should be"),
+        ({"damping": "much"}, TypeError, "damping should be a number, got 'much'"),
+        ({"eps": 0.0}, ValueError, "eps should be at least"),
+        ({"block_size": 0}, ValueError, "block_size should be at least 1, got 0"),
+        ({"block_size": 2.5}, TypeError, "block_size should be an integer"),
+        ({"block_grid": "columns"}, ValueError, "one of 'rows', 'flat'"),
+        ({"max_blocks": -1}, ValueError, "max_blocks should be at least 0"),
+        ({"fisher_update_freq": 0}, ValueError, "fisher_update_freq should be at least 1"),
+        ({"inverse_update_freq": True}, TypeError, "inverse_update_freq should be an integer"),
+        ({"exponent": 0.7}, ValueError, "exponent should be one of 1.0, 0.5"),
+        ({"grafting": "adam"}, ValueError, "grafting should be one of 'rms', 'none'"),
+        ({"nesterov": 1}, TypeError, "nesterov should be True or False"),
+        ({"fisher_dtype": torch.float16}, ValueError, "float16 is not offered"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        AdaFisher(model().parameters(), **settings)
+    optimizer = AdaFisher([nn.Parameter(torch.ones(2))])
+    with pytest.raises(error, match=words if "fisher_dtype" not in settings else "fisher_dtype"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], **settings})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_bad_groups_and_parameters() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'weight_decay'"):
+        AdaFisher([{"params": [nn.Parameter(torch.ones(2))], "weigth_decay": 0.0}])
+    with pytest.raises(ValueError, match="one for the whole optimizer"):
+        AdaFisher([{"params": [nn.Parameter(torch.ones(2))], "fisher_dtype": torch.bfloat16}])
+    with pytest.raises(TypeError, match="complex64"):
+        AdaFisher([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdaFisher([])
+    AdaFisher([{"params": [nn.Parameter(torch.ones(2))], "name": "mine", "lr_scale": 0.5}])  # the user's own keys
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(10, 3, sparse=True)
+    optimizer = AdaFisher(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    before = embedding.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"sparse gradients; weight has one.*sparse=False"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+
+
+def test_structural_settings_may_not_change_under_a_state() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    steps(module, optimizer, 0, 1)
+    before = weights(module)
+    optimizer.param_groups[0]["block_size"] = 16
+    with pytest.raises(RuntimeError, match="block_size changed after the first step"):
+        steps(module, optimizer, 1, 2)
+    assert distance(weights(module), before) == 0
+    optimizer.reset_state()
+    steps(module, optimizer, 1, 2)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    steps(module, optimizer, 0, 2)
+    good = copy.deepcopy(optimizer.state_dict())
+    other = AdaFisher([nn.Parameter(p.detach()[:1].clone()) for p in module.parameters()])
+    with pytest.raises(ValueError, match="does not fit"):
+        other.load_state_dict(good)
+    adam = torch.optim.AdamW(module.parameters())
+    adam.step()
+    broken = copy.deepcopy(good)
+    del broken["state"][3]["fisher_37"]
+    for bad, words in ((adam.state_dict(), "does not fit"), (broken, "missing .'fisher_37'.")):
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(bad)
+        assert same_state(optimizer.state_dict(), good)
+    optimizer.load_state_dict({**good, "state": {}})  # as in torch.optim: no state, so a fresh start
+    assert optimizer.num_parameters() == 0
+
+
+def test_repr_and_add_param_group() -> None:
+    module = model()
+    optimizer = AdaFisher(module.mix.parameters(), lr=1e-2)
+    assert "block_size: 64" in repr(optimizer)
+    steps(module, optimizer, 0, 2)
+    optimizer.add_param_group({"params": list(module.out.parameters()), "damping": 0.5})
+    steps(module, optimizer, 2, 4)
+    saved = optimizer.state_dict()
+    assert [int(entry["step"]) for entry in saved["state"].values()] == [4, 2, 2]
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert same_state(optimizer.state_dict(), saved)
