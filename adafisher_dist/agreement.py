@@ -42,14 +42,16 @@ def agree(
     both = list(chain.from_iterable((value, -value) for value in fingerprints))
     failed = group.rank - group.size if error is not None else 0
     device = largest[0].device if largest else torch.device("cpu")
-    finite = [(norm <= _limit(shard)).long() for norm, shard in zip(largest, shards, strict=False)]
+    finite = [(norm <= _limit(shard)).long().to(device) for norm, shard in zip(largest, shards, strict=False)]
     flag = torch.stack(finite).amin() if finite else torch.ones((), dtype=torch.int64, device=device)
-    values = torch.cat([flag.reshape(1).to(device), torch.tensor([failed, *both], device=device)])
+    values = torch.cat([flag.reshape(1), torch.tensor([failed, *both], device=device)])
     finite_everywhere, failure, *agreed = comm.minimum(group, values).tolist()
     if error is not None:
         raise error
     if failure:
-        raise RuntimeError(f"AdaFisher stops on all ranks, since rank {failure + group.size} failed; its log tells why.")
+        raise RuntimeError(
+            f"AdaFisher stops on all ranks, since rank {failure + group.size} failed; its log tells why."
+        )
     same = [low == -high for low, high in zip(agreed[::2], agreed[1::2], strict=True)]
     for equal, message in zip(same, _DIFFERENCES, strict=True):
         if not equal:
@@ -62,11 +64,11 @@ def agree(
 _DIFFERENCES = (
     "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give the same"
     " parameters a gradient on every rank.",
-    "The ranks planned different blocks: their parameters' shapes, order, or block settings differ. Build the same model"
-    " and optimizer on every rank.",
-    "The ranks hold different parameters, though AdaFisher was told that they are replicated. Synchronise them before the"
-    " first step (DDP and DeepSpeed do), or pass the process group whose ranks share the parameters as process_group"
-    " (independent replicas: a group of one rank).",
+    "The ranks planned different blocks: their parameters' shapes, order, or block settings differ. Build the same"
+    " model and optimizer on every rank.",
+    "The ranks hold different parameters, though AdaFisher was told that they are replicated. Synchronise them before"
+    " the first step (DDP and DeepSpeed do), or pass the process group whose ranks share the parameters as"
+    " process_group (independent replicas: a group of one rank).",
     "The ranks hold different gradients, though AdaFisher was told that they are averaged. Wrap the model in DDP, or"
     " all-reduce the gradients before step() (independent replicas: pass a process_group of one rank).",
 )

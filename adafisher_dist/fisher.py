@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 RUNGS = ("more damping", "float64", "diagonal")
 
@@ -91,7 +92,7 @@ def precondition(
 
 
 def update_diagonal(fisher_NB: Tensor, gradient_NB: Tensor, decay: float) -> None:
-    """diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks."""
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks."""
     if fisher_NB.dtype == gradient_NB.dtype:
         fisher_NB.mul_(decay).addcmul_(gradient_NB, gradient_NB, value=1 - decay)
     else:
@@ -111,7 +112,7 @@ def _root(a_NBB: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
         return root_NBB, info_N != 0
     try:
         values_NB, vectors_NBB = torch.linalg.eigh(a_NBB)
-    except torch.linalg.LinAlgError:  # of the whole stack, though perhaps one block alone did not converge
+    except LinAlgError:  # of the whole stack, though perhaps one block alone did not converge
         if len(a_NBB) == 1:
             return torch.zeros_like(a_NBB), torch.ones(1, dtype=torch.bool, device=a_NBB.device)
         halves = [_root(half_NBB, exponent) for half_NBB in a_NBB.tensor_split(2)]

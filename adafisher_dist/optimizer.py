@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist import comm, layouts, report, state
-from adafisher_dist.agreement import agree
-from adafisher_dist.batch import updates_fisher
+from adafisher_dist.engine import Engine
 from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset, structure
-from adafisher_dist.shard import Chunk, Shard, build, compute
-from adafisher_dist.transfer import Transfer, transfer
+from adafisher_dist.shard import Shard, build
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing import Self
+
+    from torch.distributed import ProcessGroup  # noqa: TID251 (a type)
     from torch.optim.optimizer import ParamsT
 
 logger = logging.getLogger("adafisher_dist")
@@ -112,8 +112,7 @@ class AdaFisher(Optimizer):
         return cls(params, **{**preset("image_classification"), **_known(overrides)})
 
     def _reset(self) -> None:
-        self._transfers: list[Transfer] = []  # one for each shard
-        self._where: dict[int, tuple[Transfer, int]] = {}  # id of a stored tensor → who moves it, and its number there
+        self._engine = Engine()
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._given: dict[int, weakref.ref[Tensor]] = getattr(self, "_given", {})
@@ -176,47 +175,29 @@ class AdaFisher(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = [(group, tensor) for group in self.param_groups for tensor in group["params"]]
-        self._enlist([tensor for _, tensor in tensors if tensor.grad is not None])
-        with_gradient = {id(tensor): group for group, tensor in tensors if tensor.grad is not None}
-        transfers = self._transfers_of(with_gradient)
-        shards = [way.shard for way in transfers]
-        if not shards and self._group().size == 1:
-            return loss
-        active = [[id(tensor) in with_gradient for tensor in shard.storage.tensors] for shard in shards]
-        largest: list[Tensor] = []
-        error: Exception | None = None
-        try:
-            settings = [self._settings(shard, with_gradient) for shard in shards]
-            self._refuse_sparse(with_gradient)
-            largest = [way.collect(having) for way, having in zip(transfers, active, strict=True)]
-        except Exception as caught:  # all ranks must hear of it before any stops
-            error = caught
-        group = shards[0].storage.group if shards else self._group()
-        if not agree(group, shards, active, largest, error):
-            self._skip()
-            return loss
-        self._consolidated = self._elsewhere = None
-        for way, having, groups in zip(transfers, active, settings, strict=True):
-            way.to_owners()
-            times = _advance(way.shard, having, groups)
-
-            def work(chunk: Chunk, times: Any = times, groups: Any = groups) -> None:
-                compute(chunk, times, groups)
-
-            way.run(work, having, groups)
+        groups = {
+            id(tensor): (tensor, group)
+            for group in self.param_groups
+            for tensor in group["params"]
+            if tensor.grad is not None
+        }
+        self._enlist([tensor for tensor, _ in groups.values()])
+        if self._engine.step({key: group for key, (_, group) in groups.items()}, self._group()):
+            self._consolidated = self._elsewhere = None
+        else:
+            self._count_skip()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it; see `adafisher_dist.state` for the keys.
 
-        In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must have
-        been called, on all ranks, since the last step. Under ZeRO, it is this rank's part, which DeepSpeed saves.
+        In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must
+        have been called, on all ranks, since the last step. Under ZeRO, it is this rank's part, which DeepSpeed saves.
 
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
         """
-        scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._shards)
+        scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._engine.shards)
         if scattered and self._consolidated is None:
             raise RuntimeError(
                 "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
@@ -225,11 +206,13 @@ class AdaFisher(Optimizer):
             )
         if not scattered or self._consolidated is None:
             result = super().state_dict()
-            return {**result, state.META: state.describe(self._shards)}
+            return {**result, state.META: state.describe(self._engine.shards)}
         own = self.state
         try:  # the base class packs whatever `state` holds
             consolidated = self._consolidated
-            self.state = type(own)(dict, {tensor: consolidated[id(tensor)] for tensor in own if id(tensor) in consolidated})
+            self.state = type(own)(
+                dict, {tensor: consolidated[id(tensor)] for tensor in own if id(tensor) in consolidated}
+            )
             result = super().state_dict()
         finally:
             self.state = own
@@ -246,7 +229,7 @@ class AdaFisher(Optimizer):
         keep = to is None or to == group.rank
         self._consolidated = {}
         self._elsewhere = None if keep else to
-        for shard in self._shards:
+        for shard in self._engine.shards:
             if shard.storage.replicated:
                 for index, tensor in enumerate(shard.storage.tensors):
                     whole = state.consolidate(shard, index, keep)
@@ -256,8 +239,8 @@ class AdaFisher(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; bit for bit where the layout is the same.
 
-        A whole state dict loads on any number of ranks of the replicated layout: each rank takes its own blocks. Settings
-        of the param groups are restored too, as in torch.optim. Nothing changes if an error is raised.
+        A whole state dict loads on any number of ranks of the replicated layout: each rank takes its own blocks.
+        Settings of the param groups are restored too, as in torch.optim. Nothing changes if an error is raised.
 
         Raises:
             ValueError: the state does not fit the parameters, or is one rank's part of another layout.
@@ -288,10 +271,10 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
         """
-        if self._process_group is not None or any(shard.storage.group.size > 1 for shard in self._shards):
+        if self._process_group is not None or any(shard.storage.group.size > 1 for shard in self._engine.shards):
             raise RuntimeError(
-                "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only a"
-                " part. Use consolidate_state_dict() and state_dict()."
+                "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
+                " a part. Use consolidate_state_dict() and state_dict()."
             )
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
@@ -309,16 +292,16 @@ class AdaFisher(Optimizer):
     # ---- beyond torch.optim ----
 
     def fisher_stats(self) -> dict[str, report.ParameterStats]:
-        """For each parameter that has had a gradient, by name: its blocks, Fisher updates, mean block size, ladder counts."""
-        return {name: stats for shard in self._shards for name, stats in report.fisher_stats(shard).items()}
+        """By name, for each parameter that had a gradient: blocks, Fisher updates, mean block size, ladder counts."""
+        return {name: stats for shard in self._engine.shards for name, stats in report.fisher_stats(shard).items()}
 
     def memory_usage(self) -> dict[str, dict[str, int]]:
-        """Bytes by kind ("fisher", "momentum", "factors", "buffers", "total") of this rank ("rank") and of all ("all")."""
-        return report.memory_usage(self._shards)
+        """Bytes of this rank ("rank") and of all ("all"): "fisher", "momentum", "factors", "buffers", "total"."""
+        return report.memory_usage(self._engine.shards)
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""
-        return sum(len(shard.storage.parameters) for shard in self._shards)
+        return sum(len(shard.storage.parameters) for shard in self._engine.shards)
 
     def reset_state(self) -> None:
         """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
@@ -341,127 +324,74 @@ class AdaFisher(Optimizer):
             if group is None or index == group:
                 param_group["lr"] = checked["lr"]
 
-    # ---- the parts of a step ----
+    # ---- which shards there are ----
 
     def _enlist(self, tensors: list[Tensor]) -> None:
-        """Build shards for tensors that have none yet."""
-        new = [tensor for tensor in tensors if id(tensor) not in self._where]
-        if new:
-            for shard in self._build(new, self.param_groups):
-                for index, tensor in enumerate(shard.storage.tensors):
-                    saved = self.state.get(tensor, {})  # a copy's or an unpickled optimizer's
-                    state.check(shard, index, saved, shard.storage.parameters[index].name)
-                    state.restore(shard, index, saved)
-                self._install(shard)
-                if comm.is_main_process():
-                    logger.info(report.summary(shard))
+        """Build shards for the tensors that have none yet."""
+        new = [tensor for tensor in tensors if tensor not in self._engine]
+        for shard in self._build(new, self.param_groups) if new else ():
+            # A copied or unpickled optimizer has a state, but no shard.
+            state.restore(shard, [self.state.get(tensor, {}) for tensor in shard.storage.tensors])
+            self._install(shard)
+            if comm.is_main_process():
+                logger.info(report.summary(shard))
+
+    def _install(self, shard: Shard) -> None:
+        self._engine.add(shard)
+        for index, tensor in enumerate(shard.storage.tensors):
+            self.state[tensor] = shard.state(index)
 
     def _build(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
         """Plan and allocate shards for tensors, with the settings of `groups` (which may be about to be loaded)."""
-        chosen = {id(tensor) for tensor in tensors}
-        found = [
-            (tensor, self._name(number, index), number)
-            for number, group in enumerate(self.param_groups)
-            for index, tensor in enumerate(group["params"])
-            if id(tensor) in chosen
-        ]
-        stored, names, numbers = [t for t, _, _ in found], [n for _, n, _ in found], [i for _, _, i in found]
-        given = [self._is_given(tensor) for tensor in stored]
-        number_of = dict(zip(map(id, stored), numbers, strict=True))
+        chosen = set(map(id, tensors))
+        numbers: dict[int, int] = {}  # id of a tensor → the number of its param group
+        names: list[str] = []
+        for number, group in enumerate(self.param_groups):
+            for index, tensor in enumerate(group["params"]):
+                if id(tensor) in chosen:
+                    numbers[id(tensor)] = number
+                    names.append(self._name(number, index))
+        given = [self._is_given(tensor) for tensor in tensors]
         shards = []
-        for storage in layouts.storages(self, stored, names, given, self._process_group):
-            mine = [number_of[id(tensor)] for tensor in storage.tensors]
+        for storage in layouts.storages(self, tensors, names, given, self._process_group):
+            mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
             structures = [structure(groups[number]) for number in order]
             shards.append(build(storage, [order.index(number) for number in mine], structures))
         return shards
 
-    @property
-    def _shards(self) -> list[Shard]:
-        return [way.shard for way in self._transfers]
-
-    def _install(self, shard: Shard) -> None:
-        self._transfers.append(transfer(shard))
-        for index, tensor in enumerate(shard.storage.tensors):
-            self._where[id(tensor)] = self._transfers[-1], index
-            self.state[tensor] = shard.state(index)
-
     def _stage(self, saved: Mapping[str, Any]) -> list[Shard]:
         """Shards that hold a saved state; the optimizer itself is not touched."""
-        part = saved.get(state.META, {}).get("part", "whole")
-        if part.startswith("none"):
-            raise ValueError(f"This state dict holds no state: it was consolidated on another rank ({part}). Load that one.")
+        part = state.part(saved)
         own = [tensor for group in self.param_groups for tensor in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         if len(own) != len(numbers) and part == "whole":
             return []  # torch's own check reports it
-        states = {
-            id(t): saved["state"][number] for t, number in zip(own, numbers, strict=False) if number in saved["state"]
-        }
-        merged = [
-            {**group, **loaded, "params": group["params"]}
-            for group, loaded in zip(self.param_groups, saved["param_groups"], strict=False)
-        ]
+        states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
+        if not states:
+            return []
+        merged = [{**now, **then} for now, then in zip(self.param_groups, saved["param_groups"], strict=False)]
         for group in merged:
             normalize(group)
-        shards = self._build([tensor for tensor in own if id(tensor) in states], merged) if states else []
-        here = state.describe(shards)["part"]
-        if shards and part != here:
-            raise ValueError(
-                f"The state dict is a part of a sharded state ({part}), and this rank needs {here}. Load it with the world"
-                " size and ZeRO stage that it was saved with."
-            )
+        shards = self._build([tensor for tensor in own if id(tensor) in states], merged)
+        state.check_part(part, shards)
         for shard in shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                state.check(shard, index, states[id(tensor)], shard.storage.parameters[index].name)
-        for shard in shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                state.restore(shard, index, states[id(tensor)])
+            state.restore(shard, [states[id(tensor)] for tensor in shard.storage.tensors])
         return shards
 
-    def _settings(self, shard: Shard, groups: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """The settings of each of the shard's param groups that has an active tensor (the others: empty)."""
-        result: list[dict[str, Any]] = [{} for _ in shard.structures]
-        for tensor, number in zip(shard.storage.tensors, shard.groups, strict=True):
-            if id(tensor) in groups and not result[number]:
-                group = groups[id(tensor)]
-                now, before = structure(group), shard.structures[number]
-                if now != before:
-                    names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
-                    raise RuntimeError(
-                        f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
-                        " shape. Call reset_state() first, or build a new optimizer."
-                    )
-                result[number] = group
-        return result
-
-    def _transfers_of(self, tensors: Iterable[int]) -> list[Transfer]:
-        wanted = {id(self._where[tensor][0]) for tensor in tensors}
-        return [way for way in self._transfers if id(way) in wanted]
-
-    def _refuse_sparse(self, with_gradient: Mapping[int, dict[str, Any]]) -> None:
-        for tensor_id in with_gradient:
-            way, index = self._where[tensor_id]
-            storage = way.shard.storage
-            gradient = storage.tensors[index].grad
-            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
-                kind = "complex" if gradient.is_complex() else "sparse"
-                raise RuntimeError(
-                    f"AdaFisher does not support {kind} gradients; {storage.parameters[index].name} has one."
-                    " For embeddings, use sparse=False."
-                )
-
-    def _skip(self) -> None:
+    def _count_skip(self) -> None:
         self.skipped_steps += 1
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if comm.is_main_process() and self.skipped_steps & (self.skipped_steps - 1) == 0:
+        if comm.is_main_process() and self.skipped_steps.bit_count() == 1:
             logger.warning(
-                "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far). No"
-                " parameter or state changed.", self.skipped_steps,
-            )  # fmt: skip
+                "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
+                " No parameter or state changed.",
+                self.skipped_steps,
+            )
 
     def _group(self) -> comm.Group:
-        return self._shards[0].storage.group if self._shards else comm.join(self._process_group)
+        shards = self._engine.shards
+        return shards[0].storage.group if shards else comm.join(self._process_group)
 
     def _is_given(self, tensor: Tensor) -> bool:
         reference = self._given.get(id(tensor))
@@ -475,18 +405,3 @@ class AdaFisher(Optimizer):
 def _known(overrides: dict[str, Any]) -> dict[str, Any]:
     check_names(overrides, [*DEFAULTS, "process_group"])
     return overrides
-
-
-def _advance(
-    shard: Shard, active: list[bool], settings: list[dict[str, Any]]
-) -> list[tuple[int, int] | None]:
-    """Count the step of the active tensors; each one's t and k, or None."""
-    counts: list[list[int]] = shard.counters.tolist()
-    times: list[tuple[int, int] | None] = []
-    for count, having, number in zip(counts, active, shard.groups, strict=True):
-        if having:
-            count[0] += 1
-            count[1] += updates_fisher(count[0], settings[number])
-        times.append((count[0], count[1]) if having else None)
-    shard.counters.copy_(torch.tensor(counts))
-    return times

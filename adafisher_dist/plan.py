@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from adafisher_dist.grid import Grid
 from adafisher_dist.span import Span
@@ -76,7 +76,7 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
         return index, max(spans[index].start, min(grid.start(block), spans[index].stop))
 
     ends = [boundary(part) for part in range(parts + 1)]
-    return tuple(_between(spans, low, high) for low, high in zip(ends, ends[1:], strict=False))
+    return tuple(_between(spans, low, high) for low, high in pairwise(ends))
 
 
 def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans:

@@ -1,7 +1,7 @@
 """One rank's share of the blocks of some parameters: where its elements come from, and its state.
 
-The rank's own elements stand in a row in the *arena*, in the order of the plan. The arena is cut into chunks, so that the
-updates of one can travel while the next is computed; within a chunk, blocks of one size are stacked in a `Batch`.
+The rank's own elements stand in a row in the *arena*, in the order of the plan. The arena is cut into chunks, so that
+the updates of one can travel while the next is computed; within a chunk, blocks of one size are stacked in a `Batch`.
 """
 
 from __future__ import annotations

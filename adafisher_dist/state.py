@@ -1,14 +1,14 @@
 """The optimizer's state as state dicts hold it: by stored tensor, checked before anything changes.
 
-For each tensor: `step`, `fisher_updates` (0-d int64), and for each block size B `momentum_B` (N, B), `fisher_B` (N, B, B)
-and, where factors are kept, `factor_B` (N, B, B) and `curvature_B` (N,), blocks in order; `momentum_diagonal` and
-`fisher_diagonal` (N, 1) past max_blocks.
+For each tensor: `step`, `fisher_updates` (0-d int64), and for each block size B `momentum_B` (N, B), `fisher_B`
+(N, B, B) and, where factors are kept, `factor_B` (N, B, B) and `curvature_B` (N,), blocks in order;
+`momentum_diagonal` and `fisher_diagonal` (N, 1) past max_blocks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,39 +66,68 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
     return shapes
 
 
-def check(shard: Shard, tensor: int, saved: Mapping[str, Any], name: str) -> None:
-    """Refuse a saved state that does not fit a tensor, before anything changes.
+def part(saved: Mapping[str, Any]) -> str:
+    """Which part of the state a state dict holds.
 
     Raises:
-        ValueError: names the parameter, the key, and both shapes.
+        ValueError: none: it was consolidated on another rank.
     """
+    result = str(saved.get(META, {}).get("part", "whole"))
+    if result.startswith("none"):
+        raise ValueError(f"This state dict holds no state: another rank consolidated it ({result}). Load that one.")
+    return result
+
+
+def check_part(saved: str, shards: list[Shard]) -> None:
+    """Refuse a part of another sharded state.
+
+    Raises:
+        ValueError: names both parts.
+    """
+    here = describe(shards)["part"]
+    if saved != here:
+        raise ValueError(
+            f"The state dict is a part of a sharded state ({saved}), and this rank needs {here}. Load it with the world"
+            " size and ZeRO stage that it was saved with."
+        )
+
+
+def restore(shard: Shard, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Copy saved states into a shard, one for each stored tensor; an empty one leaves its tensor as before any step.
+
+    Raises:
+        ValueError: one does not fit; nothing was copied.
+    """
+    for tensor, entry in enumerate(saved):
+        _check(shard, tensor, entry)
+    for tensor, entry in enumerate(saved):
+        if entry:
+            shard.counters[tensor] = torch.tensor([int(entry[key]) for key in COUNTERS])
+            for key, (view, first, _) in expected(shard, tensor).items():
+                if len(view):
+                    view.copy_(entry[key][first : first + len(view)])
+
+
+def _check(shard: Shard, tensor: int, saved: Mapping[str, Any]) -> None:
     if not saved:
         return
+    name = next((p.name for p in shard.storage.parameters if p.tensor == tensor), str(tensor))
     wanted = expected(shard, tensor)
     missing = sorted({*wanted, *COUNTERS} - set(saved))
     unknown = sorted(set(saved) - {*wanted, *COUNTERS})
     if missing or unknown:
         raise ValueError(
-            f"The saved optimizer state of {name} does not fit: missing {missing}, unexpected {unknown}. It was saved for"
-            " another shape, world size or block setting (block_size, block_grid, max_blocks), or by another optimizer."
+            f"The saved optimizer state of {name} does not fit: missing {missing}, unexpected {unknown}. It was saved"
+            " for another shape, world size or block setting (block_size, block_grid, max_blocks), or by another"
+            " optimizer."
         )
     for key, (view, _, rows) in wanted.items():
         shape = tuple(saved[key].shape)
-        if len(view) and shape[1:] != view.shape[1:] or shape[0] != rows:
+        if (len(view) and shape[1:] != view.shape[1:]) or shape[0] != rows:
             raise ValueError(
                 f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed are {rows} rows of"
                 f" {tuple(view.shape[1:])}. It was saved for another shape, world size or block setting."
             )
-
-
-def restore(shard: Shard, tensor: int, saved: Mapping[str, Any]) -> None:
-    """Copy a checked saved state into this rank's part; an empty one leaves the tensor as it was before its first step."""
-    if saved:
-        for column, key in enumerate(COUNTERS):
-            shard.counters[tensor, column] = int(saved[key])
-        for key, (view, first, _) in expected(shard, tensor).items():
-            if len(view):
-                view.copy_(saved[key][first : first + len(view)])
 
 
 def consolidate(shard: Shard, tensor: int, keep: bool) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ class Gathered:
         self.buffers = [torch.empty(size, dtype=shard.arena.dtype, device=shard.arena.device) for size in sizes]
 
     def collect(self, active: Sequence[bool]) -> Tensor:
+        """The owner reads its own elements."""
         _into_arena(self.shard, self.own, active)
         return _largest([self.shard.arena[: self.shard.length]])
 
@@ -65,6 +66,7 @@ class Gathered:
         """Nothing to do: the owner had them."""
 
     def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+        """Compute a chunk while the one before is gathered."""
         group, arena = self.shard.storage.group, self.shard.arena
         if group.size == 1:
             for number, chunk in enumerate(self.shard.chunks):
@@ -101,7 +103,7 @@ class Gathered:
 
 
 class Routed:
-    """Every element is stored on one rank. Blocks that a boundary between ranks cuts are exchanged, in one call each way."""
+    """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -114,6 +116,7 @@ class Routed:
         self.outgoing = shard.arena.new_zeros(sum(self.send_counts))
 
     def collect(self, active: Sequence[bool]) -> Tensor:
+        """Own elements go into the arena, those of cut blocks into one buffer for their owners."""
         _into_arena(self.shard, self.route.local, active)
         offset = 0
         for piece in self.route.send:
@@ -127,6 +130,7 @@ class Routed:
         return _largest([self.outgoing, *(_arena_part(self.shard, piece) for piece in self.route.local)])
 
     def to_owners(self) -> None:
+        """Exchange the elements of cut blocks."""
         if self.crossing:
             received = comm.exchange(self.shard.storage.group, self.outgoing, self.send_counts, self.receive_counts)
             offset = 0
@@ -135,6 +139,7 @@ class Routed:
                 offset += piece.numel
 
     def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+        """Compute all chunks, and send the updates of cut blocks the way that their gradients came."""
         for chunk in self.shard.chunks:
             compute(chunk)
         targets = [(piece, _arena_part(self.shard, piece)) for piece in self.route.local]
@@ -149,9 +154,7 @@ class Routed:
         apply(self.shard, targets, active, settings)
 
 
-def apply(
-    shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequence[bool], settings: Settings
-) -> None:
+def apply(shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequence[bool], settings: Settings) -> None:
     """θ ← θ − lr·λ·θ − lr·u for pieces of the stored tensors; 16-bit tensors are rounded once, at the end."""
     flats: dict[int, Tensor] = {}
     by_group: dict[int, tuple[list[Tensor], list[Tensor]]] = {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Odd(nn.Module):
-    """Shapes that cut in every way: rows that split, rows that join, one element alone, a convolution, an unused layer."""
+    """Shapes that cut in every way: rows that split, rows that join, one element alone, a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,9 @@ def model(dtype: torch.dtype = torch.float32) -> Odd:
     return Odd().to(dtype)
 
 
-def batch(step: int, rank: int, world: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def batch(
+    step: int, rank: int, world: int, size: int = 12, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """This rank's slice of the global batch of a step."""
     generator = torch.Generator().manual_seed(100 + step)
     x = torch.randn(size, 11, generator=generator)

@@ -12,7 +12,9 @@ from typing import Any
 _PRELOAD = ["torch", "torch.distributed", "numpy"]
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False
+) -> list[Any]:
     """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned.
 
     `fn` and its result must be picklable, so a function at the top of a test module that returns numbers, numpy arrays
@@ -24,7 +26,9 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
         processes, ends = [], []
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_main, args=(fn, rank, world, folder, deepspeed, theirs, args), daemon=True)
+            process = context.Process(
+                target=_main, args=(fn, rank, world, folder, deepspeed, theirs, args), daemon=True
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -59,7 +63,9 @@ def _collect(processes: list[Any], ends: list[Any], timeout: float) -> list[Any]
                 ok, value = False, f"died without a word, exit code {processes[rank].exitcode}"
             (results if ok else failures)[rank] = value
     if failures:
-        raise AssertionError("\n".join(f"--- rank {rank} of {len(ends)} ---\n{text}" for rank, text in sorted(failures.items())))
+        raise AssertionError(
+            "\n".join(f"--- rank {rank} of {len(ends)} ---\n{text}" for rank, text in sorted(failures.items()))
+        )
     if pending:
         raise AssertionError(f"hung for {timeout} s: ranks {sorted(pending.values())} of {len(ends)}")
     return [results[rank] for rank in range(len(ends))]

@@ -20,7 +20,9 @@ def python(script: str, **environment: str) -> str:
 
 def test_the_entry_point_is_installed() -> None:
     values = [entry.value for entry in entry_points(group="torch.backends")]
-    assert "adafisher_dist.autoload:register" in values, "run the tests in an environment that the package is installed in"
+    assert "adafisher_dist.autoload:register" in values, (
+        "run the tests in an environment that the package is installed in"
+    )
 
 
 def test_import_torch_is_enough_and_loads_nothing_of_ours() -> None:
@@ -47,13 +49,13 @@ def test_explicit_import_where_autoload_is_off() -> None:
 def test_a_registration_that_fails_does_not_break_torch() -> None:
     out = python(
         "import sys, types; import torch; from adafisher_dist import autoload;"
-        "sys.modules['torch.optim'] = types.MappingProxyType({}); autoload.register(); print(torch.ones(2).sum().item())"
+        "sys.modules['torch.optim'] = types.MappingProxyType({}); autoload.register(); print(torch.ones(2).sum())"
     )
-    assert "2.0" in out
+    assert "2." in out
 
 
 def test_registration_loads_only_two_small_modules() -> None:
-    # What the entry point adds to `import torch`, which takes seconds: our two modules, read in a process that has torch.
+    # What the entry point adds to `import torch`, which takes seconds.
     out = python(
         "import torch, sys, time\n"
         "for name in [m for m in sys.modules if m.startswith('adafisher')]: del sys.modules[name]\n"

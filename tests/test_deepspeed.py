@@ -64,7 +64,9 @@ def run_engine(rank: int, world: int, ds_config: dict, steps: int = 8, groups: b
     return weights(engine.module), stats, memory
 
 
-def run_alone(params: dict[str, Any] = PARAMS, steps: int = 8, groups: bool = False, clip: float = 0, accumulate: int = 1):
+def run_alone(
+    params: dict[str, Any] = PARAMS, steps: int = 8, groups: bool = False, clip: float = 0, accumulate: int = 1
+):
     module = model()
     optimizer = from_config(param_groups(module) if groups else module.parameters(), **params)
     for step in range(steps):

@@ -131,4 +131,7 @@ def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
         run([torch.ones(10, 10)] * 3, max_blocks=1)
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
-    assert "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 60.0 % of the elements on dense" in message
+    assert (
+        "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 60.0 % of the elements on dense"
+        in message
+    )

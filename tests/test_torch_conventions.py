@@ -14,6 +14,7 @@ from models import batch, distance, model, weights
 from torch import nn
 
 from adafisher_dist import AdaFisher
+from adafisher_dist.settings import DEFAULTS
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -40,11 +41,10 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def test_signature_is_the_documented_one() -> None:
-    expected = {
-        "lr": 1e-3, "momentum": 0.9, "nesterov": True, "fisher_decay": 0.95, "damping": 0.1, "eps": 1e-8, "block_size": 64,
-        "block_grid": "rows", "weight_decay": 0.01, "bias_correction": True, "max_blocks": None, "fisher_update_freq": 1,
-        "inverse_update_freq": 1, "exponent": 1.0, "grafting": "rms", "fisher_dtype": torch.float32, "process_group": None,
-    }  # fmt: skip
+    expected = {**DEFAULTS, "process_group": None}
+    assert list(expected.values()) == [
+        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32, None)
+    ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
     assert parameters[0].name == "params"
     assert {p.name: p.default for p in parameters[1:]} == expected
@@ -216,7 +216,9 @@ def test_reset_state() -> None:
     steps(module, optimizer, 0, 3)
     first = weights(module)
     optimizer.reset_state()
-    assert optimizer.num_parameters() == 0 and len(optimizer.state) == 0 and optimizer.memory_usage()["all"]["total"] == 0
+    assert (
+        optimizer.num_parameters() == 0 and len(optimizer.state) == 0 and optimizer.memory_usage()["all"]["total"] == 0
+    )
     module.load_state_dict(start)
     steps(module, optimizer, 0, 3)
     assert distance(weights(module), first) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -59,10 +60,12 @@ def storages(
     wrapper = _calling_wrapper(optimizer)
     name = type(wrapper).__name__
     if wrapper is None or name != _ZERO12:
-        layout = _NOT_YET.get(name) or f"a wrapper that AdaFisher does not know ({name if wrapper else 'not DeepSpeed'})"
+        layout = (
+            _NOT_YET.get(name) or f"a wrapper that AdaFisher does not know ({name if wrapper else 'not DeepSpeed'})"
+        )
         raise UnsupportedLayoutError(
-            f"The optimizer's parameters were replaced by {layout}, which is not supported yet. Supported are one process,"
-            " DDP, and DeepSpeed with ZeRO stage 0 in fp32 or stage 1 or 2 in fp32, bf16 or fp16"
+            f"The optimizer's parameters were replaced by {layout}, which is not supported yet. Supported are one"
+            " process, DDP, and DeepSpeed with ZeRO stage 0 in fp32 or stage 1 or 2 in fp32, bf16 or fp16"
             " (stage 1 in bf16 needs data_types.grad_accum_dtype to be bf16, or stage 2)."
         )
     return [zero12.storage(wrapper, tensor) for tensor in tensors]
@@ -85,10 +88,10 @@ def _calling_wrapper(optimizer: Optimizer) -> Any:
     DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper. Whoever calls `step`
     or `load_state_dict` is that wrapper, by construction.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if type(owner).__module__.startswith("deepspeed.") and getattr(owner, "optimizer", None) is optimizer:
             return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

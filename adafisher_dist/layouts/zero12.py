@@ -7,6 +7,7 @@ running DeepSpeed 0.19.8 (shared DEEPSPEED.md), pinned by tests/test_deepspeed.p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,9 @@ def storage(wrapper: Any, partition: Tensor) -> Storage:
     group = join(wrapper.real_dp_process_group[index])
     buffer, members = wrapper.bit16_groups_flat[index], wrapper.bit16_groups[index]
     _check_buffer(buffer, members, partition, group.size)
-    parameters = [Parameter(wrapper.param_names.get(p, f"{index}.{i}"), tuple(p.shape), 0) for i, p in enumerate(members)]
+    parameters = [
+        Parameter(wrapper.param_names.get(p, f"{index}.{i}"), tuple(p.shape), 0) for i, p in enumerate(members)
+    ]
     offsets = [(p.storage_offset() - buffer.storage_offset(), i) for i, p in enumerate(members)]
     placed: list[list[Placed]] = [[] for _ in range(group.size)]
     length = partition.numel()
@@ -65,7 +68,7 @@ def _check_buffer(buffer: Tensor, members: list[Tensor], partition: Tensor, worl
     start = buffer.untyped_storage().data_ptr()
     inside = all(p.untyped_storage().data_ptr() == start and p.is_contiguous() for p in members)
     ends = sorted((p.storage_offset(), p.storage_offset() + p.numel()) for p in members)
-    apart = all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+    apart = all(a[1] <= b[0] for a, b in pairwise(ends))
     if not inside or not apart or partition.numel() * world_size != buffer.numel():
         import deepspeed
 

@@ -1,0 +1,133 @@
+"""The order of a step: collect gradients → agree → route to owners → compute → route back and apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.agreement import agree
+from adafisher_dist.batch import updates_fisher
+from adafisher_dist.comm import Group
+from adafisher_dist.settings import structure
+from adafisher_dist.shard import Chunk, Shard, compute
+from adafisher_dist.transfer import Transfer, transfer
+
+Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
+
+
+class Engine:
+    """The shards of an optimizer's parameters. It knows nothing of torch.optim but the param groups' settings."""
+
+    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+        self._transfers: list[Transfer] = []
+        self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
+        for shard in shards:
+            self.add(shard)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._where
+
+    @property
+    def shards(self) -> list[Shard]:
+        """In the order in which their tensors first had a gradient."""
+        return [way.shard for way in self._transfers]
+
+    def add(self, shard: Shard) -> None:
+        """Take a shard's tensors in."""
+        self._transfers.append(transfer(shard))
+        self._where |= {id(tensor): (shard, index) for index, tensor in enumerate(shard.storage.tensors)}
+
+    def step(self, groups: Groups, group: Group) -> bool:
+        """Update the tensors that have a gradient, all of which are in a shard.
+
+        Args:
+            groups: those tensors' param groups.
+            group: the ranks that must agree, where this rank has no tensor with a gradient.
+
+        Returns:
+            False if the step was skipped on all ranks, for a gradient that is not finite or too large to square.
+
+        Raises:
+            RuntimeError: see `agreement.agree`; also for a sparse gradient or a changed structural setting.
+        """
+        wanted = {id(self._where[tensor][0]) for tensor in groups}
+        transfers = [way for way in self._transfers if id(way.shard) in wanted]
+        shards = [way.shard for way in transfers]
+        if shards:
+            group = shards[0].storage.group
+        elif group.size == 1:
+            return True
+        active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
+        settings: list[list[dict[str, Any]]] = []
+        largest: list[Tensor] = []
+        error: Exception | None = None
+        try:
+            settings = [_settings(shard, groups) for shard in shards]
+            _refuse_sparse(shards)
+            largest = [way.collect(having) for way, having in zip(transfers, active, strict=True)]
+        except Exception as caught:  # all ranks must hear of it before any stops
+            error = caught
+        if not agree(group, shards, active, largest, error):
+            return False
+        for way, having, hyper in zip(transfers, active, settings, strict=True):
+            way.to_owners()
+            times = _advance(way.shard, having, hyper)
+
+            def work(chunk: Chunk, times: Any = times, hyper: Any = hyper) -> None:
+                compute(chunk, times, hyper)
+
+            way.run(work, having, hyper)
+        return True
+
+
+def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:
+    """The settings of each of the shard's param groups that has a tensor with a gradient (of the others, none)."""
+    result: list[dict[str, Any]] = [{} for _ in shard.structures]
+    for tensor, number in zip(shard.storage.tensors, shard.groups, strict=True):
+        group = groups.get(id(tensor))
+        if group is None or group is result[number]:
+            continue
+        if result[number]:
+            raise RuntimeError(
+                "The param groups were rearranged after the first step: tensors that shared one are now in several."
+                " Call reset_state() first, or build a new optimizer."
+            )
+        now, before = structure(group), shard.structures[number]
+        if now != before:
+            names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
+            raise RuntimeError(
+                f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
+                " shape. Call reset_state() first, or build a new optimizer."
+            )
+        result[number] = group
+    return result
+
+
+def _refuse_sparse(shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        for index, tensor in enumerate(shard.storage.tensors):
+            gradient = tensor.grad
+            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
+                kind = "complex" if gradient.is_complex() else "sparse"
+                name = next(p.name for p in shard.storage.parameters if p.tensor == index)
+                raise RuntimeError(
+                    f"AdaFisher does not support {kind} gradients; {name} has one. For embeddings, use sparse=False."
+                )
+
+
+def _advance(
+    shard: Shard, active: Sequence[bool], settings: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, int] | None]:
+    """Count the step of the active tensors; each one's t and k, or None."""
+    counts: list[list[int]] = shard.counters.tolist()
+    times: list[tuple[int, int] | None] = []
+    for count, having, number in zip(counts, active, shard.groups, strict=True):
+        if having:
+            count[0] += 1
+            count[1] += updates_fisher(count[0], settings[number])
+        times.append((count[0], count[1]) if having else None)
+    shard.counters.copy_(torch.tensor(counts))
+    return times
