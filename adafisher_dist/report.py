@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adafisher_dist import fisher, plan
-from adafisher_dist.shard import Shard
+from adafisher_dist.shard import Shard, arena_numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _bytes(shard: Shard, rank: int) -> dict[str, int]:
                     sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
     wide = shard.arena.element_size()
     longest = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.pieces]
-    sums["buffers"] += (plan.count(shard.owned[rank]) + max(longest)) * wide
+    sums["buffers"] += arena_numel(shard.pieces, rank) * wide
     if shard.storage.replicated and group.size > 1:
         sums["buffers"] += min(2, len(longest)) * max(longest) * group.size * wide
     return sums

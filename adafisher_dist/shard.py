@@ -119,15 +119,21 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     parts = max(1, *(-(-plan.work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [plan.cut(spans, grids, parts) for spans in owned]
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
-    # A chunk is gathered as long as the longest rank's: room for the padding behind this rank's last one.
-    longest = max(plan.count(spans) for chunk in pieces for spans in chunk)
-    arena = torch.zeros(
-        plan.count(owned[rank]) + longest, dtype=structures[0].compute_dtype, device=storage.tensors[0].device
-    )
+    arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.tensors[0].device)
     tensors = [parameter.tensor for parameter in parameters]
     chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, tensors, groups, structures)
     counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
     return Shard(storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters)
+
+
+def arena_numel(pieces: Sequence[Sequence[plan.Spans]], rank: int) -> int:
+    """Elements of a rank's arena: its own, and padding, since each chunk is gathered as long as the longest rank's."""
+    stop = longest_stop = 0
+    for by_rank in pieces:
+        counts = [plan.count(spans) for spans in by_rank]
+        longest_stop = max(longest_stop, stop + max(counts))
+        stop += counts[rank]
+    return longest_stop
 
 
 def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Sequence[Mapping[str, Any]]) -> None:

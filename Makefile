@@ -1,0 +1,42 @@
+# Everything runs from .venv, which the first target that needs it creates. Start with `make demo` or `make test`.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PYTEST ?=
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help venv demo test test-all lint format type clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv: $(STAMP)  ## create .venv with the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt launch/venv.sh
+	@launch/venv.sh
+	@touch $@
+
+demo: $(STAMP)  ## train AdaFisher beside AdamW on 2 CPU ranks or all GPUs, about two minutes
+	@$(BIN)/python launch/demo.py
+
+test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: $(STAMP)  ## all tests
+	@$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP)  ## ruff and the layers of DESIGN.md
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+type: $(STAMP)  ## mypy
+	@$(BIN)/mypy
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,73 @@
+"""`make demo`: AdaFisher beside AdamW on the same model, text and batches, on 2 CPU ranks, or on all GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from report import draw_curves, table
+from rich.console import Console
+from typer import Option
+
+HERE = Path(__file__).resolve().parent
+OPTIMIZERS = ("adafisher", "adamw")
+SEQUENCES = 32  # a step
+
+
+def main(
+    steps: Annotated[int, Option(min=1)] = 200,
+    config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = HERE.parent / "configs" / "zero2.json",
+    out: Annotated[Path, Option(help="Folder of both runs; earlier ones there are replaced.")] = Path("runs/demo"),
+) -> None:
+    """Train with AdaFisher, then with AdamW, each at its own good learning rate, and show both."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world_size = gpus or 2
+    options = ["--steps", str(steps), "--config", str(config), "--global-batch", str(_multiple(SEQUENCES, world_size))]
+    where = f"{gpus} GPU(s)" if gpus else "2 CPU ranks"
+    console.print(f"Two runs of {steps} steps on {where}, {config.name}; on 2 CPU cores, about two minutes.")
+    began = time.monotonic()
+    for optimizer in OPTIMIZERS:
+        command = ["--optimizer", optimizer, "--out", str(out / optimizer), "--overwrite", *options]
+        if code := _torchrun(world_size, command, out / f"{optimizer}.err"):
+            console.print(f"[bold red]{optimizer} failed[/] (exit code {code}); its messages:", highlight=False)
+            print((out / f"{optimizer}.err").read_text()[-20000:])
+            sys.exit(1)
+    summaries = [json.loads((out / name / "summary.json").read_text()) for name in OPTIMIZERS]
+    draw_curves(
+        {
+            summary["optimizer"]["type"]: out / name / "log.csv"
+            for name, summary in zip(OPTIMIZERS, summaries, strict=True)
+        },
+        out / "loss.png",
+    )
+    model = "Byte-level transformer, {parameters:,} parameters, {tokens_a_step:,} bytes a step".format(**summaries[0])
+    console.print(f"{model}; loss in nats a byte", highlight=False)
+    console.print(table(summaries))
+    end = f"Curves: {out / 'loss.png'} ({time.monotonic() - began:.0f} s in all)"
+    console.print(end, soft_wrap=True, highlight=False)
+
+
+def _torchrun(world_size: int, arguments: list[str], errors: Path) -> int:
+    """Run launch/train.py on `world_size` ranks of this machine; progress to the console, the rest to a file."""
+    errors.parent.mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with errors.open("w") as file:
+        command = [*launcher, str(HERE / "train.py"), *arguments]
+        return subprocess.run(command, stderr=file, env=environment, check=False).returncode
+
+
+def _multiple(at_least: int, of: int) -> int:
+    return -(-at_least // of) * of
+
+
+if __name__ == "__main__":
+    typer.run(main)
