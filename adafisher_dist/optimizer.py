@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
@@ -97,6 +96,7 @@ class AdaFisher(Optimizer):
         defaults = {name: arguments[name] for name in DEFAULTS}
         normalize(defaults)
         self._process_group = process_group
+        self._registry = layouts.Registry()
         self._reset()
         super().__init__(params, defaults)
         layouts.allow_under_zero(type(self))
@@ -115,7 +115,6 @@ class AdaFisher(Optimizer):
         self._engine = Engine()
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
-        self._given: dict[int, weakref.ref[Tensor]] = getattr(self, "_given", {})
         self.skipped_steps = 0
         """Steps that were skipped for a gradient that was not finite or too large."""
 
@@ -148,7 +147,7 @@ class AdaFisher(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._given |= {id(tensor): weakref.ref(tensor) for tensor in group["params"]}
+        self._register(len(self.param_groups) - 1)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -283,11 +282,12 @@ class AdaFisher(Optimizer):
         skipped = saved.get("skipped_steps")
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
             self._process_group = None
-            self._given = {}
             self._reset()
         super().__setstate__(saved)
         if skipped is not None:
-            self._given = {id(t): weakref.ref(t) for group in self.param_groups for t in group["params"]}
+            self._registry = layouts.Registry()
+            for number in range(len(self.param_groups)):
+                self._register(number)
 
     # ---- beyond torch.optim ----
 
@@ -345,15 +345,10 @@ class AdaFisher(Optimizer):
         """Plan and allocate shards for tensors, with the settings of `groups` (which may be about to be loaded)."""
         chosen = set(map(id, tensors))
         numbers: dict[int, int] = {}  # id of a tensor → the number of its param group
-        names: list[str] = []
         for number, group in enumerate(self.param_groups):
-            for index, tensor in enumerate(group["params"]):
-                if id(tensor) in chosen:
-                    numbers[id(tensor)] = number
-                    names.append(self._name(number, index))
-        given = [self._is_given(tensor) for tensor in tensors]
+            numbers |= {id(tensor): number for tensor in group["params"] if id(tensor) in chosen}
         shards = []
-        for storage in layouts.storages(self, tensors, names, given, self._process_group):
+        for storage in layouts.storages(self, tensors, self._registry, self._process_group):
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
             structures = [structure(groups[number]) for number in order]
@@ -393,9 +388,9 @@ class AdaFisher(Optimizer):
         shards = self._engine.shards
         return shards[0].storage.group if shards else comm.join(self._process_group)
 
-    def _is_given(self, tensor: Tensor) -> bool:
-        reference = self._given.get(id(tensor))
-        return reference is not None and reference() is tensor
+    def _register(self, group: int) -> None:
+        for index, tensor in enumerate(self.param_groups[group]["params"]):
+            self._registry.add(tensor, self._name(group, index))
 
     def _name(self, group: int, index: int) -> str:
         names = self.param_groups[group].get("param_names")

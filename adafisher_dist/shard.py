@@ -19,7 +19,7 @@ from adafisher_dist import batch as stacked
 from adafisher_dist import plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.grid import Grid, Strip, make_grid
-from adafisher_dist.layouts import Storage
+from adafisher_dist.layouts import Parameter, Storage
 from adafisher_dist.settings import Structure
 
 # Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
@@ -120,8 +120,7 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     by_rank = [plan.cut(spans, grids, parts) for spans in owned]
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
     arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.tensors[0].device)
-    tensors = [parameter.tensor for parameter in parameters]
-    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, tensors, groups, structures)
+    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures)
     counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
     return Shard(storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters)
 
@@ -175,10 +174,12 @@ _Key = tuple[int, int, bool]  # group, size, dense
 
 
 def _stack(
-    arena: Tensor, chunks: Sequence[plan.Spans], grids: Sequence[Grid], tensors: Sequence[int],
+    arena: Tensor, chunks: Sequence[plan.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
     groups: Sequence[int], structures: Sequence[Structure],
 ) -> tuple[list[Chunk], list[Batch], list[list[Segment]]]:  # fmt: skip
     """Sort the strips of the chunks into batches, allocate those, and pair their elements with the arena's."""
+    tensors = [parameter.tensor for parameter in parameters]
+    positions = [parameter.given.position for parameter in parameters]
     planned: list[dict[_Key, list[_Planned]]] = []
     rows: dict[_Key, int] = {}
     offset = 0
@@ -192,10 +193,9 @@ def _stack(
                 planned[-1].setdefault(key, []).append(entry)
                 rows[key] = begin + strip.rows
             offset += len(span)
-    base = _first_numbers(grids, [groups[tensor] for tensor in tensors])
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _turns(entries[key], base, key[2]), count, arena.device)
+        key: allocate(*key, structures[key[0]], _turns(entries[key], positions, key[2]), count, arena.device)
         for key, count in rows.items()
     }
     result, start = [], 0
@@ -207,25 +207,15 @@ def _stack(
     return result, list(batches.values()), by_parameter
 
 
-def _first_numbers(grids: Sequence[Grid], groups: Sequence[int]) -> list[int]:
-    """For each parameter, the number of blocks of the parameters before it in its group."""
-    result: list[int] = []
-    upto: dict[int, int] = {}
-    for grid, group in zip(grids, groups, strict=True):
-        result.append(upto.get(group, 0))
-        upto[group] = result[-1] + grid.num_blocks
-    return result
-
-
-def _turns(entries: list[_Planned], base: Sequence[int], dense: bool) -> Numbers:
-    """The number q of each row's block: its index on the parameter's grid, after the earlier parameters' blocks."""
+def _turns(entries: list[_Planned], positions: Sequence[int], dense: bool) -> Numbers:
+    """The number q of each row's block: its index on the parameter's grid plus the parameter's position."""
     if not dense:
         return np.zeros(0, dtype=np.int64)
     numbers = []
     for entry in entries:
         strip = entry.strip
         periods = np.arange(strip.periods)[:, None] * strip.blocks_per_period
-        numbers.append((base[entry.parameter] + strip.block + periods + np.arange(strip.count)).ravel())
+        numbers.append((positions[entry.parameter] + strip.block + periods + np.arange(strip.count)).ravel())
     return np.concatenate(numbers).astype(np.int64)
 
 

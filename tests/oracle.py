@@ -66,7 +66,7 @@ class Block:
 
     start: int
     stop: int
-    number: int  # q: counted over all parameters
+    number: int  # q: its index, plus the position of its parameter
     dense: bool
     fisher: np.ndarray
     inverse: np.ndarray | None = None  # A^(−p), as it was at the last refresh
@@ -103,8 +103,7 @@ class Oracle:
         self.states: list[State] = []
         self.skipped = 0
         self.largest = float(np.finfo(arithmetic).max)  # of the implementation that this stands behind
-        count = 0
-        for item in params:
+        for position, item in enumerate(params):
             theta, own = item if isinstance(item, tuple) else (item, {})
             assert {**hyper, **own}.keys() <= DEFAULTS.keys(), (hyper, own)
             setting = {**DEFAULTS, **hyper, **own}
@@ -112,8 +111,7 @@ class Oracle:
             for start, stop in block_ranges(np.shape(theta), setting["block_size"], setting["block_grid"]):
                 r, index = stop - start, len(blocks)
                 dense = setting["max_blocks"] is None or index < setting["max_blocks"]
-                blocks.append(Block(start, stop, count + index, dense, np.zeros((r, r) if dense else r)))
-            count += len(blocks)
+                blocks.append(Block(start, stop, position + index, dense, np.zeros((r, r) if dense else r)))
             self.params.append(np.array(theta, dtype=np.float64))
             self.settings.append(setting)
             self.states.append(State(np.zeros(np.size(theta)), blocks))

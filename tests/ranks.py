@@ -9,7 +9,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "numpy"]
+# What each rank would otherwise import anew, three seconds of it in passing: torch._dynamo by any first optimizer, Muon by
+# DeepSpeed's check of ours.
+_PRELOAD = ["torch.distributed", "torch._dynamo", "numpy", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 def run_ranks(

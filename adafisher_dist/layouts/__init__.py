@@ -12,13 +12,13 @@ from torch import Tensor
 from adafisher_dist.comm import join
 from adafisher_dist.layouts import replicated, zero12
 from adafisher_dist.layouts.replicated import check_parameter
-from adafisher_dist.layouts.storage import Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-__all__ = ["Parameter", "Storage", "UnsupportedLayoutError", "allow_under_zero", "check_parameter", "storages"]
+__all__ = ["Parameter", "Registry", "Storage", "UnsupportedLayoutError", "allow_under_zero", "check_parameter", "storages"]
 
 _ZERO12 = "DeepSpeedZeroOptimizer"
 _NOT_YET = {
@@ -31,8 +31,7 @@ _NOT_YET = {
 def storages(
     optimizer: Optimizer,
     tensors: Sequence[Tensor],
-    names: Sequence[str],
-    given: Sequence[bool],
+    registry: Registry,
     process_group: ProcessGroup | None,
 ) -> list[Storage]:
     """What is stored where, for tensors that stand in the optimizer's param groups.
@@ -40,23 +39,21 @@ def storages(
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
         tensors: the tensors.
-        names: their names, used where the layout does not know better.
-        given: for each, whether the user gave it to the optimizer, as opposed to a wrapper that put it in later.
+        registry: which parameters the user gave to the optimizer, as opposed to what a wrapper put in their place.
         process_group: the user's, for the replicated layout.
 
     Raises:
         UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use instead.
     """
-    if all(given):
-        by_device: dict[Any, list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            check_parameter(tensor, names[index])
-            by_device.setdefault(tensor.device, []).append(index)
+    given = [registry.find(tensor) for tensor in tensors]
+    if None not in given:
+        by_device: dict[Any, list[tuple[Tensor, Given]]] = {}
+        for tensor, origin in zip(tensors, given, strict=True):
+            assert origin is not None
+            check_parameter(tensor, origin.name)
+            by_device.setdefault(tensor.device, []).append((tensor, origin))
         group = join(process_group)
-        return [
-            replicated.storage([tensors[i] for i in indices], [names[i] for i in indices], group)
-            for indices in by_device.values()
-        ]
+        return [replicated.storage(members, group) for members in by_device.values()]
     wrapper = _calling_wrapper(optimizer)
     name = type(wrapper).__name__
     if wrapper is None or name != _ZERO12:
@@ -68,7 +65,7 @@ def storages(
             " process, DDP, and DeepSpeed with ZeRO stage 0 in fp32 or stage 1 or 2 in fp32, bf16 or fp16"
             " (stage 1 in bf16 needs data_types.grad_accum_dtype to be bf16, or stage 2)."
         )
-    return [zero12.storage(wrapper, tensor) for tensor in tensors]
+    return [zero12.storage(wrapper, tensor, registry) for tensor in tensors]
 
 
 def allow_under_zero(optimizer_class: type) -> None:

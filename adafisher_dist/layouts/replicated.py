@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from adafisher_dist.comm import Group
-from adafisher_dist.layouts.storage import Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import Given, Parameter, Storage, UnsupportedLayoutError
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
 
@@ -33,18 +33,16 @@ def check_parameter(tensor: Tensor, name: str) -> None:
         raise UnsupportedLayoutError(f"{name} belongs to a DeepSpeed MoE expert; expert parallelism is not supported.")
 
 
-def storage(tensors: Sequence[Tensor], names: Sequence[str], group: Group) -> Storage:
+def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
     """Each tensor is one whole parameter, the same on every rank."""
+    tensors = [tensor for tensor, _ in members]
     spans = [Span(index, tensor.numel(), 0, tensor.numel()) for index, tensor in enumerate(tensors)]
     placed = tuple(Placed(span, index, 0) for index, span in enumerate(spans) if len(span))
     return Storage(
         layout="replicated" if group.size > 1 else "one process",
         group=group,
         tensors=tensors,
-        parameters=[
-            Parameter(name, tuple(tensor.shape), index)
-            for index, (tensor, name) in enumerate(zip(tensors, names, strict=True))
-        ],
+        parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
         placed=[placed] * group.size,
         replicated=True,
     )

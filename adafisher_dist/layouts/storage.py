@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,41 @@ class UnsupportedLayoutError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
-    """A model parameter: its name, its whole shape, and the number of the stored tensor that holds it."""
+class Given:
+    """A parameter as the optimizer was given it: its name, and its position among all of them."""
 
     name: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A model parameter: how it was given, its whole shape, and the number of the stored tensor that holds it."""
+
+    given: Given
     shape: tuple[int, ...]
     tensor: int
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.given.name
+
+
+class Registry:
+    """The parameters that the optimizer was given, in order, whatever a wrapper puts in their place later."""
+
+    def __init__(self) -> None:
+        self._given: dict[int, tuple[weakref.ref[Tensor], Given]] = {}
+
+    def add(self, tensor: Tensor, name: str) -> None:
+        """Register the next parameter."""
+        self._given[id(tensor)] = weakref.ref(tensor), Given(name, len(self._given))
+
+    def find(self, tensor: Tensor) -> Given | None:
+        """How a parameter was given; None where it was not."""
+        reference, given = self._given.get(id(tensor), (None, None))
+        return given if reference is not None and reference() is tensor else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,17 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from adafisher_dist.comm import join
-from adafisher_dist.layouts.storage import Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
 
 
-def storage(wrapper: Any, partition: Tensor) -> Storage:
+def storage(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
     """What the ranks store of the param group whose partition on this rank is `partition`.
 
     Args:
         wrapper: DeepSpeed's DeepSpeedZeroOptimizer.
         partition: one of its `single_partition_of_fp32_groups`; (k,) fp32.
+        registry: the parameters that the optimizer was given.
 
     Raises:
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
@@ -33,9 +34,7 @@ def storage(wrapper: Any, partition: Tensor) -> Storage:
     group = join(wrapper.real_dp_process_group[index])
     buffer, members = wrapper.bit16_groups_flat[index], wrapper.bit16_groups[index]
     _check_buffer(buffer, members, partition, group.size)
-    parameters = [
-        Parameter(wrapper.param_names.get(p, f"{index}.{i}"), tuple(p.shape), 0) for i, p in enumerate(members)
-    ]
+    parameters = [Parameter(_origin(wrapper, p, registry), tuple(p.shape), 0) for p in members]
     offsets = [(p.storage_offset() - buffer.storage_offset(), i) for i, p in enumerate(members)]
     placed: list[list[Placed]] = [[] for _ in range(group.size)]
     length = partition.numel()
@@ -46,6 +45,17 @@ def storage(wrapper: Any, partition: Tensor) -> Storage:
             placed[rank].append(Placed(Span(number, numel, start, stop), 0, offset + start - rank * length))
     stage = 2 if wrapper.partition_gradients else 1
     return Storage(f"ZeRO-{stage}", group, [partition], parameters, placed, replicated=False)
+
+
+def _origin(wrapper: Any, parameter: Tensor, registry: Registry) -> Given:
+    """How a model parameter was given, with DeepSpeed's name for it: its own engine passes parameters without names."""
+    given = registry.find(parameter)
+    if given is None:
+        raise UnsupportedLayoutError(
+            f"{type(wrapper).__name__} holds a parameter of shape {tuple(parameter.shape)} that was not given to"
+            " AdaFisher. Pass the same parameters to both."
+        )
+    return Given(wrapper.param_names.get(parameter, given.name), given.position)
 
 
 def _refuse_unsupported_modes(wrapper: Any) -> None:
