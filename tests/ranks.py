@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# What each rank would otherwise import anew, three seconds of it in passing: torch._dynamo by any first optimizer, Muon by
+# What each rank would otherwise import anew, for three seconds in passing: torch._dynamo by a first optimizer, Muon by
 # DeepSpeed's check of ours.
 _PRELOAD = ["torch.distributed", "torch._dynamo", "numpy", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
