@@ -9,8 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# What each rank would otherwise import anew, for three seconds in passing: torch._dynamo by a first optimizer, Muon by
-# DeepSpeed's check of ours.
+# What each rank would import anew, which takes seconds: torch._dynamo by a first optimizer, Muon by DeepSpeed.
 _PRELOAD = ["torch.distributed", "torch._dynamo", "numpy", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 

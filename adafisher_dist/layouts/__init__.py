@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-__all__ = ["Parameter", "Registry", "Storage", "UnsupportedLayoutError", "allow_under_zero", "check_parameter", "storages"]
+__all__ = [
+    "Parameter",
+    "Registry",
+    "Storage",
+    "UnsupportedLayoutError",
+    "allow_under_zero",
+    "check_parameter",
+    "storages",
+]
 
 _ZERO12 = "DeepSpeedZeroOptimizer"
 _NOT_YET = {
