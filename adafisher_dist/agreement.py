@@ -1,4 +1,4 @@
-"""What the ranks agree on before any of them changes state: one small all-reduce a step.
+"""What the ranks agree on, in one small all-reduce before any of them changes state and one at the end of the step.
 
 A rank that raised alone would leave the others waiting in the next collective; so an error of one rank, like a gradient
 that is not finite, first becomes known to all.
@@ -40,18 +40,12 @@ def agree(
         *((0, 0) if error is not None else _checksums(shards, active)),
     ]
     both = list(chain.from_iterable((value, -value) for value in fingerprints))
-    failed = group.rank - group.size if error is not None else 0
     device = largest[0].device if largest else torch.device("cpu")
     finite = [(norm <= _limit(shard)).long().to(device) for norm, shard in zip(largest, shards, strict=False)]
     flag = torch.stack(finite).amin() if finite else torch.ones((), dtype=torch.int64, device=device)
-    values = torch.cat([flag.reshape(1), torch.tensor([failed, *both], device=device)])
+    values = torch.cat([flag.reshape(1), torch.tensor([_failed(error), *both], device=device)])
     finite_everywhere, failure, *agreed = comm.minimum(group, values).tolist()
-    if error is not None:
-        raise error
-    if failure:
-        raise RuntimeError(
-            f"AdaFisher stops on all ranks, since rank {failure + group.size} failed; its log tells why."
-        )
+    _raise(error, failure, "before anything changed")
     same = [low == -high for low, high in zip(agreed[::2], agreed[1::2], strict=True)]
     for equal, message in zip(same, _DIFFERENCES, strict=True):
         if not equal:
@@ -59,6 +53,33 @@ def agree(
     for shard in shards:
         shard.checked = True
     return bool(finite_everywhere)
+
+
+def settle(group: Group, error: Exception | None) -> None:
+    """Let all ranks know whether each of them did its own work.
+
+    Raises:
+        RuntimeError: on all ranks alike: one of them failed, so the step is incomplete.
+        Exception: `error` itself, on the rank that passed it.
+    """
+    failure = _failed(error)
+    if group.together > 1:
+        failure = int(comm.minimum(group, torch.tensor([failure])).item())
+    _raise(error, failure, "in the middle of a step")
+
+
+def _failed(error: Exception | None) -> int:
+    """0, or a negative number that tells which rank failed."""
+    return 0 if error is None else -1 - comm.own_rank()
+
+
+def _raise(error: Exception | None, failure: int, when: str) -> None:
+    if error is not None:
+        raise error
+    if failure:
+        raise RuntimeError(
+            f"AdaFisher stops on all ranks, since rank {-1 - failure} failed {when}; its error tells why."
+        )
 
 
 _DIFFERENCES = (

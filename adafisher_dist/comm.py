@@ -25,6 +25,12 @@ class Group:
     rank: int
     size: int
     devices: str = ""  # the device types that the backend can send from, as torch writes them: "cpu:gloo,cuda:nccl"
+    replicas: Group | None = None  # the ranks that hold the same blocks as this one, in other copies of the group
+
+    @property
+    def together(self) -> int:
+        """How many ranks take each step together."""
+        return self.size * (self.replicas.size if self.replicas is not None else 1)
 
     def wire(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or a copy on a device that the group's backend can send from."""
@@ -33,8 +39,12 @@ class Group:
         return tensor.to(torch.accelerator.current_accelerator() or "cpu")
 
 
-def join(process_group: dist.ProcessGroup | None) -> Group:
+def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None) -> Group:
     """The given process group, by default all ranks, or one process alone.
+
+    Args:
+        process_group: the ranks that share the blocks; all of them where None.
+        replicas: the ranks that hold the same blocks as this one.
 
     Raises:
         ValueError: this process is not a member.
@@ -45,21 +55,20 @@ def join(process_group: dist.ProcessGroup | None) -> Group:
     rank, size = dist.get_rank(handle), dist.get_world_size(handle)
     if rank < 0:
         raise ValueError("process_group: this rank is not a member of the process group given to AdaFisher.")
-    return Group(handle, rank, size, dist.get_backend_config(handle))
+    return Group(handle, rank, size, dist.get_backend_config(handle), replicas)
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that logs."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def own_rank() -> int:
+    """This process's rank among all; 0 for one process alone. Rank 0 is the one that logs."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def minimum(group: Group, values: Tensor) -> Tensor:
-    """The elementwise minimum over ranks."""
-    if group.size == 1:
-        return values
-    wire = group.wire(values).clone()
-    dist.all_reduce(wire, dist.ReduceOp.MIN, group.handle)
-    return wire
+    """The elementwise minimum over the ranks of the group and of its replicas."""
+    if group.size > 1:
+        values = group.wire(values).clone()
+        dist.all_reduce(values, dist.ReduceOp.MIN, group.handle)
+    return values if group.replicas is None else minimum(group.replicas, values)
 
 
 def gather(group: Group, mine: Tensor, out: Tensor) -> Callable[[], None]:
@@ -78,15 +87,17 @@ def gather(group: Group, mine: Tensor, out: Tensor) -> Callable[[], None]:
     return wait
 
 
-def exchange(group: Group, send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-    """Send consecutive stretches of a 1-d tensor to the ranks, one each, and return what the ranks sent here.
+def exchange(
+    group: Group, send: Tensor, send_counts: Sequence[int], receive: Tensor, receive_counts: Sequence[int]
+) -> None:
+    """Send consecutive stretches of a 1-d tensor to the ranks, one each, and receive what the ranks sent here.
 
     All ranks take part or none: whether anything is sent at all must be known alike on all of them.
     """
-    wire = group.wire(send)
-    out = wire.new_empty(sum(receive_counts))
-    dist.all_to_all_single(out, wire, list(receive_counts), list(send_counts), group.handle)
-    return out.to(send.device)
+    wire, wire_receive = group.wire(send), group.wire(receive)
+    dist.all_to_all_single(wire_receive, wire, list(receive_counts), list(send_counts), group.handle)
+    if wire_receive is not receive:
+        receive.copy_(wire_receive)
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:

@@ -1,18 +1,21 @@
-"""The order of a step: collect gradients → agree → route to owners → compute → route back and apply."""
+"""The order of a step: collect gradients → agree → route to owners → compute → route back and apply → settle."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adafisher_dist.agreement import agree
+from adafisher_dist.agreement import agree, settle
 from adafisher_dist.batch import updates_fisher
 from adafisher_dist.comm import Group
+from adafisher_dist.faults import Faults
+from adafisher_dist.layouts import UnsupportedLayoutError
 from adafisher_dist.settings import structure
-from adafisher_dist.shard import Chunk, Shard, compute
+from adafisher_dist.shard import Shard, compute
 from adafisher_dist.transfer import Transfer, transfer
 
 Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
@@ -24,6 +27,7 @@ class Engine:
     def __init__(self, shards: Iterable[Shard] = ()) -> None:
         self._transfers: list[Transfer] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
+        self._broken = False
         for shard in shards:
             self.add(shard)
 
@@ -40,47 +44,76 @@ class Engine:
         self._transfers.append(transfer(shard))
         self._where |= {id(tensor): (shard, index) for index, tensor in enumerate(shard.storage.tensors)}
 
-    def step(self, groups: Groups, group: Group) -> bool:
-        """Update the tensors that have a gradient, all of which are in a shard.
+    def check(self) -> None:
+        """Refuse to go on with a state that a failed step left incomplete.
+
+        Raises:
+            RuntimeError: on all ranks alike, since all of them know of the failure.
+        """
+        if self._broken:
+            raise RuntimeError(
+                "AdaFisher's state and the parameters are incomplete, since a step failed half-way. Load the last"
+                " checkpoint into model and optimizer (or call reset_state() after restoring the model)."
+            )
+
+    def step(self, groups: Groups, group: Group, faults: Faults) -> bool:
+        """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
 
         Args:
             groups: those tensors' param groups.
             group: the ranks that must agree, where this rank has no tensor with a gradient.
+            faults: of this rank, so far.
 
         Returns:
             False if the step was skipped on all ranks, for a gradient that is not finite or too large to square.
 
         Raises:
-            RuntimeError: see `agreement.agree`; also for a sparse gradient or a changed structural setting.
+            RuntimeError: see `agreement.agree` and `settle`; also for a sparse gradient, a changed structural setting,
+                or after a step that failed half-way.
         """
-        wanted = {id(self._where[tensor][0]) for tensor in groups}
+        self.check()
+        wanted = {id(self._where[tensor][0]) for tensor in groups if tensor in self._where}
         transfers = [way for way in self._transfers if id(way.shard) in wanted]
         shards = [way.shard for way in transfers]
         if shards:
             group = shards[0].storage.group
-        elif group.size == 1:
+            _check_groups(shards)
+        elif group.together == 1 and faults.error is None:
             return True
         active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
         settings: list[list[dict[str, Any]]] = []
         largest: list[Tensor] = []
-        error: Exception | None = None
-        try:
-            settings = [_settings(shard, groups) for shard in shards]
+
+        def collect() -> None:
+            settings.extend(_settings(shard, groups) for shard in shards)
             _refuse_sparse(shards)
-            largest = [way.collect(having) for way, having in zip(transfers, active, strict=True)]
-        except Exception as caught:  # all ranks must hear of it before any stops
-            error = caught
-        if not agree(group, shards, active, largest, error):
+            largest.extend(way.collect(having) for way, having in zip(transfers, active, strict=True))
+
+        faults.attempt(collect)
+        if not agree(group, shards, active, largest, faults.error):
             return False
+        self._broken = True  # until all ranks have done their part
         for way, having, hyper in zip(transfers, active, settings, strict=True):
-            way.to_owners()
+            way.to_owners(faults)
             times = _advance(way.shard, having, hyper)
-
-            def work(chunk: Chunk, times: Any = times, hyper: Any = hyper) -> None:
-                compute(chunk, times, hyper)
-
-            way.run(work, having, hyper)
+            way.run(partial(compute, times=times, settings=hyper), having, hyper, faults)
+        settle(group, faults.error)
+        self._broken = False
         return True
+
+
+def _check_groups(shards: Sequence[Shard]) -> None:
+    """Refuse shards that are not spread over the same number of ranks, since a step is one for all of them.
+
+    Raises:
+        UnsupportedLayoutError: names the layouts.
+    """
+    sizes = {f"{shard.storage.layout} on {shard.storage.group.together} ranks" for shard in shards}
+    if len({shard.storage.group.together for shard in shards}) > 1:
+        raise UnsupportedLayoutError(
+            f"The parameters of one optimizer are spread over different numbers of ranks ({', '.join(sorted(sizes))})."
+            " Use an optimizer for each, with its process_group."
+        )
 
 
 def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:
@@ -108,8 +141,8 @@ def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:
 
 def _refuse_sparse(shards: Sequence[Shard]) -> None:
     for shard in shards:
-        for index, tensor in enumerate(shard.storage.tensors):
-            gradient = tensor.grad
+        for index in range(len(shard.storage.tensors)):
+            gradient = shard.storage.gradient(index)
             if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
                 kind = "complex" if gradient.is_complex() else "sparse"
                 name = next(p.name for p in shard.storage.parameters if p.tensor == index)

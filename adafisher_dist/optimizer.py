@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 
 from adafisher_dist import comm, layouts, report, state
 from adafisher_dist.engine import Engine
+from adafisher_dist.faults import Faults
+from adafisher_dist.layouts import Storage
 from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset, structure
 from adafisher_dist.shard import Shard, build
 
@@ -180,8 +183,14 @@ class AdaFisher(Optimizer):
             for tensor in group["params"]
             if tensor.grad is not None
         }
-        self._enlist([tensor for tensor, _ in groups.values()])
-        if self._engine.step({key: group for key, (_, group) in groups.items()}, self._group()):
+        new = [tensor for tensor, _ in groups.values() if tensor not in self._engine]
+        if new and layouts.is_rehearsal(self):
+            return loss
+        storages = layouts.storages(self, new, self._registry, self._process_group) if new else []
+        faults = Faults()
+        faults.attempt(partial(self._enlist, storages))
+        group = storages[0].group if storages else self._group()
+        if self._engine.step({key: group for key, (_, group) in groups.items()}, group, faults):
             self._consolidated = self._elsewhere = None
         else:
             self._count_skip()
@@ -196,6 +205,7 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
         """
+        self._engine.check()
         scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._engine.shards)
         if scattered and self._consolidated is None:
             raise RuntimeError(
@@ -224,6 +234,7 @@ class AdaFisher(Optimizer):
         A collective: all ranks of the process group must call it. The copy is dropped by the next step. On the other
         ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
         """
+        self._engine.check()
         group = self._group()
         keep = to is None or to == group.rank
         self._consolidated = {}
@@ -326,14 +337,13 @@ class AdaFisher(Optimizer):
 
     # ---- which shards there are ----
 
-    def _enlist(self, tensors: list[Tensor]) -> None:
-        """Build shards for the tensors that have none yet."""
-        new = [tensor for tensor in tensors if tensor not in self._engine]
-        for shard in self._build(new, self.param_groups) if new else ():
+    def _enlist(self, storages: list[Storage]) -> None:
+        """Build shards for tensors that have none yet."""
+        for shard in self._build(storages, self.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             state.restore(shard, [self.state.get(tensor, {}) for tensor in shard.storage.tensors])
             self._install(shard)
-            if comm.is_main_process():
+            if comm.own_rank() == 0:
                 logger.info(report.summary(shard))
 
     def _install(self, shard: Shard) -> None:
@@ -341,14 +351,11 @@ class AdaFisher(Optimizer):
         for index, tensor in enumerate(shard.storage.tensors):
             self.state[tensor] = shard.state(index)
 
-    def _build(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
-        """Plan and allocate shards for tensors, with the settings of `groups` (which may be about to be loaded)."""
-        chosen = set(map(id, tensors))
-        numbers: dict[int, int] = {}  # id of a tensor → the number of its param group
-        for number, group in enumerate(self.param_groups):
-            numbers |= {id(tensor): number for tensor in group["params"] if id(tensor) in chosen}
+    def _build(self, storages: list[Storage], groups: list[dict[str, Any]]) -> list[Shard]:
+        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded)."""
+        numbers = {id(t): number for number, group in enumerate(self.param_groups) for t in group["params"]}
         shards = []
-        for storage in layouts.storages(self, tensors, self._registry, self._process_group):
+        for storage in storages:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
             structures = [structure(groups[number]) for number in order]
@@ -368,7 +375,8 @@ class AdaFisher(Optimizer):
         merged = [{**now, **then} for now, then in zip(self.param_groups, saved["param_groups"], strict=False)]
         for group in merged:
             normalize(group)
-        shards = self._build([tensor for tensor in own if id(tensor) in states], merged)
+        chosen = [tensor for tensor in own if id(tensor) in states]
+        shards = self._build(layouts.storages(self, chosen, self._registry, self._process_group), merged)
         state.check_part(part, shards)
         for shard in shards:
             state.restore(shard, [states[id(tensor)] for tensor in shard.storage.tensors])
@@ -377,7 +385,7 @@ class AdaFisher(Optimizer):
     def _count_skip(self) -> None:
         self.skipped_steps += 1
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if comm.is_main_process() and self.skipped_steps.bit_count() == 1:
+        if comm.own_rank() == 0 and self.skipped_steps.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",

@@ -119,7 +119,7 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     parts = max(1, *(-(-plan.work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [plan.cut(spans, grids, parts) for spans in owned]
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
-    arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.tensors[0].device)
+    arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.values(0).device)
     chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures)
     counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
     return Shard(storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters)

@@ -6,13 +6,15 @@ Each layout has one of two ways, with the same three calls in the order of a ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adafisher_dist import comm, plan
+from adafisher_dist.faults import Faults
 from adafisher_dist.plan import Piece
 from adafisher_dist.shard import Chunk, Shard
 
@@ -20,18 +22,18 @@ Settings = Sequence[Mapping[str, Any]]  # for each param group of the shard
 
 
 class Transfer(Protocol):
-    """What the optimizer's step needs of a layout."""
+    """What a step needs of a layout. `collect` is this rank's own work; the others are collectives."""
 
     shard: Shard
 
     def collect(self, active: Sequence[bool]) -> Tensor:
-        """Bring this rank's gradients to where they leave from; the largest absolute element, 0-d. No collective."""
+        """Bring this rank's gradients to where they leave from; the largest absolute element, 0-d."""
 
-    def to_owners(self) -> None:
+    def to_owners(self, faults: Faults) -> None:
         """Bring all gradients of this rank's blocks into the arena."""
 
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
-        """Compute the chunks, and apply the updates to the stored tensors."""
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
+        """Compute the chunks, and apply the updates to the stored tensors. After a fault, zeros stand for updates."""
 
 
 def transfer(shard: Shard) -> Transfer:
@@ -62,37 +64,31 @@ class Gathered:
         _into_arena(self.shard, self.own, active)
         return _largest([self.shard.arena[: self.shard.length]])
 
-    def to_owners(self) -> None:
+    def to_owners(self, faults: Faults) -> None:
         """Nothing to do: the owner had them."""
 
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
         """Compute a chunk while the one before is gathered."""
         group, arena = self.shard.storage.group, self.shard.arena
-        if group.size == 1:
-            for number, chunk in enumerate(self.shard.chunks):
-                compute(chunk)
-                self._apply(number, arena[chunk.start : chunk.stop], active, settings)
-            return
         finish: Callable[[], None] | None = None
         for number, chunk in enumerate(self.shard.chunks):
-            compute(chunk)
+            _compute(self.shard, chunk, compute, faults)
+            if group.size == 1:
+                own = arena[chunk.start : chunk.stop]
+                faults.attempt(partial(self._apply, number, own, active, settings))
+                continue
             out = self.buffers[number % 2][: group.size * self.lengths[number]]
             # Behind the chunk stand elements of the next, or padding: sent to make all ranks' parts equally long.
             wait = comm.gather(group, arena[chunk.start : chunk.start + self.lengths[number]], out)
             if finish is not None:
                 finish()
-            finish = self._finisher(number, wait, out, active, settings)
+            finish = partial(self._finish, wait, partial(self._apply, number, out, active, settings), faults)
         if finish is not None:
             finish()
 
-    def _finisher(
-        self, number: int, wait: Callable[[], None], out: Tensor, active: Sequence[bool], settings: Settings
-    ) -> Callable[[], None]:
-        def finish() -> None:
-            wait()
-            self._apply(number, out, active, settings)
-
-        return finish
+    def _finish(self, wait: Callable[[], None], apply_updates: Callable[[], None], faults: Faults) -> None:
+        wait()
+        faults.attempt(apply_updates)
 
     def _apply(self, number: int, updates: Tensor, active: Sequence[bool], settings: Settings) -> None:
         targets = []
@@ -103,7 +99,11 @@ class Gathered:
 
 
 class Routed:
-    """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way."""
+    """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
+
+    Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks' elements of blocks
+    that are owned here. Gradients go from the first to the second, updates come back.
+    """
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -111,47 +111,43 @@ class Routed:
         self.route = plan.route(storage.placed, shard.owned, storage.group.rank)
         self.crossing = plan.any_crossing(storage.placed, shard.owned)
         ranks = range(storage.group.size)
-        self.send_counts = [sum(p.numel for p in self.route.send if p.rank == rank) for rank in ranks]
-        self.receive_counts = [sum(p.numel for p in self.route.receive if p.rank == rank) for rank in ranks]
-        self.outgoing = shard.arena.new_zeros(sum(self.send_counts))
+        self.away_counts = [sum(p.numel for p in self.route.send if p.rank == rank) for rank in ranks]
+        self.guest_counts = [sum(p.numel for p in self.route.receive if p.rank == rank) for rank in ranks]
+        self.away = shard.arena.new_zeros(sum(self.away_counts))
+        self.guests = shard.arena.new_zeros(sum(self.guest_counts))
 
     def collect(self, active: Sequence[bool]) -> Tensor:
-        """Own elements go into the arena, those of cut blocks into one buffer for their owners."""
+        """Own elements go into the arena, those of cut blocks into the buffer for their owners."""
         _into_arena(self.shard, self.route.local, active)
-        offset = 0
-        for piece in self.route.send:
-            gradient = self.shard.storage.tensors[piece.tensor].grad
-            part = self.outgoing[offset : offset + piece.numel]
-            if gradient is None:
-                part.zero_()
-            else:
-                part.copy_(_slice(gradient, piece))
-            offset += piece.numel
-        return _largest([self.outgoing, *(_arena_part(self.shard, piece) for piece in self.route.local)])
+        for piece, part in _consecutive(self.away, self.route.send):
+            _copy_gradient(part, self.shard, piece, active)
+        return _largest([self.away, *(_arena_part(self.shard, piece) for piece in self.route.local)])
 
-    def to_owners(self) -> None:
+    def to_owners(self, faults: Faults) -> None:
         """Exchange the elements of cut blocks."""
         if self.crossing:
-            received = comm.exchange(self.shard.storage.group, self.outgoing, self.send_counts, self.receive_counts)
-            offset = 0
-            for piece in self.route.receive:
-                _arena_part(self.shard, piece).copy_(received[offset : offset + piece.numel])
-                offset += piece.numel
+            group = self.shard.storage.group
+            comm.exchange(group, self.away, self.away_counts, self.guests, self.guest_counts)
+            for piece, part in _consecutive(self.guests, self.route.receive):
+                faults.attempt(partial(_arena_part(self.shard, piece).copy_, part))
 
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings) -> None:
+    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
         """Compute all chunks, and send the updates of cut blocks the way that their gradients came."""
         for chunk in self.shard.chunks:
-            compute(chunk)
+            _compute(self.shard, chunk, compute, faults)
         targets = [(piece, _arena_part(self.shard, piece)) for piece in self.route.local]
         if self.crossing:
-            parts = [_arena_part(self.shard, piece) for piece in self.route.receive]
-            outgoing = torch.cat(parts) if parts else self.shard.arena.new_empty(0)
-            returned = comm.exchange(self.shard.storage.group, outgoing, self.receive_counts, self.send_counts)
-            offset = 0
-            for piece in self.route.send:
-                targets.append((piece, returned[offset : offset + piece.numel]))
-                offset += piece.numel
-        apply(self.shard, targets, active, settings)
+            for piece, part in _consecutive(self.guests, self.route.receive):
+                part.copy_(_arena_part(self.shard, piece))
+            group = self.shard.storage.group
+            comm.exchange(group, self.guests, self.guest_counts, self.away, self.away_counts)
+            targets += _consecutive(self.away, self.route.send)
+        faults.attempt(partial(apply, self.shard, targets, active, settings))
+
+
+def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:
+    if not faults.attempt(partial(compute, chunk)):
+        shard.arena[chunk.start : chunk.stop].zero_()
 
 
 def apply(shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequence[bool], settings: Settings) -> None:
@@ -161,7 +157,7 @@ def apply(shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequenc
     for piece, update in targets:
         if active[piece.tensor]:
             if piece.tensor not in flats:
-                flats[piece.tensor] = shard.storage.tensors[piece.tensor].detach().reshape(-1)
+                flats[piece.tensor] = shard.storage.values(piece.tensor).reshape(-1)
             weights, updates = by_group.setdefault(shard.groups[piece.tensor], ([], []))
             weights.append(flats[piece.tensor][piece.tensor_offset : piece.tensor_offset + piece.numel])
             updates.append(update)
@@ -174,25 +170,33 @@ def apply(shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequenc
             if weight is not result:
                 weight.copy_(result)
     for index, flat in flats.items():
-        tensor = shard.storage.tensors[index].detach()
+        tensor = shard.storage.values(index)
         if flat.data_ptr() != tensor.data_ptr():  # reshape had to copy: the parameter is not contiguous
             tensor.copy_(flat.view(tensor.shape))
 
 
 def _into_arena(shard: Shard, pieces: Sequence[Piece], active: Sequence[bool]) -> None:
     for piece in pieces:
-        part = _arena_part(shard, piece)
-        gradient = shard.storage.tensors[piece.tensor].grad
-        if not active[piece.tensor] or gradient is None:
-            part.zero_()
-        elif piece.numel == gradient.numel():
-            part.view(gradient.shape).copy_(gradient)
-        else:
-            part.copy_(_slice(gradient, piece))
+        _copy_gradient(_arena_part(shard, piece), shard, piece, active)
 
 
-def _slice(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor.reshape(-1)[piece.tensor_offset : piece.tensor_offset + piece.numel]
+def _copy_gradient(part: Tensor, shard: Shard, piece: Piece, active: Sequence[bool]) -> None:
+    """Copy a piece of a stored tensor's gradient, or zeros where it has none."""
+    gradient = shard.storage.gradient(piece.tensor) if active[piece.tensor] else None
+    if gradient is None:
+        part.zero_()
+    elif piece.numel == gradient.numel():
+        part.view(gradient.shape).copy_(gradient)
+    else:
+        part.copy_(gradient.reshape(-1)[piece.tensor_offset : piece.tensor_offset + piece.numel])
+
+
+def _consecutive(buffer: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """The pieces with the stretch of a buffer that each takes, one after the other."""
+    offset = 0
+    for piece in pieces:
+        yield piece, buffer[offset : offset + piece.numel]
+        offset += piece.numel
 
 
 def _arena_part(shard: Shard, piece: Piece) -> Tensor:

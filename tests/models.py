@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+OWN_SETTINGS = {"weight_decay": 0.0, "lr": 2e-2, "damping": 0.3, "momentum": 0.8, "block_size": 4}
 
 
 class Odd(nn.Module):
@@ -24,10 +28,30 @@ class Odd(nn.Module):
         return self.out(torch.tanh(self.conv(hidden.unsqueeze(1))).flatten(1))
 
 
-def model(dtype: torch.dtype = torch.float32) -> Odd:
+class Tied(Odd):
+    """The same with a weight used twice, and one that is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(11, 37, bias=False)
+        self.again.weight = self.inner.weight
+        self.unused = nn.Parameter(torch.ones(3, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.again(x).mean(dim=1, keepdim=True)
+
+
+def model(dtype: torch.dtype = torch.float32, kind: type[Odd] = Odd) -> Odd:
     """The model, with the same weights at every call."""
     torch.manual_seed(1)
-    return Odd().to(dtype)
+    return kind().to(dtype)
+
+
+def param_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups with settings of their own."""
+    decay = [p for p in module.parameters() if p.dim() > 1]
+    rest = [p for p in module.parameters() if p.dim() <= 1]
+    return [{"params": decay}, {"params": rest, **OWN_SETTINGS}]
 
 
 def batch(

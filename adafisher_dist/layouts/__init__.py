@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adafisher_dist.comm import join
-from adafisher_dist.layouts import replicated, zero12
-from adafisher_dist.layouts.replicated import check_parameter
+from adafisher_dist.comm import Group, join
+from adafisher_dist.layouts import flat_partitions, replicated, zero3
+from adafisher_dist.layouts.deepspeed import allow_under_zero, calling_wrapper, unexpected
 from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
@@ -25,24 +23,32 @@ __all__ = [
     "UnsupportedLayoutError",
     "allow_under_zero",
     "check_parameter",
+    "is_rehearsal",
     "storages",
 ]
 
-_ZERO12 = "DeepSpeedZeroOptimizer"
-_NOT_YET = {
-    "FP16_UnfusedOptimizer": "DeepSpeed ZeRO stage 0 in bf16 or fp16 (FP16_UnfusedOptimizer)",
-    "BF16_Optimizer": "DeepSpeed ZeRO stage 1 in bf16 with fp32 gradient accumulation (BF16_Optimizer)",
-    "DeepSpeedZeroOptimizer_Stage3": "DeepSpeed ZeRO stage 3 (DeepSpeedZeroOptimizer_Stage3)",
+_SUPPORTED = (
+    "one process, DDP, FSDP2 (fully_shard), and DeepSpeed with ZeRO stage 0, 1, 2 or 3 in fp32, bf16 or fp16, with or"
+    " without CPU offload of the optimizer"
+)
+_SHARDED_WRAPPERS = {
+    "DeepSpeedZeroOptimizer": flat_partitions.zero12,
+    "BF16_Optimizer": flat_partitions.bf16_optimizer,
+    "DeepSpeedZeroOptimizer_Stage3": zero3.storage,
+}
+_REPLICATED_WRAPPER = "FP16_UnfusedOptimizer"
+
+# What marks a tensor as a part of a parameter, set by the library that cut it.
+_MARKS = {
+    "_fsdp_flattened": ("FSDP1 (FullyShardedDataParallel)", "FSDP2 (fully_shard)"),
+    "tensor_model_parallel": ("tensor parallelism (Megatron, or DeepSpeed's AutoTP)", "data parallelism"),
 }
 
 
 def storages(
-    optimizer: Optimizer,
-    tensors: Sequence[Tensor],
-    registry: Registry,
-    process_group: ProcessGroup | None,
+    optimizer: Optimizer, tensors: Sequence[Tensor], registry: Registry, process_group: ProcessGroup | None
 ) -> list[Storage]:
-    """What is stored where, for tensors that stand in the optimizer's param groups.
+    """What is stored where, for tensors that stand in the optimizer's param groups. Alike on all ranks; no collective.
 
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
@@ -53,50 +59,81 @@ def storages(
     Raises:
         UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use instead.
     """
-    given = [registry.find(tensor) for tensor in tensors]
-    if None not in given:
-        by_device: dict[Any, list[tuple[Tensor, Given]]] = {}
-        for tensor, origin in zip(tensors, given, strict=True):
-            assert origin is not None
-            check_parameter(tensor, origin.name)
-            by_device.setdefault(tensor.device, []).append((tensor, origin))
-        group = join(process_group)
-        return [replicated.storage(members, group) for members in by_device.values()]
-    wrapper = _calling_wrapper(optimizer)
+    given = [(tensor, registry.find(tensor)) for tensor in tensors]
+    own = [(tensor, origin) for tensor, origin in given if origin is not None]
+    if len(own) == len(tensors):
+        return _given_tensors(own, process_group)
+    wrapper, _ = calling_wrapper(optimizer)
     name = type(wrapper).__name__
-    if wrapper is None or name != _ZERO12:
-        layout = (
-            _NOT_YET.get(name) or f"a wrapper that AdaFisher does not know ({name if wrapper else 'not DeepSpeed'})"
-        )
-        raise UnsupportedLayoutError(
-            f"The optimizer's parameters were replaced by {layout}, which is not supported yet. Supported are one"
-            " process, DDP, and DeepSpeed with ZeRO stage 0 in fp32 or stage 1 or 2 in fp32, bf16 or fp16"
-            " (stage 1 in bf16 needs data_types.grad_accum_dtype to be bf16, or stage 2)."
-        )
-    return [zero12.storage(wrapper, tensor, registry) for tensor in tensors]
+    try:
+        if wrapper is not None and name in _SHARDED_WRAPPERS:
+            return [_SHARDED_WRAPPERS[name](wrapper, tensor, registry) for tensor in tensors]
+        if wrapper is not None and name == _REPLICATED_WRAPPER:
+            masters = [(tensor, replicated.master_of(wrapper, tensor, registry)) for tensor in tensors]
+            return _by_device(masters, join(process_group))
+    except AttributeError as error:
+        raise unexpected(wrapper, f"lacks what it is recognised by ({error})") from error
+    what = f"DeepSpeed's {name}, which AdaFisher does not know" if wrapper is not None else "something unknown to it"
+    raise UnsupportedLayoutError(
+        f"The parameters that AdaFisher was given were replaced by {what}. Supported are {_SUPPORTED}."
+    )
 
 
-def allow_under_zero(optimizer_class: type) -> None:
-    """Tell DeepSpeed, where it is loaded, that this optimizer knows its ZeRO layouts.
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether this call of step() is DeepSpeed's own at start-up, with all-zero gradients: not a training step.
 
-    It otherwise demands `zero_allow_untested_optimizer`. The list is read after the optimizer was built.
+    FP16_UnfusedOptimizer makes one, to have other optimizers allocate their state (`unfused_optimizer.py`).
     """
-    zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
-    supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
-    if isinstance(supported, list) and optimizer_class not in supported:
-        supported.append(optimizer_class)
+    return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
 
 
-def _calling_wrapper(optimizer: Optimizer) -> Any:
-    """The DeepSpeed object on the call stack whose base optimizer this is.
+def check_parameter(tensor: Tensor, name: str) -> None:
+    """Refuse a parameter that is marked as a part of one, by whoever cut it, in a way that is not supported.
 
-    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper. Whoever calls `step`
-    or `load_state_dict` is that wrapper, by construction.
+    Raises:
+        UnsupportedLayoutError: names the layout, and the nearest that is supported.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if type(owner).__module__.startswith("deepspeed.") and getattr(owner, "optimizer", None) is optimizer:
-            return owner
-        frame = frame.f_back
-    return None
+    for mark, (layout, instead) in _MARKS.items():
+        if getattr(tensor, mark, None) not in (None, False):
+            raise UnsupportedLayoutError(f"{name} is laid out by {layout}, which is not supported; use {instead}.")
+    if getattr(tensor, "allreduce", True) is False:
+        raise UnsupportedLayoutError(f"{name} belongs to a DeepSpeed MoE expert; expert parallelism is not supported.")
+    if hasattr(tensor, "device_mesh"):
+        from adafisher_dist.layouts import fsdp2
+
+        fsdp2.mesh_of(tensor, name)
+
+
+def _given_tensors(members: Sequence[tuple[Tensor, Given]], process_group: ProcessGroup | None) -> list[Storage]:
+    """Of parameters that nobody replaced: plain tensors are replicated, DTensors sharded over their mesh."""
+    plain: list[tuple[Tensor, Given]] = []
+    by_mesh: list[tuple[Any, list[tuple[Tensor, Given]]]] = []
+    for tensor, given in members:
+        check_parameter(tensor, given.name)
+        if hasattr(tensor, "ds_id"):
+            raise UnsupportedLayoutError(
+                f"{given.name} is laid out by DeepSpeed ZeRO stage 3, but step() was not called by DeepSpeed's engine;"
+                " call engine.step()."
+            )
+        if hasattr(tensor, "device_mesh"):
+            mesh = tensor.device_mesh
+            known = next((group for other, group in by_mesh if other == mesh), None)
+            if known is None:
+                by_mesh.append((mesh, [(tensor, given)]))
+            else:
+                known.append((tensor, given))
+        else:
+            plain.append((tensor, given))
+    result = _by_device(plain, join(process_group)) if plain else []
+    if by_mesh:
+        from adafisher_dist.layouts import fsdp2
+
+        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh]
+    return result
+
+
+def _by_device(members: Sequence[tuple[Tensor, Given]], group: Group) -> list[Storage]:
+    by_device: dict[Any, list[tuple[Tensor, Given]]] = {}
+    for tensor, given in members:
+        by_device.setdefault(tensor.device, []).append((tensor, given))
+    return [replicated.storage(same, group) for same in by_device.values()]

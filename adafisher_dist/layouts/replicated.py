@@ -1,36 +1,20 @@
-"""Every rank holds all parameters and all averaged gradients: one process, DDP, DeepSpeed ZeRO-0 in fp32."""
+"""Every rank holds all parameters and all averaged gradients: one process, DDP, DeepSpeed ZeRO-0.
+
+In bf16 and fp16 DeepSpeed's FP16_UnfusedOptimizer puts fp32 copies in their own shapes in the parameters' place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from adafisher_dist.comm import Group
-from adafisher_dist.layouts.storage import Given, Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
-
-# What marks a tensor as a part of a parameter, set by the library that cut it.
-_MARKS = {
-    "_fsdp_flattened": ("FSDP1", "DDP, or DeepSpeed ZeRO stage 1 or 2"),
-    "ds_id": ("DeepSpeed ZeRO stage 3", "stage 1 or 2"),
-    "device_mesh": ("DTensor (FSDP2 or tensor parallelism)", "DDP, or DeepSpeed ZeRO stage 1 or 2"),
-    "tensor_model_parallel": ("tensor parallelism (Megatron)", "data parallelism"),
-}
-
-
-def check_parameter(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor that is marked as one part of a parameter.
-
-    Raises:
-        UnsupportedLayoutError: names the layout, and the nearest that is supported.
-    """
-    for mark, (layout, instead) in _MARKS.items():
-        if getattr(tensor, mark, None) not in (None, False):
-            raise UnsupportedLayoutError(f"{name} is laid out by {layout}, which is not supported yet; use {instead}.")
-    if getattr(tensor, "allreduce", True) is False:
-        raise UnsupportedLayoutError(f"{name} belongs to a DeepSpeed MoE expert; expert parallelism is not supported.")
 
 
 def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
@@ -46,3 +30,20 @@ def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
         placed=[placed] * group.size,
         replicated=True,
     )
+
+
+def master_of(wrapper: Any, tensor: Tensor, registry: Registry) -> Given:
+    """Which parameter DeepSpeed's FP16_UnfusedOptimizer keeps an fp32 copy of in `tensor`.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+    """
+    refuse_modes(
+        wrapper,
+        {"model or pipeline parallelism": wrapper.mpu is not None, "fused_lamb_legacy": wrapper.fused_lamb_legacy},
+    )
+    for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, parameter in zip(masters, members, strict=True):
+            if master is tensor:
+                return known_as(wrapper, parameter, registry)
+    raise unexpected(wrapper, "steps a tensor that is none of its fp32 copies")

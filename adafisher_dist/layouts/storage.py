@@ -73,3 +73,17 @@ class Storage:
     parameters: Sequence[Parameter]
     placed: Sequence[Sequence[Placed]]
     replicated: bool
+
+    def values(self, index: int) -> Tensor:
+        """A stored tensor, or of a DTensor what this rank holds."""
+        return _here(self.tensors[index]).detach()
+
+    def gradient(self, index: int) -> Tensor | None:
+        """Its gradient; None where it has none."""
+        gradient = self.tensors[index].grad
+        return None if gradient is None else _here(gradient)
+
+
+def _here(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)  # of a DTensor; its module is not imported for those who have none
+    return tensor if to_local is None else to_local()

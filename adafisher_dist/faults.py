@@ -1,0 +1,26 @@
+"""What keeps a rank in step with the others when its own work fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Faults:
+    """The first error of this rank's own work in a step.
+
+    A rank that raised between two collectives would leave the others waiting in the second. So its work runs through
+    `attempt`, which remembers an error instead of raising it, and does nothing after that; the rank goes on to the next
+    collective that tells all ranks of it (`agreement`).
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def attempt(self, work: Callable[[], object]) -> bool:
+        """Do it, unless something failed before; returns whether it was done."""
+        if self.error is None:
+            try:
+                work()
+            except Exception as error:
+                self.error = error
+        return self.error is None

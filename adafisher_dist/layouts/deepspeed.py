@@ -1,0 +1,78 @@
+"""What all of DeepSpeed's wrappers have in common: how they are found, named, and refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafisher_dist.layouts.storage import Given, Registry, UnsupportedLayoutError
+
+
+def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
+    """The DeepSpeed object on the call stack whose base optimizer this is, and which of its functions calls.
+
+    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper. Whoever calls `step`
+    or `load_state_dict` is that wrapper, by construction. (None, "") where nobody is.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__module__.startswith("deepspeed.") and getattr(owner, "optimizer", None) is optimizer:
+            return owner, frame.f_code.co_name
+        frame = frame.f_back
+    return None, ""
+
+
+def allow_under_zero(optimizer_class: type) -> None:
+    """Tell DeepSpeed, where it is loaded, that this optimizer knows its ZeRO layouts.
+
+    It otherwise demands `zero_allow_untested_optimizer`. The list is read after the optimizer was built.
+    """
+    zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
+    supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if isinstance(supported, list) and optimizer_class not in supported:
+        supported.append(optimizer_class)
+
+
+def known_as(wrapper: Any, parameter: Tensor, registry: Registry) -> Given:
+    """How a model parameter was given, with DeepSpeed's name for it: its own engine passes parameters without names.
+
+    Raises:
+        UnsupportedLayoutError: it was not given to the optimizer, or is itself a part of a parallel layer.
+    """
+    given = registry.find(parameter)
+    if given is None:
+        raise UnsupportedLayoutError(
+            f"{type(wrapper).__name__} holds a parameter of shape {tuple(parameter.shape)} that was not given to"
+            " AdaFisher. Pass the same parameters to both."
+        )
+    names = getattr(wrapper, "param_names", {})
+    return Given(names.get(parameter, given.name), given.position)
+
+
+def refuse_modes(wrapper: Any, modes: Mapping[str, object]) -> None:
+    """Refuse the first mode that is on.
+
+    Raises:
+        UnsupportedLayoutError: names it.
+    """
+    for mode, on in modes.items():
+        if on:
+            raise UnsupportedLayoutError(
+                f"{type(wrapper).__name__} with {mode} is not supported by AdaFisher; turn {mode} off."
+            )
+
+
+def unexpected(wrapper: Any, what: str) -> UnsupportedLayoutError:
+    """The error for a wrapper that is not laid out as in the versions that AdaFisher knows."""
+    import deepspeed
+
+    return UnsupportedLayoutError(
+        f"{type(wrapper).__name__} of DeepSpeed {deepspeed.__version__} is not what AdaFisher knows: it {what}."
+        " Use a version of DeepSpeed that AdaFisher's README lists."
+    )

@@ -1,0 +1,99 @@
+"""DeepSpeed ZeRO stages 1 and 2, and BF16_Optimizer: each rank holds one flat fp32 partition of every param group.
+
+All trainable parameters of a group are views of one flat buffer, parameter p at `p.storage_offset()`; rank r's
+partition is elements [r·k, (r+1)·k) of it, k the partition's length, and padding belongs to no parameter. Found by
+running DeepSpeed 0.19.8 (shared DEEPSPEED.md), pinned by tests/test_zero.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from adafisher_dist.comm import join
+from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import Parameter, Registry, Storage
+from adafisher_dist.plan import Placed
+from adafisher_dist.span import Span
+
+
+def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
+    """What the ranks store of the param group whose partition on this rank is `partition`.
+
+    Args:
+        wrapper: DeepSpeed's DeepSpeedZeroOptimizer.
+        partition: one of its `single_partition_of_fp32_groups`; (k,) fp32.
+        registry: the parameters that the optimizer was given.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+    """
+    refuse_modes(
+        wrapper,
+        {
+            "ZenFlow": wrapper.zenflow,
+            "mixture of experts": wrapper.has_moe_layers,
+            "model parallelism": wrapper.model_parallel_world_size > 1,
+            "sequence parallelism": wrapper.sequence_parallel_size > 1,
+            "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
+            "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
+        },
+    )
+    stage = 2 if wrapper.partition_gradients else 1
+    groups = (wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, wrapper.bit16_groups)
+    return _storage(f"ZeRO-{stage}", wrapper, partition, groups, registry)
+
+
+def bf16_optimizer(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
+    """The same for DeepSpeed's BF16_Optimizer: stage 1 in bf16 with gradients accumulated in fp32.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+    """
+    refuse_modes(
+        wrapper,
+        {"mixture of experts": wrapper.has_moe_layers, "model or pipeline parallelism": wrapper.mpu is not None},
+    )
+    groups = (wrapper.fp32_groups_flat_partition, wrapper.bf16_groups_flat, wrapper.bf16_groups)
+    return _storage("BF16_Optimizer", wrapper, partition, groups, registry)
+
+
+def _storage(
+    layout: str,
+    wrapper: Any,
+    partition: Tensor,
+    groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]]],
+    registry: Registry,
+) -> Storage:
+    index = next((i for i, flat in enumerate(groups[0]) if flat is partition), None)
+    if index is None:
+        raise unexpected(wrapper, "steps a tensor that is none of its fp32 partitions")
+    buffer, members = groups[1][index], groups[2][index]
+    group = join(wrapper.real_dp_process_group[index])
+    _check_buffer(wrapper, buffer, members, partition, group.size)
+    parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.shape), 0) for p in members]
+    offsets = [(int(p.storage_offset() - buffer.storage_offset()), i) for i, p in enumerate(members)]
+    placed: list[list[Placed]] = [[] for _ in range(group.size)]
+    length = partition.numel()
+    for offset, number in sorted(offsets):
+        numel = members[number].numel()
+        for rank in range(offset // length, -(-(offset + numel) // length)):
+            start, stop = max(0, rank * length - offset), min(numel, (rank + 1) * length - offset)
+            placed[rank].append(Placed(Span(number, numel, start, stop), 0, offset + start - rank * length))
+    return Storage(layout, group, [partition], parameters, placed, replicated=False)
+
+
+def _check_buffer(wrapper: Any, buffer: Tensor, members: list[Tensor], partition: Tensor, world_size: int) -> None:
+    start = buffer.untyped_storage().data_ptr()
+    inside = all(p.untyped_storage().data_ptr() == start and p.is_contiguous() for p in members)
+    ends = sorted((p.storage_offset(), p.storage_offset() + p.numel()) for p in members)
+    apart = all(a[1] <= b[0] for a, b in pairwise(ends))
+    if not inside or not apart or partition.numel() * world_size != buffer.numel():
+        raise unexpected(
+            wrapper,
+            f"does not keep a param group in one flat buffer cut into {world_size} equal partitions"
+            f" ({buffer.numel()} elements, partitions of {partition.numel()})",
+        )

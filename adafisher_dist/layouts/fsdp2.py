@@ -1,0 +1,76 @@
+"""FSDP2 (`fully_shard`): each parameter is a DTensor whose rows are cut over the ranks of a device mesh.
+
+Rank r of W holds rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last ranks may hold
+none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the same work on the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from adafisher_dist.comm import join
+from adafisher_dist.layouts.storage import Given, Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.plan import Placed
+from adafisher_dist.span import Span
+
+
+def mesh_of(parameter: Tensor, name: str) -> Any:
+    """The device mesh of a parameter that is sharded by FSDP2.
+
+    Raises:
+        UnsupportedLayoutError: the DTensor is not sharded by rows alone, as `fully_shard` does by default.
+    """
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = type(placements[-1]) is Shard and placements[-1].dim == 0
+    replicas = len(placements) == 1 or (len(placements) == 2 and isinstance(placements[0], Replicate))
+    if not sharded or not replicas:
+        raise UnsupportedLayoutError(
+            f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard:"
+            " (Shard(0),) on a 1-D mesh, and (Replicate(), Shard(0)) on a 2-D mesh (HSDP). Tensor parallelism and a"
+            " shard_placement_fn with another dimension are not supported."
+        )
+    return mesh
+
+
+def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
+    """What the ranks store of parameters that are sharded over one mesh.
+
+    Raises:
+        UnsupportedLayoutError: a local shard is not of the size that it should have.
+    """
+    replicas = join(mesh.get_group(0)) if mesh.ndim == 2 else None
+    group = join(mesh.get_group(mesh.ndim - 1), replicas)
+    placed: list[list[Placed]] = [[] for _ in range(group.size)]
+    for number, (tensor, given) in enumerate(members):
+        numel, rows = prod(tensor.shape), tensor.shape[0]
+        chunk = -(-rows // group.size) * (numel // max(1, rows))
+        for rank, places in enumerate(placed):
+            start, stop = min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
+            if start < stop:
+                places.append(Placed(Span(number, numel, start, stop), number, 0))
+            if rank == group.rank:
+                _check_shard(tensor, given.name, stop - start)
+    return Storage(
+        layout="FSDP2" if replicas is None else "HSDP",
+        group=group,
+        tensors=[tensor for tensor, _ in members],
+        parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
+        placed=placed,
+        replicated=False,
+    )
+
+
+def _check_shard(tensor: Tensor, name: str, numel: int) -> None:
+    assert isinstance(tensor, DTensor)
+    held = tensor.to_local().numel()
+    if held != numel:
+        raise UnsupportedLayoutError(
+            f"{name}: this rank holds {held} of {tensor.numel()} elements, but rows cut over the ranks as fully_shard"
+            f" cuts them give it {numel}. Shard the model with torch's fully_shard."
+        )

@@ -1,0 +1,65 @@
+"""DeepSpeed ZeRO stage 3: every parameter is cut over the ranks by itself; a rank's pieces of a sub-group lie in a row.
+
+Rank r of `p.ds_process_group` holds elements [r·n, min((r+1)·n, p.ds_numel)) of p, n = `p.partition_numel()`; in the
+flat fp32 tensor of the sub-group each parameter takes n elements, so padding follows each of them. Found by running
+DeepSpeed 0.19.8 (shared DEEPSPEED.md), pinned by tests/test_zero.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.comm import join
+from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import Parameter, Registry, Storage
+from adafisher_dist.plan import Placed
+from adafisher_dist.span import Span
+
+
+def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
+    """What the ranks store of the sub-group whose pieces on this rank are `flat`.
+
+    Args:
+        wrapper: DeepSpeed's DeepSpeedZeroOptimizer_Stage3.
+        flat: one of its `fp32_partitioned_groups_flat`; 1-d fp32.
+        registry: the parameters that the optimizer was given.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+    """
+    refuse_modes(
+        wrapper,
+        {
+            "NVMe offload of the optimizer (offload_optimizer.device cpu works)": wrapper.swap_optimizer,
+            "NVMe offload of the parameters (offload_param.device cpu works)": wrapper.params_in_nvme_and_cpu,
+            "ZenFlow": wrapper.zenflow,
+            "model parallelism": wrapper.model_parallel_group is not None,
+            "sequence parallelism": wrapper.sequence_parallel_size > 1,
+            "16-bit master weights": wrapper.master_weights_and_grads_dtype != torch.float32,
+            "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
+            "expert parallelism (AutoEP)": wrapper._zero3_partition_group_metadata() is not None,
+        },
+    )
+    index = next((i for i, own in enumerate(wrapper.fp32_partitioned_groups_flat) if own is flat), None)
+    if index is None:
+        raise unexpected(wrapper, "steps a tensor that is none of its fp32 partitions")
+    members = wrapper.fp16_groups[index]
+    group = join(wrapper.sub_group_process_groups[index])
+    parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.ds_shape), 0) for p in members]
+    placed: list[list[Placed]] = [[] for _ in range(group.size)]
+    offset = 0
+    for number, p in enumerate(members):
+        length, numel = p.partition_numel(), p.ds_numel
+        if length * group.size < numel:
+            raise unexpected(wrapper, f"holds {numel} elements in {group.size} parts of only {length}")
+        for rank, places in enumerate(placed):
+            start, stop = min(numel, rank * length), min(numel, (rank + 1) * length)
+            if start < stop:
+                places.append(Placed(Span(number, numel, start, stop), 0, offset))
+        offset += length
+    if offset != flat.numel():
+        raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {offset}")
+    return Storage("ZeRO-3", group, [flat], parameters, placed, replicated=False)

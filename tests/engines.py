@@ -1,0 +1,127 @@
+"""Real DeepSpeed engines on the test models, and what they compute, read through DeepSpeed's own public functions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from models import Odd, batch, model, param_groups
+from torch import nn
+
+PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+BATCH = 12
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}},
+    "bf16-fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+}
+
+
+def config(
+    stage: int,
+    world: int,
+    params: dict[str, Any] = PARAMS,
+    *,
+    precision: str = "fp32",
+    offload: bool = False,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    zero: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A DeepSpeed config for a global batch of 12 a micro-step."""
+    offloaded = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    return {
+        "train_batch_size": BATCH * accumulate,
+        "train_micro_batch_size_per_gpu": BATCH // world,
+        "gradient_accumulation_steps": accumulate,
+        "optimizer": {"type": "AdaFisher", "params": params},
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, **offloaded, **(zero or {})},
+        **PRECISIONS[precision],
+        **more,
+    }
+
+
+def engine_of(
+    ds_config: dict[str, Any], module: nn.Module | None = None, groups: bool = False, kind: type[Odd] = Odd, **more: Any
+) -> Any:
+    """A DeepSpeed engine on a test model."""
+    module = module if module is not None else model(kind=kind)
+    if groups:
+        more["model_parameters"] = param_groups(module)
+    engine, *_ = deepspeed.initialize(model=module, config=copy.deepcopy(ds_config), dist_init_required=False, **more)
+    return engine
+
+
+@contextmanager
+def fp16_on_the_cpu() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on a CPU whose MKL-DNN has no fast fp16; torch computes it all the same."""
+    kind = type(get_accelerator())
+    before = kind.is_fp16_supported
+    kind.is_fp16_supported = lambda self: True
+    try:
+        yield
+    finally:
+        kind.is_fp16_supported = before
+
+
+def backward(engine: Any, step: int, rank: int, world: int) -> None:
+    """Forward and backward of one micro-step."""
+    x, y = batch(step, rank, world)
+    dtype = next(engine.module.parameters()).dtype
+    engine.backward(nn.functional.mse_loss(engine(x.to(dtype)).float(), y))
+
+
+def train(engine: Any, first: int, last: int, rank: int, world: int) -> None:
+    """Some steps, with the engine's own gradient accumulation."""
+    accumulate = engine.gradient_accumulation_steps()
+    for step in range(first * accumulate, last * accumulate):
+        backward(engine, step, rank, world)
+        engine.step()
+
+
+def gradients(engine: Any) -> dict[str, np.ndarray]:
+    """All full gradients as float64 arrays, after the last backward of a step: averaged and unscaled, not clipped."""
+    scale = getattr(engine.optimizer, "loss_scale", 1.0) if engine.fp16_enabled() else 1.0
+    return {
+        name: safe_get_full_grad(p).detach().double().cpu().numpy() / scale
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def masters(engine: Any) -> dict[str, np.ndarray]:
+    """All full weights, the fp32 copies where there are any, as float64 arrays."""
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer
+        copies = {
+            id(p): master
+            for own, full in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            for p, master in zip(own, full, strict=True)
+        }
+        found = {name: copies[id(p)] for name, p in named.items()}
+    elif engine.zero_optimization_stage() == 0:
+        found = named
+    else:
+        found = {name: safe_get_full_fp32_param(p) for name, p in named.items()}
+    return {name: value.detach().double().cpu().numpy().copy() for name, value in found.items()}
+
+
+def full_weights(engine: Any) -> dict[str, np.ndarray]:
+    """The model's own weights, gathered at stage 3, as float64 arrays."""
+    named = dict(engine.module.named_parameters())
+    stage3 = engine.zero_optimization_stage() == 3
+    gathered = deepspeed.zero.GatheredParameters(list(named.values())) if stage3 else nullcontext()
+    with gathered:
+        return {name: p.detach().double().cpu().numpy().copy() for name, p in named.items()}
