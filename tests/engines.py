@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from models import Odd, batch, model, param_groups
+from models import Odd, batch, model, param_groups, weights
 from torch import nn
+
+from adafisher_dist.ds import from_config
 
 PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
 BATCH = 12
@@ -75,11 +77,11 @@ def fp16_on_the_cpu() -> Iterator[None]:
         kind.is_fp16_supported = before
 
 
-def backward(engine: Any, step: int, rank: int, world: int) -> None:
-    """Forward and backward of one micro-step."""
+def backward(engine: Any, step: int, rank: int, world: int, factor: float = 1.0) -> None:
+    """Forward and backward of one micro-step, the loss times a factor."""
     x, y = batch(step, rank, world)
     dtype = next(engine.module.parameters()).dtype
-    engine.backward(nn.functional.mse_loss(engine(x.to(dtype)).float(), y))
+    engine.backward(nn.functional.mse_loss(engine(x.to(dtype)).float(), y) * factor)
 
 
 def train(engine: Any, first: int, last: int, rank: int, world: int) -> None:
@@ -125,3 +127,29 @@ def full_weights(engine: Any) -> dict[str, np.ndarray]:
     gathered = deepspeed.zero.GatheredParameters(list(named.values())) if stage3 else nullcontext()
     with gathered:
         return {name: p.detach().double().cpu().numpy().copy() for name, p in named.items()}
+
+
+def run_alone(
+    params: dict[str, Any] = PARAMS,
+    steps: int = 8,
+    groups: bool = False,
+    clip: float = 0.0,
+    accumulate: int = 1,
+    kind: type[Odd] = Odd,
+) -> dict[str, np.ndarray]:
+    """The weights after the same training in one plain process, without DeepSpeed, on the same global batch."""
+    module = model(kind=kind)
+    optimizer = from_config(param_groups(module) if groups else module.parameters(), **params)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            x, y = batch(step * accumulate + micro, 0, 1)
+            (nn.functional.mse_loss(module(x), y) / accumulate).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)  # ZeRO gives an unused parameter a gradient of zeros
+        optimizer.step()
+    return weights(module)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engines import (
     PARAMS,
     backward,
@@ -19,16 +20,14 @@ from engines import (
     full_weights,
     gradients,
     masters,
+    run_alone,
     train,
 )
-from models import OWN_SETTINGS, Odd, Tied, batch, distance, model, param_groups, weights
+from models import OWN_SETTINGS, Odd, Tied, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
 from test_oracle import assert_blocks_agree
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
-
-from adafisher_dist.ds import from_config
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 
@@ -38,15 +37,21 @@ Arrays = dict[str, np.ndarray]
 # ---- every step beside the oracle ----
 
 
-def record(rank: int, world: int, ds_config: dict[str, Any], steps: int, groups: bool, kind: type[Odd]):
-    """For each step: gradients, weights before, weights after, whether DeepSpeed skipped it for an overflow."""
+def record(
+    rank: int, world: int, ds_config: dict[str, Any], steps: int, groups: bool, kind: type[Odd], spikes: tuple[int, ...]
+):
+    """For each step: gradients, weights before, weights after, whether DeepSpeed skipped it for an overflow.
+
+    In the steps `spikes` the loss of the last rank alone is so large that fp16 gradients overflow.
+    """
     with fp16_on_the_cpu():
         engine = engine_of(ds_config, groups=groups, kind=kind)
         rows = []
         accumulate = engine.gradient_accumulation_steps()
         for step in range(steps):
             for micro in range(accumulate):
-                backward(engine, step * accumulate + micro, rank, world)
+                factor = 1e9 if step in spikes and rank == world - 1 else 1.0
+                backward(engine, step * accumulate + micro, rank, world, factor)
                 if micro == accumulate - 1:
                     grads, before = gradients(engine), masters(engine)
                 engine.step()
@@ -59,10 +64,15 @@ def record(rank: int, world: int, ds_config: dict[str, Any], steps: int, groups:
 
 
 def follow(
-    ds_config: dict[str, Any], world: int, steps: int = 5, groups: bool = True, kind: type[Odd] = Odd
+    ds_config: dict[str, Any],
+    world: int,
+    steps: int = 5,
+    groups: bool = True,
+    kind: type[Odd] = Odd,
+    spikes: tuple[int, ...] = (),
 ) -> list[Any]:
     """Train on `world` ranks, and compare every step of every parameter with the oracle, block by block."""
-    results = run_ranks(record, world, ds_config, steps, groups, kind, deepspeed=True)
+    results = run_ranks(record, world, ds_config, steps, groups, kind, spikes, deepspeed=True)
     rows, updates, *_ = results[0]
     for other, other_updates, *_ in results[1:]:
         assert other_updates == updates
@@ -94,9 +104,7 @@ def follow(
             where = f"step {number}, {name}"
             floor = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(before[name]), np.abs(after[name]))
             scale = 3e-4 * np.abs(changes[name]) + 1e-12
-            assert_blocks_agree(
-                after[name] - before[name], changes[name], scale, floor, where, oracle.settings[index]
-            )
+            assert_blocks_agree(after[name] - before[name], changes[name], scale, floor, where, oracle.settings[index])
     assert trained >= 2 and set(updates.values()) == {trained}
     return results
 
@@ -132,3 +140,201 @@ def test_layout_beside_the_oracle(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_beside_the_oracle(layout: str, world: int, groups: bool, accumulate: int) -> None:
     follow(layout_config(layout, world, accumulate=accumulate), world, groups=groups)
+
+
+# ---- the trajectory of one process, in fp32 ----
+
+
+def run_engine(
+    rank: int, world: int, ds_config: dict[str, Any], steps: int = 8, groups: bool = False, kind: type[Odd] = Odd
+):
+    engine = engine_of(ds_config, groups=groups, kind=kind)
+    train(engine, 0, steps, rank, world)
+    optimizer = engine.basic_optimizer
+    return full_weights(engine), optimizer.fisher_stats(), optimizer.memory_usage()
+
+
+def same_as_alone(ds_config: dict[str, Any], world: int, *, bound: float = 1e-4, **training: Any) -> list[Any]:
+    """Train on `world` ranks and alone, and compare the weights; returns each rank's (weights, stats, memory)."""
+    alone = run_alone(
+        ds_config["optimizer"]["params"],
+        clip=ds_config["gradient_clipping"],
+        accumulate=ds_config["gradient_accumulation_steps"],
+        **training,
+    )
+    order = ("steps", "groups", "kind")
+    given = [{"steps": 8, "groups": False, "kind": Odd, **training}[key] for key in order]
+    results = run_ranks(run_engine, world, ds_config, *given, deepspeed=True)
+    for result, *_ in results:
+        assert distance(result, alone) < bound
+        assert all(np.array_equal(result[name], results[0][0][name]) for name in result), "ranks differ"
+    return results
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stages_train_like_one_process(stage: int, world: int, groups: bool) -> None:
+    results = same_as_alone(config(stage, world), world, groups=groups)
+    for _, stats, _ in results:
+        assert {entry.fisher_updates for entry in stats.values()} == {8}
+    memory = [usage for *_, usage in results]
+    assert sum(usage["rank"]["fisher"] for usage in memory) == memory[0]["all"]["fisher"]
+
+
+ZERO_OPTIONS = {
+    "round-robin": {"round_robin_gradients": True},
+    "round-robin-aligned": {"round_robin_gradients": True, "parameter_alignment": True},
+    "aligned": {"parameter_alignment": True},
+    "overlap": {"overlap_comm": True},
+    "not-contiguous": {"contiguous_gradients": False},
+    "small-buckets": {"reduce_bucket_size": 100},
+    "offload": {"offload_optimizer": {"device": "cpu"}},
+    "offload-round-robin": {"offload_optimizer": {"device": "cpu"}, "round_robin_gradients": True},
+}
+ZERO3_OPTIONS = {
+    "sub-groups-of-1": {"sub_group_size": 1},
+    "sub-groups-of-100": {"sub_group_size": 100},
+    "overlap": {"overlap_comm": True},
+    "no-persistence": {"stage3_param_persistence_threshold": 0},
+    "not-contiguous": {"contiguous_gradients": False},
+    "offload": {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+    "offload-both": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "no-reduce-scatter": {"reduce_scatter": False},
+}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        *((stage, option) for stage in (1, 2) for option in ZERO_OPTIONS),
+        *((3, option) for option in ZERO3_OPTIONS),
+    ],
+)
+def test_options(stage: int, option: str, world: int) -> None:
+    zero = (ZERO3_OPTIONS if stage == 3 else ZERO_OPTIONS)[option]
+    same_as_alone(config(stage, world, zero=zero), world, groups=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_clipping_and_accumulation(stage: int) -> None:
+    same_as_alone(config(stage, 2, clip=0.05, accumulate=3), 2, steps=5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("freq", [1, 3])
+def test_old_factors_and_a_diagonal_tail(stage: int, freq: int) -> None:
+    params = {**PARAMS, "inverse_update_freq": 4, "fisher_update_freq": freq, "max_blocks": 9, "block_grid": "flat"}
+    zero = {"sub_group_size": 150} if stage == 3 else {}
+    same_as_alone(config(stage, 3, params, zero=zero), 3, steps=10, groups=True, bound=2e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tied_and_unused_weights(stage: int) -> None:
+    # An unused parameter has no gradient at stage 0, and one of zeros at the others, where weight decay moves it.
+    params = {**PARAMS, "weight_decay": 0.0}
+    same_as_alone(config(stage, 2, params), 2, kind=Tied)
+    follow(config(stage, 2, precision="bf16"), 2, kind=Tied) if stage else None
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_schedule(stage: int) -> None:
+    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 8, "warmup_max_lr": 0.02, "warmup_num_steps": 4}}
+    world = 2
+    with_schedule = run_ranks(run_engine, world, config(stage, world, scheduler=schedule), deepspeed=True)
+    alone = run_ranks(run_engine, 1, config(0, 1, scheduler=schedule), deepspeed=True)
+    constant = run_alone()
+    assert distance(with_schedule[0][0], alone[0][0]) < 1e-4
+    assert distance(with_schedule[0][0], constant) > 1e-3
+
+
+# ---- zero.Init ----
+
+
+def with_zero_init(rank: int, world: int, ds_config: dict[str, Any]):
+    import deepspeed
+
+    initial = weights(model())
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        module = Odd()
+    named = dict(module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=0):
+        if rank == 0:
+            for name, p in named.items():
+                p.data.copy_(torch.from_numpy(initial[name]))
+    engine = engine_of(ds_config, module)
+    train(engine, 0, 6, rank, world)
+    return full_weights(engine)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_zero_init(world: int) -> None:
+    alone = run_alone(steps=6)
+    for result in run_ranks(with_zero_init, world, config(3, world), deepspeed=True):
+        assert distance(result, alone) < 1e-4
+
+
+# ---- what is skipped leaves no trace ----
+
+
+@pytest.mark.parametrize("layout", ["zero0-fp16", "zero1-fp16", "zero2-fp16-offload", "zero3-fp16"])
+def test_fp16_overflows_leave_no_trace(layout: str) -> None:
+    results = follow(layout_config(layout, 2), 2, steps=8, spikes=(0, 3, 4))
+    assert [overflow for *_, overflow in results[0][0]] == [step in (0, 3, 4) for step in range(8)]
+
+
+def at_start_up(rank: int, world: int, layout: str):
+    with fp16_on_the_cpu():
+        engine = engine_of(layout_config(layout, world), groups=True)
+        optimizer = engine.basic_optimizer
+        return optimizer.num_parameters(), len(optimizer.state), optimizer.memory_usage()["all"]["total"]
+
+
+@pytest.mark.parametrize(
+    "layout", ["zero0-bf16", "zero0-fp16", "zero1-fp32", "zero2-bf16", "bf16-optimizer", "zero3-fp32"]
+)
+def test_starting_the_engine_is_no_step(layout: str) -> None:
+    assert run_ranks(at_start_up, 2, layout, deepspeed=True) == [(0, 0, 0)] * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_stage_3_leaves_nothing_in_the_param_groups(offload: bool) -> None:
+    results = run_ranks(record, 2, config(3, 2, offload=offload), 2, True, Odd, (), deepspeed=True)
+    assert all(left == [0, 0] for *_, left in results)
+
+
+def largest_tensor(rank: int, world: int) -> tuple[int, int]:
+    """The largest tensor that a step of ours makes, in elements of a parameter's dtype, and the largest parameter."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, torch.Tensor) and value.dim() == 1:
+                    self.largest = max(self.largest, value.numel())
+            return out
+
+    module = nn.Linear(64, 256, bias=False)
+    numel = module.weight.numel()
+    ds_config = config(3, world, {**PARAMS, "block_size": 4}, zero={"stage3_param_persistence_threshold": 0})
+    engine = engine_of(ds_config, module)
+    engine.backward(engine(torch.ones(2, 64)).square().mean())
+    watch = Watch()
+    inner = engine.basic_optimizer.step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with watch:
+            return inner(*args, **kwargs)
+
+    engine.basic_optimizer.step = watched
+    engine.step()
+    return watch.largest, numel
+
+
+def test_stage_3_gathers_no_full_parameter() -> None:
+    for largest, numel in run_ranks(largest_tensor, 4, deepspeed=True):
+        assert 0 < largest <= numel / 4
