@@ -6,20 +6,22 @@ that is not finite, first becomes known to all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adafisher_dist import comm, fisher, plan
 from adafisher_dist.comm import Group
+from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.shard import Shard
 
 
 def agree(
     group: Group, shards: Sequence[Shard], active: Sequence[Sequence[bool]], largest: Sequence[Tensor],
-    error: Exception | None,
+    settings: Sequence[Sequence[Mapping[str, Any]]], error: Exception | None,
 ) -> bool:  # fmt: skip
     """Whether the step may go on: every gradient of every rank is finite and small enough to square.
 
@@ -28,26 +30,29 @@ def agree(
         shards: those that take part in the step.
         active: for each shard and stored tensor, whether it has a gradient.
         largest: for each shard, the largest absolute gradient element on this rank, 0-d.
+        settings: for each shard and param group, its settings; empty where the group has no gradient.
         error: what went wrong on this rank while its gradients were collected.
 
     Raises:
-        RuntimeError: on all ranks alike: the ranks differ in plan, gradients or parameters, or one of them failed.
+        RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
         Exception: `error` itself, on the rank that passed it.
     """
-    fingerprints = [
-        plan.digest([shard.storage.group.size for shard in shards], active),
-        plan.digest([shard.digest() for shard in shards if not shard.checked]),
-        *((0, 0) if error is not None else _checksums(shards, active)),
-    ]
-    both = list(chain.from_iterable((value, -value) for value in fingerprints))
-    device = largest[0].device if largest else torch.device("cpu")
-    finite = [(norm <= _limit(shard)).long().to(device) for norm, shard in zip(largest, shards, strict=False)]
-    flag = torch.stack(finite).amin() if finite else torch.ones((), dtype=torch.int64, device=device)
-    values = torch.cat([flag.reshape(1), torch.tensor([_failed(error), *both], device=device)])
-    finite_everywhere, failure, *agreed = comm.minimum(group, values).tolist()
+    finite = all(bool(norm <= _limit(shard)) for norm, shard in zip(largest, shards, strict=False))  # NaN is not
+    values = [int(finite), _failed(error)]
+    if group.together > 1:
+        fingerprints = [
+            plan.digest([shard.storage.group.size for shard in shards], active),
+            plan.digest([shard.digest() for shard in shards if not shard.checked]),
+            *((0, 0) if error is not None else _checksums(shards, active)),
+            plan.digest([_values(group) for groups in settings for group in groups]),
+        ]
+        values += chain.from_iterable((value, -value) for value in fingerprints)
+        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different backends would all wait.
+        values = comm.minimum(group, torch.tensor(values)).tolist()
+    finite_everywhere, failure, *agreed = values
     _raise(error, failure, "before anything changed")
     same = [low == -high for low, high in zip(agreed[::2], agreed[1::2], strict=True)]
-    for equal, message in zip(same, _DIFFERENCES, strict=True):
+    for equal, message in zip(same, _DIFFERENCES, strict=False):
         if not equal:
             raise RuntimeError(message)
     for shard in shards:
@@ -92,7 +97,14 @@ _DIFFERENCES = (
     " process_group (independent replicas: a group of one rank).",
     "The ranks hold different gradients, though AdaFisher was told that they are averaged. Wrap the model in DDP, or"
     " all-reduce the gradients before step() (independent replicas: pass a process_group of one rank).",
+    "The ranks' param groups have different settings (lr, momentum, damping, …). Change them alike on every rank; a"
+    " scheduler that follows a metric, as ReduceLROnPlateau, needs the same metric on all.",
 )
+
+
+def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """A param group's settings, in a form whose repr is exact."""
+    return [(name, float(value) if name == "lr" else value) for name, value in group.items() if name in DEFAULTS]
 
 
 def _limit(shard: Shard) -> float:

@@ -33,7 +33,8 @@ class Batch:
         fisher: F, (N, B, B), or its diagonal, (N, 1); in fisher_dtype.
         factor_NBB: roots of A that are kept between refreshes; None where they are made at every step.
         curvature_N: d of the kept roots.
-        turn_N: each block's number q, which decides when its root is refreshed.
+        number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
+        seeding_N: the same as int32 on the device, where F is bfloat16.
         rungs: for each block, how often its factorisation needed each rung of the ladder.
     """
 
@@ -46,7 +47,8 @@ class Batch:
     fisher: Tensor
     factor_NBB: Tensor | None
     curvature_N: Tensor | None
-    turn_N: Numbers
+    number_N: Numbers
+    seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
 
     def state(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -59,12 +61,13 @@ class Batch:
 
 
 def allocate(
-    group: int, size: int, dense: bool, structure: Structure, turn: Numbers, rows: int,
+    group: int, size: int, dense: bool, structure: Structure, number: Numbers, rows: int,
     device: torch.device,
 ) -> Batch:  # fmt: skip
     """A batch of `rows` blocks that have seen no gradient."""
     wide, square = structure.compute_dtype, (rows, size, size)
     keeps = dense and structure.keeps_factors
+    rounded = structure.fisher_dtype == torch.bfloat16
     return Batch(
         group,
         size,
@@ -75,7 +78,8 @@ def allocate(
         fisher=torch.zeros(square if dense else (rows, 1), dtype=structure.fisher_dtype, device=device),
         factor_NBB=torch.zeros(square, dtype=wide, device=device) if keeps else None,
         curvature_N=torch.zeros(rows, dtype=wide, device=device) if keeps else None,
-        turn_N=turn,
+        number_N=number,
+        seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
     )
 
 
@@ -109,7 +113,8 @@ def _compute_tile(batch: Batch, start: int, stop: int, step: int, updates: int, 
     decay, mu, eps = settings["fisher_decay"], settings["momentum"], settings["eps"]  # ρ, μ, ε
     momentum_NB.lerp_(gradient_NB, 1 - mu)
     if updates_fisher(step, settings):
-        (fisher.update if batch.dense else fisher.update_diagonal)(stored, gradient_NB, decay)
+        seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[start:stop], updates)
+        (fisher.update if batch.dense else fisher.update_diagonal)(stored, gradient_NB, decay, seeds)
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
     unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
     if settings["nesterov"]:
@@ -147,7 +152,7 @@ def _factor(
     if interval == 1 or step == 1:
         due = np.arange(start, stop)
     else:
-        due = start + np.flatnonzero((batch.turn_N[start:stop] + step) % interval == 0)
+        due = start + np.flatnonzero((batch.number_N[start:stop] + step) % interval == 0)
     if len(due):
         rows = torch.from_numpy(due).to(batch.fisher.device)
         factor = fresh(batch.fisher[rows], due)

@@ -13,9 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Its name from torch 2.13 on; the old one warns there.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -31,6 +28,11 @@ class Group:
     def together(self) -> int:
         """How many ranks take each step together."""
         return self.size * (self.replicas.size if self.replicas is not None else 1)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one of them that logs."""
+        return self.rank == 0 and (self.replicas is None or self.replicas.rank == 0)
 
     def wire(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or a copy on a device that the group's backend can send from."""
@@ -58,8 +60,13 @@ def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None)
     return Group(handle, rank, size, dist.get_backend_config(handle), replicas)
 
 
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def own_rank() -> int:
-    """This process's rank among all; 0 for one process alone. Rank 0 is the one that logs."""
+    """This process's rank among all; 0 for one process alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -77,7 +84,9 @@ def gather(group: Group, mine: Tensor, out: Tensor) -> Callable[[], None]:
     `mine` and `out` may not be touched before that.
     """
     wire_out, wire = group.wire(out), group.wire(mine)
-    work = _all_gather(wire_out, wire, group.handle, async_op=True)
+    # Its name from torch 2.13 on; the old one warns there.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = all_gather(wire_out, wire, group.handle, async_op=True)
 
     def wait() -> None:
         work.wait()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafisher_dist import comm
 from adafisher_dist.agreement import agree, settle
 from adafisher_dist.batch import updates_fisher
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.layouts import UnsupportedLayoutError
-from adafisher_dist.settings import structure
+from adafisher_dist.settings import DEFAULTS, normalize, structure
 from adafisher_dist.shard import Shard, compute
 from adafisher_dist.transfer import Transfer, transfer
 
@@ -43,6 +44,10 @@ class Engine:
         """Take a shard's tensors in."""
         self._transfers.append(transfer(shard))
         self._where |= {id(tensor): (shard, index) for index, tensor in enumerate(shard.storage.tensors)}
+
+    def _drop_unchecked(self) -> None:
+        self._transfers = [way for way in self._transfers if way.shard.checked]
+        self._where = {tensor: place for tensor, place in self._where.items() if place[0].checked}
 
     def check(self) -> None:
         """Refuse to go on with a state that a failed step left incomplete.
@@ -78,6 +83,11 @@ class Engine:
         if shards:
             group = shards[0].storage.group
             _check_groups(shards)
+            if group.handle is None and comm.is_distributed():
+                raise RuntimeError(
+                    "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
+                    " knows of no other rank. Initialise it first, then load the state."
+                )
         elif group.together == 1 and faults.error is None:
             return True
         active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
@@ -86,12 +96,17 @@ class Engine:
 
         def collect() -> None:
             settings.extend(_settings(shard, groups) for shard in shards)
-            _refuse_sparse(shards)
+            for shard in shards:
+                _check_tensors(shard)
             largest.extend(way.collect(having) for way, having in zip(transfers, active, strict=True))
 
         faults.attempt(collect)
-        if not agree(group, shards, active, largest, faults.error):
-            return False
+        try:
+            if not agree(group, shards, active, largest, settings, faults.error):
+                return False
+        except Exception:
+            self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
+            raise
         self._broken = True  # until all ranks have done their part
         for way, having, hyper in zip(transfers, active, settings, strict=True):
             way.to_owners(faults)
@@ -118,37 +133,49 @@ def _check_groups(shards: Sequence[Shard]) -> None:
 
 def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:
     """The settings of each of the shard's param groups that has a tensor with a gradient (of the others, none)."""
+    found: list[dict[str, Any] | None] = [None for _ in shard.structures]
     result: list[dict[str, Any]] = [{} for _ in shard.structures]
     for tensor, number in zip(shard.storage.tensors, shard.groups, strict=True):
         group = groups.get(id(tensor))
-        if group is None or group is result[number]:
+        if group is None or group is found[number]:
             continue
-        if result[number]:
+        if found[number] is not None:
             raise RuntimeError(
                 "The param groups were rearranged after the first step: tensors that shared one are now in several."
                 " Call reset_state() first, or build a new optimizer."
             )
-        now, before = structure(group), shard.structures[number]
+        found[number] = group
+        result[number] = {name: group[name] for name in DEFAULTS}
+        normalize(result[number])  # whatever the user has set since the last step
+        now, before = structure(result[number]), shard.structures[number]
         if now != before:
             names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
             raise RuntimeError(
                 f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
                 " shape. Call reset_state() first, or build a new optimizer."
             )
-        result[number] = group
     return result
 
 
-def _refuse_sparse(shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        for index in range(len(shard.storage.tensors)):
-            gradient = shard.storage.gradient(index)
-            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
-                kind = "complex" if gradient.is_complex() else "sparse"
-                name = next(p.name for p in shard.storage.parameters if p.tensor == index)
-                raise RuntimeError(
-                    f"AdaFisher does not support {kind} gradients; {name} has one. For embeddings, use sparse=False."
-                )
+def _check_tensors(shard: Shard) -> None:
+    """Refuse gradients that cannot be used, and tensors that were given another shape or device since the plan."""
+    for index, (shape, device) in enumerate(shard.stored):
+        gradient, values = shard.storage.gradient(index), shard.storage.values(index)
+        problem = None
+        if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
+            kind = "complex" if gradient.is_complex() else "sparse"
+            problem = f"has a {kind} gradient, which AdaFisher does not support. For embeddings, use sparse=False."
+        elif (values.shape, values.device) != (shape, device):
+            problem = (
+                f"was {tuple(shape)} on {device} when its state was made, and is {tuple(values.shape)} on"
+                f" {values.device} now. Move or replace parameters before the first step; or reset_state(), or save and"
+                " load the state_dict."
+            )
+        elif gradient is not None and gradient.shape != shape:
+            problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(shape)}."
+        if problem:
+            name = next(p.name for p in shard.storage.parameters if p.tensor == index)
+            raise RuntimeError(f"The parameter {name} {problem}")
 
 
 def _advance(

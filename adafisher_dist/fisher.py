@@ -32,14 +32,29 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
     return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
 
 
-def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float) -> None:
-    """F ← ρ F + (1 − ρ) g gᵀ, in place. F may be stored in bfloat16; the arithmetic has the gradient's dtype."""
+def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
+    """F ← ρ F + (1 − ρ) g gᵀ, in place; the arithmetic has the gradient's dtype.
+
+    F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
+    F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).
+
+    Args:
+        fisher_NBB: F.
+        gradient_NB: g.
+        decay: ρ.
+        seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
+    """
     left_NB1, right_N1B = gradient_NB.unsqueeze(2), gradient_NB.unsqueeze(1)
     if fisher_NBB.dtype == gradient_NB.dtype:
         fisher_NBB.baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay)
     else:
-        wide = fisher_NBB.to(gradient_NB.dtype)
-        fisher_NBB.copy_(wide.baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay))
+        assert seed_N is not None
+        wide_NBB = fisher_NBB.to(gradient_NB.dtype).baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay)
+        index_B = torch.arange(fisher_NBB.shape[1], dtype=torch.int32, device=seed_N.device)
+        # Alike for (i, j) and (j, i), so that F stays symmetric.
+        low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
+        _round_stochastically(wide_NBB, _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None])
+        fisher_NBB.copy_(wide_NBB)
 
 
 def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype) -> Factor:
@@ -48,9 +63,10 @@ def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: f
     Never raises for a bad block: it walks the ladder (ten times the damping, at least 1e-2; that in float64; the
     diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I.
     """
-    diagonal_NB = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype)
-    d_N = diagonal_NB.mean(dim=1) * correction
-    scale_N = torch.where(d_N > 0, correction / d_N, 0.0)
+    mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
+    d_N = mean_N * correction
+    # F̂ / d = F / mean diag F. A mean that is not a normal number counts as the smallest that is: 1 / mean is finite.
+    scale_N = mean_N.clamp_min(torch.finfo(dtype).tiny).reciprocal_()
     a_NBB = fisher_NBB.to(dtype) * scale_N[:, None, None]
     a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
     root_NBB, failed_N = _root(a_NBB, exponent)
@@ -91,13 +107,33 @@ def precondition(
     return torch.where(seen_N[:, None], u_NB, 0.0)
 
 
-def update_diagonal(fisher_NB: Tensor, gradient_NB: Tensor, decay: float) -> None:
-    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks."""
-    if fisher_NB.dtype == gradient_NB.dtype:
-        fisher_NB.mul_(decay).addcmul_(gradient_NB, gradient_NB, value=1 - decay)
+def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks; otherwise as `update`."""
+    if fisher_N1.dtype == gradient_N1.dtype:
+        fisher_N1.mul_(decay).addcmul_(gradient_N1, gradient_N1, value=1 - decay)
     else:
-        wide = fisher_NB.to(gradient_NB.dtype)
-        fisher_NB.copy_(wide.mul_(decay).addcmul_(gradient_NB, gradient_NB, value=1 - decay))
+        assert seed_N is not None
+        wide_N1 = fisher_N1.to(gradient_N1.dtype).mul_(decay).addcmul_(gradient_N1, gradient_N1, value=1 - decay)
+        _round_stochastically(wide_N1, seed_N[:, None])
+        fisher_N1.copy_(wide_N1)
+
+
+def seeds(number_N: Tensor, update: int) -> Tensor:
+    """The seeds of blocks by their numbers at their k-th Fisher update: int32."""
+    return _scramble(number_N * 0x9E3779B + update * 0x5851F42 % (1 << 31))
+
+
+def _round_stochastically(x: Tensor, seed: Tensor) -> None:
+    """Leave what bfloat16 can hold of a finite float32 tensor, in place: up or down, so that the mean is kept."""
+    bits = x.view(torch.int32)
+    bits.add_(_scramble(seed).bitwise_and_(0xFFFF)).bitwise_and_(-0x10000)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A hash of each int32 (the finaliser of MurmurHash3); products wrap."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def diagonal_update(momentum_NB: Tensor, diagonal_NB: Tensor, eps: float) -> Tensor:

@@ -188,6 +188,7 @@ class AdaFisher(Optimizer):
             return loss
         storages = layouts.storages(self, new, self._registry, self._process_group) if new else []
         faults = Faults()
+        faults.attempt(self._adopt)
         faults.attempt(partial(self._enlist, storages))
         group = storages[0].group if storages else self._group()
         if self._engine.step({key: group for key, (_, group) in groups.items()}, group, faults):
@@ -206,6 +207,7 @@ class AdaFisher(Optimizer):
             RuntimeError: the state is sharded and was not consolidated.
         """
         self._engine.check()
+        self._adopt()
         scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._engine.shards)
         if scattered and self._consolidated is None:
             raise RuntimeError(
@@ -231,11 +233,17 @@ class AdaFisher(Optimizer):
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
 
-        A collective: all ranks of the process group must call it. The copy is dropped by the next step. On the other
-        ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
+        A collective: all ranks of the process group must call it, and `to` is a rank of that group. The copy is dropped
+        by the next step. On the other ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
+
+        Raises:
+            ValueError: the group has no rank `to`.
         """
         self._engine.check()
+        self._adopt()
         group = self._group()
+        if to is not None and not 0 <= to < group.size:
+            raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
         self._consolidated = {}
         self._elsewhere = None if keep else to
@@ -259,10 +267,11 @@ class AdaFisher(Optimizer):
 
         def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             staged.extend(self._stage(saved))
-            return {**saved, "state": {}}
+            return {**saved, "state": {}, "param_groups": self._completed(saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
             self._reset()
+            self.defaults["fisher_dtype"] = self.param_groups[0]["fisher_dtype"]
             for shard in staged:
                 self._install(shard)
 
@@ -286,7 +295,10 @@ class AdaFisher(Optimizer):
                 "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
                 " a part. Use consolidate_state_dict() and state_dict()."
             )
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+        self._adopt()
+        # Copies: a view would drag along the whole batch that it is a part of.
+        own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
+        return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         """From copy, pickle, and torch's own load_state_dict."""
@@ -328,12 +340,12 @@ class AdaFisher(Optimizer):
 
         Raises:
             ValueError: lr is negative or not finite.
+            IndexError: there is no such group.
         """
         checked = {**self.defaults, "lr": lr}
         normalize(checked)
-        for index, param_group in enumerate(self.param_groups):
-            if group is None or index == group:
-                param_group["lr"] = checked["lr"]
+        for param_group in self.param_groups if group is None else [self.param_groups[group]]:
+            param_group["lr"] = checked["lr"]
 
     # ---- which shards there are ----
 
@@ -341,15 +353,31 @@ class AdaFisher(Optimizer):
         """Build shards for tensors that have none yet."""
         for shard in self._build(storages, self.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
-            state.restore(shard, [self.state.get(tensor, {}) for tensor in shard.storage.tensors])
+            for index, tensor in enumerate(shard.storage.tensors):
+                state.restore(shard, index, self.state.get(tensor, {}), own=True)
             self._install(shard)
-            if comm.own_rank() == 0:
+            if shard.storage.group.is_first:
                 logger.info(report.summary(shard))
 
     def _install(self, shard: Shard) -> None:
         self._engine.add(shard)
         for index, tensor in enumerate(shard.storage.tensors):
-            self.state[tensor] = shard.state(index)
+            self.state[tensor] = dict(shard.views[index])
+
+    def _adopt(self) -> None:
+        """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
+
+        Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
+        """
+        for shard in self._engine.shards:
+            for index, tensor in enumerate(shard.storage.tensors):
+                views, entry = shard.views[index], self.state.get(tensor)
+                if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
+                    if entry:
+                        state.restore(shard, index, entry, own=True)
+                    else:
+                        state.clear(shard, index)
+                    self.state[tensor] = dict(views)
 
     def _build(self, storages: list[Storage], groups: list[dict[str, Any]]) -> list[Shard]:
         """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded)."""
@@ -364,28 +392,37 @@ class AdaFisher(Optimizer):
 
     def _stage(self, saved: Mapping[str, Any]) -> list[Shard]:
         """Shards that hold a saved state; the optimizer itself is not touched."""
-        part = state.part(saved)
+        state.check_format(saved)
         own = [tensor for group in self.param_groups for tensor in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        if len(own) != len(numbers) and part == "whole":
+        lengths = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved["param_groups"])]
+        if lengths[0] != lengths[1] and state.is_whole(saved):
             return []  # torch's own check reports it
         states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
         if not states:
             return []
-        merged = [{**now, **then} for now, then in zip(self.param_groups, saved["param_groups"], strict=False)]
-        for group in merged:
-            normalize(group)
         chosen = [tensor for tensor in own if id(tensor) in states]
-        shards = self._build(layouts.storages(self, chosen, self._registry, self._process_group), merged)
-        state.check_part(part, shards)
+        storages = layouts.storages(self, chosen, self._registry, self._process_group)
+        shards = self._build(storages, self._completed(saved["param_groups"]))
+        state.check_part(saved, shards)
         for shard in shards:
-            state.restore(shard, [states[id(tensor)] for tensor in shard.storage.tensors])
+            for index, tensor in enumerate(shard.storage.tensors):
+                state.restore(shard, index, states[id(tensor)])
         return shards
+
+    def _completed(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved param groups, checked; what an older version did not save is taken from this optimizer's groups."""
+        if len(saved) != len(self.param_groups):
+            return saved  # torch's own check reports it
+        result = [{**now, **then} for now, then in zip(self.param_groups, saved, strict=True)]
+        for group in result:
+            normalize(group)
+        return result
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if comm.own_rank() == 0 and self.skipped_steps.bit_count() == 1:
+        if self._group().is_first and self.skipped_steps.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",

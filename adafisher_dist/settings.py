@@ -85,14 +85,20 @@ def check_names(names: Iterable[str], valid: Iterable[str]) -> None:
             raise TypeError(f"AdaFisher has no parameter {name!r}.{hint} Its parameters are: {', '.join(valid)}.")
 
 
-def check_group_keys(keys: Iterable[str]) -> None:
-    """Refuse a param group's key that looks like a misspelt hyper-parameter; other keys are the user's own.
+# What other optimizers of torch take in a param group, and this one would silently not do.
+_FOREIGN = ("amsgrad", "betas", "capturable", "differentiable", "maximize")
+
+
+def check_group_keys(group: Mapping[str, Any]) -> None:
+    """Refuse a param group's key that is another optimizer's, or looks misspelt; other keys are the user's own.
 
     Raises:
-        ValueError: names the key and the setting that it resembles.
+        ValueError: names the key and, where it resembles one, the setting.
     """
-    for key in keys:
-        near = [] if key in DEFAULTS else get_close_matches(key.lower(), DEFAULTS, n=1, cutoff=0.85)
+    for key, value in group.items():
+        if key in _FOREIGN and value:
+            raise ValueError(f"AdaFisher has no setting {key!r} (got {value!r} in a param group); leave it out.")
+        near = [] if key in DEFAULTS else get_close_matches(str(key).lower(), DEFAULTS, n=1, cutoff=0.85)
         if near:
             raise ValueError(f"The param group has a key {key!r}, which is no setting. Did you mean {near[0]!r}?")
 

@@ -70,6 +70,8 @@ class Shard:
         batches: of this rank.
         by_parameter: for each batch, the rows of each parameter.
         counters: (tensors, 2) int64 on the CPU: steps t and Fisher updates k of each stored tensor.
+        stored: for each stored tensor, the shape and device of what this rank holds.
+        views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
         checked: whether the ranks have compared their plans.
     """
 
@@ -84,21 +86,14 @@ class Shard:
     batches: list[Batch]
     by_parameter: list[list[Segment]]
     counters: Tensor
+    stored: list[tuple[torch.Size, torch.device]]
+    views: list[dict[str, Tensor]]
     checked: bool = False
 
     @property
     def length(self) -> int:
         """Elements that this rank owns; the arena may be longer."""
         return plan.count(self.owned[self.storage.group.rank])
-
-    def state(self, tensor: int) -> dict[str, Tensor]:
-        """Views of a stored tensor's state: what `optimizer.state[tensor]` holds."""
-        state = {"step": self.counters[tensor, 0], "fisher_updates": self.counters[tensor, 1]}
-        for batch, segments in zip(self.batches, self.by_parameter, strict=True):
-            mine = [s for s in segments if self.storage.parameters[s.owner].tensor == tensor]
-            if mine:
-                state |= batch.state(mine[0].start, mine[-1].stop)
-        return state
 
     def digest(self) -> int:
         """A fingerprint of the plan: the same on all ranks."""
@@ -122,7 +117,27 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.values(0).device)
     chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures)
     counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
-    return Shard(storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters)
+    held = [storage.values(index) for index in range(len(storage.tensors))]
+    stored = [(tensor.shape, tensor.device) for tensor in held]
+    views = _views(counters, parameters, batches, by_parameter)
+    return Shard(
+        storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters, stored, views
+    )
+
+
+def _views(
+    counters: Tensor, parameters: Sequence[Parameter], batches: Sequence[Batch],
+    by_parameter: Sequence[Sequence[Segment]],
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    views = [{"step": counter[0], "fisher_updates": counter[1]} for counter in counters]
+    for batch, segments in zip(batches, by_parameter, strict=True):
+        rows: dict[int, tuple[int, int]] = {}  # of each tensor: first, stop
+        for segment in segments:
+            tensor = parameters[segment.owner].tensor
+            rows[tensor] = rows.get(tensor, (segment.start, 0))[0], segment.stop
+        for tensor, (start, stop) in rows.items():
+            views[tensor] |= batch.state(start, stop)
+    return views
 
 
 def arena_numel(pieces: Sequence[Sequence[plan.Spans]], rank: int) -> int:
@@ -195,7 +210,7 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _turns(entries[key], positions, key[2]), count, arena.device)
+        key: allocate(*key, structures[key[0]], _numbers(entries[key], positions, key[2]), count, arena.device)
         for key, count in rows.items()
     }
     result, start = [], 0
@@ -207,13 +222,17 @@ def _stack(
     return result, list(batches.values()), by_parameter
 
 
-def _turns(entries: list[_Planned], positions: Sequence[int], dense: bool) -> Numbers:
-    """The number q of each row's block: its index on the parameter's grid plus the parameter's position."""
-    if not dense:
-        return np.zeros(0, dtype=np.int64)
+def _numbers(entries: list[_Planned], positions: Sequence[int], dense: bool) -> Numbers:
+    """The number q of each row's block: its index on the parameter's grid plus the parameter's position.
+
+    Of elements with a diagonal Fisher: the index of the element, likewise.
+    """
     numbers = []
     for entry in entries:
         strip = entry.strip
+        if not dense:
+            numbers.append(positions[entry.parameter] + strip.start + np.arange(strip.rows))
+            continue
         periods = np.arange(strip.periods)[:, None] * strip.blocks_per_period
         numbers.append((positions[entry.parameter] + strip.block + periods + np.arange(strip.count)).ravel())
     return np.concatenate(numbers).astype(np.int64)

@@ -8,7 +8,7 @@ For each tensor: `step`, `fisher_updates` (0-d int64), and for each block size B
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,25 +22,27 @@ FORMAT = 1
 META = "adafisher_dist"
 COUNTERS = ("step", "fisher_updates")
 
+Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row where it begins, rows in all
+
 
 def describe(shards: list[Shard]) -> dict[str, Any]:
     """What a state dict tells of its own completeness: plain numbers and strings."""
     partial = [shard for shard in shards if not shard.storage.replicated and shard.storage.group.size > 1]
     if not partial:
         return {"format": FORMAT, "part": "whole"}
-    group = partial[0].storage.group
-    layout = partial[0].storage.layout
-    return {"format": FORMAT, "part": f"{layout}, rank {group.rank} of {group.size}"}
+    group, layout = partial[0].storage.group, partial[0].storage.layout
+    part = f"{layout}, rank {group.rank} of {group.size}"
+    return {"format": FORMAT, "part": part, "plan": [shard.digest() for shard in partial]}
 
 
-def expected(shard: Shard, tensor: int) -> dict[str, tuple[Tensor, int, int]]:
+def expected(shard: Shard, tensor: int) -> Wanted:
     """For each key of a whole state dict: this rank's view, the row where it begins, and the rows there are in all.
 
     A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict fails on all ranks.
     """
-    views = {key: view for key, view in shard.state(tensor).items() if key not in COUNTERS}
     if not shard.storage.replicated:
-        return {key: (view, 0, len(view)) for key, view in views.items()}
+        return _own(shard, tensor)
+    views = shard.views[tensor]
     grid = shard.grids[tensor]
     own = [span for span in shard.owned[shard.storage.group.rank] if span.parameter == tensor]
     before = _rows_by_kind(grid, own[0].start) if own else Counter()
@@ -66,53 +68,88 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
     return shapes
 
 
-def part(saved: Mapping[str, Any]) -> str:
-    """Which part of the state a state dict holds.
+def is_whole(saved: Mapping[str, Any]) -> bool:
+    """Whether a state dict holds the whole state, as far as it says."""
+    return bool(saved.get(META, {}).get("part", "whole") == "whole")
+
+
+def check_format(saved: Mapping[str, Any]) -> None:
+    """Refuse what is no state of AdaFisher, or holds none.
 
     Raises:
-        ValueError: none: it was consolidated on another rank.
+        ValueError: says what it is.
     """
-    result = str(saved.get(META, {}).get("part", "whole"))
-    if result.startswith("none"):
-        raise ValueError(f"This state dict holds no state: another rank consolidated it ({result}). Load that one.")
-    return result
+    meta = saved.get(META)
+    if meta is None and any("block_size" not in group for group in saved["param_groups"]):
+        raise ValueError("This state dict does not fit AdaFisher: it was saved by another optimizer.")
+    if not isinstance(meta, dict | None):
+        raise ValueError(f"This state dict does not fit: its entry {META!r} is {meta!r}.")
+    meta = meta or {}
+    if meta.get("format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {FORMAT};"
+            " update adafisher_dist."
+        )
+    if str(meta.get("part")).startswith("none"):
+        raise ValueError(
+            f"This state dict holds no state: another rank consolidated it ({meta['part']}). Load that one."
+        )
 
 
-def check_part(saved: str, shards: list[Shard]) -> None:
+def check_part(saved: Mapping[str, Any], shards: list[Shard]) -> None:
     """Refuse a part of another sharded state.
 
     Raises:
         ValueError: names both parts.
     """
-    here = describe(shards)["part"]
-    if saved != here:
+    here, there = describe(shards), saved.get(META) or {}
+    part = there.get("part", "whole")
+    if part != here["part"]:
         raise ValueError(
-            f"The state dict is a part of a sharded state ({saved}), and this rank needs {here}. Load it with the world"
-            " size and ZeRO stage that it was saved with."
+            f"The state dict is a part of a sharded state ({part}), and this rank needs {here['part']}. Load it with"
+            " the world size and ZeRO stage that it was saved with."
+        )
+    if there.get("plan", here.get("plan")) != here.get("plan"):
+        raise ValueError(
+            f"The state dict ({part}) was saved where the parameters, or their blocks, lay otherwise on the ranks. Load"
+            " it with the model, param groups, block settings and ZeRO options (round_robin_gradients, sub_group_size,"
+            " …) that it was saved with."
         )
 
 
-def restore(shard: Shard, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Copy saved states into a shard, one for each stored tensor; an empty one leaves its tensor as before any step.
+def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
+    """Copy a stored tensor's saved state into a shard; an empty one leaves it as it is.
+
+    Args:
+        shard: the shard.
+        tensor: the number of the stored tensor.
+        saved: its entry in a state dict, or
+        own: in this rank's `optimizer.state`, which has no other rank's rows.
 
     Raises:
-        ValueError: one does not fit; nothing was copied.
+        ValueError: it does not fit; nothing was copied.
     """
-    for tensor, entry in enumerate(saved):
-        _check(shard, tensor, entry)
-    for tensor, entry in enumerate(saved):
-        if entry:
-            shard.counters[tensor] = torch.tensor([int(entry[key]) for key in COUNTERS])
-            for key, (view, first, _) in expected(shard, tensor).items():
-                if len(view):
-                    view.copy_(entry[key][first : first + len(view)])
+    if saved:
+        wanted = _own(shard, tensor) if own else expected(shard, tensor)
+        _check(shard, tensor, saved, wanted)
+        shard.counters[tensor] = torch.tensor([int(saved[key]) for key in COUNTERS])
+        for key, (view, first, _) in wanted.items():
+            if len(view):
+                view.copy_(saved[key][first : first + len(view)])
 
 
-def _check(shard: Shard, tensor: int, saved: Mapping[str, Any]) -> None:
-    if not saved:
-        return
+def clear(shard: Shard, tensor: int) -> None:
+    """Bring a stored tensor's state back to what it was before any step."""
+    for value in shard.views[tensor].values():
+        value.zero_()
+
+
+def _own(shard: Shard, tensor: int) -> Wanted:
+    return {key: (view, 0, len(view)) for key, view in shard.views[tensor].items() if key not in COUNTERS}
+
+
+def _check(shard: Shard, tensor: int, saved: Mapping[str, Any], wanted: Wanted) -> None:
     name = next((p.name for p in shard.storage.parameters if p.tensor == tensor), str(tensor))
-    wanted = expected(shard, tensor)
     missing = sorted({*wanted, *COUNTERS} - set(saved))
     unknown = sorted(set(saved) - {*wanted, *COUNTERS})
     if missing or unknown:
@@ -122,7 +159,7 @@ def _check(shard: Shard, tensor: int, saved: Mapping[str, Any]) -> None:
             " optimizer."
         )
     for key, (view, _, rows) in wanted.items():
-        shape = tuple(saved[key].shape)
+        shape = tuple(getattr(saved[key], "shape", ("not a tensor",)))
         if (len(view) and shape[1:] != view.shape[1:]) or shape[0] != rows:
             raise ValueError(
                 f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed are {rows} rows of"
@@ -133,7 +170,7 @@ def _check(shard: Shard, tensor: int, saved: Mapping[str, Any]) -> None:
 def consolidate(shard: Shard, tensor: int, keep: bool) -> dict[str, Tensor]:
     """The whole state of a replicated parameter on the CPU, on ranks that `keep` it. All ranks must call this."""
     group = shard.storage.group
-    views, result = shard.state(tensor), {}
+    views, result = shard.views[tensor], {}
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
         whole = torch.empty(shape, dtype=dtype) if keep else None
         for rank, spans in enumerate(shard.owned):

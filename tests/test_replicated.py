@@ -175,7 +175,7 @@ def disagree(rank: int, world: int, how: str) -> str:
         ("gradients", "different gradients"),
         ("missing", "which parameters have a gradient"),
         ("plan", "planned different blocks"),
-        ("sparse", "sparse gradients"),
+        ("sparse", "has a sparse gradient"),
     ],
 )
 def test_ranks_that_disagree_stop_together(how: str, words: str) -> None:

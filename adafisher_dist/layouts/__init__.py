@@ -73,9 +73,10 @@ def storages(
             return _by_device(masters, join(process_group))
     except AttributeError as error:
         raise unexpected(wrapper, f"lacks what it is recognised by ({error})") from error
-    what = f"DeepSpeed's {name}, which AdaFisher does not know" if wrapper is not None else "something unknown to it"
+    what = f"DeepSpeed's {name}, which AdaFisher does not know" if wrapper is not None else "others"
     raise UnsupportedLayoutError(
-        f"The parameters that AdaFisher was given were replaced by {what}. Supported are {_SUPPORTED}."
+        f"The parameters that AdaFisher was given were replaced by {what}. Supported are {_SUPPORTED}. New parameters"
+        " of your own need add_param_group()."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,16 +41,18 @@ class Registry:
     """The parameters that the optimizer was given, in order, whatever a wrapper puts in their place later."""
 
     def __init__(self) -> None:
-        self._given: dict[int, tuple[weakref.ref[Tensor], Given]] = {}
+        # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
+        self._given: dict[int, tuple[Tensor, Given]] = {}
+        self._count = 0
 
     def add(self, tensor: Tensor, name: str) -> None:
         """Register the next parameter."""
-        self._given[id(tensor)] = weakref.ref(tensor), Given(name, len(self._given))
+        self._given[id(tensor)] = tensor, Given(name, self._count)
+        self._count += 1
 
     def find(self, tensor: Tensor) -> Given | None:
         """How a parameter was given; None where it was not."""
-        reference, given = self._given.get(id(tensor), (None, None))
-        return given if reference is not None and reference() is tensor else None
+        return self._given[id(tensor)][1] if id(tensor) in self._given else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
