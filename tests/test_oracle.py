@@ -597,9 +597,9 @@ def test_low_precision_parameters_are_rounded_once(dtype: torch.dtype, setting: 
 
 @pytest.mark.parametrize("setting", [{}, {"grafting": "none"}, {"exponent": 0.5, "max_blocks": 2}], ids=str)
 def test_a_bfloat16_fisher_is_close(setting: Settings) -> None:
-    # bfloat16 rounds F̂ / d by up to about r / 500, and the damping says what that does to the inverse.
+    # bfloat16 rounds F̂ / d by up to about r / 250, and the damping says what that does to the inverse.
     shapes = [*FEW, (33, 20)]
     dtypes = {"dtype": torch.float32, "fisher_dtype": torch.bfloat16}
-    for damping, tolerance in ((0.1, 0.25), (1.0, 0.03)):
+    for damping, tolerance in ((0.1, 0.5), (1.0, 0.06)):
         own = {"damping": damping, "tolerance": tolerance, "block_size": 16, **dtypes, **setting}
         compare(values(shapes, scale=1e-2), gradients(shapes, 30), **own)

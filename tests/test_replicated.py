@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +289,62 @@ def test_process_group() -> None:
     results = run_ranks(subgroups, 4)
     assert distance(results[0], results[1]) == distance(results[2], results[3]) == 0
     assert distance(results[0], results[2]) > 1e-3
+
+
+def different_settings(rank: int, world: int) -> str:
+    parameter = nn.Parameter(torch.ones(20))
+    optimizer = AdaFisher([parameter])
+    for step in range(2):
+        parameter.grad = torch.ones(20)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + rank * step)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return "no error"
+
+
+def test_settings_that_differ_between_ranks_are_an_error() -> None:
+    for message in run_ranks(different_settings, 2):
+        assert message.startswith("1: The ranks' param groups have different settings")
+
+
+def tries_again(rank: int, world: int):
+    tensors = [nn.Parameter(torch.ones(20)), nn.Parameter(torch.ones(7, 3))]
+    optimizer = AdaFisher(tensors, lr=0.1)
+    for step in range(3):
+        for tensor in tensors:
+            tensor.grad = torch.full_like(tensor, 0.5)
+        if step == 0 and rank == 1:
+            tensors[1].grad = None
+            with pytest.raises(RuntimeError, match="which parameters have a gradient"):
+                optimizer.step()
+        elif step == 0:
+            with pytest.raises(RuntimeError, match="which parameters have a gradient"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    return [int(entry["step"]) for entry in optimizer.state.values()], [t.detach().numpy() for t in tensors]
+
+
+def test_after_a_disagreement_training_can_go_on() -> None:
+    results = run_ranks(tries_again, 2)
+    for counts, tensors in results:
+        assert counts == [2, 2]
+        assert all(np.array_equal(a, b) for a, b in zip(tensors, results[0][1], strict=True))
+
+
+def too_early(rank: int, world: int, store: str) -> str:
+    dist.destroy_process_group()
+    parameter = nn.Parameter(torch.ones(20))
+    optimizer = AdaFisher([parameter])
+    parameter.grad = torch.ones(20)
+    optimizer.step()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    with pytest.raises(RuntimeError, match=r"before torch\.distributed was initialised") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_step_before_the_process_group_is_an_error(tmp_path: Path) -> None:
+    run_ranks(too_early, 2, str(tmp_path / "store"))

@@ -135,3 +135,30 @@ def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
         "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 60.0 % of the elements on dense"
         in message
     )
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.999])
+@pytest.mark.parametrize("max_blocks", [None, 0])
+def test_a_bfloat16_fisher_fills_and_decays(decay: float, max_blocks: int | None) -> None:
+    # Rounded to nearest it would stop at 0.8 for ρ = 0.99 and at 0.25 for 0.999, and stay there.
+    parameter = nn.Parameter(torch.zeros(30))
+    settings = {"fisher_decay": decay, "block_size": 10, "max_blocks": max_blocks, "fisher_dtype": torch.bfloat16}
+    optimizer = AdaFisher([parameter], **settings)
+    for size, expected in ((1.0, 1 - decay**1500), (1e-6, (1 - decay**1500) * decay**1500)):
+        for _ in range(1500):
+            parameter.grad = torch.full((30,), size)
+            optimizer.step()
+        stored = optimizer.state[parameter]["fisher_diagonal" if max_blocks == 0 else "fisher_10"].float()
+        assert stored.mean() == pytest.approx(expected, rel=0.1)
+    if max_blocks is None:
+        assert torch.equal(stored, stored.mT)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("scale", [1e-19, 1e-20, 1e-21, 3e-22, 1e-22])
+def test_kept_factors_of_tiny_gradients_are_finite(scale: float, exponent: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(20, generator=generator) * scale for _ in range(6)]
+    _, optimizer = run(gradients, inverse_update_freq=3, exponent=exponent)
+    assert state_is_finite(optimizer)
+    assert sum(optimizer.fisher_stats()["weight"].ladder.values()) == 0

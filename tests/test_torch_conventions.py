@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import io
@@ -347,3 +348,167 @@ def test_repr_and_add_param_group() -> None:
     assert [int(entry["step"]) for entry in saved["state"].values()] == [4, 2, 2]
     optimizer.load_state_dict(copy.deepcopy(saved))
     assert same_state(optimizer.state_dict(), saved)
+
+
+# ---- what users and libraries do to an optimizer from outside ----
+
+
+def test_replaced_state_is_taken_over() -> None:
+    # Lightning moves a state to a device this way.
+    module, twin = model(), model()
+    optimizer, reference = (AdaFisher(m.parameters(), lr=1e-2, block_size=8) for m in (module, twin))
+    for m, o in ((module, optimizer), (twin, reference)):
+        steps(m, o, 0, 3)
+    for parameter, entry in list(optimizer.state.items()):
+        optimizer.state[parameter] = {key: value.clone() for key, value in entry.items()}
+    for m, o in ((module, optimizer), (twin, reference)):
+        steps(m, o, 3, 6)
+    assert same_state(optimizer.state_dict(), reference.state_dict())
+    assert distance(weights(module), weights(twin)) == 0
+    optimizer.state[module.mix.weight]["momentum_8"].zero_()  # in place
+    number = [id(p) for p in module.parameters()].index(id(module.mix.weight))
+    assert not optimizer.state_dict()["state"][number]["momentum_8"].any()
+
+
+@pytest.mark.parametrize("how", ["clear", "new dict", "one entry"])
+def test_removed_state_starts_anew(how: str) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    steps(module, optimizer, 0, 3)
+    if how == "clear":
+        optimizer.state.clear()
+    elif how == "new dict":
+        optimizer.state = collections.defaultdict(dict)
+    else:
+        del optimizer.state[module.mix.weight]
+    steps(module, optimizer, 3, 4)
+    counts = {name: int(optimizer.state[p]["step"]) for name, p in module.named_parameters() if p.requires_grad}
+    assert counts["mix.weight"] == 1
+    assert counts["inner.weight"] == (4 if how == "one entry" else 1)
+
+
+def test_a_replaced_state_that_does_not_fit_is_an_error() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    steps(module, optimizer, 0, 1)
+    optimizer.state[module.mix.weight] = {"step": torch.tensor(1), "exp_avg": torch.zeros(3)}
+    before = weights(module)
+    with pytest.raises(ValueError, match="does not fit"):
+        steps(module, optimizer, 1, 2)
+    assert distance(weights(module), before) == 0
+
+
+def test_a_parameter_of_another_shape_is_an_error() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = AdaFisher([("weight", parameter)], lr=0.1)
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    parameter.grad = None
+    parameter.data = torch.ones(8)
+    parameter.grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match=r"weight was \(4,\) on cpu .* and is \(8,\) on cpu now"):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("momentum", 1.0), ("fisher_decay", 1.0), ("lr", "x"), ("lr", float("nan"))]
+)
+def test_bad_settings_between_steps_change_nothing(name: str, value: object) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    steps(module, optimizer, 0, 1)
+    before, good = weights(module), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises((TypeError, ValueError), match=name):
+        steps(module, optimizer, 1, 2)
+    assert distance(weights(module), before) == 0
+    optimizer.param_groups[0][name] = good
+    steps(module, optimizer, 1, 2)
+    assert int(optimizer.state[module.mix.weight]["step"]) == 2
+
+
+def test_loading_what_is_older_newer_or_not_ours() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), nesterov=False)
+    steps(module, optimizer, 0, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    older = copy.deepcopy(saved)
+    del older["param_groups"][0]["nesterov"]
+    other = AdaFisher(module.parameters(), nesterov=False)
+    other.load_state_dict(older)
+    assert other.param_groups[0]["nesterov"] is False
+    steps(module, other, 1, 2)
+    newer = {**saved, "adafisher_dist": {"format": 99, "part": "whole"}}
+    with pytest.raises(ValueError, match="format 99"):
+        other.load_state_dict(newer)
+    with pytest.raises(ValueError, match="another optimizer"):
+        other.load_state_dict(torch.optim.AdamW(module.parameters()).state_dict())
+    bad_lr = {**saved, "state": {}, "param_groups": [{**saved["param_groups"][0], "lr": -1.0}]}
+    with pytest.raises(ValueError, match="lr should be"):
+        other.load_state_dict(bad_lr)
+    split = AdaFisher([{"params": [p]} for p in module.parameters()])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        split.load_state_dict(saved)
+
+
+def test_a_float64_state_takes_the_optimizer_with_it() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    saving, loading = (AdaFisher([parameter], fisher_dtype=dtype) for dtype in (torch.float64, torch.float32))
+    parameter.grad = torch.ones(4)
+    saving.step()
+    loading.load_state_dict(saving.state_dict())
+    loading.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert loading.param_groups[1]["fisher_dtype"] is torch.float64
+
+
+def test_pickles_do_not_carry_the_whole_batch_for_each_parameter() -> None:
+    sizes = []
+    for count in (2, 16):
+        parameters = [nn.Parameter(torch.ones(64, 64)) for _ in range(count)]
+        optimizer = AdaFisher(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones(64, 64)
+        optimizer.step()
+        sizes.append(len(pickle.dumps(optimizer)))
+    assert sizes[1] < 9 * sizes[0]
+
+
+def test_swap_tensors_works() -> None:
+    module = nn.Linear(2, 2)
+    optimizer = AdaFisher(module.parameters())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert optimizer.num_parameters() == 2
+
+
+def test_settings_of_other_optimizers_are_refused() -> None:
+    for key, value in (("maximize", True), ("betas", (0.9, 0.95))):
+        with pytest.raises(ValueError, match=f"no setting '{key}'"):
+            AdaFisher([{"params": [nn.Parameter(torch.ones(2))], key: value}])
+    optimizer = AdaFisher([nn.Parameter(torch.ones(2))])
+    with pytest.raises(IndexError):
+        optimizer.set_lr(0.5, group=3)
+    with pytest.raises(ValueError, match="ranks 0 to 0"):
+        optimizer.consolidate_state_dict(to=9)
+
+
+def test_grad_scaler() -> None:
+    module, twin = model(), model()
+    optimizer, reference = (AdaFisher(m.parameters(), lr=1e-2) for m in (module, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        x, y = batch(step, 0, 1)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.mse_loss(module(x), y) * (float("inf") if step == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 1:
+            steps(twin, reference, step, step + 1)
+    assert distance(weights(module), weights(twin)) < 1e-5
+    assert int(optimizer.state[module.mix.weight]["step"]) == 3
