@@ -47,12 +47,14 @@ def start(device: str) -> Place:
     """
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or 0)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
+    _refuse_unknown_launchers()
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here. Use --device cpu, or a CUDA build of torch.")
     if device == "cpu" or not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         place, backend = torch.device("cpu"), "gloo"
-        torch.set_num_threads(1)
+        if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
     else:
         if local_size > torch.cuda.device_count():
             raise UsageError(
@@ -87,6 +89,10 @@ def leave(code: int) -> NoReturn:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    if (
+        code == 0 and "mpi4py.MPI" in sys.modules
+    ):  # under mpirun, which kills the other ranks of one that leaves without
+        sys.modules["mpi4py.MPI"].Finalize()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -123,6 +129,18 @@ def total(value: Tensor) -> Tensor:
     result = value.detach().clone()
     dist.all_reduce(result)
     return result
+
+
+def _refuse_unknown_launchers() -> None:
+    """Without this, several processes would each train alone, and write to the same folder."""
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return
+    for name in ("PMI_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name) or 1) > 1:
+            raise UsageError(
+                f"{name} is {os.environ[name]}, but RANK is not set: AdaFisher's script knows torchrun and Open MPI's"
+                " mpirun. Start torchrun on each node instead."
+            )
 
 
 def _free_port() -> int:

@@ -39,12 +39,13 @@ class Row:
 class Log:
     """log.csv, written as the run goes on."""
 
-    def __init__(self, path: Path, append: bool) -> None:
-        append = append and path.exists()
-        self.file = path.open("a" if append else "w", newline="")
+    def __init__(self, path: Path, after: int | None) -> None:
+        """Start the log anew, or go on `after` a step: what an earlier run logged later is dropped."""
+        kept = [row for row in read_log(path) if row["step"] <= after] if after is not None and path.exists() else []
+        self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, [field.name for field in fields(Row)])
-        if not append:
-            self.writer.writeheader()
+        self.writer.writeheader()
+        self.writer.writerows({name: _rounded(value) for name, value in row.items()} for row in kept)
 
     def write(self, row: Row) -> None:
         self.writer.writerow({name: _rounded(value) for name, value in asdict(row).items()})

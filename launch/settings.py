@@ -53,6 +53,8 @@ class Settings:
             raise ValueError(f"--width {self.width} is no multiple of --heads {self.heads}.")
         if self.batch_size and self.global_batch:
             raise ValueError("Give --batch-size (sequences a rank) or --global-batch (of all ranks), not both.")
+        if not 0 < self.corpus_mb < 1e6:
+            raise ValueError(f"--corpus-mb should be above 0 and below 1,000,000, got {self.corpus_mb:g}.")
         if self.lr is not None and any(item.partition("=")[0].strip() == "lr" for item in self.overrides):
             raise ValueError("The learning rate is given twice, by --lr and by --set lr=…; leave one out.")
         if self.folder.joinpath("log.csv").exists() and not self.overwrite and not self.continues_in_place:
@@ -85,9 +87,11 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
     """
     config = _read(settings.config)
     config["optimizer"] = _optimizer(settings, config.get("optimizer") or {})
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in config and (not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1):
+            raise ValueError(f"{settings.config}: {key} should be a positive integer, got {config[key]!r}.")
     accumulation = config.setdefault("gradient_accumulation_steps", 1)
-    per_rank = settings.batch_size or config.get("train_micro_batch_size_per_gpu", 8) * accumulation
-    global_batch = settings.global_batch or per_rank * world_size
+    global_batch = settings.global_batch or _global_batch(settings, config, accumulation, world_size)
     share, rest = divmod(global_batch, world_size * accumulation)
     if rest or not share:
         raise ValueError(
@@ -98,6 +102,14 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
     config["train_batch_size"] = global_batch
     config["steps_per_print"] = 2**31
     return config
+
+
+def _global_batch(settings: Settings, config: dict[str, Any], accumulation: int, world_size: int) -> int:
+    if settings.batch_size:
+        return settings.batch_size * world_size
+    if "train_micro_batch_size_per_gpu" in config:
+        return int(config["train_micro_batch_size_per_gpu"]) * accumulation * world_size
+    return int(config.get("train_batch_size", 8 * accumulation * world_size))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -130,6 +142,10 @@ def _optimizer(settings: Settings, configured: dict[str, Any]) -> dict[str, Any]
         if not equals or not name.strip():
             raise ValueError(f"--set {item!r} should have the form NAME=VALUE, as in --set damping=0.2.")
         params[name.strip()] = _value(value.strip())
+    if any(item.partition("=")[0].strip() == "preset" for item in settings.overrides):
+        # The file's own settings would override all of the preset.
+        own = {item.partition("=")[0].strip() for item in settings.overrides} | ({"lr"} if settings.lr else set())
+        params = {name: value for name, value in params.items() if name in own}
     return {"type": kind, "params": params}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -108,13 +109,16 @@ def run(settings: Settings, console: Console) -> None:
     config, corpus = ranks.together(lambda: _prepare(settings, place))
     if len(set(ranks.gather(corpus.digest))) > 1:
         raise UsageError("The ranks read different texts; give all machines the same files with --data.")
-    console.print(f"{corpus.source}; {place.world_size} rank(s) on {place.device.type}", highlight=False)
+    console.print(f"{escape(corpus.source)}; {place.world_size} rank(s) on {place.device.type}", highlight=False)
     engine = build(settings, config)
     trainer = Trainer(engine, settings, config, corpus, place)
     if settings.resume:
         trainer.resume()
     settings.folder.mkdir(parents=True, exist_ok=True)
-    log = Log(settings.folder / "log.csv", append=settings.continues_in_place) if place.is_main else None
+    if settings.overwrite and not settings.continues_in_place and place.is_main:
+        shutil.rmtree(settings.folder / "checkpoint", ignore_errors=True)  # else --resume could find the replaced run's
+    after = trainer.step if settings.continues_in_place else None
+    log = Log(settings.folder / "log.csv", after) if place.is_main else None
     with Board(console, config["optimizer"]["type"], settings.steps, trainer.step) as board:
         trainer.fit(board, log)
     if log:
@@ -125,9 +129,10 @@ def run(settings: Settings, console: Console) -> None:
 def _prepare(settings: Settings, place: Place) -> tuple[dict, Corpus]:
     settings.check()
     config = deepspeed_config(settings, place.world_size)
+    corpus = texts.load(settings.data, settings.corpus_mb, settings.seq_len)
     if settings.resume:
-        find_checkpoint(settings, config, place)
-    return config, texts.load(settings.data, settings.corpus_mb, settings.seq_len)
+        find_checkpoint(settings, config, corpus, place)
+    return config, corpus
 
 
 def _finish(trainer: Trainer, console: Console) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-# A checkpoint can go on only with these unchanged: they shape its tensors, or are restored from it.
-_FIXED = ("model", "optimizer", "zero_stage", "world_size")
+# A checkpoint goes on only with these unchanged: they shape its tensors, are restored from it, or make it another run.
+_FIXED = ("model", "optimizer", "zero_stage", "world_size", "global_batch", "seed", "corpus")
 
 
 @dataclass
@@ -133,9 +133,10 @@ class Trainer:
             board.advance()
             last = self.step == settings.steps
             validating = last or self.step % validate_every == 0
-            if validating or self.step % settings.log_every == 0:
+            saving = not last and settings.save_every is not None and self.step % settings.save_every == 0
+            if validating or saving or self.step % settings.log_every == 0:
                 report(self._row(losses, lrs[-1], validating))
-                if settings.save_every and self.step % settings.save_every == 0 and not last:
+                if saving:
                     self.save()
                 losses, lrs = [], []
                 self.watch.restart()
@@ -199,7 +200,7 @@ class Trainer:
         self.engine.save_checkpoint(str(folder), tag=f"step{self.step}", client_state=progress)
         if self.place.is_main:
             folder.joinpath("run.json").write_text(
-                json.dumps(_identity(self.settings, self.config, self.place), indent=2)
+                json.dumps(_identity(self.settings, self.config, self.corpus, self.place), indent=2)
             )
         return folder
 
@@ -209,7 +210,7 @@ class Trainer:
         Raises:
             UsageError: it has no steps left.
         """
-        folder = find_checkpoint(self.settings, self.config, self.place)
+        folder = find_checkpoint(self.settings, self.config, self.corpus, self.place)
         path, progress = self.engine.load_checkpoint(str(folder))
         if path is None:
             raise UsageError(f"DeepSpeed could not load the checkpoint in {folder}.")
@@ -229,7 +230,7 @@ class Trainer:
         memory = getattr(self.engine.basic_optimizer, "memory_usage", None)
         usage = gather(memory()["rank"]["total"] if memory else None)
         return {
-            **_identity(self.settings, self.config, self.place),
+            **_identity(self.settings, self.config, self.corpus, self.place),
             "steps": self.step,
             "loss": sum(row.loss for row in tail) / len(tail),
             "val_loss": self.rows[-1].val_loss,
@@ -240,34 +241,37 @@ class Trainer:
             "skipped_steps": getattr(self.engine.basic_optimizer, "skipped_steps", None),
             "parameters": sum(p.numel() for p in self.engine.module.parameters()),
             "tokens_a_step": self.config["train_batch_size"] * self.settings.seq_len,
-            "seed": self.settings.seed,
-            "corpus": {"source": self.corpus.source, "sha256": self.corpus.digest},
+            "text": self.corpus.source,
             "device": str(self.place.device.type),
             "torch": torch.__version__,
         }
 
 
-def _identity(settings: Settings, config: dict[str, Any], place: Place) -> dict[str, Any]:
+def _identity(settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> dict[str, Any]:
     return {
         "model": settings.model,
         "optimizer": config["optimizer"],
         "zero_stage": (config.get("zero_optimization") or {}).get("stage", 0),
         "world_size": place.world_size,
+        "global_batch": config["train_batch_size"],
+        "seed": settings.seed,
+        "corpus": corpus.digest,
     }
 
 
-def find_checkpoint(settings: Settings, config: dict[str, Any], place: Place) -> Path:
+def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> Path:
     """The checkpoint folder that --resume names, if it fits this run.
 
     Raises:
-        ValueError: there is none, or it was made by another model, optimizer, ZeRO stage or number of ranks.
+        ValueError: there is none, or it was made by another model, optimizer, ZeRO stage, number of ranks, batch size,
+            seed or text.
     """
     assert settings.resume is not None
     folder = settings.resume / "checkpoint" if (settings.resume / "checkpoint").is_dir() else settings.resume
     if not (folder / "latest").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"--resume {settings.resume}: no checkpoint of launch/train.py there; give a run's folder.")
-    saved, here = json.loads((folder / "run.json").read_text()), _identity(settings, config, place)
-    different = [f"  {key}: {saved[key]} there, {here[key]} here" for key in _FIXED if saved[key] != here[key]]
+    saved, here = json.loads((folder / "run.json").read_text()), _identity(settings, config, corpus, place)
+    different = [f"  {key}: {saved.get(key)} there, {here[key]} here" for key in _FIXED if saved.get(key) != here[key]]
     if different:
         raise ValueError("\n".join([f"The checkpoint in {folder} does not fit this run:", *different]))
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_a_resumed_run_gives_the_same_losses(two_ranks: Path) -> None:
     resumed = losses(two_ranks.parent / "c")
     assert [row[0] for row in resumed] == [6, 7, 8]
     assert resumed == losses(two_ranks)[-3:], "not bit for bit"
+    done = train(2, "--config", config, "--resume", str(two_ranks), "--seed", "7", "--out", "x", cwd=two_ranks.parent)
+    assert done.returncode != 0 and "seed: 0 there, 7 here" in done.stderr
+
+
+def test_a_run_resumed_in_its_own_folder_goes_on_with_its_log(two_ranks: Path) -> None:
+    before = losses(two_ranks)
+    (two_ranks / "checkpoint" / "latest").write_text("step5")
+    config = str(LAUNCH.parent / "configs/zero2.json")
+    done = train(2, "--config", config, "--resume", "a", "--out", "a", cwd=two_ranks.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(two_ranks) == before
 
 
 def test_adamw_beside_it(two_ranks: Path) -> None:
@@ -149,8 +161,21 @@ def test_what_the_command_line_makes_of_the_config() -> None:
     assert (params["lr"], params["damping"], params["block_grid"]) == (0.5, 0.2, "flat")
     adamw = deepspeed_config(arguments(optimizer="adamw"), 2)["optimizer"]
     assert adamw == {"type": "AdamW", "params": {"weight_decay": 0.01, "lr": 0.003, "torch_adam": True}}
+    preset = deepspeed_config(arguments(overrides=["preset=language_models", "damping=0.3"]), 2)["optimizer"]["params"]
+    assert preset == {"preset": "language_models", "damping": 0.3}
     with pytest.raises(ValueError, match="no multiple of --heads"):
         arguments(width=9).check()
+
+
+def test_batch_sizes_of_the_users_own_config(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"train_batch_size": 64}')
+    assert deepspeed_config(arguments(config=path), 2)["train_micro_batch_size_per_gpu"] == 32
+    path.write_text('{"gradient_accumulation_steps": "auto"}')
+    with pytest.raises(ValueError, match="gradient_accumulation_steps should be a positive integer, got 'auto'"):
+        deepspeed_config(arguments(config=path), 2)
+    with pytest.raises(ValueError, match="--corpus-mb should be above 0"):
+        arguments(corpus_mb=float("inf")).check()
 
 
 @pytest.mark.parametrize("path", sorted((LAUNCH.parent / "configs").glob("*.json")), ids=lambda path: path.name)
@@ -158,3 +183,19 @@ def test_the_configs_are_what_their_names_say(path: Path) -> None:
     config = json.loads(path.read_text())
     assert config["optimizer"]["type"] == "AdaFisher"
     assert path.name == f"zero{config['zero_optimization']['stage']}.json"
+
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun here; the extra `mpi` brings one")
+def test_mpirun(tmp_path: Path) -> None:
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, str(LAUNCH / "train.py")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*command, "--device", "cpu", *TINY.split(), "--out", "a"],
+        capture_output=True, text=True, cwd=tmp_path, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["world_size"] == 2
+    assert (tmp_path / "a" / "loss.png").exists()
