@@ -29,6 +29,8 @@ from ranks import run_ranks
 from test_oracle import assert_blocks_agree
 from torch import nn
 
+from adafisher_dist import AdaFisher, UnsupportedLayoutError
+
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 
 Arrays = dict[str, np.ndarray]
@@ -338,3 +340,87 @@ def largest_tensor(rank: int, world: int) -> tuple[int, int]:
 def test_stage_3_gathers_no_full_parameter() -> None:
     for largest, numel in run_ranks(largest_tensor, 4, deepspeed=True):
         assert 0 < largest <= numel / 4
+
+
+# ---- what is not supported is refused by name ----
+
+
+def refused(rank: int, world: int, stage: int, precision: str, attribute: str, value: Any) -> str:
+    """Train with a wrapper whose attribute says that it is in another mode."""
+    engine = engine_of(config(stage, world, precision=precision))
+    kept = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+    tensors = [tensor for name in kept for tensor in getattr(engine.optimizer, name, ())]
+    before = [tensor.detach().clone() for tensor in tensors]
+    if attribute == "__class__":
+        engine.optimizer.__class__ = type(value, (type(engine.optimizer),), {"__module__": "deepspeed.runtime.new"})
+    elif value is None:
+        del engine.optimizer.__dict__[attribute]
+    else:
+        setattr(engine.optimizer, attribute, value)
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    with pytest.raises(UnsupportedLayoutError) as caught:
+        step_as_the_wrapper_would(engine.optimizer)
+    assert all(torch.equal(tensor, held) for tensor, held in zip(tensors, before, strict=True))
+    return str(caught.value)
+
+
+def step_as_the_wrapper_would(self: Any) -> None:
+    """Calls the optimizer's step() as the wrapper does: with itself as `self` on the stack."""
+    if hasattr(self, "fp32_partitioned_groups_flat"):
+        self.optimizer.param_groups[0]["params"] = [self.fp32_partitioned_groups_flat[0]]
+    self.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "attribute", "value", "words"),
+    [
+        (3, "fp32", "swap_optimizer", True, "NVMe offload of the optimizer (offload_optimizer.device cpu works)"),
+        (3, "fp32", "params_in_nvme_and_cpu", True, "NVMe offload of the parameters (offload_param.device cpu works)"),
+        (3, "fp32", "zenflow", True, "ZenFlow"),
+        (3, "fp32", "model_parallel_group", object(), "model parallelism"),
+        (3, "fp32", "sequence_parallel_size", 2, "sequence parallelism"),
+        (3, "fp32", "master_weights_and_grads_dtype", torch.bfloat16, "16-bit master weights"),
+        (3, "fp32", "__class__", "MiCS_Optimizer", "MiCS_Optimizer, which AdaFisher does not know"),
+        (3, "fp32", "sub_group_process_groups", None, "lacks what it is recognised by"),
+        (1, "fp32", "zenflow", True, "ZenFlow"),
+        (2, "bf16", "has_moe_layers", True, "mixture of experts"),
+        (2, "fp32", "model_parallel_world_size", 2, "model parallelism"),
+        (2, "fp32", "sequence_parallel_size", 2, "sequence parallelism"),
+        (1, "bf16", "low_precision_master_weights_and_grads", True, "16-bit master weights"),
+        (1, "fp32", "__class__", "NewZeroOptimizer", "NewZeroOptimizer, which AdaFisher does not know"),
+        (1, "bf16-fp32", "mpu", object(), "model or pipeline parallelism"),
+        (1, "bf16-fp32", "has_moe_layers", True, "mixture of experts"),
+    ],
+)
+def test_modes_that_are_not_supported(stage: int, precision: str, attribute: str, value: Any, words: str) -> None:
+    if not isinstance(value, (bool, int, str, torch.dtype, type(None))):
+        value = "a group"  # of which only its being there counts
+    for message in run_ranks(refused, 2, stage, precision, attribute, value, deepspeed=True):
+        assert words in message
+
+
+def test_parts_of_parallel_layers_are_refused() -> None:
+    for mark, value, words in (
+        ("tensor_model_parallel", True, "tensor parallelism"),
+        ("allreduce", False, "MoE expert"),
+        ("_fsdp_flattened", True, "FSDP1"),
+    ):
+        parameter = nn.Parameter(torch.ones(3))
+        setattr(parameter, mark, value)
+        with pytest.raises(UnsupportedLayoutError, match=words):
+            AdaFisher([("weight", parameter)])
+
+
+def hpz(rank: int, world: int, ds_config: dict[str, Any]):
+    engine = engine_of(ds_config)
+    train(engine, 0, 6, rank, world)
+    return full_weights(engine)
+
+
+def test_hierarchical_partitions() -> None:
+    # ZeRO++: a second copy of the weights within a node; what the optimizer sees is the same.
+    ds_config = config(3, 4, zero={"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0})
+    alone = run_alone(steps=6)
+    for result in run_ranks(hpz, 4, ds_config, deepspeed=True):
+        assert distance(result, alone) < 1e-4

@@ -1,0 +1,196 @@
+"""A fault of one rank alone reaches all ranks: nobody waits in a collective, and nobody goes on with half a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import backward, config, engine_of, masters, train
+from models import batch, model, weights
+from ranks import run_ranks
+from torch import nn
+
+from adafisher_dist import AdaFisher, fisher, shard
+
+pytestmark = pytest.mark.dist
+
+FAULTY = 1  # the rank that fails
+
+
+class OutOfMemory(RuntimeError):
+    """What torch.OutOfMemoryError is on a GPU."""
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise OutOfMemory("out of memory, says the test")
+
+
+def inject(place: str) -> None:
+    """Let the next call fail: when the state is allocated, in a block batch, or when updates are applied."""
+    if place == "allocation":
+        shard.allocate = fail
+    elif place == "block batch":
+        fisher.factorize = fail
+    elif place == "apply":
+        torch._foreach_add_ = fail
+    else:
+        raise AssertionError(place)
+
+
+PLACES = ["allocation", "block batch", "apply"]
+
+
+def message_of(rank: int, step: Any) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        step()
+    assert isinstance(caught.value, OutOfMemory) == (rank == FAULTY)
+    return str(caught.value)
+
+
+def replicated(rank: int, world: int, place: str) -> tuple[str, str]:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+
+    def step(number: int) -> None:
+        x, y = batch(number, 0, 1)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+
+    if place != "allocation":
+        step(0)
+    before = weights(module)
+    if rank == FAULTY:
+        inject(place)
+    first = message_of(rank, lambda: step(1))
+    with pytest.raises(RuntimeError) as caught:
+        step(2)
+    if place == "allocation":
+        assert all(np.array_equal(value, before[name]) for name, value in weights(module).items())
+    else:
+        with pytest.raises(RuntimeError, match="incomplete"):
+            optimizer.state_dict()
+    return first, str(caught.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_replicated(place: str) -> None:
+    results = run_ranks(replicated, 3, place, timeout=60)
+    for rank, (first, second) in enumerate(results):
+        if rank == FAULTY:
+            assert "says the test" in first
+        else:
+            when = "before anything changed" if place == "allocation" else "in the middle of a step"
+            assert f"rank {FAULTY} failed {when}" in first
+        if place != "allocation":
+            assert "incomplete" in second
+
+
+def sharded(rank: int, world: int, stage: int, place: str) -> str:
+    engine = engine_of(config(stage, world))
+    if place != "allocation":
+        train(engine, 0, 1, rank, world)
+    if rank == FAULTY:
+        inject(place)
+    backward(engine, 1, rank, world)
+    return message_of(rank, engine.step)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded(stage: int, place: str) -> None:
+    messages = run_ranks(sharded, 3, stage, place, timeout=60, deepspeed=True)
+    assert all(("says the test" if rank == FAULTY else "rank 1 failed") in text for rank, text in enumerate(messages))
+
+
+def recovers(rank: int, world: int):
+    """A checkpoint loaded after a failed step makes training go on as if it had not been."""
+    module, twin = model(), model()
+    optimizer, reference = (AdaFisher(m.parameters(), lr=1e-2, block_size=8) for m in (module, twin))
+
+    def step(m: nn.Module, o: AdaFisher, number: int) -> None:
+        x, y = batch(number, 0, 1)
+        o.zero_grad()
+        nn.functional.mse_loss(m(x), y).backward()
+        o.step()
+
+    for number in range(3):
+        step(module, optimizer, number)
+    optimizer.consolidate_state_dict(to=None)
+    saved = {k: v.clone() for k, v in module.state_dict().items()}, optimizer.state_dict()
+    real = fisher.factorize
+    if rank == FAULTY:
+        fisher.factorize = fail
+    message_of(rank, lambda: step(module, optimizer, 3))
+    fisher.factorize = real
+    module.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    step(module, optimizer, 3)
+    for number in range(4):
+        step(twin, reference, number)
+    return weights(module), weights(twin)
+
+
+def test_recovery() -> None:
+    for recovered, straight in run_ranks(recovers, 2, timeout=60):
+        assert all(np.array_equal(recovered[name], straight[name]) for name in straight)
+
+
+def broken_block(rank: int, world: int, stage: int):
+    """Every Cholesky factorisation fails on one rank alone: its blocks take the diagonal, and training goes on."""
+    engine = engine_of(config(stage, world))
+    real = torch.linalg.cholesky_ex
+
+    def never(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        root, info = real(a)
+        return root, torch.ones_like(info)
+
+    if rank == FAULTY:
+        torch.linalg.cholesky_ex = never
+    train(engine, 0, 3, rank, world)
+    torch.linalg.cholesky_ex = real
+    ladder = [entry.ladder["diagonal"] for entry in engine.basic_optimizer.fisher_stats().values()]
+    return masters(engine), sum(ladder)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_factorisation_that_fails_on_one_rank(stage: int) -> None:
+    results = run_ranks(broken_block, 2, stage, timeout=60, deepspeed=True)
+    assert results[0][1] == 0 and results[1][1] > 0
+    for result, _ in results:
+        assert all(np.isfinite(value).all() for value in result.values())
+        assert all(np.array_equal(result[name], results[0][0][name]) for name in result)
+
+
+def poisoned(rank: int, world: int, stage: int):
+    """A NaN in the gradients as one rank alone sees them, after DeepSpeed's own checks."""
+    engine = engine_of(config(stage, world))
+    base = engine.basic_optimizer
+    train(engine, 0, 2, rank, world)
+    before = masters(engine)
+
+    def poison(*_: Any) -> None:
+        tensors = base.param_groups[0]["params"] if rank == FAULTY else ()
+        for tensor in (tensor for tensor in tensors if tensor.grad is not None):
+            tensor.grad.fill_(float("nan"))
+
+    hook = base.register_step_pre_hook(poison)
+    train(engine, 2, 3, rank, world)
+    hook.remove()
+    after = masters(engine)
+    train(engine, 3, 4, rank, world)
+    steps = {entry.fisher_updates for entry in base.fisher_stats().values()}
+    return before, after, masters(engine), base.skipped_steps, steps
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank(stage: int) -> None:
+    for before, after, later, skipped, steps in run_ranks(poisoned, 3, stage, timeout=60, deepspeed=True):
+        assert skipped == 1 and steps == {3}
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        assert all(np.isfinite(value).all() for value in later.values())

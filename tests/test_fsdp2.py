@@ -1,0 +1,259 @@
+"""FSDP2: fully_shard on 1-D and 2-D meshes trains like one process, each step beside the oracle; or is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import OWN_SETTINGS, Odd, Tied, batch, distance, model, param_groups, weights
+from oracle import Oracle
+from ranks import run_ranks
+from test_oracle import assert_blocks_agree
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from adafisher_dist import AdaFisher, UnsupportedLayoutError, layouts
+
+pytestmark = pytest.mark.dist
+
+PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+
+
+def shard_model(kind: type[Odd], replicas: int, world: int, **policy: Any) -> Odd:
+    if replicas > 1:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    module = model(kind=kind)
+    if kind is Odd:  # a wrapped layer of its own; a tied weight has to stay with the root
+        fully_shard(module.inner, mesh=mesh, **policy)
+        fully_shard(module.conv, mesh=mesh, **policy)
+    return fully_shard(module, mesh=mesh, **policy)
+
+
+def full(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().double().numpy().copy()
+
+
+DEFAULTS: dict[str, Any] = {
+    "settings": PARAMS, "steps": 6, "groups": True, "replicas": 1, "accumulate": 1, "kind": Odd, "policy": "fp32",
+    "clip": 0.0,
+}  # fmt: skip
+
+
+def train(rank: int, world: int, options: dict[str, Any]):
+    """For each step: full gradients, weights before and after; then memory, and whether blocks had to travel."""
+    policies = {
+        "fp32": {},
+        "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    }
+    module = shard_model(options["kind"], options["replicas"], world, **policies[options["policy"]])
+    groups = param_groups(module) if options["groups"] else module.named_parameters()
+    optimizer = AdaFisher(groups, **options["settings"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    rows = []
+    for step in range(options["steps"]):
+        optimizer.zero_grad()
+        backward(module, step, rank, world, options)
+        named = dict(module.named_parameters())
+        before = {name: full(p) for name, p in named.items()}
+        grads = {name: full(p.grad) for name, p in named.items() if p.grad is not None}
+        optimizer.step()
+        schedule.step()
+        rows.append((grads, before, {name: full(p) for name, p in named.items()}))
+    travels = any(way.crossing for way in optimizer._engine._transfers)
+    return rows, optimizer.memory_usage(), travels
+
+
+def backward(module: nn.Module, step: int, rank: int, world: int, options: dict[str, Any]) -> None:
+    accumulate = options["accumulate"]
+    for micro in range(accumulate):
+        x, y = batch(step * accumulate + micro, rank, world)
+        (nn.functional.mse_loss(module(x).float(), y) / accumulate).backward()
+    if options["clip"]:
+        nn.utils.clip_grad_norm_(module.parameters(), options["clip"])
+
+
+def alone(options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The same training in one process without FSDP."""
+    module = model(kind=options["kind"])
+    optimizer = AdaFisher(param_groups(module) if options["groups"] else module.parameters(), **options["settings"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(options["steps"]):
+        optimizer.zero_grad()
+        backward(module, step, 0, 1, options)
+        optimizer.step()
+        schedule.step()
+    return weights(module)
+
+
+def follow(world: int, **chosen: Any) -> list[Any]:
+    """Train on `world` ranks; compare each step with the oracle and, in fp32, the end with one process."""
+    options = {**DEFAULTS, **chosen}
+    results = run_ranks(train, world, options)
+    rows = results[0][0]
+    for other, *_ in results[1:]:
+        assert all(np.array_equal(other[-1][2][name], rows[-1][2][name]) for name in rows[-1][2])
+    module = model(kind=options["kind"])
+    names = {id(p): name for name, p in module.named_parameters()}
+    in_groups = [[names[id(p)] for p in group["params"]] for group in param_groups(module)]
+    order = [name for group in in_groups for name in group] if options["groups"] else list(names.values())
+    own = {name: OWN_SETTINGS for name in in_groups[1]} if options["groups"] else {}
+    start = rows[0][1]
+    oracle = Oracle([(start[name], own.get(name, {})) for name in order], arithmetic=np.float32, **options["settings"])
+    rates = [setting["lr"] for setting in oracle.settings]
+    for number, (grads, before, after) in enumerate(rows):
+        for setting, rate in zip(oracle.settings, rates, strict=True):
+            setting["lr"] = rate / (1 + number)
+        changes = oracle.step([grads.get(name) for name in order])
+        for name, change, setting in zip(order, changes, oracle.settings, strict=True):
+            floor = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(before[name]), np.abs(after[name]))
+            scale, where = 3e-4 * np.abs(change) + 1e-12, f"step {number}, {name}"
+            assert_blocks_agree(after[name] - before[name], change, scale, floor, where, setting)
+    if options["policy"] != "bf16":
+        assert distance(rows[-1][2], alone(options)) < 1e-4
+    shards = options["replicas"]
+    memory = [usage for _, usage, _ in results]
+    assert sum(usage["rank"]["fisher"] for usage in memory) == memory[0]["all"]["fisher"] * shards
+    return results
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_like_one_process(world: int, groups: bool) -> None:
+    follow(world, groups=groups)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "offload"])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_policies(policy: str, world: int) -> None:
+    follow(world, policy=policy)
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(4, 2), (4, 4)])
+def test_hsdp(world: int, replicas: int) -> None:
+    follow(world, replicas=replicas)
+
+
+def test_clipping_accumulation_tied_and_unused_weights() -> None:
+    follow(2, accumulate=3, clip=0.05)
+    follow(2, kind=Tied)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inverse_update_freq": 4, "fisher_update_freq": 2, "max_blocks": 5},
+        {"block_grid": "flat", "block_size": 5},
+        {"exponent": 0.5, "grafting": "none", "damping": 0.5},
+        {"block_size": 1},
+    ],
+    ids=str,
+)
+def test_settings(settings: dict[str, Any]) -> None:
+    follow(3, settings={**PARAMS, **settings})
+
+
+def rows_stay(rank: int, world: int) -> list[bool]:
+    """Shards of whole rows that are longer than a block: nothing travels."""
+    module = nn.Sequential(nn.Linear(20, 7, bias=False), nn.Linear(7, 3, bias=False))
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = AdaFisher(module.parameters(), block_size=7)
+    module(torch.ones(2, 20)).square().sum().backward()
+    optimizer.step()
+    return [way.crossing for way in optimizer._engine._transfers]
+
+
+def test_shards_of_whole_rows_cut_no_block() -> None:
+    assert run_ranks(rows_stay, 3) == [[False]] * 3
+    assert all(travels for *_, travels in follow(3))  # the small parameters of the test model do
+
+
+def resume(rank: int, world: int):
+    options = {**DEFAULTS, "settings": {**PARAMS, "inverse_update_freq": 3}}
+
+    def steps(module: nn.Module, optimizer: AdaFisher, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            backward(module, step, rank, world, options)
+            optimizer.step()
+
+    module = shard_model(Odd, 1, world)
+    optimizer = AdaFisher(module.named_parameters(), **options["settings"])
+    steps(module, optimizer, 0, 3)
+    saved = optimizer.state_dict()
+    assert saved["adafisher_dist"]["part"] == f"FSDP2, rank {rank} of {world}"
+    saved = {**saved, "state": {i: {k: v.clone() for k, v in e.items()} for i, e in saved["state"].items()}}
+    middle = {name: p.detach().clone() for name, p in module.state_dict().items()}
+    steps(module, optimizer, 3, 6)
+    straight = {name: full(p) for name, p in module.named_parameters()}
+    again = shard_model(Odd, 1, world)
+    again.load_state_dict(middle)
+    resumed = AdaFisher(again.named_parameters())
+    resumed.load_state_dict(saved)
+    steps(again, resumed, 3, 6)
+    with pytest.raises(ValueError, match="part of a sharded state"):
+        AdaFisher(model().parameters()).load_state_dict(saved)
+    return straight, {name: full(p) for name, p in again.named_parameters()}
+
+
+def test_resume_is_bit_for_bit() -> None:
+    for straight, resumed in run_ranks(resume, 3):
+        assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def refused(rank: int, world: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    weight = torch.ones(8, 6)
+    cases = [
+        distribute_tensor(weight, mesh["data"], [Shard(1)]),
+        distribute_tensor(weight, mesh["data"], [Replicate()]),
+        distribute_tensor(weight, mesh, [Shard(0), Shard(1)]),
+        distribute_tensor(weight, mesh, [Shard(0), Replicate()]),
+    ]
+    messages = []
+    for case in cases:
+        with pytest.raises(UnsupportedLayoutError, match="fully_shard") as caught:
+            AdaFisher([("weight", nn.Parameter(case))])
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_other_dtensors_are_refused() -> None:
+    for messages in run_ranks(refused, 4):
+        assert all("weight is a DTensor with placements" in message for message in messages)
+
+
+def fsdp1(rank: int, world: int) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    module = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedLayoutError, match=r"FSDP1 .* use FSDP2") as caught:
+        AdaFisher(module.parameters())
+    return str(caught.value)
+
+
+def test_fsdp1_is_refused() -> None:
+    run_ranks(fsdp1, 2)
+
+
+def one_replica_fails(rank: int, world: int) -> str:
+    module = shard_model(Odd, 2, world)
+    optimizer = AdaFisher(module.named_parameters(), **PARAMS)
+    backward(module, 0, rank, world, DEFAULTS)
+    if rank == 3:
+        layouts.Storage.gradient = lambda self, index: 1 / 0
+    with pytest.raises((RuntimeError, ZeroDivisionError)) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_fault_in_one_replica_reaches_the_others() -> None:
+    messages = run_ranks(one_replica_fails, 4, timeout=60)
+    assert all(("division by zero" if rank == 3 else "rank 3 failed") in text for rank, text in enumerate(messages))
