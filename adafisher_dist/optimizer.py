@@ -118,6 +118,7 @@ class AdaFisher(Optimizer):
         self._engine = Engine()
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
+        self._warned = False
         self.skipped_steps = 0
         """Steps that were skipped for a gradient that was not finite or too large."""
 
@@ -183,6 +184,8 @@ class AdaFisher(Optimizer):
             for tensor in group["params"]
             if tensor.grad is not None
         }
+        if not groups:
+            self._warn_of_no_gradients()
         new = [tensor for tensor, _ in groups.values() if tensor not in self._engine]
         if new and layouts.is_rehearsal(self):
             return loss
@@ -427,6 +430,14 @@ class AdaFisher(Optimizer):
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",
                 self.skipped_steps,
+            )
+
+    def _warn_of_no_gradients(self) -> None:
+        if not self._engine.shards and not self._warned:
+            self._warned = True
+            logger.warning(
+                "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
+                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
             )
 
     def _group(self) -> comm.Group:

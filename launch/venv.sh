@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates .venv with the versions of constraints.txt and this project in it. Called by `make venv`.
+# Creates .venv, or brings it up to date, with the versions of constraints.txt and this project in it. For `make venv`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,15 +18,19 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     exit 1
 fi
 
-echo "make venv: creating .venv with Python $version (a few minutes the first time)"
-"$python" -m venv --clear .venv
+if [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$version" ]; then
+    echo "make venv: bringing .venv up to date"
+else
+    echo "make venv: creating .venv with Python $version (a few minutes the first time)"
+    "$python" -m venv --clear .venv
+fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 install() { .venv/bin/python -m pip install -qq --constraint constraints.txt "$@"; }
 
 # The default torch wheel for Linux brings gigabytes of CUDA. Where there is no GPU, take the CPU build: from the configured
 # index if it has one, else from torch's own. If neither answers, the default wheel works too.
 torch=$(grep '^torch==' constraints.txt)
-if ! command -v nvidia-smi >/dev/null; then
+if ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidia0 ]; then
     echo "make venv: [1/3] $torch for the CPU"
     install "$torch+cpu" 2>/dev/null ||
         .venv/bin/python -m pip install -qq --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu "$torch+cpu" 2>/dev/null ||

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,10 @@ def test_policies(policy: str, world: int) -> None:
     follow(world, policy=policy)
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(4, 2), (4, 4)])
-def test_hsdp(world: int, replicas: int) -> None:
-    follow(world, replicas=replicas)
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "offload"])
+@pytest.mark.parametrize(("world", "replicas"), [(4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_hsdp(world: int, replicas: int, policy: str) -> None:
+    follow(world, replicas=replicas, policy=policy)
 
 
 def test_clipping_accumulation_tied_and_unused_weights() -> None:
@@ -257,3 +259,22 @@ def one_replica_fails(rank: int, world: int) -> str:
 def test_a_fault_in_one_replica_reaches_the_others() -> None:
     messages = run_ranks(one_replica_fails, 4, timeout=60)
     assert all(("division by zero" if rank == 3 else "rank 3 failed") in text for rank, text in enumerate(messages))
+
+
+def built_too_early(rank: int, world: int) -> list[str]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("adafisher_dist").addHandler(handler)
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    for step in range(3):
+        backward(module, step, rank, world, DEFAULTS)
+        optimizer.step()
+    return records
+
+
+def test_an_optimizer_built_before_sharding_warns() -> None:
+    for records in run_ranks(built_too_early, 2):
+        assert len(records) == 1 and "build the optimizer last" in records[0]
