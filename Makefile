@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 PYTEST ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all lint format type clean
+.PHONY: help venv demo test test-all bench lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -25,6 +25,10 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
+
+bench: $(STAMP)  ## step time beside AdamW and Muon; all ZeRO stages on one picture (about six minutes)
+	@$(BIN)/python benchmarks/step_time.py
+	@$(BIN)/python benchmarks/stages.py
 
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md
 	@$(BIN)/ruff check --quiet .

@@ -193,8 +193,15 @@ class AdaFisher(Optimizer):
         faults = Faults()
         faults.attempt(self._adopt)
         faults.attempt(partial(self._enlist, storages))
-        group = storages[0].group if storages else self._group()
-        if self._engine.step({key: group for key, (_, group) in groups.items()}, group, faults):
+        ranks = storages[0].group if storages else self._group()
+        try:
+            done = self._engine.step({key: group for key, (_, group) in groups.items()}, ranks, faults)
+        except Exception:
+            for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
+                if tensor not in self._engine and self.state.get(tensor, {}).get("step") == 0:
+                    del self.state[tensor]
+            raise
+        if done:
             self._consolidated = self._elsewhere = None
         else:
             self._count_skip()

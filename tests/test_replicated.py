@@ -310,8 +310,8 @@ def test_settings_that_differ_between_ranks_are_an_error() -> None:
 
 
 def tries_again(rank: int, world: int):
-    tensors = [nn.Parameter(torch.ones(20)), nn.Parameter(torch.ones(7, 3))]
-    optimizer = AdaFisher(tensors, lr=0.1)
+    tensors = [nn.Parameter(torch.ones(200)), nn.Parameter(torch.ones(7, 9))]
+    optimizer = AdaFisher(tensors, lr=0.1, block_size=4)
     for step in range(3):
         for tensor in tensors:
             tensor.grad = torch.full_like(tensor, 0.5)
