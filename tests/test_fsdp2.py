@@ -278,3 +278,16 @@ def built_too_early(rank: int, world: int) -> list[str]:
 def test_an_optimizer_built_before_sharding_warns() -> None:
     for records in run_ranks(built_too_early, 2):
         assert len(records) == 1 and "build the optimizer last" in records[0]
+
+
+def other_plan(rank: int, world: int) -> str:
+    module = shard_model(Odd, 1, world)
+    optimizer = AdaFisher(module.named_parameters(), block_size=8 + rank)
+    backward(module, 0, rank, world, DEFAULTS)
+    with pytest.raises(RuntimeError, match="planned different blocks") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_ranks_with_different_plans_stop_together() -> None:
+    run_ranks(other_plan, 3, timeout=60)
