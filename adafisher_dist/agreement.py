@@ -15,13 +15,14 @@ from torch import Tensor
 
 from adafisher_dist import comm, fisher, plan
 from adafisher_dist.comm import Group
+from adafisher_dist.faults import Faults
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.shard import Shard
 
 
 def agree(
     group: Group, shards: Sequence[Shard], active: Sequence[Sequence[bool]], largest: Sequence[Tensor],
-    settings: Sequence[Sequence[Mapping[str, Any]]], error: Exception | None,
+    settings: Sequence[Sequence[Mapping[str, Any]]], faults: Faults,
 ) -> bool:  # fmt: skip
     """Whether the step may go on: every gradient of every rank is finite and small enough to square.
 
@@ -31,26 +32,33 @@ def agree(
         active: for each shard and stored tensor, whether it has a gradient.
         largest: for each shard, the largest absolute gradient element on this rank, 0-d.
         settings: for each shard and param group, its settings; empty where the group has no gradient.
-        error: what went wrong on this rank while its gradients were collected.
+        faults: what went wrong on this rank while its gradients were collected.
 
     Raises:
         RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
-        Exception: `error` itself, on the rank that passed it.
+        Exception: the fault itself, on the rank that had it.
     """
+    sums = [0, 0]
+
+    def compare() -> None:
+        sums[:] = _checksums(shards, active)
+
+    if group.together > 1:
+        faults.attempt(compare)
     finite = all(bool(norm <= _limit(shard)) for norm, shard in zip(largest, shards, strict=False))  # NaN is not
-    values = [int(finite), _failed(error)]
+    values = [int(finite), _failed(faults.error)]
     if group.together > 1:
         fingerprints = [
             plan.digest([shard.storage.group.size for shard in shards], active),
             plan.digest([shard.digest() for shard in shards if not shard.checked]),
-            *((0, 0) if error is not None else _checksums(shards, active)),
+            *sums,
             plan.digest([_values(group) for groups in settings for group in groups]),
         ]
         values += chain.from_iterable((value, -value) for value in fingerprints)
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different backends would all wait.
         values = comm.minimum(group, torch.tensor(values)).tolist()
     finite_everywhere, failure, *agreed = values
-    _raise(error, failure, "before anything changed")
+    _raise(faults.error, failure, "before anything changed")
     same = [low == -high for low, high in zip(agreed[::2], agreed[1::2], strict=True)]
     for equal, message in zip(same, _DIFFERENCES, strict=False):
         if not equal:

@@ -102,7 +102,7 @@ class Engine:
 
         faults.attempt(collect)
         try:
-            if not agree(group, shards, active, largest, settings, faults.error):
+            if not agree(group, shards, active, largest, settings, faults):
                 return False
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned

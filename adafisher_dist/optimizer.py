@@ -40,7 +40,7 @@ class AdaFisher(Optimizer):
         \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
-    blocks, and the updates are all-gathered; under ZeRO stages 1 and 2 a block lives where its first element is stored.
+    blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block lives where its first element is.
     N ranks train like one. Gradients must be averaged over ranks, as DDP and DeepSpeed leave them.
 
     A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any rank; it is counted in
@@ -170,8 +170,9 @@ class AdaFisher(Optimizer):
             The closure's loss.
 
         Raises:
-            RuntimeError: a gradient is sparse; the ranks' parameters, gradients or plans differ; a structural setting
-                (block_size, …) was changed after the first step.
+            RuntimeError: a gradient is sparse; the ranks' parameters, gradients, settings or plans differ; a structural
+                setting (block_size, …), or a parameter's shape or device, was changed after the first step; another
+                rank failed; an earlier step failed half-way.
             UnsupportedLayoutError: the layout is not supported.
         """
         loss = None
@@ -211,7 +212,7 @@ class AdaFisher(Optimizer):
         """The state as torch.optim has it; see `adafisher_dist.state` for the keys.
 
         In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must
-        have been called, on all ranks, since the last step. Under ZeRO, it is this rank's part, which DeepSpeed saves.
+        have been called, on all ranks, since the last step. Under ZeRO and FSDP2 it is this rank's part, and says so.
 
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
