@@ -34,11 +34,40 @@ class Group:
         """Whether this rank is the one of them that logs."""
         return self.rank == 0 and (self.replicas is None or self.replicas.rank == 0)
 
-    def wire(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, or a copy on a device that the group's backend can send from."""
+    @property
+    def members(self) -> frozenset[int]:
+        """The global ranks that share the blocks, replicas left out."""
+        return frozenset(dist.get_process_group_ranks(self.handle)) if self.handle is not None else frozenset({0})
+
+    def wire(self, tensor: Tensor) -> Wire:
+        """What of a tensor the group's backend can send; allocates where that is a copy."""
         if self.handle is None or tensor.device.type in self.devices:
-            return tensor
-        return tensor.to(torch.accelerator.current_accelerator() or "cpu")
+            return Wire(tensor, tensor)
+        return Wire(tensor, tensor.to(torch.accelerator.current_accelerator() or "cpu"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wire:
+    """A 1-d tensor and what of it is sent: the same tensor, or a copy on a device that the backend knows.
+
+    Made once, since allocating may fail, and a rank that fails between two collectives leaves the others waiting.
+    """
+
+    tensor: Tensor
+    sent: Tensor
+
+    def part(self, start: int, stop: int) -> Wire:
+        """Elements [start, stop)."""
+        tensor = self.tensor[start:stop]
+        return Wire(tensor, tensor if self.sent is self.tensor else self.sent[start:stop])
+
+    def load(self) -> Tensor:
+        """What is sent, with the tensor's values."""
+        return self.sent if self.sent is self.tensor else self.sent.copy_(self.tensor)
+
+    def unload(self) -> Tensor:
+        """The tensor, with the values that arrived."""
+        return self.tensor if self.sent is self.tensor else self.tensor.copy_(self.sent)
 
 
 def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None) -> Group:
@@ -71,49 +100,47 @@ def own_rank() -> int:
 
 
 def minimum(group: Group, values: Tensor) -> Tensor:
-    """The elementwise minimum over the ranks of the group and of its replicas."""
+    """The elementwise minimum over the ranks of the group and of its replicas; a small tensor on the CPU."""
     if group.size > 1:
-        values = group.wire(values).clone()
-        dist.all_reduce(values, dist.ReduceOp.MIN, group.handle)
+        wire = group.wire(values)
+        sent = wire.load().clone()
+        dist.all_reduce(sent, dist.ReduceOp.MIN, group.handle)
+        values = sent.to(values.device)
     return values if group.replicas is None else minimum(group.replicas, values)
 
 
-def gather(group: Group, mine: Tensor, out: Tensor) -> Callable[[], None]:
+def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
     """Start an all-gather of equally long 1-d tensors into `out`; the result waits for it.
 
     `mine` and `out` may not be touched before that.
     """
-    wire_out, wire = group.wire(out), group.wire(mine)
     # Its name from torch 2.13 on; the old one warns there.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = all_gather(wire_out, wire, group.handle, async_op=True)
+    work = all_gather(out.sent, mine.load(), group.handle, async_op=True)
 
     def wait() -> None:
         work.wait()
-        if wire_out is not out:
-            out.copy_(wire_out)
+        out.unload()
 
     return wait
 
 
 def exchange(
-    group: Group, send: Tensor, send_counts: Sequence[int], receive: Tensor, receive_counts: Sequence[int]
+    group: Group, send: Wire, send_counts: Sequence[int], receive: Wire, receive_counts: Sequence[int]
 ) -> None:
     """Send consecutive stretches of a 1-d tensor to the ranks, one each, and receive what the ranks sent here.
 
     All ranks take part or none: whether anything is sent at all must be known alike on all of them.
     """
-    wire, wire_receive = group.wire(send), group.wire(receive)
-    dist.all_to_all_single(wire_receive, wire, list(receive_counts), list(send_counts), group.handle)
-    if wire_receive is not receive:
-        receive.copy_(wire_receive)
+    dist.all_to_all_single(receive.sent, send.load(), list(receive_counts), list(send_counts), group.handle)
+    receive.unload()
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
     """The tensor of the group's rank `source`; the others pass one of the same shape and dtype."""
     if group.size == 1:
         return tensor
-    wire = group.wire(tensor).contiguous()
+    wire = group.wire(tensor.contiguous())
     assert group.handle is not None
-    dist.broadcast(wire, dist.get_global_rank(group.handle, source), group.handle)
-    return wire.to(tensor.device)
+    dist.broadcast(wire.sent, dist.get_global_rank(group.handle, source), group.handle)
+    return wire.unload()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist import comm
 from adafisher_dist.agreement import agree, settle
 from adafisher_dist.batch import updates_fisher
 from adafisher_dist.comm import Group
@@ -29,6 +28,7 @@ class Engine:
         self._transfers: list[Transfer] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
         self._broken = False
+        self._calls = 0
         for shard in shards:
             self.add(shard)
 
@@ -61,12 +61,17 @@ class Engine:
                 " checkpoint into model and optimizer (or call reset_state() after restoring the model)."
             )
 
+    def shards_of(self, tensors: Iterable[int]) -> list[Shard]:
+        """The shards of tensors, by their ids."""
+        wanted = {id(self._where[tensor][0]) for tensor in tensors if tensor in self._where}
+        return [way.shard for way in self._transfers if id(way.shard) in wanted]
+
     def step(self, groups: Groups, group: Group, faults: Faults) -> bool:
         """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
 
         Args:
             groups: those tensors' param groups.
-            group: the ranks that must agree, where this rank has no tensor with a gradient.
+            group: the ranks that take each step of this optimizer together, whatever any of them has to do in it.
             faults: of this rank, so far.
 
         Returns:
@@ -77,24 +82,16 @@ class Engine:
                 or after a step that failed half-way.
         """
         self.check()
-        wanted = {id(self._where[tensor][0]) for tensor in groups if tensor in self._where}
+        self._calls += 1
+        shards = self.shards_of(groups)
+        wanted = set(map(id, shards))
         transfers = [way for way in self._transfers if id(way.shard) in wanted]
-        shards = [way.shard for way in transfers]
-        if shards:
-            group = shards[0].storage.group
-            _check_groups(shards)
-            if group.handle is None and comm.is_distributed():
-                raise RuntimeError(
-                    "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
-                    " knows of no other rank. Initialise it first, then load the state."
-                )
-        elif group.together == 1 and faults.error is None:
-            return True
         active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
         settings: list[list[dict[str, Any]]] = []
         largest: list[Tensor] = []
 
         def collect() -> None:
+            _check_ranks(shards, group)
             settings.extend(_settings(shard, groups) for shard in shards)
             for shard in shards:
                 _check_tensors(shard)
@@ -102,7 +99,9 @@ class Engine:
 
         faults.attempt(collect)
         try:
-            if not agree(group, shards, active, largest, settings, faults):
+            # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
+            compare_copies = self._calls.bit_count() == 1
+            if not agree(group, shards, active, largest, settings, faults, compare_copies):
                 return False
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
@@ -112,23 +111,30 @@ class Engine:
             way.to_owners(faults)
             times = _advance(way.shard, having, hyper)
             way.run(partial(compute, times=times, settings=hyper), having, hyper, faults)
-        settle(group, faults.error)
+        settle(group, faults)
         self._broken = False
         return True
 
 
-def _check_groups(shards: Sequence[Shard]) -> None:
-    """Refuse shards that are not spread over the same number of ranks, since a step is one for all of them.
+def _check_ranks(shards: Sequence[Shard], group: Group) -> None:
+    """Refuse shards that are not spread over the ranks that take the step together.
 
     Raises:
-        UnsupportedLayoutError: names the layouts.
+        RuntimeError: the shards were made before there were other ranks.
+        UnsupportedLayoutError: names the layout.
     """
-    sizes = {f"{shard.storage.layout} on {shard.storage.group.together} ranks" for shard in shards}
-    if len({shard.storage.group.together for shard in shards}) > 1:
-        raise UnsupportedLayoutError(
-            f"The parameters of one optimizer are spread over different numbers of ranks ({', '.join(sorted(sizes))})."
-            " Use an optimizer for each, with its process_group."
-        )
+    for shard in shards:
+        own = shard.storage.group
+        if own.handle is None and group.together > 1:
+            raise RuntimeError(
+                "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
+                " knows of no other rank. Initialise it first, then load the state."
+            )
+        if own.together != group.together or not (own.members <= group.members or group.replicas is not None):
+            raise UnsupportedLayoutError(
+                f"The parameters of one optimizer are spread over different ranks: {own.together} in the layout"
+                f" {shard.storage.layout}, and {group.together} take the step. Use an optimizer for each."
+            )
 
 
 def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:

@@ -190,13 +190,11 @@ class AdaFisher(Optimizer):
         new = [tensor for tensor, _ in groups.values() if tensor not in self._engine]
         if new and layouts.is_rehearsal(self):
             return loss
-        storages = layouts.storages(self, new, self._registry, self._process_group) if new else []
         faults = Faults()
-        faults.attempt(self._adopt)
-        faults.attempt(partial(self._enlist, storages))
-        ranks = storages[0].group if storages else self._group()
+        faults.attempt(partial(self._adopt, self._engine.shards_of(groups)))
+        faults.attempt(partial(self._enlist, new))
         try:
-            done = self._engine.step({key: group for key, (_, group) in groups.items()}, ranks, faults)
+            done = self._engine.step({key: group for key, (_, group) in groups.items()}, self._ranks(), faults)
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
                 if tensor not in self._engine and self.state.get(tensor, {}).get("step") == 0:
@@ -218,8 +216,12 @@ class AdaFisher(Optimizer):
             RuntimeError: the state is sharded and was not consolidated.
         """
         self._engine.check()
-        self._adopt()
-        scattered = any(shard.storage.replicated and shard.storage.group.size > 1 for shard in self._engine.shards)
+        self._adopt(self._engine.shards)
+        shards = self._engine.shards
+        if state.is_partial(shards):
+            layouts.refuse_torch_checkpoint()
+            self._consolidated = None
+        scattered = not state.is_partial(shards) and any(shard.storage.group.size > 1 for shard in shards)
         if scattered and self._consolidated is None:
             raise RuntimeError(
                 "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
@@ -228,7 +230,7 @@ class AdaFisher(Optimizer):
             )
         if not scattered or self._consolidated is None:
             result = super().state_dict()
-            return {**result, state.META: state.describe(self._engine.shards)}
+            return {**result, state.META: state.describe(shards)}
         own = self.state
         try:  # the base class packs whatever `state` holds
             consolidated = self._consolidated
@@ -249,21 +251,26 @@ class AdaFisher(Optimizer):
 
         Raises:
             ValueError: the group has no rank `to`.
+            RuntimeError: the parameters themselves are sharded (ZeRO-1 to 3, FSDP2), and with them the state.
         """
         self._engine.check()
-        self._adopt()
-        group = self._group()
+        self._adopt(self._engine.shards)
+        group = self._ranks()
+        if state.is_partial(self._engine.shards):
+            raise RuntimeError(
+                "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
+                f" ({state.describe(self._engine.shards)['part']}), and state_dict() is this rank's part."
+            )
         if to is not None and not 0 <= to < group.size:
             raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
         self._consolidated = {}
         self._elsewhere = None if keep else to
         for shard in self._engine.shards:
-            if shard.storage.replicated:
-                for index, tensor in enumerate(shard.storage.tensors):
-                    whole = state.consolidate(shard, index, keep)
-                    if keep:
-                        self._consolidated[id(tensor)] = whole
+            for index, tensor in enumerate(shard.storage.tensors):
+                whole = state.consolidate(shard, index, keep)
+                if keep:
+                    self._consolidated[id(tensor)] = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; bit for bit where the layout is the same.
@@ -306,7 +313,7 @@ class AdaFisher(Optimizer):
                 "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
                 " a part. Use consolidate_state_dict() and state_dict()."
             )
-        self._adopt()
+        self._adopt(self._engine.shards)
         # Copies: a view would drag along the whole batch that it is a part of.
         own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
@@ -319,9 +326,7 @@ class AdaFisher(Optimizer):
             self._reset()
         super().__setstate__(saved)
         if skipped is not None:
-            self._registry = layouts.Registry()
-            for number in range(len(self.param_groups)):
-                self._register(number)
+            self._register_all()
 
     # ---- beyond torch.optim ----
 
@@ -360,9 +365,9 @@ class AdaFisher(Optimizer):
 
     # ---- which shards there are ----
 
-    def _enlist(self, storages: list[Storage]) -> None:
+    def _enlist(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
-        for shard in self._build(storages, self.param_groups):
+        for shard in self._build(self._storages(tensors), self.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             for index, tensor in enumerate(shard.storage.tensors):
                 state.restore(shard, index, self.state.get(tensor, {}), own=True)
@@ -375,12 +380,24 @@ class AdaFisher(Optimizer):
         for index, tensor in enumerate(shard.storage.tensors):
             self.state[tensor] = dict(shard.views[index])
 
-    def _adopt(self) -> None:
+    def _storages(self, tensors: list[Tensor]) -> list[Storage]:
+        """What is stored where, also where a library has put other parameters in the place of those that were given.
+
+        Accelerate does so: it builds the optimizer, shards the model by FSDP2, and writes the new parameters into
+        `param_groups`, each where the old one stood. What DeepSpeed puts there is no nn.Parameter of the model.
+        """
+        own = [tensor for group in self.param_groups for tensor in group["params"]]
+        replaced = any(self._registry.find(tensor) is None for tensor in tensors)
+        if replaced and len(own) == len(self._registry) and not layouts.is_called_by_deepspeed(self):
+            self._register_all()
+        return layouts.storages(self, tensors, self._registry, self._process_group) if tensors else []
+
+    def _adopt(self, shards: list[Shard]) -> None:
         """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
 
         Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
         """
-        for shard in self._engine.shards:
+        for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):
                 views, entry = shard.views[index], self.state.get(tensor)
                 if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
@@ -413,12 +430,11 @@ class AdaFisher(Optimizer):
         if not states:
             return []
         chosen = [tensor for tensor in own if id(tensor) in states]
-        storages = layouts.storages(self, chosen, self._registry, self._process_group)
-        shards = self._build(storages, self._completed(saved["param_groups"]))
+        shards = self._build(self._storages(chosen), self._completed(saved["param_groups"]))
         state.check_part(saved, shards)
         for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):
-                state.restore(shard, index, states[id(tensor)])
+                state.restore(shard, index, states[id(tensor)], own=not state.is_whole(saved))
         return shards
 
     def _completed(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -433,7 +449,7 @@ class AdaFisher(Optimizer):
     def _count_skip(self) -> None:
         self.skipped_steps += 1
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if self._group().is_first and self.skipped_steps.bit_count() == 1:
+        if self._ranks().is_first and self.skipped_steps.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",
@@ -448,9 +464,16 @@ class AdaFisher(Optimizer):
                 " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
             )
 
-    def _group(self) -> comm.Group:
-        shards = self._engine.shards
-        return shards[0].storage.group if shards else comm.join(self._process_group)
+    def _ranks(self) -> comm.Group:
+        """The ranks that take each step together: of the device mesh where there is one, else of the process group."""
+        return layouts.mesh_group(self._registry) or comm.join(self._process_group)
+
+    def _register_all(self) -> None:
+        self._registry = layouts.Registry()
+        for number, group in enumerate(self.param_groups):
+            for index, tensor in enumerate(group["params"]):
+                layouts.check_parameter(tensor, self._name(number, index))
+            self._register(number)
 
     def _register(self, group: int) -> None:
         for index, tensor in enumerate(self.param_groups[group]["params"]):

@@ -27,12 +27,16 @@ Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row
 
 def describe(shards: list[Shard]) -> dict[str, Any]:
     """What a state dict tells of its own completeness: plain numbers and strings."""
-    partial = [shard for shard in shards if not shard.storage.replicated and shard.storage.group.size > 1]
-    if not partial:
+    if not is_partial(shards):
         return {"format": FORMAT, "part": "whole"}
-    group, layout = partial[0].storage.group, partial[0].storage.layout
-    part = f"{layout}, rank {group.rank} of {group.size}"
-    return {"format": FORMAT, "part": part, "plan": [shard.digest() for shard in partial]}
+    storage = next(shard.storage for shard in shards if not shard.storage.replicated)
+    part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
+    return {"format": FORMAT, "part": part, "plan": [shard.digest() for shard in shards]}
+
+
+def is_partial(shards: list[Shard]) -> bool:
+    """Whether parameters are sharded themselves, so that a state dict holds what goes with this rank's part of them."""
+    return any(not shard.storage.replicated for shard in shards)
 
 
 def expected(shard: Shard, tensor: int) -> Wanted:

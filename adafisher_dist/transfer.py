@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import comm, plan
+from adafisher_dist.comm import Wire
 from adafisher_dist.faults import Faults
 from adafisher_dist.plan import Piece
 from adafisher_dist.shard import Chunk, Shard
@@ -57,7 +58,8 @@ class Gathered:
             for by_rank in shard.pieces
         ]
         sizes = [group.size * max(self.lengths)] * min(2, len(self.lengths)) if group.size > 1 else []
-        self.buffers = [torch.empty(size, dtype=shard.arena.dtype, device=shard.arena.device) for size in sizes]
+        self.buffers = [group.wire(shard.arena.new_zeros(size)) for size in sizes]
+        self.arena = group.wire(shard.arena)
 
     def collect(self, active: Sequence[bool]) -> Tensor:
         """The owner reads its own elements."""
@@ -69,20 +71,20 @@ class Gathered:
 
     def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
         """Compute a chunk while the one before is gathered."""
-        group, arena = self.shard.storage.group, self.shard.arena
+        group = self.shard.storage.group
         finish: Callable[[], None] | None = None
         for number, chunk in enumerate(self.shard.chunks):
             _compute(self.shard, chunk, compute, faults)
             if group.size == 1:
-                own = arena[chunk.start : chunk.stop]
+                own = self.shard.arena[chunk.start : chunk.stop]
                 faults.attempt(partial(self._apply, number, own, active, settings))
                 continue
-            out = self.buffers[number % 2][: group.size * self.lengths[number]]
+            out = self.buffers[number % 2].part(0, group.size * self.lengths[number])
             # Behind the chunk stand elements of the next, or padding: sent to make all ranks' parts equally long.
-            wait = comm.gather(group, arena[chunk.start : chunk.start + self.lengths[number]], out)
+            wait = comm.gather(group, self.arena.part(chunk.start, chunk.start + self.lengths[number]), out)
             if finish is not None:
                 finish()
-            finish = partial(self._finish, wait, partial(self._apply, number, out, active, settings), faults)
+            finish = partial(self._finish, wait, partial(self._apply, number, out.tensor, active, settings), faults)
         if finish is not None:
             finish()
 
@@ -113,23 +115,22 @@ class Routed:
         ranks = range(storage.group.size)
         self.away_counts = [sum(p.numel for p in self.route.send if p.rank == rank) for rank in ranks]
         self.guest_counts = [sum(p.numel for p in self.route.receive if p.rank == rank) for rank in ranks]
-        self.away = shard.arena.new_zeros(sum(self.away_counts))
-        self.guests = shard.arena.new_zeros(sum(self.guest_counts))
+        self.away = storage.group.wire(shard.arena.new_zeros(sum(self.away_counts)))
+        self.guests = storage.group.wire(shard.arena.new_zeros(sum(self.guest_counts)))
 
     def collect(self, active: Sequence[bool]) -> Tensor:
         """Own elements go into the arena, those of cut blocks into the buffer for their owners."""
         _into_arena(self.shard, self.route.local, active)
         for piece, part in _consecutive(self.away, self.route.send):
             _copy_gradient(part, self.shard, piece, active)
-        return _largest([self.away, *(_arena_part(self.shard, piece) for piece in self.route.local)])
+        return _largest([self.away.tensor, *(_arena_part(self.shard, piece) for piece in self.route.local)])
 
     def to_owners(self, faults: Faults) -> None:
         """Exchange the elements of cut blocks."""
         if self.crossing:
             group = self.shard.storage.group
             comm.exchange(group, self.away, self.away_counts, self.guests, self.guest_counts)
-            for piece, part in _consecutive(self.guests, self.route.receive):
-                faults.attempt(partial(_arena_part(self.shard, piece).copy_, part))
+            faults.attempt(self._settle_guests)
 
     def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
         """Compute all chunks, and send the updates of cut blocks the way that their gradients came."""
@@ -137,12 +138,20 @@ class Routed:
             _compute(self.shard, chunk, compute, faults)
         targets = [(piece, _arena_part(self.shard, piece)) for piece in self.route.local]
         if self.crossing:
-            for piece, part in _consecutive(self.guests, self.route.receive):
-                part.copy_(_arena_part(self.shard, piece))
+            if not faults.attempt(self._send_guests_home):
+                self.guests.tensor.zero_()
             group = self.shard.storage.group
             comm.exchange(group, self.guests, self.guest_counts, self.away, self.away_counts)
             targets += _consecutive(self.away, self.route.send)
         faults.attempt(partial(apply, self.shard, targets, active, settings))
+
+    def _settle_guests(self) -> None:
+        for piece, part in _consecutive(self.guests, self.route.receive):
+            _arena_part(self.shard, piece).copy_(part)
+
+    def _send_guests_home(self) -> None:
+        for piece, part in _consecutive(self.guests, self.route.receive):
+            part.copy_(_arena_part(self.shard, piece))
 
 
 def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:
@@ -191,11 +200,11 @@ def _copy_gradient(part: Tensor, shard: Shard, piece: Piece, active: Sequence[bo
         part.copy_(gradient.reshape(-1)[piece.tensor_offset : piece.tensor_offset + piece.numel])
 
 
-def _consecutive(buffer: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+def _consecutive(buffer: Wire, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
     """The pieces with the stretch of a buffer that each takes, one after the other."""
     offset = 0
     for piece in pieces:
-        yield piece, buffer[offset : offset + piece.numel]
+        yield piece, buffer.tensor[offset : offset + piece.numel]
         offset += piece.numel
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,7 +25,10 @@ __all__ = [
     "UnsupportedLayoutError",
     "allow_under_zero",
     "check_parameter",
+    "is_called_by_deepspeed",
     "is_rehearsal",
+    "mesh_group",
+    "refuse_torch_checkpoint",
     "storages",
 ]
 
@@ -81,11 +86,49 @@ def storages(
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
-    """Whether this call of step() is DeepSpeed's own at start-up, with all-zero gradients: not a training step.
+    """Whether this call of step() is a library's own, with all-zero gradients: not a training step.
 
-    FP16_UnfusedOptimizer makes one, to have other optimizers allocate their state (`unfused_optimizer.py`).
+    DeepSpeed's FP16_UnfusedOptimizer makes one at start-up (`unfused_optimizer.py`), and torch's checkpoint functions
+    make one for an optimizer without state, both to have other optimizers allocate it.
     """
-    return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
+    return calling_wrapper(optimizer)[1] == "initialize_optimizer_states" or _is_called_by_torch_checkpoint()
+
+
+def is_called_by_deepspeed(optimizer: Optimizer) -> bool:
+    """Whether a wrapper of DeepSpeed, whose base optimizer this is, is on the call stack."""
+    return calling_wrapper(optimizer)[0] is not None
+
+
+def refuse_torch_checkpoint() -> None:
+    """Refuse to give torch's checkpoint functions one rank's part of a sharded state: they would lose the others'.
+
+    Raises:
+        RuntimeError: one of them is on the call stack.
+    """
+    if _is_called_by_torch_checkpoint():
+        raise RuntimeError(
+            "torch.distributed.checkpoint.state_dict does not know how AdaFisher's state is sharded under FSDP2, and"
+            " would save one rank's part for all. Save each rank's optimizer.state_dict() in a file of its own."
+        )
+
+
+def _is_called_by_torch_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def mesh_group(registry: Registry) -> Group | None:
+    """The ranks of the device mesh that the given parameters are sharded over; None where none is a DTensor."""
+    mesh = next((tensor.device_mesh for tensor in registry if hasattr(tensor, "device_mesh")), None)
+    if mesh is None:
+        return None
+    from adafisher_dist.layouts import fsdp2
+
+    return fsdp2.group_of(mesh)
 
 
 def check_parameter(tensor: Tensor, name: str) -> None:

@@ -35,6 +35,7 @@ def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
         wrapper,
         {
             "ZenFlow": wrapper.zenflow,
+            "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "mixture of experts": wrapper.has_moe_layers,
             "model parallelism": wrapper.model_parallel_world_size > 1,
             "sequence parallelism": wrapper.sequence_parallel_size > 1,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from adafisher_dist.comm import join
+from adafisher_dist.comm import Group, join
 from adafisher_dist.layouts.storage import Given, Parameter, Storage, UnsupportedLayoutError
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
@@ -38,14 +38,18 @@ def mesh_of(parameter: Tensor, name: str) -> Any:
     return mesh
 
 
+def group_of(mesh: Any) -> Group:
+    """The ranks of a mesh that a parameter is sharded over, with its replicas where the mesh is 2-D."""
+    return join(mesh.get_group(mesh.ndim - 1), join(mesh.get_group(0)) if mesh.ndim == 2 else None)
+
+
 def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
     """What the ranks store of parameters that are sharded over one mesh.
 
     Raises:
         UnsupportedLayoutError: a local shard is not of the size that it should have.
     """
-    replicas = join(mesh.get_group(0)) if mesh.ndim == 2 else None
-    group = join(mesh.get_group(mesh.ndim - 1), replicas)
+    group = group_of(mesh)
     placed: list[list[Placed]] = [[] for _ in range(group.size)]
     for number, (tensor, given) in enumerate(members):
         numel, rows = prod(tensor.shape), tensor.shape[0]
@@ -57,7 +61,7 @@ def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
             if rank == group.rank:
                 _check_shard(tensor, given.name, stop - start)
     return Storage(
-        layout="FSDP2" if replicas is None else "HSDP",
+        layout="FSDP2" if group.replicas is None else "HSDP",
         group=group,
         tensors=[tensor for tensor, _ in members],
         parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],

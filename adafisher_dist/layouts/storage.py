@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,6 +49,12 @@ class Registry:
         """Register the next parameter."""
         self._given[id(tensor)] = tensor, Given(name, self._count)
         self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (tensor for tensor, _ in self._given.values())
 
     def find(self, tensor: Tensor) -> Given | None:
         """How a parameter was given; None where it was not."""

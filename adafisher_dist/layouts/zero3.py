@@ -36,6 +36,7 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
             "NVMe offload of the optimizer (offload_optimizer.device cpu works)": wrapper.swap_optimizer,
             "NVMe offload of the parameters (offload_param.device cpu works)": wrapper.params_in_nvme_and_cpu,
             "ZenFlow": wrapper.zenflow,
+            "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "model parallelism": wrapper.model_parallel_group is not None,
             "sequence parallelism": wrapper.sequence_parallel_size > 1,
             "16-bit master weights": wrapper.master_weights_and_grads_dtype != torch.float32,
