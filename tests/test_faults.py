@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import backward, config, engine_of, masters, train
-from models import batch, model, weights
+from engines import backward, config, engine_of, masters, run_alone, train
+from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
 
-from adafisher_dist import AdaFisher, fisher, shard
+from adafisher_dist import AdaFisher, comm, fisher, shard
 
 pytestmark = pytest.mark.dist
 
@@ -194,3 +194,63 @@ def test_a_gradient_that_is_not_finite_on_one_rank(stage: int) -> None:
         assert skipped == 1 and steps == {3}
         assert all(np.array_equal(before[name], after[name]) for name in before)
         assert all(np.isfinite(value).all() for value in later.values())
+
+
+def refused_layout(rank: int, world: int) -> str:
+    """A layout that is refused on one rank alone."""
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+    if rank == FAULTY:
+        module.inner.weight.allreduce = False  # marks an expert of DeepSpeed's mixture of experts
+    x, y = batch(0, 0, 1)
+    nn.functional.mse_loss(module(x), y).backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_a_layout_refused_on_one_rank() -> None:
+    messages = run_ranks(refused_layout, 3, timeout=60)
+    assert all(
+        ("expert parallelism" if rank == FAULTY else "rank 1 failed") in text for rank, text in enumerate(messages)
+    )
+
+
+def on_the_wire(rank: int, world: int) -> str:
+    """Buffers for a backend that cannot send from the tensors' device are made with the state, under guard."""
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+    real = comm.Group.wire
+
+    def wire(group: comm.Group, tensor: torch.Tensor) -> comm.Wire:
+        if tensor.dtype.is_floating_point:
+            if rank == FAULTY:
+                fail()
+            return comm.Wire(tensor, tensor.clone())  # as on a device of its own
+        return real(group, tensor)
+
+    comm.Group.wire = wire
+    x, y = batch(0, 0, 1)
+    nn.functional.mse_loss(module(x), y).backward()
+    return message_of(rank, optimizer.step)
+
+
+def test_no_room_on_the_wire() -> None:
+    messages = run_ranks(on_the_wire, 3, timeout=60)
+    assert all(("says the test" if rank == FAULTY else "rank 1 failed") in text for rank, text in enumerate(messages))
+
+
+def through_copies(rank: int, world: int, stage: int):
+    """All data goes through copies, as with CPU offload on a backend that knows accelerators alone."""
+    comm.Group.wire = lambda group, tensor: comm.Wire(tensor, tensor.clone())
+    engine = engine_of(config(stage, world))
+    train(engine, 0, 4, rank, world)
+    return masters(engine)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_data_that_travels_through_copies(stage: int) -> None:
+    alone = run_alone(steps=4)
+    for result in run_ranks(through_copies, 3, stage, timeout=60, deepspeed=True):
+        assert distance({name: result[name] for name in result}, {name: alone[name] for name in result}) < 1e-4

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from models import OWN_SETTINGS, Odd, Tied, batch, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
@@ -291,3 +293,145 @@ def other_plan(rank: int, world: int) -> str:
 
 def test_ranks_with_different_plans_stop_together() -> None:
     run_ranks(other_plan, 3, timeout=60)
+
+
+# ---- what else its users do ----
+
+
+class Mixed(nn.Module):
+    """A sharded layer, and a parameter that is left out of the sharding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(9, 6)
+        self.scale = nn.Parameter(torch.ones(40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).sum(1) * self.scale.mean()
+
+
+def mixed_steps(module: Mixed, optimizer: AdaFisher, first: int, last: int, rank: int, world: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        x, _ = batch(step, rank, world)
+        module(x[:, :9]).square().mean().backward()
+        if world > 1:
+            dist.all_reduce(module.scale.grad)
+            module.scale.grad /= world
+        optimizer.step()
+
+
+def mixed(rank: int, world: int):
+    def build() -> tuple[Mixed, AdaFisher]:
+        torch.manual_seed(0)
+        module = Mixed()
+        if world > 1:
+            fully_shard(module, mesh=init_device_mesh("cpu", (world,)), ignored_params={module.scale})
+        return module, AdaFisher(module.named_parameters(), **PARAMS)
+
+    module, optimizer = build()
+    mixed_steps(module, optimizer, 0, 3, rank, world)
+    if world > 1:
+        with pytest.raises(RuntimeError, match="consolidate_state_dict.. is for parameters that are the same"):
+            optimizer.consolidate_state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
+    middle = {name: p.detach().clone() for name, p in module.state_dict().items()}
+    mixed_steps(module, optimizer, 3, 6, rank, world)
+    again, resumed = build()
+    again.load_state_dict(middle)
+    resumed.load_state_dict(saved)
+    mixed_steps(again, resumed, 3, 6, rank, world)
+    return [{name: full(p) for name, p in m.named_parameters()} for m in (module, again)]
+
+
+def test_sharded_and_replicated_parameters_in_one_optimizer() -> None:
+    alone, _ = mixed(0, 1)
+    for straight, resumed in run_ranks(mixed, 3):
+        assert distance(straight, alone) < 1e-5
+        assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def swapped_in_place(rank: int, world: int):
+    """The order in which Accelerate does it: optimizer first, then fully_shard, then the new parameters."""
+    module = model()
+    optimizer = AdaFisher(module.named_parameters(), **PARAMS)
+    names = {id(p): name for name, p in module.named_parameters()}
+    in_groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    named = dict(module.named_parameters())
+    for group, own in zip(optimizer.param_groups, in_groups, strict=True):
+        group["params"] = [named[name] for name in own]
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(module, step, rank, world, DEFAULTS)
+        optimizer.step()
+    assert "inner.weight" in optimizer.fisher_stats()
+    return {name: full(p) for name, p in module.named_parameters()}
+
+
+def test_parameters_swapped_in_place() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **PARAMS)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(module, step, 0, 1, DEFAULTS)
+        optimizer.step()
+    for result in run_ranks(swapped_in_place, 2):
+        assert distance(result, weights(module)) < 1e-4
+
+
+def sub_meshes(rank: int, world: int):
+    """Two models on two meshes, of which one takes a step before it has any gradient."""
+    meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "shard"))
+    module = fully_shard(model(), mesh=meshes["shard"])
+    optimizer = AdaFisher(module.parameters(), **PARAMS)
+    if rank < 2:
+        optimizer.step()
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(module, step, rank % 2, 2, DEFAULTS)
+        optimizer.step()
+    return {name: full(p) for name, p in module.named_parameters()}
+
+
+def test_two_meshes_step_by_themselves() -> None:
+    results = run_ranks(sub_meshes, 4, timeout=60)
+    assert all(np.array_equal(results[0][name], result[name]) for result in results for name in result)
+
+
+def torch_checkpoint(rank: int, world: int) -> str:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    module = shard_model(Odd, 1, world)
+    optimizer = AdaFisher(module.parameters(), **PARAMS)
+    backward(module, 0, rank, world, DEFAULTS)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="would save one rank's part for all") as caught:
+        get_optimizer_state_dict(module, optimizer)
+    return str(caught.value)
+
+
+def test_torch_s_checkpoint_functions_are_refused() -> None:
+    run_ranks(torch_checkpoint, 2)
+
+
+def replicas_differ(rank: int, world: int) -> str:
+    module = shard_model(Odd, 2, world)
+    optimizer = AdaFisher(module.named_parameters(), **PARAMS)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(module, step, rank, world, DEFAULTS)
+        if step == 1 and rank < 2:  # the second call, at which the replicas are compared again
+            for p in module.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(2)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return "no error"
+
+
+def test_replicas_that_differ_are_found() -> None:
+    for message in run_ranks(replicas_differ, 4, timeout=60):
+        assert message.startswith("1: The replicas of an HSDP mesh hold different")

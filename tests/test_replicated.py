@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -348,3 +349,82 @@ def too_early(rank: int, world: int, store: str) -> str:
 
 def test_a_step_before_the_process_group_is_an_error(tmp_path: Path) -> None:
     run_ranks(too_early, 2, str(tmp_path / "store"))
+
+
+def loaded_on_one_rank(rank: int, world: int) -> str:
+    module = model()
+    optimizer = AdaFisher(module.named_parameters(), lr=1e-2)
+    for step in range(2):
+        step_once(module, optimizer, step)
+    optimizer.consolidate_state_dict(to=None)
+    saved = optimizer.state_dict()
+    again = AdaFisher(module.named_parameters(), lr=1e-2)
+    step_once(module, again, 2)
+    if rank == 0:
+        again.load_state_dict(saved)
+    with pytest.raises(RuntimeError) as caught:
+        step_once(module, again, 3)
+    return str(caught.value)
+
+
+def test_a_state_loaded_on_one_rank_alone_is_an_error() -> None:
+    for message in run_ranks(loaded_on_one_rank, 2, timeout=60):
+        assert "reset and load the same" in message or "different numbers of steps" in message
+
+
+def state_removed_on_one_rank(rank: int, world: int) -> str:
+    module = model()
+    optimizer = AdaFisher(module.named_parameters(), lr=1e-2)
+    step_once(module, optimizer, 0)
+    if rank == 1:
+        optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="different numbers of steps") as caught:
+        step_once(module, optimizer, 1)
+    return str(caught.value)
+
+
+def test_a_state_removed_on_one_rank_alone_is_an_error() -> None:
+    run_ranks(state_removed_on_one_rank, 2, timeout=60)
+
+
+def unsynchronised(rank: int, world: int) -> str:
+    module = DistributedDataParallel(model())
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    for step in range(8):
+        optimizer.zero_grad()
+        x, y = batch(step, rank, world)
+        with module.no_sync() if step else contextlib.nullcontext():
+            nn.functional.mse_loss(module(x), y).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+    return "no error"
+
+
+def test_gradients_that_are_no_longer_synchronised_are_found() -> None:
+    for message in run_ranks(unsynchronised, 2, timeout=60):
+        assert message.startswith("1: The ranks hold different gradients") and "no_sync()" in message
+
+
+def torch_functions(rank: int, world: int):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    module, twin = model(), model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    assert get_optimizer_state_dict(module, optimizer)["state"] == {}  # it makes a step with gradients of zero
+    for step in range(3):
+        step_once(module, optimizer, step)
+    assert int(optimizer.state[module.mix.weight]["step"]) == 3
+    saved = copy.deepcopy(get_optimizer_state_dict(module, optimizer))
+    twin.load_state_dict(module.state_dict())
+    resumed = AdaFisher(twin.parameters())
+    set_optimizer_state_dict(twin, resumed, saved)
+    for m, o in ((module, optimizer), (twin, resumed)):
+        step_once(m, o, 3)
+    return weights(module), weights(twin)
+
+
+def test_torch_s_checkpoint_functions_in_one_process() -> None:
+    for straight, resumed in run_ranks(torch_functions, 1):
+        assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
