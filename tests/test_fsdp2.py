@@ -332,7 +332,7 @@ def mixed(rank: int, world: int):
     module, optimizer = build()
     mixed_steps(module, optimizer, 0, 3, rank, world)
     if world > 1:
-        with pytest.raises(RuntimeError, match="consolidate_state_dict.. is for parameters that are the same"):
+        with pytest.raises(RuntimeError, match=r"consolidate_state_dict\(\) is for parameters that are the same"):
             optimizer.consolidate_state_dict()
     saved = copy.deepcopy(optimizer.state_dict())
     middle = {name: p.detach().clone() for name, p in module.state_dict().items()}
