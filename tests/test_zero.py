@@ -351,6 +351,8 @@ def refused(rank: int, world: int, stage: int, precision: str, attribute: str, v
     kept = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
     tensors = [tensor for name in kept for tensor in getattr(engine.optimizer, name, ())]
     before = [tensor.detach().clone() for tensor in tensors]
+    # By bits: stage 3 leaves its padding uninitialised, which may be NaN.
+    same = lambda a, b: torch.equal(a.detach().view(torch.int32), b.view(torch.int32))  # noqa: E731
     if attribute == "__class__":
         engine.optimizer.__class__ = type(value, (type(engine.optimizer),), {"__module__": "deepspeed.runtime.new"})
     elif value is None:
@@ -361,7 +363,7 @@ def refused(rank: int, world: int, stage: int, precision: str, attribute: str, v
         tensor.grad = torch.ones_like(tensor)
     with pytest.raises(UnsupportedLayoutError) as caught:
         step_as_the_wrapper_would(engine.optimizer)
-    assert all(torch.equal(tensor, held) for tensor, held in zip(tensors, before, strict=True))
+    assert all(same(tensor, held) for tensor, held in zip(tensors, before, strict=True))
     return str(caught.value)
 
 
