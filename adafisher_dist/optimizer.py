@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist import comm, layouts, report, state
+from adafisher_dist import layouts, report, state
 from adafisher_dist.engine import Engine
 from adafisher_dist.faults import Faults
-from adafisher_dist.layouts import Storage
-from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset, structure
-from adafisher_dist.shard import Shard, build
+from adafisher_dist.roster import Roster
+from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset
+from adafisher_dist.shard import Shard
 
 if TYPE_CHECKING:
     from typing import Self
@@ -98,8 +98,7 @@ class AdaFisher(Optimizer):
         arguments = locals()
         defaults = {name: arguments[name] for name in DEFAULTS}
         normalize(defaults)
-        self._process_group = process_group
-        self._registry = layouts.Registry()
+        self._roster = Roster(self, process_group)
         self._reset()
         super().__init__(params, defaults)
         layouts.allow_under_zero(type(self))
@@ -115,7 +114,7 @@ class AdaFisher(Optimizer):
         return cls(params, **{**preset("image_classification"), **_known(overrides)})
 
     def _reset(self) -> None:
-        self._engine = Engine()
+        self._roster.engine = Engine()
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
@@ -144,14 +143,14 @@ class AdaFisher(Optimizer):
                     f" asks for {group['fisher_dtype']}. Use two optimizers."
                 )
             for index, tensor in enumerate(group["params"]):
-                name = self._name(len(self.param_groups) - 1, index)
+                name = self._roster.name(len(self.param_groups) - 1, index)
                 if not tensor.is_floating_point():
                     raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
                 layouts.check_parameter(tensor, name)
         except Exception:
             self.param_groups.pop()
             raise
-        self._register(len(self.param_groups) - 1)
+        self._roster.register(len(self.param_groups) - 1)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,17 +186,18 @@ class AdaFisher(Optimizer):
         }
         if not groups:
             self._warn_of_no_gradients()
-        new = [tensor for tensor, _ in groups.values() if tensor not in self._engine]
+        new = [tensor for tensor, _ in groups.values() if tensor not in self._roster.engine]
         if new and layouts.is_rehearsal(self):
             return loss
         faults = Faults()
-        faults.attempt(partial(self._adopt, self._engine.shards_of(groups)))
-        faults.attempt(partial(self._enlist, new))
+        faults.attempt(partial(self._roster.adopt, self._roster.engine.shards_of(groups)))
+        faults.attempt(partial(self._roster.enlist, new))
         try:
-            done = self._engine.step({key: group for key, (_, group) in groups.items()}, self._ranks(), faults)
+            settings = {key: group for key, (_, group) in groups.items()}
+            done = self._roster.engine.step(settings, self._roster.ranks(), faults)
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
-                if tensor not in self._engine and self.state.get(tensor, {}).get("step") == 0:
+                if tensor not in self._roster.engine and self.state.get(tensor, {}).get("step") == 0:
                     del self.state[tensor]
             raise
         if done:
@@ -215,9 +215,9 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
         """
-        self._engine.check()
-        self._adopt(self._engine.shards)
-        shards = self._engine.shards
+        self._roster.engine.check()
+        self._roster.adopt(self._roster.shards)
+        shards = self._roster.shards
         if state.is_partial(shards):
             layouts.refuse_torch_checkpoint()
             self._consolidated = None
@@ -253,20 +253,20 @@ class AdaFisher(Optimizer):
             ValueError: the group has no rank `to`.
             RuntimeError: the parameters themselves are sharded (ZeRO-1 to 3, FSDP2), and with them the state.
         """
-        self._engine.check()
-        self._adopt(self._engine.shards)
-        group = self._ranks()
-        if state.is_partial(self._engine.shards):
+        self._roster.engine.check()
+        self._roster.adopt(self._roster.shards)
+        group = self._roster.ranks()
+        if state.is_partial(self._roster.shards):
             raise RuntimeError(
                 "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
-                f" ({state.describe(self._engine.shards)['part']}), and state_dict() is this rank's part."
+                f" ({state.describe(self._roster.shards)['part']}), and state_dict() is this rank's part."
             )
         if to is not None and not 0 <= to < group.size:
             raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
         self._consolidated = {}
         self._elsewhere = None if keep else to
-        for shard in self._engine.shards:
+        for shard in self._roster.shards:
             for index, tensor in enumerate(shard.storage.tensors):
                 whole = state.consolidate(shard, index, keep)
                 if keep:
@@ -284,14 +284,14 @@ class AdaFisher(Optimizer):
         staged: list[Shard] = []
 
         def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            staged.extend(self._stage(saved))
-            return {**saved, "state": {}, "param_groups": self._completed(saved["param_groups"])}
+            staged.extend(self._roster.stage(saved))
+            return {**saved, "state": {}, "param_groups": self._roster.completed(saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
             self._reset()
             self.defaults["fisher_dtype"] = self.param_groups[0]["fisher_dtype"]
             for shard in staged:
-                self._install(shard)
+                self._roster.install(shard)
 
         # As hooks, so that the user's own hooks see what they would with any other optimizer.
         before = self.register_load_state_dict_pre_hook(stage)
@@ -308,12 +308,12 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
         """
-        if self._process_group is not None or any(shard.storage.group.size > 1 for shard in self._engine.shards):
+        if self._roster.process_group is not None or any(shard.storage.group.size > 1 for shard in self._roster.shards):
             raise RuntimeError(
                 "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
                 " a part. Use consolidate_state_dict() and state_dict()."
             )
-        self._adopt(self._engine.shards)
+        self._roster.adopt(self._roster.shards)
         # Copies: a view would drag along the whole batch that it is a part of.
         own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
@@ -322,25 +322,25 @@ class AdaFisher(Optimizer):
         """From copy, pickle, and torch's own load_state_dict."""
         skipped = saved.get("skipped_steps")
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
-            self._process_group = None
+            self._roster = Roster(self, None)
             self._reset()
         super().__setstate__(saved)
         if skipped is not None:
-            self._register_all()
+            self._roster.register_all()
 
     # ---- beyond torch.optim ----
 
     def fisher_stats(self) -> dict[str, report.ParameterStats]:
         """By name, for each parameter that had a gradient: blocks, Fisher updates, mean block size, ladder counts."""
-        return {name: stats for shard in self._engine.shards for name, stats in report.fisher_stats(shard).items()}
+        return {name: stats for shard in self._roster.shards for name, stats in report.fisher_stats(shard).items()}
 
     def memory_usage(self) -> dict[str, dict[str, int]]:
         """Bytes of this rank ("rank") and of all ("all"): "fisher", "momentum", "factors", "buffers", "total"."""
-        return report.memory_usage(self._engine.shards)
+        return report.memory_usage(self._roster.shards)
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""
-        return sum(len(shard.storage.parameters) for shard in self._engine.shards)
+        return sum(len(shard.storage.parameters) for shard in self._roster.shards)
 
     def reset_state(self) -> None:
         """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
@@ -363,93 +363,12 @@ class AdaFisher(Optimizer):
         for param_group in self.param_groups if group is None else [self.param_groups[group]]:
             param_group["lr"] = checked["lr"]
 
-    # ---- which shards there are ----
-
-    def _enlist(self, tensors: list[Tensor]) -> None:
-        """Build shards for tensors that have none yet."""
-        for shard in self._build(self._storages(tensors), self.param_groups):
-            # A copied or unpickled optimizer has a state, but no shard.
-            for index, tensor in enumerate(shard.storage.tensors):
-                state.restore(shard, index, self.state.get(tensor, {}), own=True)
-            self._install(shard)
-            if shard.storage.group.is_first:
-                logger.info(report.summary(shard))
-
-    def _install(self, shard: Shard) -> None:
-        self._engine.add(shard)
-        for index, tensor in enumerate(shard.storage.tensors):
-            self.state[tensor] = dict(shard.views[index])
-
-    def _storages(self, tensors: list[Tensor]) -> list[Storage]:
-        """What is stored where, also where a library has put other parameters in the place of those that were given.
-
-        Accelerate does so: it builds the optimizer, shards the model by FSDP2, and writes the new parameters into
-        `param_groups`, each where the old one stood. What DeepSpeed puts there is no nn.Parameter of the model.
-        """
-        own = [tensor for group in self.param_groups for tensor in group["params"]]
-        replaced = any(self._registry.find(tensor) is None for tensor in tensors)
-        if replaced and len(own) == len(self._registry) and not layouts.is_called_by_deepspeed(self):
-            self._register_all()
-        return layouts.storages(self, tensors, self._registry, self._process_group) if tensors else []
-
-    def _adopt(self, shards: list[Shard]) -> None:
-        """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
-
-        Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
-        """
-        for shard in shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                views, entry = shard.views[index], self.state.get(tensor)
-                if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
-                    if entry:
-                        state.restore(shard, index, entry, own=True)
-                    else:
-                        state.clear(shard, index)
-                    self.state[tensor] = dict(views)
-
-    def _build(self, storages: list[Storage], groups: list[dict[str, Any]]) -> list[Shard]:
-        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded)."""
-        numbers = {id(t): number for number, group in enumerate(self.param_groups) for t in group["params"]}
-        shards = []
-        for storage in storages:
-            mine = [numbers[id(tensor)] for tensor in storage.tensors]
-            order = sorted(set(mine))
-            structures = [structure(groups[number]) for number in order]
-            shards.append(build(storage, [order.index(number) for number in mine], structures))
-        return shards
-
-    def _stage(self, saved: Mapping[str, Any]) -> list[Shard]:
-        """Shards that hold a saved state; the optimizer itself is not touched."""
-        state.check_format(saved)
-        own = [tensor for group in self.param_groups for tensor in group["params"]]
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        lengths = [[len(group["params"]) for group in groups] for groups in (self.param_groups, saved["param_groups"])]
-        if lengths[0] != lengths[1] and state.is_whole(saved):
-            return []  # torch's own check reports it
-        states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
-        if not states:
-            return []
-        chosen = [tensor for tensor in own if id(tensor) in states]
-        shards = self._build(self._storages(chosen), self._completed(saved["param_groups"]))
-        state.check_part(saved, shards)
-        for shard in shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                state.restore(shard, index, states[id(tensor)], own=not state.is_whole(saved))
-        return shards
-
-    def _completed(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved param groups, checked; what an older version did not save is taken from this optimizer's groups."""
-        if len(saved) != len(self.param_groups):
-            return saved  # torch's own check reports it
-        result = [{**now, **then} for now, then in zip(self.param_groups, saved, strict=True)]
-        for group in result:
-            normalize(group)
-        return result
+    # ---- what is logged ----
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if self._ranks().is_first and self.skipped_steps.bit_count() == 1:
+        if self._roster.ranks().is_first and self.skipped_steps.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",
@@ -457,31 +376,12 @@ class AdaFisher(Optimizer):
             )
 
     def _warn_of_no_gradients(self) -> None:
-        if not self._engine.shards and not self._warned:
+        if not self._roster.shards and not self._warned:
             self._warned = True
             logger.warning(
                 "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
                 " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
             )
-
-    def _ranks(self) -> comm.Group:
-        """The ranks that take each step together: of the device mesh where there is one, else of the process group."""
-        return layouts.mesh_group(self._registry) or comm.join(self._process_group)
-
-    def _register_all(self) -> None:
-        self._registry = layouts.Registry()
-        for number, group in enumerate(self.param_groups):
-            for index, tensor in enumerate(group["params"]):
-                layouts.check_parameter(tensor, self._name(number, index))
-            self._register(number)
-
-    def _register(self, group: int) -> None:
-        for index, tensor in enumerate(self.param_groups[group]["params"]):
-            self._registry.add(tensor, self._name(group, index))
-
-    def _name(self, group: int, index: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        return names[index] if names and index < len(names) else f"{group}.{index}"
 
 
 def _known(overrides: dict[str, Any]) -> dict[str, Any]:

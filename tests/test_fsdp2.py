@@ -70,7 +70,7 @@ def train(rank: int, world: int, options: dict[str, Any]):
         optimizer.step()
         schedule.step()
         rows.append((grads, before, {name: full(p) for name, p in named.items()}))
-    travels = any(way.crossing for way in optimizer._engine._transfers)
+    travels = any(way.crossing for way in optimizer._roster.engine._transfers)
     return rows, optimizer.memory_usage(), travels
 
 
@@ -171,7 +171,7 @@ def rows_stay(rank: int, world: int) -> list[bool]:
     optimizer = AdaFisher(module.parameters(), block_size=7)
     module(torch.ones(2, 20)).square().sum().backward()
     optimizer.step()
-    return [way.crossing for way in optimizer._engine._transfers]
+    return [way.crossing for way in optimizer._roster.engine._transfers]
 
 
 def test_shards_of_whole_rows_cut_no_block() -> None:
