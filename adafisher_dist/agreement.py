@@ -138,17 +138,17 @@ def _same_in_replicas(
     return int(low[0] == -low[1] and low[2] == -low[3])
 
 
-def settle(group: Group, faults: Faults) -> None:
+def settle(group: Group, faults: Faults, when: str = "in the middle of a step") -> None:
     """Let all ranks know whether each of them did its own work.
 
     Raises:
-        RuntimeError: on all ranks alike: one of them failed, so the step is incomplete.
+        RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete.
         Exception: the fault itself, on the rank that had it.
     """
     failure = _failed(faults)
     if group.together > 1:
         failure = int(comm.minimum(group, torch.tensor([failure])).item())
-    _raise(faults, failure, "in the middle of a step")
+    _raise(faults, failure, when)
 
 
 def _failed(faults: Faults) -> int:

@@ -89,11 +89,6 @@ def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None)
     return Group(handle, rank, size, dist.get_backend_config(handle), replicas)
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def own_rank() -> int:
     """This process's rank among all; 0 for one process alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -24,13 +24,11 @@ Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradie
 class Engine:
     """The shards of an optimizer's parameters. It knows nothing of torch.optim but the param groups' settings."""
 
-    def __init__(self, shards: Iterable[Shard] = ()) -> None:
+    def __init__(self) -> None:
         self._transfers: list[Transfer] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
         self._broken = False
         self._calls = 0
-        for shard in shards:
-            self.add(shard)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._where
@@ -63,8 +61,11 @@ class Engine:
 
     def shards_of(self, tensors: Iterable[int]) -> list[Shard]:
         """The shards of tensors, by their ids."""
+        return [way.shard for way in self._transfers_of(tensors)]
+
+    def _transfers_of(self, tensors: Iterable[int]) -> list[Transfer]:
         wanted = {id(self._where[tensor][0]) for tensor in tensors if tensor in self._where}
-        return [way.shard for way in self._transfers if id(way.shard) in wanted]
+        return [way for way in self._transfers if id(way.shard) in wanted]
 
     def step(self, groups: Groups, group: Group, faults: Faults) -> bool:
         """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
@@ -83,9 +84,8 @@ class Engine:
         """
         self.check()
         self._calls += 1
-        shards = self.shards_of(groups)
-        wanted = set(map(id, shards))
-        transfers = [way for way in self._transfers if id(way.shard) in wanted]
+        transfers = self._transfers_of(groups)
+        shards = [way.shard for way in transfers]
         active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
         settings: list[list[dict[str, Any]]] = []
         largest: list[Tensor] = []
@@ -109,7 +109,8 @@ class Engine:
         self._broken = True  # until all ranks have done their part
         for way, having, hyper in zip(transfers, active, settings, strict=True):
             way.to_owners(faults)
-            times = _advance(way.shard, having, hyper)
+            times: list[tuple[int, int] | None] = []
+            faults.attempt(partial(_advance, way.shard, having, hyper, times))
             way.run(partial(compute, times=times, settings=hyper), having, hyper, faults)
         settle(group, faults)
         self._broken = False
@@ -185,15 +186,13 @@ def _check_tensors(shard: Shard) -> None:
 
 
 def _advance(
-    shard: Shard, active: Sequence[bool], settings: Sequence[Mapping[str, Any]]
-) -> list[tuple[int, int] | None]:
-    """Count the step of the active tensors; each one's t and k, or None."""
+    shard: Shard, active: Sequence[bool], settings: Sequence[Mapping[str, Any]], times: list[tuple[int, int] | None]
+) -> None:
+    """Count the step of the active tensors; appends each one's t and k to `times`, or None."""
     counts: list[list[int]] = shard.counters.tolist()
-    times: list[tuple[int, int] | None] = []
     for count, having, number in zip(counts, active, shard.groups, strict=True):
         if having:
             count[0] += 1
             count[1] += updates_fisher(count[0], settings[number])
         times.append((count[0], count[1]) if having else None)
     shard.counters.copy_(torch.tensor(counts))
-    return times

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist import layouts, report, state
+from adafisher_dist.agreement import settle
 from adafisher_dist.engine import Engine
 from adafisher_dist.faults import Faults
 from adafisher_dist.roster import Roster
@@ -251,7 +252,8 @@ class AdaFisher(Optimizer):
 
         Raises:
             ValueError: the group has no rank `to`.
-            RuntimeError: the parameters themselves are sharded (ZeRO-1 to 3, FSDP2), and with them the state.
+            RuntimeError: on all ranks: one of them has no room for it; or the parameters themselves are sharded
+                (ZeRO-1 to 3, FSDP2), and with them the state.
         """
         self._roster.engine.check()
         self._roster.adopt(self._roster.shards)
@@ -264,13 +266,16 @@ class AdaFisher(Optimizer):
         if to is not None and not 0 <= to < group.size:
             raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
-        self._consolidated = {}
+        every = [(shard, i, id(t)) for shard in self._roster.shards for i, t in enumerate(shard.storage.tensors)]
+        rooms: dict[int, dict[str, Tensor]] = {}
+        faults = Faults()
+        if keep:
+            faults.attempt(lambda: rooms.update({key: state.room(shard, index) for shard, index, key in every}))
+        settle(group, faults, "to make room for the whole state")  # before the others wait for its part
+        for shard, index, key in every:
+            state.consolidate(shard, index, rooms.get(key))
+        self._consolidated = rooms
         self._elsewhere = None if keep else to
-        for shard in self._roster.shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                whole = state.consolidate(shard, index, keep)
-                if keep:
-                    self._consolidated[id(tensor)] = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; bit for bit where the layout is the same.

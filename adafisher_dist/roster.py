@@ -62,11 +62,12 @@ class Roster:
         """What is stored where, also where a library has put other parameters in the place of those that were given.
 
         Accelerate does so: it builds the optimizer, shards the model by FSDP2, and writes the new parameters into
-        `param_groups`, each where the old one stood. What DeepSpeed puts there is no nn.Parameter of the model.
+        `param_groups`, each where the old one stood. Shards and copies of parameters, as wrappers of other libraries
+        put there, are no nn.Parameter or have another shape, and are refused.
         """
         own = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         replaced = any(self.registry.find(tensor) is None for tensor in tensors)
-        if replaced and len(own) == len(self.registry) and not layouts.is_called_by_deepspeed(self.optimizer):
+        if replaced and self.registry.could_be(own) and not layouts.is_called_by_deepspeed(self.optimizer):
             self.register_all()
         return layouts.storages(self.optimizer, tensors, self.registry, self.process_group) if tensors else []
 

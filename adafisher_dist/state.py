@@ -74,7 +74,7 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
 
 def is_whole(saved: Mapping[str, Any]) -> bool:
     """Whether a state dict holds the whole state, as far as it says."""
-    return bool(saved.get(META, {}).get("part", "whole") == "whole")
+    return bool((saved.get(META) or {}).get("part", "whole") == "whole")
 
 
 def check_format(saved: Mapping[str, Any]) -> None:
@@ -171,12 +171,17 @@ def _check(shard: Shard, tensor: int, saved: Mapping[str, Any], wanted: Wanted) 
             )
 
 
-def consolidate(shard: Shard, tensor: int, keep: bool) -> dict[str, Tensor]:
-    """The whole state of a replicated parameter on the CPU, on ranks that `keep` it. All ranks must call this."""
-    group = shard.storage.group
-    views, result = shard.views[tensor], {}
+def room(shard: Shard, tensor: int) -> dict[str, Tensor]:
+    """Room on the CPU for the whole state of a replicated parameter."""
+    shapes = whole_shapes(shard, tensor)
+    counters = {key: shard.views[tensor][key].clone() for key in COUNTERS}
+    return counters | {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
+
+
+def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) -> None:
+    """Bring the whole state of a replicated parameter into the room for it, where there is any. A collective."""
+    group, views = shard.storage.group, shard.views[tensor]
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
-        whole = torch.empty(shape, dtype=dtype) if keep else None
         for rank, spans in enumerate(shard.owned):
             for span in spans:
                 if span.parameter == tensor:
@@ -185,11 +190,8 @@ def consolidate(shard: Shard, tensor: int, keep: bool) -> dict[str, Tensor]:
                     if first < stop:
                         empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
                         part = comm.broadcast(group, views[key] if rank == group.rank else empty, rank)
-                        if whole is not None:
-                            whole[first:stop] = part
-        if whole is not None:
-            result[key] = whole
-    return {key: views[key].clone() for key in COUNTERS} | result if keep else {}
+                        if into is not None:
+                            into[key][first:stop] = part
 
 
 def _kind(key: str) -> str:

@@ -18,7 +18,8 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     exit 1
 fi
 
-if [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$version" ]; then
+if .venv/bin/python -m pip --version >/dev/null 2>&1 &&
+    [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$version" ]; then
     echo "make venv: bringing .venv up to date"
 else
     echo "make venv: creating .venv with Python $version (a few minutes the first time)"

@@ -12,7 +12,7 @@ from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
 
-from adafisher_dist import AdaFisher, comm, fisher, shard
+from adafisher_dist import AdaFisher, comm, fisher, shard, state
 
 pytestmark = pytest.mark.dist
 
@@ -254,3 +254,23 @@ def test_data_that_travels_through_copies(stage: int) -> None:
     alone = run_alone(steps=4)
     for result in run_ranks(through_copies, 3, stage, timeout=60, deepspeed=True):
         assert distance({name: result[name] for name in result}, {name: alone[name] for name in result}) < 1e-4
+
+
+def no_room(rank: int, world: int) -> str:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    x, y = batch(0, 0, 1)
+    nn.functional.mse_loss(module(x), y).backward()
+    optimizer.step()
+    if rank == FAULTY:
+        state.room = fail
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.consolidate_state_dict(to=FAULTY)
+    optimizer.step()  # nothing is broken
+    return str(caught.value)
+
+
+def test_no_room_for_the_whole_state() -> None:
+    messages = run_ranks(no_room, 3, timeout=60)
+    words = ["says the test" if rank == FAULTY else "rank 1 failed to make room" for rank in range(3)]
+    assert all(word in text for word, text in zip(words, messages, strict=True))

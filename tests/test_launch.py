@@ -96,8 +96,11 @@ def test_a_run_resumed_in_its_own_folder_goes_on_with_its_log(two_ranks: Path) -
 
 
 def test_adamw_beside_it(two_ranks: Path) -> None:
-    done = train(2, "--optimizer", "adamw", "--out", "d", cwd=two_ranks.parent)
+    seldom = ["--validate-every", "100", "--log-every", "100", "--save-every", "3"]  # and saves in between
+    done = train(2, "--optimizer", "adamw", "--out", "d", *seldom, cwd=two_ranks.parent)
     assert done.returncode == 0, done.stderr[-3000:]
+    saved = {path.name for path in (two_ranks.parent / "d" / "checkpoint").glob("step*")}
+    assert saved == {"step3", "step6", "step8"}
     assert json.loads((two_ranks.parent / "d" / "summary.json").read_text())["optimizer"]["type"] == "AdamW"
 
 

@@ -14,7 +14,7 @@ import torch
 from models import batch, distance, model, weights
 from torch import nn
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, UnsupportedLayoutError
 from adafisher_dist.settings import DEFAULTS
 
 SETTINGS: list[dict[str, Any]] = [
@@ -512,3 +512,23 @@ def test_grad_scaler() -> None:
             steps(twin, reference, step, step + 1)
     assert distance(weights(module), weights(twin)) < 1e-5
     assert int(optimizer.state[module.mix.weight]["step"]) == 3
+
+
+@pytest.mark.parametrize(
+    "stands_in",
+    [lambda p: p.detach().clone(), lambda p: nn.Parameter(p.detach().view(-1)), lambda p: nn.Parameter(p.detach()[:1])],
+    ids=["no parameter", "flat", "a part"],
+)
+def test_shards_and_copies_that_a_library_puts_in_place_are_refused(stands_in: Any) -> None:
+    module = nn.Linear(3, 2, bias=False)
+    optimizer = AdaFisher(module.parameters())
+    other = stands_in(module.weight)
+    other.grad = torch.ones_like(other)
+    optimizer.param_groups[0]["params"] = [other]
+    with pytest.raises(UnsupportedLayoutError, match="were replaced by others"):
+        optimizer.step()
+    same = nn.Parameter(module.weight.detach().clone())  # as Accelerate does
+    same.grad = torch.ones_like(same)
+    optimizer.param_groups[0]["params"] = [same]
+    optimizer.step()
+    assert not torch.equal(same, module.weight)

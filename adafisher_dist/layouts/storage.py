@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adafisher_dist.comm import Group
 from adafisher_dist.plan import Placed
@@ -43,15 +43,19 @@ class Registry:
     def __init__(self) -> None:
         # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
         self._given: dict[int, tuple[Tensor, Given]] = {}
-        self._count = 0
+        self._shapes: list[tuple[int, ...]] = []
 
     def add(self, tensor: Tensor, name: str) -> None:
         """Register the next parameter."""
-        self._given[id(tensor)] = tensor, Given(name, self._count)
-        self._count += 1
+        self._given[id(tensor)] = tensor, Given(name, len(self._shapes))
+        self._shapes.append(_whole_shape(tensor))
 
-    def __len__(self) -> int:
-        return self._count
+    def could_be(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors may stand in the places of all that were given: parameters, each of the same shape."""
+        return len(tensors) == len(self._shapes) and all(
+            isinstance(tensor, nn.Parameter) and _whole_shape(tensor) == shape
+            for tensor, shape in zip(tensors, self._shapes, strict=True)
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
@@ -89,6 +93,10 @@ class Storage:
         """Its gradient; None where it has none."""
         gradient = self.tensors[index].grad
         return None if gradient is None else _here(gradient)
+
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties a parameter, and remembers its shape
 
 
 def _here(tensor: Tensor) -> Tensor:
