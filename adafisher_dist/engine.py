@@ -188,11 +188,12 @@ def _check_tensors(shard: Shard) -> None:
 def _advance(
     shard: Shard, active: Sequence[bool], settings: Sequence[Mapping[str, Any]], times: list[tuple[int, int] | None]
 ) -> None:
-    """Count the step of the active tensors; appends each one's t and k to `times`, or None."""
+    """Count the step of the active tensors' parameters; appends each one's t and k to `times`, or None."""
     counts: list[list[int]] = shard.counters.tolist()
-    for count, having, number in zip(counts, active, shard.groups, strict=True):
+    for count, parameter in zip(counts, shard.storage.parameters, strict=True):
+        having = active[parameter.tensor]
         if having:
             count[0] += 1
-            count[1] += updates_fisher(count[0], settings[number])
+            count[1] += updates_fisher(count[0], settings[shard.groups[parameter.tensor]])
         times.append((count[0], count[1]) if having else None)
     shard.counters.copy_(torch.tensor(counts))

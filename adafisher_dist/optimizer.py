@@ -198,7 +198,8 @@ class AdaFisher(Optimizer):
             done = self._roster.engine.step(settings, self._roster.ranks(), faults)
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
-                if tensor not in self._roster.engine and self.state.get(tensor, {}).get("step") == 0:
+                step = self.state.get(tensor, {}).get("step")
+                if tensor not in self._roster.engine and step is not None and not step.any():
                     del self.state[tensor]
             raise
         if done:

@@ -37,12 +37,15 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}
-    for parameter, grid, ladder in zip(shard.storage.parameters, shard.grids, ladders, strict=True):
+    updates_of = shard.counters[:, 1].tolist()
+    for parameter, grid, ladder, updates in zip(
+        shard.storage.parameters, shard.grids, ladders, updates_of, strict=True
+    ):
         blocks = grid.num_blocks
         result[parameter.name] = ParameterStats(
             blocks=blocks,
             dense_blocks=grid.dense_blocks,
-            fisher_updates=int(shard.counters[parameter.tensor, 1]),
+            fisher_updates=updates,
             mean_block_size=grid.numel / blocks if blocks else 0.0,
             ladder=dict(zip(fisher.RUNGS, ladder, strict=True)),
         )

@@ -87,7 +87,10 @@ class Roster:
                     self.optimizer.state[tensor] = dict(views)
 
     def _build(self, storages: list[Storage], groups: list[dict[str, Any]]) -> list[Shard]:
-        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded)."""
+        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
+
+        A tensor's group is where it stands now: DeepSpeed hides the other groups during a step.
+        """
         numbers = {id(t): number for number, group in enumerate(self.optimizer.param_groups) for t in group["params"]}
         shards = []
         for storage in storages:
@@ -143,7 +146,7 @@ class Roster:
     def register(self, group: int) -> None:
         """Register the parameters of a param group."""
         for index, tensor in enumerate(self.optimizer.param_groups[group]["params"]):
-            self.registry.add(tensor, self.name(group, index))
+            self.registry.add(tensor, self.name(group, index), group)
 
     def name(self, group: int, index: int) -> str:
         """The name of a parameter: the user's, or its place in the param groups."""

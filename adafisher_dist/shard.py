@@ -28,7 +28,7 @@ CHUNK_FISHER_NUMEL = 2**25
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows [start, stop) of a batch; `owner` is the number of a parameter or of a tensor."""
+    """Rows [start, stop) of a batch; `owner` is the number of a parameter."""
 
     owner: int
     start: int
@@ -37,10 +37,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The rows of one batch that lie in one chunk: which tensor each belongs to, and the same elements in the arena."""
+    """The rows of one batch that lie in one chunk: of which parameters, and the same elements in the arena."""
 
     batch: Batch
-    tensors: list[Segment]
+    segments: list[Segment]
     in_arena: list[Tensor]
     in_batch: list[Tensor]
 
@@ -69,7 +69,7 @@ class Shard:
         chunks: of this rank.
         batches: of this rank.
         by_parameter: for each batch, the rows of each parameter.
-        counters: (tensors, 2) int64 on the CPU: steps t and Fisher updates k of each stored tensor.
+        counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
         stored: for each stored tensor, the shape and device of what this rank holds.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
         checked: whether the ranks have compared their plans.
@@ -116,7 +116,7 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
     arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.values(0).device)
     chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures)
-    counters = torch.zeros(len(storage.tensors), 2, dtype=torch.int64)
+    counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [(tensor.shape, tensor.device) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
@@ -129,7 +129,7 @@ def _views(
     counters: Tensor, parameters: Sequence[Parameter], batches: Sequence[Batch],
     by_parameter: Sequence[Sequence[Segment]],
 ) -> list[dict[str, Tensor]]:  # fmt: skip
-    views = [{"step": counter[0], "fisher_updates": counter[1]} for counter in counters]
+    views = _counter_views(counters, parameters)
     for batch, segments in zip(batches, by_parameter, strict=True):
         rows: dict[int, tuple[int, int]] = {}  # of each tensor: first, stop
         for segment in segments:
@@ -137,6 +137,16 @@ def _views(
             rows[tensor] = rows.get(tensor, (segment.start, 0))[0], segment.stop
         for tensor, (start, stop) in rows.items():
             views[tensor] |= batch.state(start, stop)
+    return views
+
+
+def _counter_views(counters: Tensor, parameters: Sequence[Parameter]) -> list[dict[str, Tensor]]:
+    """Of each stored tensor: 0-d where it is one parameter, else (n,) for the n parameters that it holds."""
+    views = []
+    for _, members in groupby(range(len(parameters)), key=lambda number: parameters[number].tensor):
+        numbers = list(members)
+        own = counters[numbers[0]] if len(numbers) == 1 else counters[numbers[0] : numbers[-1] + 1].T
+        views.append({"step": own[0], "fisher_updates": own[1]})
     return views
 
 
@@ -155,12 +165,14 @@ def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Seq
 
     Args:
         chunk: the chunk.
-        times: for each stored tensor, its t and k, or None where it has no gradient: its elements are zero and stay so.
+        times: for each parameter, its t and k, or None where it has no gradient: its elements are zero and stay so.
         settings: for each param group of the shard, its settings.
     """
+    alike = len(set(times)) == 1
     for rows in chunk.rows:
         torch._foreach_copy_(rows.in_batch, rows.in_arena)
-        for start, stop, time in _runs(rows.tensors, times):
+        runs = [(rows.segments[0].start, rows.segments[-1].stop, times[0])] if alike else _runs(rows.segments, times)
+        for start, stop, time in runs:
             if time is not None:
                 stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group])
         torch._foreach_copy_(rows.in_arena, rows.in_batch)
@@ -169,7 +181,7 @@ def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Seq
 def _runs(
     segments: Sequence[Segment], times: Sequence[tuple[int, int] | None]
 ) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
-    """Consecutive rows whose tensors are at the same t and k, as (start, stop, (t, k) or None)."""
+    """Consecutive rows whose parameters are at the same t and k, as (start, stop, (t, k) or None)."""
     for time, run in groupby(segments, key=lambda segment: times[segment.owner]):
         members = list(run)
         yield members[0].start, members[-1].stop, time
@@ -216,9 +228,9 @@ def _stack(
     result, start = [], 0
     for spans, by_key in zip(chunks, planned, strict=True):
         stop = start + plan.count(spans)
-        result.append(Chunk(start, stop, [_rows(arena, batches[key], by_key[key], tensors) for key in by_key]))
+        result.append(Chunk(start, stop, [_rows(arena, batches[key], by_key[key]) for key in by_key]))
         start = stop
-    by_parameter = [_segments(entries[key], [entry.parameter for entry in entries[key]]) for key in batches]
+    by_parameter = [_segments(entries[key]) for key in batches]
     return result, list(batches.values()), by_parameter
 
 
@@ -238,20 +250,21 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], dense: bool) -> 
     return np.concatenate(numbers).astype(np.int64)
 
 
-def _rows(arena: Tensor, batch: Batch, entries: list[_Planned], tensors: Sequence[int]) -> Rows:
+def _rows(arena: Tensor, batch: Batch, entries: list[_Planned]) -> Rows:
     in_arena, in_batch = [], []
     for entry in entries:
         strip = entry.strip
         shape = (strip.periods, strip.count, strip.size)
         in_arena.append(arena.as_strided(shape, (strip.stride, strip.size, 1), entry.offset))
         in_batch.append(batch.gradient_NB[entry.row : entry.row + strip.rows].view(shape))
-    return Rows(batch, _segments(entries, [tensors[entry.parameter] for entry in entries]), in_arena, in_batch)
+    return Rows(batch, _segments(entries), in_arena, in_batch)
 
 
-def _segments(entries: list[_Planned], owners: list[int]) -> list[Segment]:
-    """The rows of consecutive entries, those of one owner together."""
+def _segments(entries: list[_Planned]) -> list[Segment]:
+    """The rows of consecutive entries, those of one parameter together."""
     segments: list[Segment] = []
-    for entry, owner in zip(entries, owners, strict=True):
+    for entry in entries:
+        owner = entry.parameter
         stop = entry.row + entry.strip.rows
         if segments and segments[-1].owner == owner:
             segments[-1] = Segment(owner, segments[-1].start, stop)

@@ -1,8 +1,8 @@
 """The optimizer's state as state dicts hold it: by stored tensor, checked before anything changes.
 
-For each tensor: `step`, `fisher_updates` (0-d int64), and for each block size B `momentum_B` (N, B), `fisher_B`
-(N, B, B) and, where factors are kept, `factor_B` (N, B, B) and `curvature_B` (N,), blocks in order;
-`momentum_diagonal` and `fisher_diagonal` (N, 1) past max_blocks.
+For each tensor: `step`, `fisher_updates` (int64; 0-d, or of each parameter that a flat tensor holds), and for each
+block size B `momentum_B` (N, B), `fisher_B` (N, B, B) and, where factors are kept, `factor_B` (N, B, B) and
+`curvature_B` (N,), blocks in order; `momentum_diagonal` and `fisher_diagonal` (N, 1) past max_blocks.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = Fal
     if saved:
         wanted = _own(shard, tensor) if own else expected(shard, tensor)
         _check(shard, tensor, saved, wanted)
-        shard.counters[tensor] = torch.tensor([int(saved[key]) for key in COUNTERS])
+        for key in COUNTERS:
+            shard.views[tensor][key].copy_(torch.as_tensor(saved[key]))
         for key, (view, first, _) in wanted.items():
             if len(view):
                 view.copy_(saved[key][first : first + len(view)])
@@ -162,6 +163,12 @@ def _check(shard: Shard, tensor: int, saved: Mapping[str, Any], wanted: Wanted) 
             " for another shape, world size or block setting (block_size, block_grid, max_blocks), or by another"
             " optimizer."
         )
+    for key in COUNTERS:
+        shape, needed = tuple(getattr(saved[key], "shape", ())), tuple(shard.views[tensor][key].shape)
+        if shape not in ((), needed):
+            raise ValueError(
+                f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed is {needed}."
+            )
     for key, (view, _, rows) in wanted.items():
         shape = tuple(getattr(saved[key], "shape", ("not a tensor",)))
         if (len(view) and shape[1:] != view.shape[1:]) or shape[0] != rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -52,7 +53,7 @@ def known_as(wrapper: Any, parameter: Tensor, registry: Registry) -> Given:
             " AdaFisher. Pass the same parameters to both."
         )
     names = getattr(wrapper, "param_names", {})
-    return Given(names.get(parameter, given.name), given.position)
+    return replace(given, name=names.get(parameter, given.name))
 
 
 def refuse_modes(wrapper: Any, modes: Mapping[str, object]) -> None:

@@ -17,10 +17,11 @@ class UnsupportedLayoutError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A parameter as the optimizer was given it: its name, and its position among all of them."""
+    """A parameter as the optimizer was given it: its name, its position among all of them, and its param group."""
 
     name: str
     position: int
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ class Registry:
         self._given: dict[int, tuple[Tensor, Given]] = {}
         self._shapes: list[tuple[int, ...]] = []
 
-    def add(self, tensor: Tensor, name: str) -> None:
-        """Register the next parameter."""
-        self._given[id(tensor)] = tensor, Given(name, len(self._shapes))
+    def add(self, tensor: Tensor, name: str, group: int) -> None:
+        """Register the next parameter, of this param group."""
+        self._given[id(tensor)] = tensor, Given(name, len(self._shapes), group)
         self._shapes.append(_whole_shape(tensor))
 
     def could_be(self, tensors: Sequence[Tensor]) -> bool:
