@@ -51,13 +51,21 @@ class Batch:
     seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
 
-    def state(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Views of the state of rows [start, stop), by the names that they have in a state dict."""
-        kind = str(self.size) if self.dense else "diagonal"
+    @property
+    def kind(self) -> str:
+        """What its rows are: the block size, or "diagonal"."""
+        return str(self.size) if self.dense else "diagonal"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by its name."""
         tensors = {"momentum": self.momentum_NB, "fisher": self.fisher}
         if self.factor_NBB is not None and self.curvature_N is not None:
             tensors |= {"factor": self.factor_NBB, "curvature": self.curvature_N}
-        return {f"{name}_{kind}": tensor[start:stop] for name, tensor in tensors.items()}
+        return tensors
+
+    def state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Views of the state of rows [start, stop), by the names that they have in a state dict."""
+        return {f"{name}_{self.kind}": tensor[start:stop] for name, tensor in self.tensors().items()}
 
 
 def allocate(
@@ -130,6 +138,16 @@ def _compute_tile(batch: Batch, start: int, stop: int, step: int, updates: int, 
         gradient_NB.copy_(fisher.diagonal_update(hat_NB, stored.to(hat_NB.dtype) * unbias_f, eps))
 
 
+def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings: Mapping[str, Any]) -> None:
+    """Make the kept roots of rows [start, stop) anew, from F after k updates: where a saved state had none."""
+    if batch.factor_NBB is None or batch.curvature_N is None or updates == 0:
+        return
+    unbias = 1 / (1 - settings["fisher_decay"] ** updates) if settings["bias_correction"] else 1.0
+    rows = np.arange(start, stop)
+    factor = _fresh(batch, batch.fisher[start:stop], rows, unbias, settings)
+    batch.factor_NBB[start:stop], batch.curvature_N[start:stop] = factor.root_NBB, factor.d_N
+
+
 def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
     """Whether F is updated at step t of a parameter."""
     return (step - 1) % int(settings["fisher_update_freq"]) == 0
@@ -138,16 +156,8 @@ def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
 def _factor(
     batch: Batch, start: int, stop: int, step: int, updates: int, unbias: float, settings: Mapping[str, Any]
 ) -> fisher.Factor:
-    damping, exponent = settings["damping"] + settings["eps"], batch.structure.exponent
-
-    def fresh(rows_NBB: Tensor, numbers: Numbers) -> fisher.Factor:
-        factor = fisher.factorize(rows_NBB, unbias, damping, exponent, batch.structure.compute_dtype)
-        if factor.rungs_N is not None:
-            _count(batch.rungs, numbers, factor.rungs_N)
-        return factor
-
     if batch.factor_NBB is None or batch.curvature_N is None:
-        return fresh(batch.fisher[start:stop], np.arange(start, stop))
+        return _fresh(batch, batch.fisher[start:stop], np.arange(start, stop), unbias, settings)
     interval = refresh_interval(settings["inverse_update_freq"], updates, settings["fisher_decay"])
     if interval == 1 or step == 1:
         due = np.arange(start, stop)
@@ -155,9 +165,20 @@ def _factor(
         due = start + np.flatnonzero((batch.number_N[start:stop] + step) % interval == 0)
     if len(due):
         rows = torch.from_numpy(due).to(batch.fisher.device)
-        factor = fresh(batch.fisher[rows], due)
+        factor = _fresh(batch, batch.fisher[rows], due, unbias, settings)
         batch.factor_NBB[rows], batch.curvature_N[rows] = factor.root_NBB, factor.d_N
     return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None)
+
+
+def _fresh(
+    batch: Batch, fisher_NBB: Tensor, rows: Numbers, unbias: float, settings: Mapping[str, Any]
+) -> fisher.Factor:
+    """The factor of these rows of the batch; counts where the ladder was needed."""
+    damping, structure = settings["damping"] + settings["eps"], batch.structure
+    factor = fisher.factorize(fisher_NBB, unbias, damping, structure.exponent, structure.compute_dtype)
+    if factor.rungs_N is not None:
+        _count(batch.rungs, rows, factor.rungs_N)
+    return factor
 
 
 def _count(rungs: dict[int, list[int]], rows: Numbers, rungs_N: Tensor) -> None:

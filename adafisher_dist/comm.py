@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,50 @@ def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None)
     if rank < 0:
         raise ValueError("process_group: this rank is not a member of the process group given to AdaFisher.")
     return Group(handle, rank, size, dist.get_backend_config(handle), replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """The ranks that save and load together, and their own gloo group for plans, errors and verdicts.
+
+    It is apart from the groups that training uses, so that a save can go on in the background. `handle` is None for
+    one process without torch.distributed.
+    """
+
+    handle: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, in the order of the ranks."""
+        if self.handle is None:
+            return [value]
+        result: list[Any] = [None] * self.size
+        dist.all_gather_object(result, value, self.handle)
+        return result
+
+
+_controls: dict[tuple[int, ...], tuple[Any, Control]] = {}  # by global ranks, beside the world that they are of
+
+
+def control(ranks: Sequence[int] | None) -> Control:
+    """The control group of these global ranks, by default of all. A collective of theirs, the first time.
+
+    Raises:
+        ValueError: this process is not among them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return Control(None, 0, 1)
+    everyone = range(dist.get_world_size())
+    key = tuple(ranks if ranks is not None else everyone)
+    if dist.get_rank() not in key:
+        raise ValueError(f"This is rank {dist.get_rank()}, and only the ranks {list(key)} share the parameters.")
+    world, known = _controls.get(key, (None, None))
+    if known is None or world is not dist.group.WORLD:
+        handle = dist.new_group(list(key), backend="gloo", use_local_synchronization=len(key) < len(everyone))
+        known = Control(handle, key.index(dist.get_rank()), len(key))
+        _controls[key] = dist.group.WORLD, known
+    return known
 
 
 def own_rank() -> int:

@@ -27,7 +27,8 @@ class Engine:
     def __init__(self) -> None:
         self._transfers: list[Transfer] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
-        self._broken = False
+        self.incomplete = False
+        """Whether a step or the loading of a checkpoint began and did not end."""
         self._calls = 0
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -48,15 +49,15 @@ class Engine:
         self._where = {tensor: place for tensor, place in self._where.items() if place[0].checked}
 
     def check(self) -> None:
-        """Refuse to go on with a state that a failed step left incomplete.
+        """Refuse to go on with a state that a failed step or load left incomplete.
 
         Raises:
             RuntimeError: on all ranks alike, since all of them know of the failure.
         """
-        if self._broken:
+        if self.incomplete:
             raise RuntimeError(
-                "AdaFisher's state and the parameters are incomplete, since a step failed half-way. Load the last"
-                " checkpoint into model and optimizer (or call reset_state() after restoring the model)."
+                "AdaFisher's state and the parameters are incomplete, since a step or a load failed half-way. Load the"
+                " last checkpoint into model and optimizer (or call reset_state() after restoring the model)."
             )
 
     def shards_of(self, tensors: Iterable[int]) -> list[Shard]:
@@ -106,14 +107,14 @@ class Engine:
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
-        self._broken = True  # until all ranks have done their part
+        self.incomplete = True  # until all ranks have done their part
         for way, having, hyper in zip(transfers, active, settings, strict=True):
             way.to_owners(faults)
             times: list[tuple[int, int] | None] = []
             faults.attempt(partial(_advance, way.shard, having, hyper, times))
             way.run(partial(compute, times=times, settings=hyper), having, hyper, faults)
         settle(group, faults)
-        self._broken = False
+        self.incomplete = False
         return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +31,11 @@ class Strip:
     def rows(self) -> int:
         """Blocks in the strip."""
         return self.periods * self.count
+
+    @property
+    def kind(self) -> str:
+        """Which batch they go to: the block size, or "diagonal"."""
+        return str(self.size) if self.dense else "diagonal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,13 @@ class Grid:
         if dense_last < last:
             begin = self.start(dense_last)
             yield Strip(1, False, begin, 1, stop - begin, stop - begin, dense_last, 0)
+
+    def rows_by_kind(self, stop: int) -> Counter[str]:
+        """How many rows of each kind the elements before `stop`, a block boundary, fill."""
+        rows: Counter[str] = Counter()
+        for strip in self.strips(0, stop):
+            rows[strip.kind] += strip.rows
+        return rows
 
     def _uniform(self, first: int, last: int) -> Iterator[Strip]:
         whole = min(last, self.numel // self.period)

@@ -86,12 +86,29 @@ class Roster:
                         state.clear(shard, index)
                     self.optimizer.state[tensor] = dict(views)
 
-    def _build(self, storages: list[Storage], groups: list[dict[str, Any]]) -> list[Shard]:
+    def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
+        """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
+        return layouts.storages(self.optimizer, tensors, self.registry, self.process_group, wrapper)
+
+    def replan(self, tensors: list[Tensor], wrapper: Any) -> list[Shard]:
+        """Shards without any step for these tensors, with the settings that the param groups have now.
+
+        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
+        """
+        storages = self.storages_of(tensors, wrapper) if tensors else []
+        numbers = {id(s.tensors[p.tensor]): p.given.group for s in storages for p in s.parameters}
+        return self._build(storages, self.optimizer.param_groups, numbers)
+
+    def _build(
+        self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None
+    ) -> list[Shard]:
         """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
 
-        A tensor's group is where it stands now: DeepSpeed hides the other groups during a step.
+        `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some groups in a step.
         """
-        numbers = {id(t): number for number, group in enumerate(self.optimizer.param_groups) for t in group["params"]}
+        if numbers is None:
+            standing = enumerate(self.optimizer.param_groups)
+            numbers = {id(tensor): number for number, group in standing for tensor in group["params"]}
         shards = []
         for storage in storages:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]

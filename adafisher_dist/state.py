@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import comm
-from adafisher_dist.grid import Grid
 from adafisher_dist.shard import Shard
 
 FORMAT = 1
@@ -49,9 +48,9 @@ def expected(shard: Shard, tensor: int) -> Wanted:
     views = shard.views[tensor]
     grid = shard.grids[tensor]
     own = [span for span in shard.owned[shard.storage.group.rank] if span.parameter == tensor]
-    before = _rows_by_kind(grid, own[0].start) if own else Counter()
+    before = grid.rows_by_kind(own[0].start) if own else Counter()
     return {
-        key: (views.get(key, torch.empty(0)), before[_kind(key)], _rows_by_kind(grid, grid.numel)[_kind(key)])
+        key: (views.get(key, torch.empty(0)), before[_kind(key)], grid.rows_by_kind(grid.numel)[_kind(key)])
         for key in whole_shapes(shard, tensor)
     }
 
@@ -61,7 +60,7 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
     structure = shard.structures[shard.groups[parameter]]
     wide = structure.compute_dtype
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for kind, rows in _rows_by_kind(shard.grids[parameter], shard.grids[parameter].numel).items():
+    for kind, rows in shard.grids[parameter].rows_by_kind(shard.grids[parameter].numel).items():
         size = 1 if kind == "diagonal" else int(kind)
         square = (rows, 1) if kind == "diagonal" else (rows, size, size)
         shapes[f"momentum_{kind}"] = (rows, size), wide
@@ -192,8 +191,8 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
         for rank, spans in enumerate(shard.owned):
             for span in spans:
                 if span.parameter == tensor:
-                    first = _rows_by_kind(shard.grids[tensor], span.start)[_kind(key)]
-                    stop = _rows_by_kind(shard.grids[tensor], span.stop)[_kind(key)]
+                    first = shard.grids[tensor].rows_by_kind(span.start)[_kind(key)]
+                    stop = shard.grids[tensor].rows_by_kind(span.stop)[_kind(key)]
                     if first < stop:
                         empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
                         part = comm.broadcast(group, views[key] if rank == group.rank else empty, rank)
@@ -203,11 +202,3 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
 
 def _kind(key: str) -> str:
     return key.rpartition("_")[2]
-
-
-def _rows_by_kind(grid: Grid, stop: int) -> Counter[str]:
-    """How many rows of each kind (block size, or "diagonal") the elements before `stop` fill."""
-    rows: Counter[str] = Counter()
-    for strip in grid.strips(0, stop):
-        rows[str(strip.size) if strip.dense else "diagonal"] += strip.rows
-    return rows

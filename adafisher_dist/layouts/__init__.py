@@ -9,37 +9,43 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adafisher_dist.comm import Group, join
+from adafisher_dist.comm import Control, Group, control, join
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed import allow_under_zero, calling_wrapper, unexpected
-from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import Given, Held, Parameter, Registry, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
 __all__ = [
+    "Held",
     "Parameter",
     "Registry",
     "Storage",
     "UnsupportedLayoutError",
     "allow_under_zero",
     "check_parameter",
+    "control_of",
     "is_called_by_deepspeed",
     "is_rehearsal",
+    "locate",
     "mesh_group",
+    "refresh_module",
     "refuse_torch_checkpoint",
     "storages",
+    "wrapped_tensors",
 ]
 
 _SUPPORTED = (
     "one process, DDP, FSDP2 (fully_shard), and DeepSpeed with ZeRO stage 0, 1, 2 or 3 in fp32, bf16 or fp16, with or"
     " without CPU offload of the optimizer"
 )
+# What lays a tensor out, and the wrapper's list of all of them.
 _SHARDED_WRAPPERS = {
-    "DeepSpeedZeroOptimizer": flat_partitions.zero12,
-    "BF16_Optimizer": flat_partitions.bf16_optimizer,
-    "DeepSpeedZeroOptimizer_Stage3": zero3.storage,
+    "DeepSpeedZeroOptimizer": (flat_partitions.zero12, "single_partition_of_fp32_groups"),
+    "BF16_Optimizer": (flat_partitions.bf16_optimizer, "fp32_groups_flat_partition"),
+    "DeepSpeedZeroOptimizer_Stage3": (zero3.storage, "fp32_partitioned_groups_flat"),
 }
 _REPLICATED_WRAPPER = "FP16_UnfusedOptimizer"
 
@@ -51,8 +57,9 @@ _MARKS = {
 
 
 def storages(
-    optimizer: Optimizer, tensors: Sequence[Tensor], registry: Registry, process_group: ProcessGroup | None
-) -> list[Storage]:
+    optimizer: Optimizer, tensors: Sequence[Tensor], registry: Registry, process_group: ProcessGroup | None,
+    wrapper: Any = None,
+) -> list[Storage]:  # fmt: skip
     """What is stored where, for tensors that stand in the optimizer's param groups. Alike on all ranks; no collective.
 
     Args:
@@ -60,6 +67,7 @@ def storages(
         tensors: the tensors.
         registry: which parameters the user gave to the optimizer, as opposed to what a wrapper put in their place.
         process_group: the user's, for the replicated layout.
+        wrapper: the DeepSpeed object that put the tensors there, where it is known; else it is the one that calls.
 
     Raises:
         UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use instead.
@@ -68,11 +76,13 @@ def storages(
     own = [(tensor, origin) for tensor, origin in given if origin is not None]
     if len(own) == len(tensors):
         return _given_tensors(own, process_group)
-    wrapper, _ = calling_wrapper(optimizer)
+    if wrapper is None:
+        wrapper, _ = calling_wrapper(optimizer)
     name = type(wrapper).__name__
     try:
         if wrapper is not None and name in _SHARDED_WRAPPERS:
-            return [_SHARDED_WRAPPERS[name](wrapper, tensor, registry) for tensor in tensors]
+            storage_of, _ = _SHARDED_WRAPPERS[name]
+            return [storage_of(wrapper, tensor, registry) for tensor in tensors]
         if wrapper is not None and name == _REPLICATED_WRAPPER:
             masters = [(tensor, replicated.master_of(wrapper, tensor, registry)) for tensor in tensors]
             return _by_device(masters, join(process_group))
@@ -83,6 +93,46 @@ def storages(
         f"The parameters that AdaFisher was given were replaced by {what}. Supported are {_SUPPORTED}. New parameters"
         " of your own need add_param_group()."
     )
+
+
+def wrapped_tensors(wrapper: Any) -> list[Tensor]:
+    """All fp32 tensors that a wrapper of DeepSpeed has put in the parameters' place.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is unknown.
+    """
+    name = type(wrapper).__name__
+    if name in _SHARDED_WRAPPERS:
+        return list(getattr(wrapper, _SHARDED_WRAPPERS[name][1]))
+    if name == _REPLICATED_WRAPPER:
+        return [tensor for group in wrapper.fp32_groups for tensor in group]
+    raise UnsupportedLayoutError(f"AdaFisher does not know DeepSpeed's {name}. Supported are {_SUPPORTED}.")
+
+
+def refresh_module(wrapper: Any) -> None:
+    """Bring the model's own weights up to date with a wrapper's fp32 tensors, which were loaded. A collective."""
+    if type(wrapper).__name__ == _REPLICATED_WRAPPER:
+        replicated.refresh(wrapper)
+    elif type(wrapper).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        zero3.refresh(wrapper)
+    else:
+        wrapper.update_lp_params()
+
+
+def locate(tensor: Tensor, group: Group) -> Held:
+    """Where the elements of a model's parameter or buffer are, that no wrapper keeps an fp32 copy of.
+
+    Args:
+        tensor: the parameter or buffer.
+        group: the ranks that it is the same on, where it is a plain tensor.
+    """
+    if hasattr(tensor, "device_mesh"):
+        from adafisher_dist.layouts import fsdp2
+
+        return fsdp2.locate(tensor)
+    if hasattr(tensor, "ds_id"):
+        return zero3.locate(tensor)
+    return Held(tensor.detach(), 0, tensor.numel(), group, replicated=True)
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
@@ -129,6 +179,14 @@ def mesh_group(registry: Registry) -> Group | None:
     from adafisher_dist.layouts import fsdp2
 
     return fsdp2.group_of(mesh)
+
+
+def control_of(registry: Registry, process_group: ProcessGroup | None) -> Control:
+    """The ranks that save and load together: of the device mesh where there is one, else of the process group."""
+    mesh = next((tensor.device_mesh for tensor in registry if hasattr(tensor, "device_mesh")), None)
+    if mesh is not None:
+        return control(mesh.mesh.flatten().tolist())
+    return control(None if process_group is None else sorted(join(process_group).members))
 
 
 def check_parameter(tensor: Tensor, name: str) -> None:

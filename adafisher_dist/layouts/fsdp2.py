@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adafisher_dist.comm import Group, join
-from adafisher_dist.layouts.storage import Given, Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import Given, Held, Parameter, Storage, UnsupportedLayoutError
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
 
@@ -52,10 +52,9 @@ def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
     group = group_of(mesh)
     placed: list[list[Placed]] = [[] for _ in range(group.size)]
     for number, (tensor, given) in enumerate(members):
-        numel, rows = prod(tensor.shape), tensor.shape[0]
-        chunk = -(-rows // group.size) * (numel // max(1, rows))
+        numel = prod(tensor.shape)
         for rank, places in enumerate(placed):
-            start, stop = min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
+            start, stop = _rows_of(tensor, rank, group.size)
             if start < stop:
                 places.append(Placed(Span(number, numel, start, stop), number, 0))
             if rank == group.rank:
@@ -68,6 +67,26 @@ def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
         placed=placed,
         replicated=False,
     )
+
+
+def locate(parameter: Tensor) -> Held:
+    """What this rank holds of a DTensor.
+
+    Raises:
+        UnsupportedLayoutError: it is not sharded by rows, as fully_shard does by default.
+    """
+    assert isinstance(parameter, DTensor)
+    group = group_of(mesh_of(parameter, "a parameter"))
+    start, stop = _rows_of(parameter, group.rank, group.size)
+    _check_shard(parameter, "a parameter", stop - start)
+    return Held(parameter.to_local().detach(), start, stop, group, replicated=False)
+
+
+def _rows_of(tensor: Tensor, rank: int, ranks: int) -> tuple[int, int]:
+    """The elements that a rank holds."""
+    numel, rows = prod(tensor.shape), tensor.shape[0]
+    chunk = -(-rows // ranks) * (numel // max(1, rows))
+    return min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
 
 
 def _check_shard(tensor: Tensor, name: str, numel: int) -> None:

@@ -32,6 +32,13 @@ def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
     )
 
 
+def refresh(wrapper: Any) -> None:
+    """Copy FP16_UnfusedOptimizer's fp32 copies into the model's own weights."""
+    for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, parameter in zip(masters, members, strict=True):
+            parameter.data.copy_(master.data)
+
+
 def master_of(wrapper: Any, tensor: Tensor, registry: Registry) -> Given:
     """Which parameter DeepSpeed's FP16_UnfusedOptimizer keeps an fp32 copy of in `tensor`.
 

@@ -61,6 +61,10 @@ class Registry:
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
 
+    def given(self) -> Iterator[tuple[Tensor, Given]]:
+        """The parameters, and how each was given."""
+        return iter(self._given.values())
+
     def find(self, tensor: Tensor) -> Given | None:
         """How a parameter was given; None where it was not."""
         return self._given[id(tensor)][1] if id(tensor) in self._given else None
@@ -94,6 +98,25 @@ class Storage:
         """Its gradient; None where it has none."""
         gradient = self.tensors[index].grad
         return None if gradient is None else _here(gradient)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What this rank holds of one parameter or buffer: elements [start, stop) of the whole, flattened row-major.
+
+    Attributes:
+        values: they, in any shape; padding may follow.
+        start: first element.
+        stop: element after the last.
+        group: the ranks that hold the parts, or the same whole.
+        replicated: every rank holds the whole.
+    """
+
+    values: Tensor
+    start: int
+    stop: int
+    group: Group
+    replicated: bool
 
 
 def _whole_shape(tensor: Tensor) -> tuple[int, ...]:

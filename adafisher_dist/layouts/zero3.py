@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafisher_dist.comm import join
 from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import Parameter, Registry, Storage
+from adafisher_dist.layouts.storage import Held, Parameter, Registry, Storage
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
 
@@ -64,3 +64,23 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
     if offset != flat.numel():
         raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {offset}")
     return Storage("ZeRO-3", group, [flat], parameters, placed, replicated=False)
+
+
+def refresh(wrapper: Any) -> None:
+    """Copy the fp32 partitions into the model's own, as DeepSpeed's `_rigid_load_state_dict` does."""
+    for index, master in enumerate(wrapper.fp32_partitioned_groups_flat):
+        flat = wrapper.fp16_partitioned_groups_flat[index]
+        flat.data.copy_(master.data)
+        members = wrapper.fp16_partitioned_groups[index]
+        for partition, part in zip(members, wrapper.unflatten(flat, members), strict=True):
+            partition.data = part.data
+    if wrapper.persistent_parameters:  # they are kept gathered: let the next gathering read the new partitions
+        wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+
+
+def locate(parameter: Any) -> Held:
+    """What this rank holds of a partitioned parameter, in the model's precision."""
+    group = join(parameter.ds_process_group)
+    length, numel = parameter.partition_numel(), parameter.ds_numel
+    start, stop = min(numel, group.rank * length), min(numel, (group.rank + 1) * length)
+    return Held(parameter.ds_tensor.data[: stop - start], start, stop, group, replicated=False)

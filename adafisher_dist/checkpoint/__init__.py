@@ -1,0 +1,150 @@
+"""Sharded checkpoints that load at any world size, ZeRO stage and precision.
+
+Each rank writes its own Fisher blocks, momentum and weights, as ranges of named global tensors, through
+torch.distributed.checkpoint; a load reads whatever ranges it needs. See `places` for how a checkpoint is published,
+`manifest` for the format, `ranges` for what makes it independent of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adafisher_dist import layouts
+from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
+from adafisher_dist.checkpoint.saving import Saving, finish_pending, save
+from adafisher_dist.checkpoint.training import Training, observe
+from adafisher_dist.optimizer import AdaFisher
+
+__all__ = [
+    "IGNORED",
+    "CheckpointError",
+    "Loaded",
+    "Options",
+    "Place",
+    "Restored",
+    "Saving",
+    "latest_tag",
+    "load",
+    "load_checkpoint",
+    "place_of",
+    "save",
+    "save_checkpoint",
+    "scheduler_state",
+    "training_of",
+]
+
+logger = logging.getLogger("adafisher_dist")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `load_checkpoint` did.
+
+    Attributes:
+        path: the checkpoint's folder.
+        extra: what was saved as `extra`, or as DeepSpeed's client state.
+        not_restored: with strict=False, what was left as it is, and why.
+    """
+
+    path: Path
+    extra: Any
+    not_restored: list[str] = field(default_factory=list)
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: AdaFisher, *, extra: Any = None,
+    lr_scheduler: Any = None, keep_last: int | None = None, asynchronous: bool = False,
+) -> Saving:  # fmt: skip
+    """Save model and optimizer, each rank its own part. A collective: all ranks call it.
+
+    The checkpoint is written beside `path` and gets its name when it is complete, so that a failure or a kill leaves
+    the last one whole; then the file `latest` beside it names it. An existing checkpoint of that name is replaced.
+
+    Args:
+        path: its folder, as runs/a/step100, on a file system that all ranks share.
+        model: plain, in DistributedDataParallel, or sharded by fully_shard. For DeepSpeed see `ds.save_checkpoint`.
+        optimizer: AdaFisher, with parameters of that model.
+        extra: whatever else belongs to the run (a GradScaler's state_dict(), the epoch, …), of rank 0: None, numbers,
+            strings, lists, tuples, dicts, tensors, numpy arrays and the like.
+        lr_scheduler: a learning rate scheduler, whose state is saved too.
+        keep_last: keep so many of the checkpoints in the parent folder, and delete the older ones.
+        asynchronous: return when the state is copied to CPU memory, and write in the background. The next save or load
+            waits for it, and raises what went wrong; so does `wait()` of the result.
+
+    Returns:
+        A handle: `path`, `done()` and `wait()`. A save that is not asynchronous is done.
+
+    Raises:
+        CheckpointError: on all ranks: it could not be written (no room, no permission, …). Nothing was published.
+        TypeError: on all ranks: `extra` holds what cannot be saved without pickling.
+        ValueError: an argument is out of bounds; the optimizer does not belong to the model.
+        RuntimeError: the optimizer's state is incomplete after a failed step.
+    """
+    path = Path(path).absolute()
+    training = _training(model, optimizer)
+    values = {"extra": extra, "lr_scheduler": scheduler_state(lr_scheduler)}
+    return save(Place(path.parent, path.name), training, {}, values, keep_last, asynchronous)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: AdaFisher, *, lr_scheduler: Any = None,
+    strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True,
+) -> Restored:  # fmt: skip
+    """Restore what `save_checkpoint` (also that of `ds`) saved, at any number of ranks and in any layout.
+
+    With the same number of ranks and layout, training goes on bit for bit; with others, to float rounding. The
+    settings of the param groups (lr, damping, …) are restored, as by torch.optim; those that shape the state
+    (block_size, block_grid, max_blocks, fisher_dtype, exponent, inverse_update_freq) stay as they are, and the state is
+    converted to this optimizer's fisher_dtype. Random number generators are restored on the ranks that there were.
+    A collective. Nothing is unpickled.
+
+    Args:
+        path: the checkpoint's folder, or one of checkpoints: the one that `latest` names.
+        model: built as for training, with the same names and shapes; any precision.
+        optimizer: AdaFisher, with parameters of that model.
+        lr_scheduler: the learning rate scheduler, of the class that was saved.
+        strict: refuse a checkpoint that does not hold all of the model and the optimizer, or holds more.
+        rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
+        verify: check every file's checksum first. Without, sizes alone are checked.
+
+    Raises:
+        CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file of it is missing,
+            truncated or damaged, and named; it does not fit. Or, while reading, an I/O error: the optimizer then
+            refuses to step until a load succeeds.
+    """
+    training = _training(model, optimizer)
+    found = load(place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
+    return Restored(found.folder, found.values.get("extra", found.values.get("client_state")), found.not_restored)
+
+
+def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:
+    """What is saved of a scheduler."""
+    if lr_scheduler is None:
+        return None
+    return {"class": type(lr_scheduler).__name__, "state": lr_scheduler.state_dict()}
+
+
+def _training(model: nn.Module, optimizer: AdaFisher) -> Training:
+    if hasattr(model, "zero_optimization_stage"):
+        raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    return training_of(module, optimizer, None)
+
+
+def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Training:
+    """What is saved or loaded, when the last save has ended."""
+    if not isinstance(optimizer, AdaFisher):
+        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+    finish_pending()
+    roster = optimizer._roster
+    return observe(module, optimizer, wrapper, layouts.control_of(roster.registry, roster.process_group))

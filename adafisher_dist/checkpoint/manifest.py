@@ -1,0 +1,191 @@
+"""What a checkpoint folder holds: manifest.json, which lists every file with its checksum and every tensor with its
+place, and the shards, which are safetensors files.
+
+A shard is the 8-byte length of a JSON header, the header, and the tensors' bytes. A tensor there is a range of a global
+1-d tensor: "fisher/layer.weight[0:4096]".
+"""  # noqa: D205
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, is damaged, or does not fit. Raised on all ranks alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements [start, start + numel) of a tensor: they begin `offset` bytes into a file."""
+
+    start: int
+    numel: int
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A global 1-d tensor, and the chunks that it is stored in."""
+
+    dtype: torch.dtype
+    numel: int
+    chunks: Sequence[Chunk]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A shard: its length and the CRC-32 of all its bytes."""
+
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """See the module's docstring.
+
+    Attributes:
+        about: whatever is no tensor, as JSON: who wrote it, step, world size, parameters, param groups, values.
+        files: by name.
+        tensors: by key.
+    """
+
+    about: Mapping[str, Any]
+    files: Mapping[str, File]
+    tensors: Mapping[str, Stored]
+
+    def dump(self) -> bytes:
+        """The bytes of manifest.json."""
+        names = list(self.files)
+        number = {name: index for index, name in enumerate(names)}
+        content = {
+            "format": FORMAT,
+            "about": self.about,
+            "files": [{"name": name, "bytes": f.nbytes, "crc32": f"{f.crc32:08x}"} for name, f in self.files.items()],
+            "tensors": {
+                key: {
+                    "dtype": dtype_name(tensor.dtype),
+                    "numel": tensor.numel,
+                    "chunks": [[c.start, c.numel, number[c.file], c.offset] for c in tensor.chunks],
+                }
+                for key, tensor in self.tensors.items()
+            },
+        }
+        return json.dumps({"crc32": _checksum(content), "content": content}, allow_nan=False).encode()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that safetensors has for a dtype.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if dtype not in _NAMES:
+        raise TypeError(f"A tensor of {dtype} cannot be saved: safetensors has no name for that dtype.")
+    return _NAMES[dtype]
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        whole = json.loads(path.read_bytes())
+        content, crc32 = whole["content"], whole["crc32"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint of adafisher_dist: it has no {MANIFEST}.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: it cannot be parsed ({error}).") from error
+    if crc32 != _checksum(content):
+        raise CheckpointError(f"{path} is damaged: its checksum is {_checksum(content)}, and it says {crc32}.")
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {content['format']}, and this version of adafisher_dist reads up to {FORMAT}; update"
+            " adafisher_dist."
+        )
+    names = [file["name"] for file in content["files"]]
+    return Manifest(
+        content["about"],
+        {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]},
+        {
+            key: Stored(
+                DTYPES[tensor["dtype"]],
+                tensor["numel"],
+                [Chunk(start, numel, names[file], offset) for start, numel, file, offset in tensor["chunks"]],
+            )
+            for key, tensor in content["tensors"].items()
+        },
+    )
+
+
+def verify(folder: Path, manifest: Manifest, names: Sequence[str], checksums: bool = True) -> list[str]:
+    """What is wrong with these files of a checkpoint; reads all their bytes, but for checksums=False."""
+    problems = []
+    for name in names:
+        expected = manifest.files[name]
+        try:
+            nbytes = (folder / name).stat().st_size
+            crc32 = _sum(folder / name) if checksums and nbytes == expected.nbytes else expected.crc32
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror or error})")
+            continue
+        if nbytes != expected.nbytes:
+            problems.append(f"{name} has {nbytes} bytes, and should have {expected.nbytes}")
+        elif crc32 != expected.crc32:
+            other = next((n for n, file in manifest.files.items() if file == File(nbytes, crc32)), None)
+            what = f"holds what {other} should hold" if other else f"should have {expected.crc32:08x}: it is damaged"
+            problems.append(f"{name} has checksum {crc32:08x}, and {what}")
+    return problems
+
+
+def _sum(path: Path) -> int:
+    crc32 = 0
+    buffer = memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            crc32 = zlib.crc32(buffer[:count], crc32)
+    return crc32
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"

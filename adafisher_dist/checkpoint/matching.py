@@ -1,0 +1,154 @@
+"""What of a checkpoint fits a model and its optimizer, by names, shapes and settings, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.training import STRUCTURAL, Training, members_of_groups, shape_of, structure_of
+from adafisher_dist.settings import structure
+
+_SHOWN = 20
+
+
+@dataclass(slots=True)
+class Match:
+    """What will be restored.
+
+    Attributes:
+        weights: by name in the model, of parameters and buffers: the name in the checkpoint.
+        states: by name in the model, of parameters whose optimizer state is restored: the name in the checkpoint.
+        groups: for each param group of the optimizer, the number of the checkpoint's whose settings it takes.
+        problems: what will not be restored, and why.
+    """
+
+    weights: dict[str, str] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    groups: list[int | None] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def match(
+    manifest: Manifest, training: Training, rename: Mapping[str, str] | None, weights: bool = True, states: bool = True
+) -> Match:
+    """Compare.
+
+    Args:
+        manifest: of the checkpoint.
+        training: what it is to be loaded into.
+        rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
+        weights: whether parameters and buffers are asked for.
+        states: whether the optimizer's state is asked for.
+
+    Raises:
+        CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice.
+    """
+    found = Match()
+    model = manifest.about["model"]
+    stored = {**model["parameters"], **model["buffers"]}
+    old_names = _renamed([*stored, *model["aliases"]], rename or {})
+    for alias, first in model["aliases"].items():  # a tied parameter may go by either name
+        stored.setdefault(alias, stored[first])
+    here = {**training.parameters, **training.buffers}
+    fitting: dict[str, str] = {}
+    for name, tensor in here.items():
+        old = old_names.get(name)
+        if old is None:
+            found.problems.append(f"{name} is not in the checkpoint")
+        elif tuple(stored[old]["shape"]) != shape_of(tensor):
+            found.problems.append(
+                f"{name} has shape {shape_of(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
+            )
+        else:
+            fitting[name] = model["aliases"].get(old, old)
+    for name, old in old_names.items():
+        if name not in here and name not in training.aliases and old not in model["aliases"]:
+            found.problems.append(f"{old} is not in the model" + ("" if name == old else f" (as {name})"))
+    if weights:
+        found.weights = fitting
+    if states:
+        _match_states(manifest, training, fitting, found)
+        _match_groups(manifest, training, fitting, found)
+    return found
+
+
+def refuse(found: Match, what: str) -> None:
+    """The error for what does not fit.
+
+    Raises:
+        CheckpointError: there is any; lists it.
+    """
+    if found.problems:
+        more = len(found.problems) - _SHOWN
+        lines = [*found.problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise CheckpointError(
+            f"{what} does not fit:\n  "
+            + "\n  ".join(lines)
+            + "\nNothing was changed. For renamed parameters give rename={old name: new name}; to restore what fits and"
+            " be told of the rest, strict=False."
+        )
+
+
+def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
+    """By its new name, the name of each tensor in the checkpoint."""
+    unused = {old for old in rename if not any(n == old or (old.endswith(".") and n.startswith(old)) for n in names)}
+    if unused:
+        raise CheckpointError(f"rename: the checkpoint has no {sorted(unused)}. It has: {', '.join(names[:_SHOWN])}, …")
+    result: dict[str, str] = {}
+    for name in names:
+        prefixes = [old for old in rename if old.endswith(".") and name.startswith(old)]
+        longest = max(prefixes, key=len, default="")
+        new = rename.get(name) or (rename[longest] + name[len(longest) :] if longest else name)
+        if new in result:
+            raise CheckpointError(f"rename: both {result[new]} and {name} would become {new}.")
+        result[new] = name
+    return result
+
+
+def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:
+    saved = manifest.about["optimizer"]
+    managed = {name for group in saved["groups"] for name in group["names"]}
+    members = members_of_groups(training)
+    for group, names in zip(training.optimizer.param_groups, members, strict=True):
+        own = structure_of(structure(group))
+        for name in names:
+            old = fitting.get(name)
+            if old is None:
+                continue  # told already
+            if old not in managed:
+                found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
+            elif old in saved["state"]:
+                there = saved["state"][old]["structure"]
+                changed = [key for key in ("block_size", "block_grid", "max_blocks") if own[key] != there[key]]
+                if changed:
+                    settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
+                    found.problems.append(f"the Fisher blocks of {name} were made with {settings}")
+                else:
+                    found.states[name] = old
+    given = {name for names in members for name in names}
+    for name, old in fitting.items():
+        if name not in given and old in saved["state"]:
+            found.problems.append(f"the state of {old} is in the checkpoint, and the optimizer was not given {name}")
+
+
+def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:
+    """Where all parameters of a param group come from one group of the checkpoint, it takes that one's settings."""
+    number_of = {name: i for i, group in enumerate(manifest.about["optimizer"]["groups"]) for name in group["names"]}
+    for number, names in enumerate(members_of_groups(training)):
+        sources = {number_of[fitting[name]] for name in names if fitting.get(name) in number_of}
+        found.groups.append(next(iter(sources)) if len(sources) == 1 else None)
+        if len(sources) > 1:
+            found.problems.append(
+                f"param group {number} has parameters of the groups {sorted(sources)} of the checkpoint, so it is not"
+                " clear whose learning rate and settings it should take"
+            )
+
+
+def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a saved param group that an optimizer takes over; those that shape its state stay its own."""
+    return {key: value for key, value in saved.items() if key not in STRUCTURAL}
+
+
+__all__ = ["CheckpointError", "Match", "match", "refuse", "settings_to_restore"]

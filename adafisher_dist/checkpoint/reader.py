@@ -1,0 +1,193 @@
+"""Reads ranges through torch.distributed.checkpoint, whatever ranges and dtypes they were written in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.checkpoint.writer import Progress, as_bytes
+
+
+class RangeLoadPlanner(LoadPlanner):
+    """Asks for a rank's ranges, and puts what arrives where it belongs."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self._ranges: dict[str, dict[int, Range]] = {}
+        for range_ in ranges:
+            self._ranges.setdefault(range_.key, {})[range_.start] = range_
+        self._packed: dict[tuple[str, int], Tensor] = {}  # ranges that do not lie in a row, until they are complete
+        self._missing: dict[tuple[str, int], int] = {}
+        self._metadata = Metadata({})
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """See LoadPlanner; the ranges take the place of a state dict."""
+        assert metadata is not None
+        self._metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        """What to read of which stored chunks, range by range."""
+        items: list[ReadItem] = []
+        for key, by_start in self._ranges.items():
+            stored = self._metadata.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks = [ChunkStorageMetadata(torch.Size([r.start]), torch.Size([r.numel])) for r in by_start.values()]
+            items += create_read_items_for_chunk_list(key, stored, chunks)
+            self._missing |= {(key, r.start): r.numel for r in by_start.values()}
+        # Range by range, so that one at a time is packed.
+        items.sort(key=lambda item: (item.dest_index.fqn, item.dest_index.offset or (), item.dest_offsets))
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """A checkpoint holds tensors only.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Where the elements of an item go."""
+        key, start = _destination(read_item)
+        range_ = self._ranges[key][start]
+        whole = range_.in_place()
+        if whole is None:
+            if (key, start) not in self._packed:
+                self._packed[key, start] = range_.room()
+            whole = self._packed[key, start]
+        begin = read_item.dest_offsets[0]
+        return whole[begin : begin + read_item.lengths[0]]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """The elements of an item have arrived."""
+        place = key, start = _destination(read_item)
+        self._missing[place] -= read_item.lengths[0]
+        if self._missing[place] == 0 and place in self._packed:
+            self._ranges[key][start].unpack(self._packed.pop(place))
+
+    def check_complete(self) -> None:
+        """Refuse a checkpoint whose chunks left a gap.
+
+        Raises:
+            CheckpointError: names the first.
+        """
+        for (key, start), missing in self._missing.items():
+            if missing:
+                raise CheckpointError(f"{missing} elements of {key} from {start} on are in no shard of the checkpoint")
+
+
+def _destination(item: ReadItem) -> tuple[str, int]:
+    assert item.dest_index.offset is not None
+    return item.dest_index.fqn, item.dest_index.offset[0]
+
+
+class ShardReader(StorageReader):
+    """Reads from the shards of a checkpoint folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._chunks = {(key, c.start): c for key, tensor in manifest.tensors.items() for c in tensor.chunks}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept between loads."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The manifest, in torch's terms."""
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(dtype=tensor.dtype),
+                    torch.Size([tensor.numel]),
+                    [ChunkStorageMetadata(torch.Size([c.start]), torch.Size([c.numel])) for c in tensor.chunks],
+                )
+                for key, tensor in self.manifest.tensors.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
+        """Read every item into the tensor that the planner names, converting the dtype where it differs."""
+        handles: dict[str, int] = {}
+        sizes = {key: tensor.dtype.itemsize for key, tensor in self.manifest.tensors.items()}
+        total = sum(item.lengths[0] * sizes[item.storage_index.fqn] for item in plan.items)
+        progress = Progress(f"reading {self.folder}", total)
+        with ExitStack() as stack:
+            for item in plan.items:
+                key = item.storage_index.fqn
+                assert item.storage_index.offset is not None
+                chunk = self._chunks[key, item.storage_index.offset[0]]
+                if chunk.file not in handles:
+                    handles[chunk.file] = os.open(self.folder / chunk.file, os.O_RDONLY)
+                    stack.callback(os.close, handles[chunk.file])
+                target = planner.resolve_tensor(item).detach()
+                dtype = self.manifest.tensors[key].dtype
+                direct = target.dtype == dtype and target.device.type == "cpu"
+                read = target if direct else torch.empty(item.lengths[0], dtype=dtype)
+                _read_at(handles[chunk.file], chunk.offset + item.storage_offsets[0] * dtype.itemsize, read, chunk.file)
+                if not direct:
+                    target.copy_(read)
+                planner.commit_tensor(item, target)
+                progress.add(len(as_bytes(read)))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """The folder is given to the constructor."""
+        return checkpoint_id is None
+
+
+def _read_at(handle: int, offset: int, into: Tensor, name: str) -> None:
+    view = as_bytes(into)
+    while len(view):
+        count = os.preadv(handle, [view], offset)
+        if count == 0:
+            raise CheckpointError(f"{name} ends before byte {offset + len(view)}")
+        view, offset = view[count:], offset + count
+
+
+def read_tensor(folder: Path, manifest: Manifest, key: str) -> Tensor:
+    """One whole tensor, (numel,), on the CPU."""
+    stored = manifest.tensors[key]
+    out = torch.empty(stored.numel, dtype=stored.dtype)
+    for chunk in stored.chunks:
+        with (folder / chunk.file).open("rb") as file:
+            part = out[chunk.start : chunk.start + chunk.numel]
+            _read_at(file.fileno(), chunk.offset, part, chunk.file)
+    return out

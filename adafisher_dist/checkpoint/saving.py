@@ -1,0 +1,229 @@
+"""Saving: gather what this rank writes, write it now or in the background, publish."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.state_dict_saver as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from adafisher_dist.checkpoint import random_state, ranges, values
+from adafisher_dist.checkpoint import training as trained
+from adafisher_dist.checkpoint.agree import together
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.places import Place
+from adafisher_dist.checkpoint.ranges import Piece, Range
+from adafisher_dist.checkpoint.training import Training
+from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
+from adafisher_dist.comm import Control
+
+logger = logging.getLogger("adafisher_dist")
+
+
+class Saving:
+    """A save that is done, or goes on in the background."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write in the background."""
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="adafisher-checkpoint", daemon=False)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether nothing is being written any more."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Wait until it is published; its folder.
+
+        Raises:
+            CheckpointError: it could not be written. Raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if _pending[:] == [self]:
+            _pending.clear()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self.path
+
+
+_pending: list[Saving] = []  # at most one
+
+
+def finish_pending() -> None:
+    """Wait for the save that goes on in the background.
+
+    Raises:
+        CheckpointError: it failed.
+    """
+    for saving in list(_pending):
+        saving.wait()
+
+
+@atexit.register
+def _report_at_exit() -> None:
+    try:
+        finish_pending()
+    except Exception as error:
+        logger.error("The last asynchronous checkpoint was not written: %s", error)
+
+
+def save(
+    place: Place, training: Training, facts: Mapping[str, Any], extra: Mapping[str, Any], keep_last: int | None = None,
+    asynchronous: bool = False, latest: bool = True,
+) -> Saving:  # fmt: skip
+    """Save to a place. A collective; the caller has waited for the last save.
+
+    Args:
+        place: where.
+        training: what.
+        facts: what else the manifest says of it, as JSON: its step, say.
+        extra: by name, other values of rank 0.
+        keep_last: how many checkpoints to keep in the place's root; None for all.
+        asynchronous: write in the background, from a copy in CPU memory.
+        latest: point `latest` at it.
+
+    Raises:
+        CheckpointError: see `save_checkpoint`, as for the other errors.
+    """
+    control = training.control
+    began = time.monotonic()
+    about: dict[str, Any] = {}
+    found: list[Range] = []
+
+    def collect() -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last should be at least 1, got {keep_last}.")
+        training.optimizer._roster.engine.check()
+        training.optimizer._roster.adopt(training.optimizer._roster.shards)
+        tensors: list[Tensor] = []
+        about.update(_about(training, facts, extra, tensors))
+        found.extend(_ranges(training, tensors))
+        if asynchronous:
+            found[:] = [_copied(range_) for range_ in found]
+
+    saving = Saving(place.folder)
+    with trained.partitioned(training.wrapper):
+        together(control, collect)
+        if not asynchronous:
+            _write(place, about, found, control, latest, keep_last, began)
+    if asynchronous:
+        _pending.append(saving)
+        saving.start(lambda: _write(place, about, found, control, latest, keep_last, began))
+    return saving
+
+
+def _about(
+    training: Training, facts: Mapping[str, Any], extra: Mapping[str, Any], tensors: list[Tensor]
+) -> dict[str, Any]:
+    """What the manifest says besides files and tensors; rank 0's is written."""
+    encoded = {name: values.encode(value, name, tensors) for name, value in extra.items()}
+    described = trained.describe(training, tensors)
+    state = described["optimizer"]["state"]
+    return {
+        "id": uuid.uuid4().hex,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"adafisher_dist": version("adafisher-dist"), "torch": torch.__version__},
+        "world_size": training.control.size,
+        "layout": trained.layout_of(training),
+        "step": max((entry["step"] for entry in state.values()), default=0),
+        **facts,
+        **described,
+        "values": encoded,
+        "value_tensors": [{"shape": list(t.shape), "dtype": str(t.dtype)} for t in tensors],
+    }
+
+
+def _ranges(training: Training, tensors: Sequence[Tensor]) -> list[Range]:
+    """Everything that this rank writes."""
+    names = {name: name for name in [*training.parameters, *training.buffers]}
+    rank = training.control.rank
+    found = list(trained.weights(training, names, writing=True))
+    found += trained.state(training, training.optimizer._roster.shards, names, writing=True)
+    small = {f"random/{rank}": random_state.capture()}
+    if rank == 0:
+        small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}
+    for key, tensor in small.items():
+        found += ranges.of_tensor(key, tensor, 0, tensor.numel(), tensor.numel())
+    return found
+
+
+def _copied(range_: Range) -> Range:
+    """The same with a copy of the elements in CPU memory."""
+    packed = range_.pack()
+    shares = range_.in_place() is not None and packed.device.type == "cpu"
+    copy = packed.clone() if shares else packed.cpu()
+    return Range(range_.key, range_.start, range_.numel, range_.total, range_.dtype, [Piece(copy, 0, (1,))])
+
+
+def _write(
+    place: Place, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
+    keep_last: int | None, began: float,
+) -> None:  # fmt: skip
+    writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last)
+    problem = None
+    try:
+        with quiet(control):
+            dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
+    except CheckpointException as failure:
+        problem = explain(failure)
+    except Exception as error:  # another rank is gone, say
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        if control.rank == 0:
+            place.discard()
+        raise CheckpointError(
+            f"The checkpoint {place.folder} was not written. {problem}. Nothing was published; the checkpoints before"
+            " it are whole."
+        )
+    if control.rank == 0:
+        seconds = time.monotonic() - began
+        rate = writer.nbytes / 1e9 / max(seconds, 1e-9)
+        logger.info("Saved %s: %.3f GB in %.1f s, %.2f GB/s", place.folder, writer.nbytes / 1e9, seconds, rate)
+
+
+def explain(failure: CheckpointException) -> str:
+    """In one line, what went wrong on which ranks."""
+    causes: dict[str, list[int]] = {}
+    for rank, (error, _) in failure.failures.items():
+        text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        causes.setdefault(text, []).append(rank)
+    return "; ".join(f"Rank {', '.join(map(str, ranks))}: {text}" for text, ranks in causes.items())
+
+
+@contextmanager
+def quiet(control: Control) -> Iterator[None]:
+    """Without torch's warning that one process saves alone; elsewhere, nothing: filters belong to all threads."""
+    if control.handle is not None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        yield

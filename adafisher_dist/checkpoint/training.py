@@ -1,0 +1,296 @@
+"""A model and its optimizer as a checkpoint sees them: named tensors, the ranges that this rank holds, and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adafisher_dist import layouts
+from adafisher_dist.checkpoint import ranges, values
+from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.comm import Control, Group
+from adafisher_dist.layouts import Held, Storage
+from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.settings import Structure
+from adafisher_dist.shard import Shard
+
+# Settings that shape the state: an optimizer keeps its own when it loads.
+STRUCTURAL = ("block_size", "block_grid", "max_blocks", "fisher_dtype", "exponent", "inverse_update_freq")
+
+# What torch puts into the names of parameters when it wraps a module in place.
+_IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Training:
+    """See the module's docstring.
+
+    Attributes:
+        module: the model, without a wrapper around it.
+        optimizer: AdaFisher.
+        wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
+        control: the ranks that save and load together.
+        parameters: by name; a tied one by its first.
+        aliases: the other names of tied parameters.
+        buffers: the persistent ones, by name.
+    """
+
+    module: nn.Module
+    optimizer: AdaFisher
+    wrapper: Any
+    control: Control
+    parameters: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+    buffers: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The names of the optimizer's parameters, by their positions."""
+        found = ((self.optimizer._roster.registry.find(p), name) for name, p in self.parameters.items())
+        return {given.position: name for given, name in found if given is not None}
+
+    def storages(self) -> list[Storage]:
+        """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
+        if self.wrapper is None:
+            return []
+        return self.optimizer._roster.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
+
+    def plain_group(self) -> Group:
+        """The ranks that plain tensors are the same on."""
+        return Group(None, self.control.rank, self.control.size)
+
+
+def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Control) -> Training:
+    """Name everything.
+
+    Raises:
+        ValueError: the optimizer has a parameter that is not in the model.
+    """
+    parameters: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for raw, parameter in module.named_parameters(remove_duplicate=False):
+        name = clean(raw)
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+            parameters[name] = parameter
+    buffers = {
+        clean(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
+    roster = optimizer._roster
+    if wrapper is None:
+        standing = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        replaced = any(roster.registry.find(tensor) is None for tensor in standing)
+        if replaced and roster.registry.could_be(standing):
+            roster.register_all()  # as at the first step: a library has put sharded parameters in their place
+    foreign = [given.name for tensor, given in roster.registry.given() if id(tensor) not in first]
+    if foreign:
+        raise ValueError(
+            f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
+            " model that it was built for (after fully_shard, where that is used)."
+        )
+    return Training(module, optimizer, wrapper, control, parameters, aliases, buffers)
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what torch.compile, activation checkpointing and the like put into it."""
+    for part in _IN_NAMES:
+        name = name.replace(part, "")
+    return name
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The whole shape, also of a partitioned parameter."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+# ---- ranges ----
+
+
+def weights(training: Training, names: Mapping[str, str], writing: bool) -> Iterator[Range]:
+    """The weights and buffers that this rank holds, or of those that several hold, what it writes.
+
+    Keys are weight/NAME, with DeepSpeed's fp32 values where it keeps some, and buffer/NAME.
+
+    Args:
+        training: the model.
+        names: for each parameter and buffer that takes part, its name in the checkpoint.
+        writing: leave out what other ranks write.
+    """
+    held = _held(training)
+    for number, (name, tensor) in enumerate([*training.parameters.items(), *training.buffers.items()]):
+        if name in names:
+            kind = "weight" if name in training.parameters else "buffer"
+            yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing)
+
+
+def _held(training: Training) -> dict[str, Held]:
+    """Where this rank has what of each parameter and buffer: in a wrapper's fp32 tensors, or in the model itself."""
+    names, held = training.names, {}
+    for storage in training.storages():
+        group = storage.group
+        for place in storage.placed[group.rank]:
+            span, values_ = place.span, storage.values(place.tensor)
+            if not storage.replicated:
+                values_ = values_.view(-1)[place.offset : place.offset + len(span)]
+            name = names[storage.parameters[span.parameter].given.position]
+            held[name] = Held(values_, span.start, span.stop, group, storage.replicated)
+        for parameter in storage.parameters:
+            nothing = Held(torch.empty(0), 0, 0, group, replicated=False)
+            held.setdefault(names[parameter.given.position], nothing)
+    group = training.plain_group()
+    for name, tensor in [*training.parameters.items(), *training.buffers.items()]:
+        if name not in held:
+            held[name] = layouts.locate(tensor, group)
+    return held
+
+
+def _range(key: str, held: Held, total: int, number: int, writing: bool) -> Iterator[Range]:
+    start, stop, values_ = held.start, held.stop, held.values
+    if writing and held.replicated:
+        start, stop = ranges.share(values_, number, held.group.rank, held.group.size)
+        values_ = values_.view(-1)[start:stop] if values_.is_contiguous() else values_
+    found = list(ranges.of_tensor(key, values_, start, stop, total))
+    yield from _of_this_replica(found, held.group, number) if writing else found
+
+
+def _of_this_replica(found: list[Range], group: Group, number: int) -> list[Range]:
+    """Of what all replicas hold, a part."""
+    if group.replicas is None:
+        return found
+    count, own = group.replicas.size, group.replicas.rank
+    return [range_ for index, range_ in enumerate(found) if (index + number) % count == own]
+
+
+def state(training: Training, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
+    """The optimizer's state on this rank; arguments as for `weights`."""
+    known = training.names
+    for shard in shards:
+        chosen = {}
+        for number, parameter in enumerate(shard.storage.parameters):
+            name = known[parameter.given.position]
+            if name in names:
+                chosen[number] = names[name]
+        found = list(ranges.of_state(shard, chosen))
+        yield from _of_this_replica(found, shard.storage.group, 0) if writing else found
+
+
+# ---- facts ----
+
+
+def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
+    """The model and the optimizer's settings and counters, as JSON."""
+    return {
+        "model": {
+            "parameters": {
+                name: {"shape": shape_of(p), "dtype": str(p.dtype), "trainable": p.requires_grad}
+                for name, p in training.parameters.items()
+            },
+            "buffers": {name: {"shape": tuple(b.shape), "dtype": str(b.dtype)} for name, b in training.buffers.items()},
+            "aliases": dict(training.aliases),
+            "extra_state": {
+                name: values.encode(part.get_extra_state(), f"the extra state of {name}", tensors)
+                for name, part in _with_extra_state(training)
+            },
+        },
+        "optimizer": {
+            "skipped_steps": training.optimizer.skipped_steps,
+            "groups": _groups(training, tensors),
+            "state": _counters(training),
+        },
+    }
+
+
+def _with_extra_state(training: Training) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in training.module.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            yield clean(name), part
+
+
+def extra_states(training: Training) -> dict[str, Callable[[Any], None]]:
+    """What restores the extra state of the modules that have some."""
+    return {name: part.set_extra_state for name, part in _with_extra_state(training)}
+
+
+def _groups(training: Training, tensors: list[Tensor]) -> list[dict[str, Any]]:
+    members = members_of_groups(training)
+    return [
+        {
+            "names": members[number],
+            "settings": {
+                key: values.encode(value, f"the setting {key!r} of a param group", tensors)
+                for key, value in group.items()
+                if key not in ("params", "param_names")
+            },
+        }
+        for number, group in enumerate(training.optimizer.param_groups)
+    ]
+
+
+def members_of_groups(training: Training) -> list[list[str]]:
+    """The names of the parameters of each param group, in order."""
+    names = training.names
+    members: list[list[str]] = [[] for _ in training.optimizer.param_groups]
+    for _, given in training.optimizer._roster.registry.given():
+        members[given.group].append(names[given.position])
+    return members
+
+
+def _counters(training: Training) -> dict[str, dict[str, Any]]:
+    names, found = training.names, {}
+    for shard in training.optimizer._roster.shards:
+        for parameter, grid, (step, updates) in zip(
+            shard.storage.parameters, shard.grids, shard.counters.tolist(), strict=True
+        ):
+            structure = shard.structures[shard.groups[parameter.tensor]]
+            found[names[parameter.given.position]] = {
+                "step": step,
+                "fisher_updates": updates,
+                "blocks": grid.num_blocks,
+                "dense_blocks": grid.dense_blocks,
+                "structure": structure_of(structure),
+            }
+    return found
+
+
+def structure_of(structure: Structure) -> dict[str, Any]:
+    """What state was built for, as JSON."""
+    return {
+        "block_size": structure.block_size,
+        "block_grid": structure.block_grid,
+        "max_blocks": structure.max_blocks,
+        "exponent": structure.exponent,
+        "keeps_factors": structure.keeps_factors,
+    }
+
+
+def layout_of(training: Training) -> str:
+    """The name of the layout, for reports."""
+    shards = training.optimizer._roster.shards
+    storages = [shard.storage for shard in shards] or training.storages()
+    if storages:
+        return storages[0].layout
+    return "replicated" if training.control.size > 1 else "one process"
+
+
+@contextmanager
+def partitioned(wrapper: Any) -> Iterator[None]:
+    """While ZeRO-3 has every parameter partitioned, as DeepSpeed's own checkpoints ask for. A collective there."""
+    if hasattr(wrapper, "checkpoint_event_prologue"):
+        wrapper.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        if hasattr(wrapper, "checkpoint_event_epilogue"):
+            wrapper.checkpoint_event_epilogue()

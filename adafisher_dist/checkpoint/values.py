@@ -1,0 +1,146 @@
+"""What is not a tensor of the model or the optimizer, as JSON: schedulers, client state, counters. Nothing is pickled.
+
+Plain values are JSON's own. What JSON lacks is an object with one key that begins with "$": {"$tuple": […]}. Tensors
+and arrays are put aside, and stand in the JSON by their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that torch writes as `name`."""
+    return _DTYPES[name]
+
+
+def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
+    """A value as JSON.
+
+    Args:
+        value: made of None, numbers, strings, bytes, paths, lists, tuples, sets, dicts, namespaces, numpy values,
+            dtypes, devices, and plain tensors.
+        where: what it is called, for the error: "client_state".
+        tensors: takes the tensors and arrays in it.
+
+    Raises:
+        TypeError: something in it is of another type; says where, and what to do.
+    """
+    if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
+        return value
+    if type(value) is float:
+        return value if isfinite(value) else {"$float": repr(value)}
+    if type(value) is list:
+        return [encode(item, f"{where}[{index}]", tensors) for index, item in enumerate(value)]
+    for kind, (name, as_list) in _SEQUENCES.items():
+        if type(value) is kind:
+            return {name: encode(as_list(value), where, tensors)}
+    if isinstance(value, dict):
+        return _encode_dict(value, where, tensors)
+    if isinstance(value, Tensor | np.ndarray):
+        return _put_aside(value, where, tensors)
+    if isinstance(value, np.generic):
+        return {"$numpy": [value.dtype.str, encode(value.item(), where, tensors)]}
+    for other, (name, as_json) in _ATOMS.items():
+        if isinstance(value, other):
+            return {name: as_json(value)}
+    if type(value) is argparse.Namespace:
+        return {"$namespace": _encode_dict(vars(value), where, tensors)}
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint that is loaded without"
+        " running pickled code cannot hold. Save what it is made of: numbers, strings, lists, tuples, dicts, tensors,"
+        " numpy arrays (an object's state_dict(), say)."
+    )
+
+
+def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: it was encoded by a newer version.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: decode(item, tensors) for key, item in value.items()}
+    ((name, content),) = value.items()
+    if name == "$tensor":
+        return tensors[content].clone()
+    if name == "$array":
+        return tensors[content].numpy().copy()
+    if name == "$numpy":
+        return np.dtype(content[0]).type(decode(content[1], tensors))
+    if name == "$dict":
+        return {decode(key, tensors): decode(item, tensors) for key, item in content}
+    if name == "$counter":
+        return Counter({decode(key, tensors): item for key, item in content})
+    if name == "$namespace":
+        return argparse.Namespace(**decode(content, tensors))
+    for kind, (sequence, _) in _SEQUENCES.items():
+        if name == sequence:
+            return kind(decode(content, tensors))
+    if name not in _FROM_ATOMS:
+        raise ValueError(f"The checkpoint holds a value of kind {name!r}, which this version does not know.")
+    return _FROM_ATOMS[name](content)
+
+
+def _encode_dict(value: Mapping[Any, Any], where: str, tensors: list[Tensor]) -> Any:
+    if type(value) not in (dict, OrderedDict, Counter) and not type(value).__name__.endswith("defaultdict"):
+        raise TypeError(f"{where} is a {type(value).__qualname__}; save dict(…) of it.")
+    plain = all(type(key) is str and not key.startswith("$") for key in value)
+    if plain and not isinstance(value, Counter):
+        return {key: encode(item, f"{where}[{key!r}]", tensors) for key, item in value.items()}
+    pairs = [[encode(k, f"a key of {where}", tensors), encode(v, f"{where}[{k!r}]", tensors)] for k, v in value.items()]
+    return {"$counter" if isinstance(value, Counter) else "$dict": pairs}
+
+
+def _put_aside(value: Tensor | np.ndarray[Any, Any], where: str, tensors: list[Tensor]) -> dict[str, int]:
+    if isinstance(value, np.ndarray):
+        try:
+            tensor = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+        except TypeError as error:
+            raise TypeError(f"{where} is a numpy array of {value.dtype}, which torch does not know.") from error
+    else:
+        tensor = value.detach()
+        if hasattr(tensor, "device_mesh") or tensor.layout != torch.strided or tensor.is_quantized:
+            raise TypeError(f"{where} is a {type(value).__name__}, of layout {value.layout}; save a plain tensor.")
+    tensors.append(tensor)
+    return {"$array" if isinstance(value, np.ndarray) else "$tensor": len(tensors) - 1}
+
+
+_SEQUENCES: dict[type, tuple[str, Any]] = {
+    torch.Size: ("$size", list),
+    tuple: ("$tuple", list),
+    set: ("$set", lambda value: sorted(value, key=repr)),
+    frozenset: ("$frozenset", lambda value: sorted(value, key=repr)),
+    deque: ("$deque", list),
+}
+_ATOMS: dict[type, tuple[str, Any]] = {
+    bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
+    torch.dtype: ("$dtype", str),
+    torch.device: ("$device", str),
+    complex: ("$complex", lambda value: [value.real, value.imag]),
+    PurePath: ("$path", str),
+}
+_FROM_ATOMS: dict[str, Any] = {
+    "$float": float,
+    "$bytes": base64.b64decode,
+    "$dtype": _DTYPES.__getitem__,
+    "$device": torch.device,
+    "$complex": lambda content: complex(*content),
+    "$path": Path,
+}

@@ -1,0 +1,235 @@
+"""Writes ranges through torch.distributed.checkpoint: each rank one file, at the end a manifest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future as Waiting
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
+from adafisher_dist.checkpoint.places import Place
+from adafisher_dist.checkpoint.ranges import Range
+
+logger = logging.getLogger("adafisher_dist")
+
+_SECONDS_BETWEEN_REPORTS = 10.0
+
+
+class RangeSavePlanner(DefaultSavePlanner):
+    """Offers a rank's ranges; torch's own planner joins those of all ranks and checks that they cover each tensor."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        super().__init__(flatten_state_dict=False)
+        # Wide dtypes first, so that all are aligned in the file.
+        self._ranges = {(r.key, r.start): r for r in sorted(ranges, key=lambda r: -r.dtype.itemsize)}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """See SavePlanner; the ranges take the place of a state dict."""
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        """One item a range."""
+        self.plan = SavePlan([_write_item(range_) for range_ in self._ranges.values()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The elements of a range, on any device."""
+        assert write_item.index.offset is not None
+        return self._ranges[write_item.index.fqn, write_item.index.offset[0]].pack()
+
+
+def _write_item(range_: Range) -> WriteItem:
+    offset = torch.Size([range_.start])
+    return WriteItem(
+        index=MetadataIndex(range_.key, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offset, torch.Size([range_.numel])),
+            properties=TensorProperties(dtype=range_.dtype),
+            size=torch.Size([range_.total]),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a rank tells the coordinator of one range: its place, and the file's length and checksum."""
+
+    chunk: Chunk
+    file: File
+
+
+class ShardWriter(StorageWriter):
+    """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
+
+    def __init__(
+        self, place: Place, about: Mapping[str, Any], rank: int, ranks: int, latest: bool, keep_last: int | None
+    ) -> None:
+        self.place, self.about, self.latest, self.keep_last = place, about, latest, keep_last
+        self.name = f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+        self.nbytes = 0
+        """Of all files, on the coordinator, when it is published."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept between saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the folder, before any rank writes: they first send their plans to the coordinator."""
+        if is_coordinator:
+            self.place.prepare()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """As they are, if there is room for them; on the coordinator."""
+        needed = sum(_nbytes(item) for plan in plans for item in plan.items)
+        free = shutil.disk_usage(self.place.saving).free
+        if needed > free:
+            raise CheckpointError(f"it needs {needed} bytes, and {self.place.root} has {free} free")
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
+        """Write this rank's ranges, one at a time."""
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(self._write(plan.items, planner) if plan.items else [])
+        return future
+
+    def _write(self, items: Sequence[WriteItem], planner: Any) -> list[WriteResult]:
+        folder = self.place.saving
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"this rank does not see {folder}, which rank 0 has made: save to a file system that all ranks share"
+            )
+        header, chunks = _layout(items, self.name)
+        with (folder / self.name).open("xb") as file:
+            crc32 = _stream(file, header, items, planner)
+            os.fsync(file.fileno())
+            written = File(file.tell(), crc32)
+        return [
+            WriteResult(item.index, chunk.numel, _Written(chunk, written))
+            for item, chunk in zip(items, chunks, strict=True)
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the manifest and publish the checkpoint; on the coordinator."""
+        places: dict[str, list[Chunk]] = {}
+        files: dict[str, File] = {}
+        for result in (result for by_rank in results for result in by_rank):
+            written: _Written = result.storage_data
+            places.setdefault(result.index.fqn, []).append(written.chunk)
+            files[written.chunk.file] = written.file
+        tensors = {}
+        for key, chunks in sorted(places.items()):
+            stored: Any = metadata.state_dict_metadata[key]
+            tensors[key] = Stored(stored.properties.dtype, stored.size[0], sorted(chunks, key=lambda c: c.start))
+        self._check_files(files)
+        manifest = Manifest(self.about, dict(sorted(files.items())), tensors)
+        with (self.place.saving / MANIFEST).open("xb") as file:
+            file.write(manifest.dump())
+            file.flush()
+            os.fsync(file.fileno())
+        self.nbytes = sum(file.nbytes for file in files.values())
+        self.place.publish(self.latest, self.keep_last)
+
+    def _check_files(self, files: Mapping[str, File]) -> None:
+        for name, file in files.items():
+            path = self.place.saving / name
+            held = path.stat().st_size if path.is_file() else "no"
+            if held != file.nbytes:
+                raise CheckpointError(
+                    f"a rank wrote {file.nbytes} bytes to {name}, and rank 0 sees {held}: save to a file system that"
+                    " all ranks share"
+                )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """The place is given to the constructor."""
+        return checkpoint_id is None
+
+
+def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
+    """The header of the safetensors file, and where each range begins in it."""
+    entries: dict[str, Any] = {}
+    begin = 0
+    for item in items:
+        assert item.tensor_data is not None and item.index.offset is not None
+        start, numel, dtype = item.index.offset[0], item.tensor_data.chunk.sizes[0], item.tensor_data.properties.dtype
+        end = begin + numel * dtype.itemsize
+        key = f"{item.index.fqn}[{start}:{start + numel}]"
+        entries[key] = {"dtype": dtype_name(dtype), "shape": [numel], "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    chunks = [
+        Chunk(item.index.offset[0], entry["shape"][0], name, len(header) + entry["data_offsets"][0])
+        for item, entry in zip(items, entries.values(), strict=True)
+        if item.index.offset is not None
+    ]
+    return header, chunks
+
+
+def _stream(file: BinaryIO, header: bytes, items: Sequence[WriteItem], planner: Any) -> int:
+    """Write header and ranges; the checksum of all bytes. One range is packed while the last one is written."""
+    progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
+    file.write(header)
+    crc32 = zlib.crc32(header)
+    with ThreadPoolExecutor(1) as pool:
+        writing: Waiting[int] | None = None
+        for item in items:
+            data = as_bytes(planner.resolve_data(item))
+            crc32 = zlib.crc32(data, crc32)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(file.write, data)
+            progress.add(len(data))
+        if writing is not None:
+            writing.result()
+    file.flush()
+    return crc32
+
+
+def _nbytes(item: WriteItem) -> int:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes[0] * item.tensor_data.properties.dtype.itemsize
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous 1-d tensor; on the CPU they are the tensor's own."""
+    return memoryview(tensor.detach().cpu().view(torch.uint8).numpy())
+
+
+class Progress:
+    """Tells from time to time how far a long transfer is."""
+
+    def __init__(self, what: str, nbytes: int) -> None:
+        self.what, self.nbytes, self.done = what, nbytes, 0
+        self.began = self.told = time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self.done += nbytes
+        now = time.monotonic()
+        if now - self.told > _SECONDS_BETWEEN_REPORTS:
+            self.told = now
+            rate = self.done / (now - self.began) / 1e9
+            logger.info("%s: %.1f of %.1f GB, %.2f GB/s", self.what, self.done / 1e9, self.nbytes / 1e9, rate)
