@@ -28,6 +28,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# DeepSpeed does not scale the loss at stage 0, and AdaFisher refuses a scale there.
+UNSCALED = {"fp16": {"enabled": True, "loss_scale": 1.0}}
+
+
 def config(
     stage: int,
     world: int,
@@ -50,6 +54,7 @@ def config(
         "gradient_clipping": clip,
         "zero_optimization": {"stage": stage, **offloaded, **(zero or {})},
         **PRECISIONS[precision],
+        **(UNSCALED if stage == 0 and precision == "fp16" else {}),
         **more,
     }
 

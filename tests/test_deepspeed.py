@@ -10,11 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import PARAMS, config, engine_of, fp16_on_the_cpu, full_weights, masters, run_alone, train
+from engines import (
+    PARAMS,
+    UNSCALED,
+    backward,
+    config,
+    engine_of,
+    fp16_on_the_cpu,
+    full_weights,
+    masters,
+    run_alone,
+    train,
+)
 from models import distance, model
 from ranks import run_ranks
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, UnsupportedLayoutError
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 
@@ -77,6 +88,39 @@ def wrong_part(rank: int, world: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_zero_partition_does_not_pass_for_the_whole(stage: int) -> None:
     run_ranks(wrong_part, 2, stage, deepspeed=True)
+
+
+class Watch(torch.optim.SGD):
+    """Keeps the largest gradient of the last step."""
+
+    def step(self, closure: Any = None) -> None:
+        self.largest = max(float(p.grad.abs().max()) for group in self.param_groups for p in group["params"])
+
+
+def scaled_at_stage_0(rank: int, world: int) -> tuple[float, float]:
+    with fp16_on_the_cpu():
+        scaled = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+        engine = engine_of(config(0, world, **scaled))
+        backward(engine, 0, rank, world)
+        with pytest.raises(UnsupportedLayoutError, match="without having multiplied the loss"):
+            engine.step()
+        largest = []
+        for more in (scaled, UNSCALED):
+            module = model()
+            ds_config = config(0, world, **more)
+            del ds_config["optimizer"]
+            trainable = [p for p in module.parameters() if p.requires_grad]
+            engine = engine_of(ds_config, module, optimizer=Watch(trainable, lr=0.1))
+            backward(engine, 0, rank, world)
+            engine.step()
+            largest.append(engine.basic_optimizer.largest)
+        return largest[0] * 2**8, largest[1]
+
+
+def test_a_loss_scale_at_stage_0_is_refused_for_what_deepspeed_makes_of_it() -> None:
+    """Pins the defect: where this fails, DeepSpeed has mended it, and the scale need not be refused any more."""
+    for scaled, unscaled in run_ranks(scaled_at_stage_0, 2, deepspeed=True):
+        assert scaled == pytest.approx(unscaled, rel=1e-2)
 
 
 def client_optimizer(rank: int, world: int, stage: int):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adafisher_dist.comm import Group
 from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage
+from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
 from adafisher_dist.plan import Placed
 from adafisher_dist.span import Span
 
@@ -32,6 +32,20 @@ def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
     )
 
 
+def _refuse_loss_scale(wrapper: Any) -> None:
+    """Refuse a loss scale at stage 0: in DeepSpeed 0.19.8 `engine.backward` does not multiply the loss by it there.
+
+    `step` divides the gradients by it all the same, so they are too small by the scale. Since nothing overflows, a
+    dynamic scale doubles every thousand steps without end: the gradients shrink to nothing.
+    """
+    scale = wrapper.loss_scale_config
+    if scale.dynamic_loss_scale or scale.cur_scale != 1.0:
+        raise UnsupportedLayoutError(
+            "fp16 at ZeRO stage 0 with a loss scale is not supported: DeepSpeed divides the gradients by the scale there"
+            ' without having multiplied the loss by it. Use ZeRO stage 1, or bf16, or "fp16": {"loss_scale": 1}.'
+        )
+
+
 def refresh(wrapper: Any) -> None:
     """Copy FP16_UnfusedOptimizer's fp32 copies into the model's own weights."""
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
@@ -49,6 +63,7 @@ def master_of(wrapper: Any, tensor: Tensor, registry: Registry) -> Given:
         wrapper,
         {"model or pipeline parallelism": wrapper.mpu is not None, "fused_lamb_legacy": wrapper.fused_lamb_legacy},
     )
+    _refuse_loss_scale(wrapper)
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, members, strict=True):
             if master is tensor:
