@@ -27,7 +27,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaFisher": "adafisher_dist.optimizer",
+    "AdaFisher": "adafisher_dist.ds",
     "CheckpointError": "adafisher_dist.checkpoint",
     "UnsupportedLayoutError": "adafisher_dist.layouts",
     "load_checkpoint": "adafisher_dist.checkpoint",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from collections.abc import Mapping
-from pathlib import Path
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from adafisher_dist.layouts import when_deepspeed_is_loaded
 from adafisher_dist.optimizer import AdaFisher
 from adafisher_dist.settings import DEFAULTS, check_names, fisher_dtype, preset
 
@@ -15,14 +16,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from adafisher_dist.checkpoint import Saving
-
-logger = logging.getLogger("adafisher_dist")
-
-# Counters of an engine that DeepSpeed's own checkpoints keep.
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-# What a loss scaler has learnt; what it was configured with stays.
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def from_config(params: ParamsT, **config: Any) -> AdaFisher:
@@ -72,32 +65,9 @@ def save_checkpoint(
         CheckpointError: on all ranks: it could not be written. Nothing was published, the last checkpoint is whole.
         TypeError: `client_state` holds what cannot be saved without pickling; the optimizer is not AdaFisher.
     """
-    from adafisher_dist import checkpoint
+    from adafisher_dist.checkpoint.deepspeed import save_engine  # it takes time, which who only trains need not spend
 
-    training = checkpoint.training_of(engine.module, _optimizer(engine), _wrapper(engine))
-    tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
-    tags = training.control.gather(tag)
-    if len(set(tags)) > 1:
-        raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
-    if engine.micro_steps % engine.gradient_accumulation_steps():
-        logger.warning(
-            "Saving in the middle of gradient accumulation: the gradients of %d micro-steps are not in the checkpoint.",
-            engine.micro_steps % engine.gradient_accumulation_steps(),
-        )
-    values = {
-        "client_state": dict(client_state or {}),
-        "engine": {name: getattr(engine, name) for name in _COUNTERS},
-        "lr_scheduler": checkpoint.scheduler_state(engine.lr_scheduler),
-        "loss_scale": _loss_scale(engine),
-        "data_efficiency": _data_efficiency_states(engine),
-    }
-    facts = {
-        "step": engine.global_steps,
-        "zero_stage": engine.zero_optimization_stage(),
-        "precision": _precision(engine),
-    }
-    place = checkpoint.Place(Path(save_dir).absolute(), tag)
-    return checkpoint.save(place, training, facts, values, keep_last, asynchronous, save_latest)
+    return save_engine(engine, save_dir, tag, client_state, save_latest, keep_last, asynchronous)
 
 
 def load_checkpoint(
@@ -116,101 +86,55 @@ def load_checkpoint(
     Raises:
         CheckpointError: on all ranks, before anything changes: it is missing, damaged, or does not fit.
     """
-    from adafisher_dist import checkpoint
+    from adafisher_dist.checkpoint import Options
+    from adafisher_dist.checkpoint.deepspeed import load_engine
 
-    training = checkpoint.training_of(engine.module, _optimizer(engine), _wrapper(engine))
-    root = Path(load_dir).absolute()
-    if tag is None:
-        tag = checkpoint.latest_tag(root)
-        if tag is None:
-            logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
-            return None, None
-    states = load_optimizer_states and not load_module_only
-    schedule = load_lr_scheduler_states and not load_module_only
-    options = checkpoint.Options(
-        strict=strict and load_module_strict,
-        rename=rename,
-        verify=verify,
-        states=states,
-        random=states,
-        lr_scheduler=engine.lr_scheduler if schedule else checkpoint.IGNORED,
-    )
-    loaded = checkpoint.load(checkpoint.Place(root, str(tag)), training, options)
-    values = loaded.values
-    if not load_module_only:
-        _restore_counters(engine, values.get("engine") or {"global_steps": loaded.about["step"]})
-        _restore_data_efficiency(engine, values.get("data_efficiency") or {})
-        if states:
-            _restore_loss_scale(engine, values.get("loss_scale") or {})
-        engine.loaded_checkpoint_dp_world_size = loaded.about["world_size"]
-        engine.loaded_checkpoint_mp_world_size = 1
-    return str(loaded.folder), values.get("client_state", values.get("extra"))
+    counters = not load_module_only
+    states = load_optimizer_states and counters
+    options = Options(strict=strict and load_module_strict, rename=rename, verify=verify, states=states, random=states)
+    return load_engine(engine, load_dir, tag, options, counters, load_lr_scheduler_states and counters)
 
 
-def _optimizer(engine: Any) -> AdaFisher:
-    optimizer = engine.basic_optimizer
-    if not isinstance(optimizer, AdaFisher):
-        raise TypeError(
-            f"The engine's optimizer is {type(optimizer).__name__}, not AdaFisher; use engine.save_checkpoint and"
-            " engine.load_checkpoint."
-        )
-    return optimizer
+def _adopt_engine() -> None:
+    """Let DeepSpeed's own save_checkpoint and load_checkpoint keep AdaFisher's state, and leave other optimizers alone.
+
+    Called when an AdaFisher is built. What knows of DeepSpeed's functions alone (Hugging Face's Trainer, Accelerate)
+    then resumes at another world size and stage too.
+    """
+    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    if engine_class is None or hasattr(engine_class.save_checkpoint, "without_adafisher"):
+        return
+    save, load = engine_class.save_checkpoint, engine_class.load_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(self: Any, save_dir: Any, tag: Any = None, client_state: Any = {}, **more: Any) -> Any:  # noqa: B006
+        if not isinstance(self.basic_optimizer, AdaFisher) or not save_dir:
+            return save(self, save_dir, tag, client_state, **more)
+        from adafisher_dist.checkpoint.deepspeed import save_with_deepspeed
+
+        return save_with_deepspeed(save, self, save_dir, tag, client_state, more)
+
+    @wraps(load)
+    def load_checkpoint(
+        self: Any, load_dir: Any, tag: Any = None, load_module_strict: bool = True, load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True, load_module_only: bool = False, custom_load_fn: Any = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        flags = {
+            "load_module_strict": load_module_strict,
+            "load_optimizer_states": load_optimizer_states,
+            "load_lr_scheduler_states": load_lr_scheduler_states,
+            "load_module_only": load_module_only,
+            "custom_load_fn": custom_load_fn,
+            **more,
+        }
+        if not isinstance(self.basic_optimizer, AdaFisher):
+            return load(self, load_dir, tag, **flags)
+        from adafisher_dist.checkpoint.deepspeed import load_with_deepspeed
+
+        return load_with_deepspeed(load, self, load_dir, tag, flags)
+
+    save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]
+    engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def _wrapper(engine: Any) -> Any:
-    """What DeepSpeed has put between the engine and the optimizer; None at stage 0 in fp32."""
-    return None if engine.optimizer is engine.basic_optimizer else engine.optimizer
-
-
-def _precision(engine: Any) -> str:
-    return "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
-
-
-def _scaler(engine: Any) -> Any:
-    """What holds the loss scale of an engine in fp16."""
-    wrapper = engine.optimizer
-    return getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
-
-
-def _loss_scale(engine: Any) -> dict[str, Any] | None:
-    if not engine.fp16_enabled():
-        return None
-    scaler = _scaler(engine)
-    return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
-
-
-def _restore_loss_scale(engine: Any, saved: Mapping[str, Any]) -> None:
-    scaler = _scaler(engine)
-    dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
-    if engine.fp16_enabled() and dynamic:
-        for name, value in saved.items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
-
-
-def _restore_counters(engine: Any, saved: Mapping[str, Any]) -> None:
-    for name in _COUNTERS:
-        if name in saved:
-            setattr(engine, name, saved[name])
-    if "global_samples" not in saved:
-        engine.global_samples = engine.global_steps * engine.train_batch_size()
-
-
-def _data_efficiency(engine: Any) -> dict[str, Any]:
-    """The parts of DeepSpeed's data efficiency library that are on."""
-    parts = {}
-    if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
-        parts["data_sampler"] = engine.training_dataloader.data_sampler
-    if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
-        parts["random_ltd"] = engine.random_ltd_scheduler
-    return parts
-
-
-def _data_efficiency_states(engine: Any) -> dict[str, Any]:
-    return {name: part.state_dict() for name, part in _data_efficiency(engine).items()}
-
-
-def _restore_data_efficiency(engine: Any, saved: Mapping[str, Any]) -> None:
-    for name, part in _data_efficiency(engine).items():
-        if name in saved:
-            part.load_state_dict(saved[name])
+when_deepspeed_is_loaded(_adopt_engine)

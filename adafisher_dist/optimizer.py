@@ -75,6 +75,9 @@ class AdaFisher(Optimizer):
         UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised by `step`).
     """
 
+    # While DeepSpeed saves or loads, the id of the sharded checkpoint beside its files; the state dict then names that.
+    _beside: str | None = None
+
     def __init__(
         self,
         params: ParamsT,
@@ -102,7 +105,7 @@ class AdaFisher(Optimizer):
         self._roster = Roster(self, process_group)
         self._reset()
         super().__init__(params, defaults)
-        layouts.allow_under_zero(type(self))
+        layouts.meet_deepspeed(type(self))
 
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
@@ -218,6 +221,8 @@ class AdaFisher(Optimizer):
             RuntimeError: the state is sharded and was not consolidated.
         """
         self._roster.engine.check()
+        if self._beside is not None:
+            return state.beside(super().state_dict()["param_groups"], self._beside)
         self._roster.adopt(self._roster.shards)
         shards = self._roster.shards
         if state.is_partial(shards):
@@ -287,6 +292,8 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: the state does not fit the parameters, or is one rank's part of another layout.
         """
+        if state.is_beside(state_dict, self._beside):
+            return
         staged: list[Shard] = []
 
         def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -192,10 +192,6 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the current step. A collective."""
         folder = self.settings.folder / "checkpoint"
-        optimizer = self.engine.basic_optimizer
-        # At stage 0 DeepSpeed saves rank 0's optimizer state only, and AdaFisher's is shared out to the ranks.
-        if self.engine.zero_optimization_stage() == 0 and hasattr(optimizer, "consolidate_state_dict"):
-            optimizer.consolidate_state_dict()
         progress = {"step": self.step, "spent": asdict(self.spent)}
         self.engine.save_checkpoint(str(folder), tag=f"step{self.step}", client_state=progress)
         if self.place.is_main:
@@ -271,7 +267,10 @@ def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, 
     if not (folder / "latest").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"--resume {settings.resume}: no checkpoint of launch/train.py there; give a run's folder.")
     saved, here = json.loads((folder / "run.json").read_text()), _identity(settings, config, corpus, place)
-    different = [f"  {key}: {saved.get(key)} there, {here[key]} here" for key in _FIXED if saved.get(key) != here[key]]
+    # With AdaFisher, engine.load_checkpoint goes on at any number of ranks and ZeRO stage; DeepSpeed alone does not.
+    free = ("world_size", "zero_stage") if config["optimizer"]["type"] == "AdaFisher" else ()
+    fixed = [key for key in _FIXED if key not in free]
+    different = [f"  {key}: {saved.get(key)} there, {here[key]} here" for key in fixed if saved.get(key) != here[key]]
     if different:
         raise ValueError("\n".join([f"The checkpoint in {folder} does not fit this run:", *different]))
     return folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engines import config, engine_of, fp16_on_the_cpu, full_weights, masters, train
-from models import batch, distance, model, param_groups, weights
+from models import batch, distance, model, param_groups
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

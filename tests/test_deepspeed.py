@@ -34,8 +34,6 @@ def resume(rank: int, world: int, ds_config: dict[str, Any], folder: str):
     with fp16_on_the_cpu():
         engine = engine_of(ds_config, groups=True)
         train(engine, 0, 4, rank, world)
-        if ds_config["zero_optimization"]["stage"] == 0:
-            engine.basic_optimizer.consolidate_state_dict()
         engine.save_checkpoint(folder)
         train(engine, 4, 8, rank, world)
         straight = masters(engine)
@@ -64,15 +62,36 @@ def test_resume_is_bit_for_bit(stage: int, precision: str, zero: dict[str, Any],
         assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
 
 
-def save_unconsolidated(rank: int, world: int, folder: str) -> None:
-    engine = engine_of(config(0, world))
-    train(engine, 0, 1, rank, world)
-    with pytest.raises(RuntimeError, match="consolidate_state_dict"):
-        engine.save_checkpoint(folder)
+def save_by_deepspeed(rank: int, world: int, ds_config: dict[str, Any], folder: str):
+    with fp16_on_the_cpu():
+        engine = engine_of(ds_config, groups=True)
+        train(engine, 0, 4, rank, world)
+        engine.save_checkpoint(folder, client_state={"epoch": 3})
+        train(engine, 4, 8, rank, world)
+        return masters(engine)
 
 
-def test_stage_0_never_saves_one_ranks_part_as_the_whole(tmp_path: Any) -> None:
-    run_ranks(save_unconsolidated, 2, str(tmp_path), deepspeed=True)
+def load_by_deepspeed(rank: int, world: int, ds_config: dict[str, Any], folder: str):
+    with fp16_on_the_cpu():
+        engine = engine_of(ds_config, groups=True)
+        path, client_state = engine.load_checkpoint(folder)
+        assert path is not None and client_state["epoch"] == 3 and engine.global_steps == 4
+        train(engine, 4, 8, rank, world)
+        return masters(engine)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((0, 2), (0, 3)), ((0, 2), (3, 2)), ((1, 2), (1, 4)), ((2, 3), (0, 1)), ((3, 4), (3, 2)), ((3, 2), (1, 3))],
+    ids=str,
+)
+def test_deepspeeds_own_checkpoint_resumes_elsewhere(before: Any, after: Any, tmp_path: Any) -> None:
+    """By (stage, world size): a script that knows nothing of us goes on at another one."""
+    params = {**PARAMS, "inverse_update_freq": 3}
+    configs = [config(stage, world, params) for stage, world in (before, after)]
+    straight = run_ranks(save_by_deepspeed, before[1], configs[0], str(tmp_path), deepspeed=True)[0]
+    for resumed in run_ranks(load_by_deepspeed, after[1], configs[1], str(tmp_path), deepspeed=True):
+        assert distance(resumed, straight) < 1e-4
 
 
 def wrong_part(rank: int, world: int, stage: int) -> None:

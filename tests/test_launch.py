@@ -86,6 +86,15 @@ def test_a_resumed_run_gives_the_same_losses(two_ranks: Path) -> None:
     assert done.returncode != 0 and "seed: 0 there, 7 here" in done.stderr
 
 
+def test_a_run_resumed_on_other_ranks_and_at_another_stage_goes_on(two_ranks: Path) -> None:
+    (two_ranks / "checkpoint" / "latest").write_text("step5")
+    config = str(LAUNCH.parent / "configs/zero3.json")
+    done = train(1, "--config", config, "--resume", str(two_ranks), "--out", "e", cwd=two_ranks.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row, straight in zip(losses(two_ranks.parent / "e"), losses(two_ranks)[-3:], strict=True):
+        assert row == pytest.approx(straight, rel=1e-4)
+
+
 def test_a_run_resumed_in_its_own_folder_goes_on_with_its_log(two_ranks: Path) -> None:
     before = losses(two_ranks)
     (two_ranks / "checkpoint" / "latest").write_text("step5")

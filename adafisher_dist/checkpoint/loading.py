@@ -74,7 +74,7 @@ def load(place: Place, training: Training, options: Options) -> Loaded:
         CheckpointError: see `load_checkpoint`.
     """
     control, began = training.control, time.monotonic()
-    folder, manifest = _open(place, training)
+    folder, manifest = open_together(place, training)
     _verify(folder, manifest, training, options.verify)
     loaded, matched = Loaded(folder, manifest.about), Match()
 
@@ -123,7 +123,7 @@ def load(place: Place, training: Training, options: Options) -> Loaded:
     return loaded
 
 
-def _open(place: Place, training: Training) -> tuple[Path, Manifest]:
+def open_together(place: Place, training: Training) -> tuple[Path, Manifest]:
     """The same checkpoint on all ranks."""
     found: list[tuple[Path, Manifest]] = []
 

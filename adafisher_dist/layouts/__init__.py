@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adafisher_dist.comm import Control, Group, control, join
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed import allow_under_zero, calling_wrapper, unexpected
+from adafisher_dist.layouts.deepspeed import calling_wrapper, meet_deepspeed, unexpected, when_deepspeed_is_loaded
 from adafisher_dist.layouts.storage import Given, Held, Parameter, Registry, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
@@ -24,16 +24,17 @@ __all__ = [
     "Registry",
     "Storage",
     "UnsupportedLayoutError",
-    "allow_under_zero",
     "check_parameter",
     "control_of",
     "is_called_by_deepspeed",
     "is_rehearsal",
     "locate",
+    "meet_deepspeed",
     "mesh_group",
     "refresh_module",
     "refuse_torch_checkpoint",
     "storages",
+    "when_deepspeed_is_loaded",
     "wrapped_tensors",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -29,11 +29,21 @@ def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
     return None, ""
 
 
-def allow_under_zero(optimizer_class: type) -> None:
-    """Tell DeepSpeed, where it is loaded, that this optimizer knows its ZeRO layouts.
+_callbacks: list[Callable[[], None]] = []
+
+
+def when_deepspeed_is_loaded(callback: Callable[[], None]) -> None:
+    """Have a function called whenever an optimizer is built where DeepSpeed is loaded."""
+    _callbacks.append(callback)
+
+
+def meet_deepspeed(optimizer_class: type) -> None:
+    """Where DeepSpeed is loaded: tell it that this optimizer knows its ZeRO layouts, and whoever waits for it.
 
     It otherwise demands `zero_allow_untested_optimizer`. The list is read after the optimizer was built.
     """
+    for callback in _callbacks if "deepspeed" in sys.modules else ():
+        callback()
     zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
     supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if isinstance(supported, list) and optimizer_class not in supported:

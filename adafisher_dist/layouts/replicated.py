@@ -41,8 +41,8 @@ def _refuse_loss_scale(wrapper: Any) -> None:
     scale = wrapper.loss_scale_config
     if scale.dynamic_loss_scale or scale.cur_scale != 1.0:
         raise UnsupportedLayoutError(
-            "fp16 at ZeRO stage 0 with a loss scale is not supported: DeepSpeed divides the gradients by the scale there"
-            ' without having multiplied the loss by it. Use ZeRO stage 1, or bf16, or "fp16": {"loss_scale": 1}.'
+            "fp16 at ZeRO stage 0 with a loss scale is not supported: DeepSpeed divides the gradients by the scale"
+            ' there without having multiplied the loss by it. Use ZeRO stage 1, or bf16, or "fp16": {"loss_scale": 1}.'
         )
 
 

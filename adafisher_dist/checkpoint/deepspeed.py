@@ -1,0 +1,239 @@
+"""Checkpoints of DeepSpeed engines: what an engine has besides model and optimizer, and DeepSpeed's own files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adafisher_dist.checkpoint import scheduler_state, training_of
+from adafisher_dist.checkpoint.agree import attempt
+from adafisher_dist.checkpoint.loading import IGNORED, Options, load, open_together
+from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.checkpoint.places import Place, latest_tag
+from adafisher_dist.checkpoint.saving import Saving, save
+from adafisher_dist.checkpoint.training import Training, layout_of
+from adafisher_dist.checkpoint.values import encode
+from adafisher_dist.optimizer import AdaFisher
+
+logger = logging.getLogger("adafisher_dist")
+
+# Counters of an engine that DeepSpeed's own checkpoints keep.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+# What a loss scaler has learnt; what it was configured with stays.
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+# The folder with our checkpoint, in DeepSpeed's own of a tag.
+BESIDE = "adafisher_dist"
+
+
+def save_engine(
+    engine: Any, save_dir: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any] | None,
+    save_latest: bool, keep_last: int | None, asynchronous: bool,
+) -> Saving:  # fmt: skip
+    """See `ds.save_checkpoint`."""
+    training = _training(engine)
+    place = Place(Path(save_dir).absolute(), _same_tag(training, tag, engine))
+    values = {"client_state": dict(client_state or {}), **_values(engine)}
+    return save(place, training, _facts(engine), values, keep_last, asynchronous, save_latest)
+
+
+def load_engine(
+    engine: Any, load_dir: str | os.PathLike[str], tag: str | None, options: Options, counters: bool, schedule: bool
+) -> tuple[str | None, Any]:
+    """See `ds.load_checkpoint`; `counters` and `schedule` tell whether those of the engine are restored."""
+    training = _training(engine)
+    root = Path(load_dir).absolute()
+    tag = tag if tag is not None else latest_tag(root)
+    if tag is None:
+        logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
+        return None, None
+    return _load(engine, Place(root, str(tag)), training, options, counters, schedule)
+
+
+def _load(
+    engine: Any, place: Place, training: Training, options: Options, counters: bool, schedule: bool
+) -> tuple[str, Any]:
+    scheduler = engine.lr_scheduler if schedule else IGNORED
+    loaded = load(place, training, replace(options, lr_scheduler=scheduler))
+    values = loaded.values
+    if counters:
+        _restore_counters(engine, values.get("engine") or {"global_steps": loaded.about["step"]})
+        _restore_data_efficiency(engine, values.get("data_efficiency") or {})
+        engine.loaded_checkpoint_dp_world_size = loaded.about["world_size"]
+        engine.loaded_checkpoint_mp_world_size = 1
+    if options.states:
+        _restore_loss_scale(engine, values.get("loss_scale") or {})
+    return str(loaded.folder), values.get("client_state", values.get("extra"))
+
+
+# ---- DeepSpeed's own save_checkpoint and load_checkpoint ----
+
+
+def save_with_deepspeed(
+    original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Mapping[str, Any], more: Any
+) -> Any:
+    """Let DeepSpeed write its files, and put AdaFisher's state, and all that a load elsewhere needs, beside them.
+
+    DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts that fit no other
+    world size.
+    """
+    training = _training(engine)
+    tag = _same_tag(training, tag, engine)
+    place = Place(Path(save_dir).absolute() / tag, BESIDE)
+    values = _values(engine)
+    _, problem = attempt(lambda: encode(dict(client_state or {}), "client_state", []))
+    if any(training.control.gather(problem is not None)):  # DeepSpeed pickles it
+        logger.warning("The client state is in DeepSpeed's files alone, and is lost at another world size: %s", problem)
+        values["client_state"] = None
+    else:
+        values["client_state"] = dict(client_state or {})
+    save(place, training, _facts(engine), values, latest=False)
+    _, manifest = open_together(place, training)
+    with _state_beside(training.optimizer, manifest.about["id"]):
+        return original(engine, save_dir, tag, client_state, **more)
+
+
+def load_with_deepspeed(
+    original: Callable[..., Any], engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]
+) -> Any:
+    """Load what `save_with_deepspeed` saved: through DeepSpeed at the same world size and stage, else without it."""
+    root = Path(load_dir).absolute()
+    name = tag if tag is not None else latest_tag(root)
+    place = Place(root / str(name), BESIDE) if name is not None else None
+    training = _training(engine)
+    there = [place is not None and (place.folder / MANIFEST).is_file()]
+    if engine.load_universal_checkpoint() or not any(training.control.gather(there[0])) or place is None:
+        return original(engine, load_dir, tag, **flags)
+    _, manifest = open_together(place, training)
+    about = manifest.about
+    states = flags["load_optimizer_states"] and not flags["load_module_only"]
+    options = Options(strict=flags["load_module_strict"], states=states, random=False)
+    if _same_layout(about, training, engine):
+        with _state_beside(training.optimizer, about["id"]):
+            result = original(engine, load_dir, tag, **flags)
+        if states and result[0] is not None:
+            load(place, training, options)
+        return result
+    if flags["custom_load_fn"] is not None:
+        raise CheckpointError("custom_load_fn is not called for a checkpoint of another world size or ZeRO stage.")
+    counters = not flags["load_module_only"]
+    schedule = counters and flags["load_lr_scheduler_states"]
+    folder, client_state = _load(engine, place, training, options, counters, schedule)
+    if client_state is None:
+        logger.warning("The client state of %s cannot be loaded at another world size or ZeRO stage.", folder)
+    return folder, client_state or {}
+
+
+@contextmanager
+def _state_beside(optimizer: AdaFisher, identity: str) -> Iterator[None]:
+    """While DeepSpeed saves or loads the optimizer's state dict, it only says that the state lies elsewhere."""
+    optimizer._beside = identity
+    try:
+        yield
+    finally:
+        optimizer._beside = None
+
+
+def _same_layout(about: Mapping[str, Any], training: Training, engine: Any) -> bool:
+    here = {**_facts(engine), "world_size": training.control.size, "layout": layout_of(training)}
+    return all(about[key] == here[key] for key in ("world_size", "layout", "zero_stage", "precision"))
+
+
+# ---- what an engine has besides ----
+
+
+def _training(engine: Any) -> Training:
+    """What is saved or loaded.
+
+    Raises:
+        TypeError: the optimizer is not AdaFisher.
+    """
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, AdaFisher):
+        raise TypeError(
+            f"The engine's optimizer is {type(optimizer).__name__}, not AdaFisher; use engine.save_checkpoint and"
+            " engine.load_checkpoint."
+        )
+    wrapper = None if engine.optimizer is optimizer else engine.optimizer  # none at stage 0 in fp32
+    return training_of(engine.module, optimizer, wrapper)
+
+
+def _same_tag(training: Training, tag: Any, engine: Any) -> str:
+    """The tag, by default as DeepSpeed makes it.
+
+    Raises:
+        ValueError: the ranks give different ones.
+    """
+    tags = training.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
+    if len(set(tags)) > 1:
+        raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
+    return tags[0]
+
+
+def _values(engine: Any) -> dict[str, Any]:
+    within = engine.micro_steps % engine.gradient_accumulation_steps()
+    if within:
+        logger.warning("Saving in the middle of gradient accumulation: %d micro-steps are not in it.", within)
+    return {
+        "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        "lr_scheduler": scheduler_state(engine.lr_scheduler),
+        "loss_scale": _loss_scale(engine),
+        "data_efficiency": {name: part.state_dict() for name, part in _data_efficiency(engine).items()},
+    }
+
+
+def _facts(engine: Any) -> dict[str, Any]:
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    return {"step": engine.global_steps, "zero_stage": engine.zero_optimization_stage(), "precision": precision}
+
+
+def _scaler(engine: Any) -> Any:
+    """What holds the loss scale of an engine in fp16."""
+    wrapper = engine.optimizer
+    return getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+
+
+def _loss_scale(engine: Any) -> dict[str, Any] | None:
+    if not engine.fp16_enabled():
+        return None
+    scaler = _scaler(engine)
+    return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+
+
+def _restore_loss_scale(engine: Any, saved: Mapping[str, Any]) -> None:
+    scaler = _scaler(engine)
+    dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
+    if engine.fp16_enabled() and dynamic:
+        for name, value in saved.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+
+def _restore_counters(engine: Any, saved: Mapping[str, Any]) -> None:
+    for name in _COUNTERS:
+        if name in saved:
+            setattr(engine, name, saved[name])
+    if "global_samples" not in saved:
+        engine.global_samples = engine.global_steps * engine.train_batch_size()
+
+
+def _data_efficiency(engine: Any) -> dict[str, Any]:
+    """The parts of DeepSpeed's data efficiency library that are on."""
+    parts = {}
+    if engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        parts["data_sampler"] = engine.training_dataloader.data_sampler
+    if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
+        parts["random_ltd"] = engine.random_ltd_scheduler
+    return parts
+
+
+def _restore_data_efficiency(engine: Any, saved: Mapping[str, Any]) -> None:
+    for name, part in _data_efficiency(engine).items():
+        if name in saved:
+            part.load_state_dict(saved[name])

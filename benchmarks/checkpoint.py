@@ -1,0 +1,191 @@
+"""Saving and loading a sharded checkpoint beside a plain file of the same bytes and `torch.save`, in one run.
+
+    python benchmarks/checkpoint.py       # writes docs/checkpoint.json and docs/checkpoint.png
+
+Each of W ranks (gloo, one thread) holds its share of the state of one model. Every way writes the same bytes of the
+same tensors, and ends with fsync; rounds in turn, medians. Peak memory is what the process grew by, beyond its own
+state, at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from adafisher_dist import AdaFisher, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.manifest import read
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLDS = (1, 2, 4)
+ROUNDS = 5
+WIDTH, LAYERS = 1024, 6  # 6.3 million parameters; at b = 32, 0.9 GB of Fisher, momentum and weights
+SETTINGS = {"block_size": 32, "lr": 1e-3}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
+
+
+def peak() -> int:
+    """Bytes of the largest resident set since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> int:
+    """Begin anew to look for the largest resident set; its size now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def write_plain(path: Path, tensors: list[torch.Tensor]) -> None:
+    with path.open("wb") as file:
+        for tensor in tensors:
+            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_torch(path: Path, tensors: list[torch.Tensor]) -> None:
+    with path.open("wb") as file:
+        torch.save(tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_plain(path: Path, tensors: list[torch.Tensor]) -> None:
+    with path.open("rb", buffering=0) as file:
+        for tensor in tensors:
+            file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+
+
+def run_rank(rank: int, world: int, folder: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
+    here = Path(folder)
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    share = [
+        b.detach() for shard in optimizer._roster.shards for batch in shard.batches for b in batch.tensors().values()
+    ]
+    own = sum(tensor.nbytes for tensor in share)
+    mine = here / f"plain-{rank}"
+    copies = [torch.empty_like(tensor) for tensor in share]
+    ways: dict[str, Callable[[], Any]] = {
+        "plain write": lambda: write_plain(mine, share),
+        "torch.save": lambda: write_torch(here / f"torch-{rank}.pt", share),
+        "save_checkpoint": lambda: save_checkpoint(here / "checkpoint", module, optimizer),
+        "asynchronous, until it returns": lambda: pending.append(
+            save_checkpoint(here / "behind", module, optimizer, asynchronous=True)
+        ),
+        "plain read": lambda: read_plain(mine, copies),
+        "torch.load": lambda: torch.load(here / f"torch-{rank}.pt", weights_only=True),
+        "load_checkpoint": lambda: load_checkpoint(here / "checkpoint", module, optimizer),
+        "load_checkpoint, verify=False": lambda: load_checkpoint(here / "checkpoint", module, optimizer, verify=False),
+    }
+    pending: list[Any] = []
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    grown = dict.fromkeys(ways, 0)
+    for number in range(ROUNDS + 1):
+        for name, way in ways.items():
+            dist.barrier()
+            before = forget_peak()
+            began = time.perf_counter()
+            way()
+            dist.barrier()
+            took = time.perf_counter() - began
+            while pending:
+                pending.pop().wait()
+            if number:  # the first round warms up
+                seconds[name].append(took)
+                grown[name] = max(grown[name], peak() - before)
+    results.put((rank, own, {name: statistics.median(times) for name, times in seconds.items()}, grown))
+    dist.destroy_process_group()
+
+
+def measure(world: int, parent: Path) -> dict[str, Any]:
+    folder = tempfile.mkdtemp(dir=parent)
+    try:
+        context = mp.get_context("spawn")
+        results = context.SimpleQueue()
+        mp.spawn(run_rank, (world, folder, results), nprocs=world)
+        by_rank = sorted(results.get() for _ in range(world))
+        manifest = read(Path(folder) / "checkpoint")
+        nbytes = sum(file.nbytes for file in manifest.files.values())
+        return {
+            "world_size": world,
+            "bytes": nbytes,
+            "bytes_by_file": [file.nbytes for file in manifest.files.values()],
+            "state_bytes_by_rank": [own for _, own, _, _ in by_rank],
+            "gb_per_s": {name: nbytes / 1e9 / took for name, took in by_rank[0][2].items()},
+            "seconds": by_rank[0][2],
+            "grown_bytes": {name: max(grown[name] for *_, grown in by_rank) for name in by_rank[0][3]},
+        }
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parent = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir())
+    measured = [measure(world, parent) for world in WORLDS]
+    table = Table(title=f"{measured[0]['bytes'] / 1e9:.2f} GB, all ranks together; ratio to the plain file's time")
+    table.add_column("")
+    for entry in measured:
+        table.add_column(f"W = {entry['world_size']}", justify="right")
+    for name in measured[0]["seconds"]:
+        base = "plain write" if name in list(measured[0]["seconds"])[:4] else "plain read"
+        cells = [
+            f"{e['gb_per_s'][name]:.2f} GB/s ({e['seconds'][name] / e['seconds'][base]:.2f}), "
+            f"+{e['grown_bytes'][name] / 2**20:.0f} MiB"
+            for e in measured
+        ]
+        table.add_row(name, *cells)
+    Console(width=140).print(table)
+    (ROOT / "docs" / "checkpoint.json").write_text(json.dumps(measured, indent=1) + "\n")
+    draw(measured, ROOT / "docs" / "checkpoint.png")
+
+
+def draw(measured: list[dict[str, Any]], path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(measured[0]["seconds"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1))
+    for index, entry in enumerate(measured):
+        at = [number + 0.27 * (index - 1) for number in range(len(names))]
+        left.barh(at, [entry["gb_per_s"][name] for name in names], 0.25, label=f"W = {entry['world_size']}")
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xlabel("GB/s, all ranks together")
+    left.legend()
+    right.bar([str(e["world_size"]) for e in measured], [max(e["bytes_by_file"]) / 1e6 for e in measured])
+    right.set_xlabel("W")
+    right.set_ylabel("largest shard, MB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
