@@ -74,7 +74,7 @@ def main(
     held_out: Annotated[int, Option(min=1, help="Sequences to validate on.")] = 128,
     out: Annotated[Path | None, Option(help="Folder of this run.  [default: runs/OPTIMIZER-CONFIG]")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a run that is in that folder.")] = False,
-    resume: Annotated[Path | None, Option(help="Go on from the checkpoint of this run; with AdaFisher on any ranks.")] = None,
+    resume: Annotated[Path | None, Option(help="Go on from this run's checkpoint, on any ranks (AdaFisher).")] = None,
     device: Annotated[Device, Option(help="GPUs where there are any, unless told.")] = Device.auto,
 ) -> None:
     """Train a byte-level transformer language model with DeepSpeed; see configs/README.md for the configs."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist import AdaFisher, ds, load_checkpoint, save_checkpoint
+from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.manifest import read
 from adafisher_dist.checkpoint.reader import read_tensor
 
@@ -215,3 +217,143 @@ def test_reshard(source: tuple[str, int], target: tuple[str, int], source_of: An
 @pytest.mark.parametrize(("source", "target"), EVERY, ids=named)
 def test_reshard_everywhere(source: tuple[str, int], target: tuple[str, int], source_of: Any, tmp_path: Path) -> None:
     reshard(source, target, source_of, tmp_path)
+
+
+# ---- engines ----
+
+
+def everything_of_an_engine(rank: int, world: int, folder: str) -> None:
+    """Scheduler, loss scale, counters, client state, and DeepSpeed's flags."""
+    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20, "warmup_num_steps": 4}}
+    with fp16_on_the_cpu():
+        ds_config = config(2, world, precision="fp16", scheduler=schedule)
+        ds_config["fp16"] |= {"initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 3}
+        engine = engine_of(ds_config)
+        train(engine, 0, 12, rank, world)
+        assert engine.skipped_steps > 3  # the scale was too large at first, and has learnt
+        saving = ds.save_checkpoint(engine, folder, client_state={"epoch": (1, rank)}, asynchronous=True)
+        scale, lr, steps = engine.optimizer.loss_scale, engine.get_lr(), engine.global_steps
+        saved, counted = masters(engine), (engine.skipped_steps, engine.global_samples)
+        train(engine, 12, 16, rank, world)
+        straight, final_scale = masters(engine), engine.optimizer.loss_scale
+        assert saving.wait().name == "global_step12"
+        again = engine_of(ds_config)
+        path, client_state = ds.load_checkpoint(again, folder)
+        assert Path(path).name == "global_step12" and client_state == {"epoch": (1, 0)}
+        assert (again.optimizer.loss_scale, again.get_lr(), again.global_steps) == (scale, lr, steps)
+        assert (again.skipped_steps, again.global_samples) == counted
+        train(again, 12, 16, rank, world)
+        assert again.optimizer.loss_scale == final_scale
+        assert all(np.array_equal(value, straight[name]) for name, value in masters(again).items())
+        other = engine_of(config(1, world, precision="bf16"))  # another precision keeps its own scale
+        with pytest.raises(CheckpointError, match="state of a WarmupDecayLR, and there is no"):
+            ds.load_checkpoint(other, folder)
+        ds.load_checkpoint(other, folder, load_lr_scheduler_states=False)
+        assert other.optimizer.loss_scale == 1.0
+        only = engine_of(config(3, world))
+        ds.load_checkpoint(only, folder, load_module_only=True)
+        assert only.global_steps == 0 and not only.basic_optimizer.fisher_stats()
+        assert all(np.array_equal(value, saved[name]) for name, value in masters(only).items())
+        assert ds.load_checkpoint(only, f"{folder}/nothing") == (None, None)
+        with pytest.raises(ValueError, match="different tags"):
+            ds.save_checkpoint(only, folder, f"tag{rank}")
+        # Another optimizer goes DeepSpeed's own way, and ours says so.
+        del ds_config["optimizer"], ds_config["scheduler"]
+        module = model()
+        sgd = engine_of(
+            ds_config, module, optimizer=torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)
+        )
+        with pytest.raises(TypeError, match="is SGD, not AdaFisher"):
+            ds.save_checkpoint(sgd, folder)
+        sgd.save_checkpoint(f"{folder}/sgd")
+        assert sgd.load_checkpoint(f"{folder}/sgd")[0] is not None
+        assert not list(Path(f"{folder}/sgd").rglob("adafisher_dist"))
+
+
+def test_everything_of_an_engine(tmp_path: Path) -> None:
+    run_ranks(everything_of_an_engine, 2, str(tmp_path), deepspeed=True)
+
+
+def own_checkpoints_of_deepspeed(rank: int, world: int, folder: str) -> None:
+    """Around the functions that Hugging Face's Trainer and Accelerate call."""
+    engine = engine_of(config(2, world))
+    train(engine, 0, 3, rank, world)
+    engine.save_checkpoint(folder, client_state={"object": SimpleNamespace(epoch=1)})  # DeepSpeed pickles it
+    assert {"global_step3", "latest"} <= {path.name for path in Path(folder).iterdir()}
+    again = engine_of(config(2, world))
+    assert again.load_checkpoint(folder)[1]["object"].epoch == 1
+    other = engine_of(config(3, world))
+    assert other.load_checkpoint(folder)[1] == {}
+    assert distance(masters(other), masters(again)) == 0
+    bare = engine_of(config(2, world))
+    bare.load_checkpoint(folder, load_optimizer_states=False)
+    assert not bare.basic_optimizer.fisher_stats() and distance(masters(bare), masters(again)) < 1e-6
+    # Saving again under the same name, interrupted between ours and DeepSpeed's files, is noticed.
+    place = Path(folder) / "global_step3"
+    if rank == 0:
+        shutil.copytree(place, Path(folder) / "older")
+    torch.distributed.barrier()
+    train(engine, 3, 4, rank, world)
+    engine.save_checkpoint(folder, "global_step3")
+    if rank == 0:
+        shutil.rmtree(Path(folder) / "older" / "adafisher_dist")
+        shutil.copytree(place / "adafisher_dist", Path(folder) / "older" / "adafisher_dist")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="of different saves"):
+        engine_of(config(2, world)).load_checkpoint(folder, "older")
+    # Without the folder there is no state, and it says so.
+    if rank == 0:
+        shutil.rmtree(Path(folder) / "older" / "adafisher_dist")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="in the folder adafisher_dist beside its file"):
+        engine_of(config(2, world)).load_checkpoint(folder, "older")
+
+
+def test_own_checkpoints_of_deepspeed(tmp_path: Path) -> None:
+    run_ranks(own_checkpoints_of_deepspeed, 2, str(tmp_path), deepspeed=True)
+
+
+class Branches(nn.Module):
+    """Of which one parameter has a gradient in some steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(11, 1)
+        self.sometimes = nn.Linear(11, 1)
+        self.on = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.always(x) + (self.sometimes(x) if self.on else 0.0)
+
+
+def uneven_steps(rank: int, world: int, folder: str) -> None:
+    """Parameters at different step counts, in one flat partition after the load."""
+    module = Branches()
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for step in range(5):
+        module.on = step > 2
+        x, y = batch(step, 0, 1)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+    save_checkpoint(f"{folder}/a", module, optimizer)
+    other = Branches()
+    other.on = True
+    engine = engine_of(config(1, world, SETTINGS), other)
+    ds.load_checkpoint(engine, folder, "a")
+    for step in range(5, 8):
+        x, y = batch(step, 0, 1)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+        x, y = batch(step, rank, world)
+        engine.backward(nn.functional.mse_loss(engine(x), y))
+        engine.step()
+    plain = {name: p.detach().double().numpy() for name, p in module.named_parameters()}
+    assert distance(masters(engine), plain) < 1e-5
+    updates = {name: stats.fisher_updates for name, stats in engine.basic_optimizer.fisher_stats().items()}
+    assert updates["always.weight"] == 8 and updates["sometimes.weight"] == 5
+
+
+def test_parameters_at_different_steps(tmp_path: Path) -> None:
+    run_ranks(uneven_steps, 2, str(tmp_path), deepspeed=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,20 @@ from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
 
+_Place = tuple[str, int, int]  # key, number, start
+
 
 class RangeLoadPlanner(LoadPlanner):
     """Asks for a rank's ranges, and puts what arrives where it belongs."""
 
     def __init__(self, ranges: Sequence[Range]) -> None:
-        self._ranges: dict[str, dict[int, Range]] = {}
+        # Tensors that were tied are read into several places, hence the number.
+        self._ranges: dict[_Place, Range] = {}
         for range_ in ranges:
-            self._ranges.setdefault(range_.key, {})[range_.start] = range_
-        self._packed: dict[tuple[str, int], Tensor] = {}  # ranges that do not lie in a row, until they are complete
-        self._missing: dict[tuple[str, int], int] = {}
+            number = next(n for n in count() if (range_.key, n, range_.start) not in self._ranges)
+            self._ranges[range_.key, number, range_.start] = range_
+        self._packed: dict[_Place, Tensor] = {}  # ranges that do not lie in a row, until they are complete
+        self._missing = {place: range_.numel for place, range_ in self._ranges.items()}
         self._metadata = Metadata({})
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
@@ -43,15 +49,18 @@ class RangeLoadPlanner(LoadPlanner):
         self._metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """What to read of which stored chunks, range by range."""
+        """What to read of which stored chunks, range by range, so that one at a time is packed."""
+        chunks: dict[tuple[str, int], list[ChunkStorageMetadata]] = {}
+        for (key, number, start), range_ in self._ranges.items():
+            chunk = ChunkStorageMetadata(torch.Size([start]), torch.Size([range_.numel]))
+            chunks.setdefault((key, number), []).append(chunk)
         items: list[ReadItem] = []
-        for key, by_start in self._ranges.items():
+        for (key, number), wanted in chunks.items():
             stored = self._metadata.state_dict_metadata[key]
             assert isinstance(stored, TensorStorageMetadata)
-            chunks = [ChunkStorageMetadata(torch.Size([r.start]), torch.Size([r.numel])) for r in by_start.values()]
-            items += create_read_items_for_chunk_list(key, stored, chunks)
-            self._missing |= {(key, r.start): r.numel for r in by_start.values()}
-        # Range by range, so that one at a time is packed.
+            for item in create_read_items_for_chunk_list(key, stored, wanted):
+                index = replace(item.dest_index, fqn=f"{number}/{key}")
+                items.append(replace(item, dest_index=index))
         items.sort(key=lambda item: (item.dest_index.fqn, item.dest_index.offset or (), item.dest_offsets))
         return LoadPlan(items)
 
@@ -73,22 +82,21 @@ class RangeLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """Where the elements of an item go."""
-        key, start = _destination(read_item)
-        range_ = self._ranges[key][start]
-        whole = range_.in_place()
+        place = _destination(read_item)
+        whole = self._ranges[place].in_place()
         if whole is None:
-            if (key, start) not in self._packed:
-                self._packed[key, start] = range_.room()
-            whole = self._packed[key, start]
+            if place not in self._packed:
+                self._packed[place] = self._ranges[place].room()
+            whole = self._packed[place]
         begin = read_item.dest_offsets[0]
         return whole[begin : begin + read_item.lengths[0]]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """The elements of an item have arrived."""
-        place = key, start = _destination(read_item)
+        place = _destination(read_item)
         self._missing[place] -= read_item.lengths[0]
         if self._missing[place] == 0 and place in self._packed:
-            self._ranges[key][start].unpack(self._packed.pop(place))
+            self._ranges[place].unpack(self._packed.pop(place))
 
     def check_complete(self) -> None:
         """Refuse a checkpoint whose chunks left a gap.
@@ -96,14 +104,15 @@ class RangeLoadPlanner(LoadPlanner):
         Raises:
             CheckpointError: names the first.
         """
-        for (key, start), missing in self._missing.items():
+        for (key, _, start), missing in self._missing.items():
             if missing:
                 raise CheckpointError(f"{missing} elements of {key} from {start} on are in no shard of the checkpoint")
 
 
-def _destination(item: ReadItem) -> tuple[str, int]:
+def _destination(item: ReadItem) -> _Place:
     assert item.dest_index.offset is not None
-    return item.dest_index.fqn, item.dest_index.offset[0]
+    number, _, key = item.dest_index.fqn.partition("/")
+    return key, int(number), item.dest_index.offset[0]
 
 
 class ShardReader(StorageReader):

@@ -122,7 +122,7 @@ def save(
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last should be at least 1, got {keep_last}.")
         training.optimizer._roster.engine.check()
-        training.optimizer._roster.adopt(training.optimizer._roster.shards)
+        _gather_state(training)
         tensors: list[Tensor] = []
         about.update(_about(training, facts, extra, tensors))
         found.extend(_ranges(training, tensors))
@@ -138,6 +138,14 @@ def save(
         _pending.append(saving)
         saving.start(lambda: _write(place, about, found, control, latest, keep_last, began))
     return saving
+
+
+def _gather_state(training: Training) -> None:
+    """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
+    roster = training.optimizer._roster
+    waiting = [tensor for tensor, _ in roster.registry.given() if training.optimizer.state.get(tensor)]
+    roster.enlist([tensor for tensor in waiting if tensor not in roster.engine])
+    roster.adopt(roster.shards)
 
 
 def _about(

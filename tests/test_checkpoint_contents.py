@@ -1,0 +1,505 @@
+"""What a checkpoint holds, and what is restored of it into an optimizer or a model that is not quite the same."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+from collections import Counter, OrderedDict, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Tied, batch, distance, model, param_groups, weights
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
+
+from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint import values
+from adafisher_dist.checkpoint.manifest import read
+from adafisher_dist.checkpoint.reader import read_tensor
+
+SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+
+
+def steps(module: nn.Module, optimizer: AdaFisher, first: int, last: int) -> None:
+    for step in range(first, last):
+        x, y = batch(step, 0, 1)
+        dtype = next(module.parameters()).dtype
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x.to(dtype)).float(), y).backward()
+        optimizer.step()
+
+
+def trained(module: nn.Module | None = None, count: int = 4, **settings: Any) -> tuple[nn.Module, AdaFisher]:
+    module = module if module is not None else model()
+    optimizer = AdaFisher(module.parameters(), **{**SETTINGS, **settings})
+    steps(module, optimizer, 0, count)
+    return module, optimizer
+
+
+def state(optimizer: AdaFisher) -> dict[str, Tensor]:
+    names = {id(t): given.name for t, given in optimizer._roster.registry.given()}
+    return {
+        f"{names[id(p)]}/{key}": value.clone() for p, entry in optimizer.state.items() for key, value in entry.items()
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- settings that differ ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_fisher_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    module, optimizer = trained()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, converted = trained(count=0, fisher_dtype=dtype)
+    load_checkpoint(tmp_path / "a", other, converted)
+    before, after = state(optimizer), state(converted)
+    for key, value in before.items():
+        wanted = value.to(dtype) if "/fisher_" in key and "updates" not in key else value
+        assert torch.equal(after[key].double(), wanted.double()), key
+    assert all(value.dtype == dtype for key, value in after.items() if key.endswith("fisher_8"))
+    steps(module, optimizer, 4, 8)
+    steps(other, converted, 4, 8)
+    assert distance(weights(other), weights(module)) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+    save_checkpoint(tmp_path / "b", other, converted)  # and back
+    load_checkpoint(tmp_path / "b", module, optimizer)
+    assert distance(weights(other), weights(module)) == 0
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_factors_that_were_not_saved_are_made_from_the_fisher(exponent: float, tmp_path: Path) -> None:
+    module, optimizer = trained(damping=0.3)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, keeping = trained(count=0, inverse_update_freq=3, exponent=exponent)
+    load_checkpoint(tmp_path / "a", other, keeping)
+    entry = keeping.state[other.mix.weight]
+    fisher, unbias = entry["fisher_8"].double(), 1 / (1 - 0.95**4)
+    d = fisher.diagonal(dim1=1, dim2=2).mean(dim=1) * unbias
+    a = fisher * unbias / d[:, None, None] + (0.3 + 1e-8) * torch.eye(8)  # the saved damping, not the optimizer's own
+    root = entry["factor_8"].double()
+    product = root @ root.mT @ a if exponent == 0.5 else root @ root.mT @ a.inverse()
+    assert torch.allclose(product, torch.eye(8, dtype=torch.float64).expand_as(product), atol=1e-4)
+    assert torch.allclose(entry["curvature_8"].double(), d, rtol=1e-5)
+    steps(other, keeping, 4, 8)
+    save_checkpoint(tmp_path / "b", other, keeping)
+    load_checkpoint(tmp_path / "b", module, optimizer)  # factors that are not needed are left out
+    assert same({k: v for k, v in state(keeping).items() if "factor" not in k and "curv" not in k}, state(optimizer))
+
+
+def test_settings_come_from_the_checkpoint_and_structure_stays(tmp_path: Path) -> None:
+    module = model()
+    optimizer = AdaFisher(param_groups(module), **SETTINGS)
+    optimizer.param_groups[0] |= {"lr": 0.5, "initial_lr": 0.7, "note": ("mine", 1)}
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other = AdaFisher(param_groups(module), lr=torch.tensor(1.0), block_size=8, inverse_update_freq=7, damping=9.0)
+    lr = other.param_groups[0]["lr"]
+    load_checkpoint(tmp_path / "a", module, other)
+    group = other.param_groups[0]
+    assert group["lr"] is lr and lr.item() == 0.5 and group["initial_lr"] == 0.7 and group["note"] == ("mine", 1)
+    assert (group["damping"], group["inverse_update_freq"], group["block_size"]) == (0.2, 7, 8)
+    assert other.param_groups[1]["momentum"] == 0.8 and other.param_groups[1]["block_size"] == 4
+
+
+def test_other_blocks_are_refused_or_left_out(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, blocks = trained(count=2, block_size=4)
+    before, of_state = weights(other), state(blocks)
+    with pytest.raises(CheckpointError, match=r"inner\.weight were made with block_size=8, here 4") as caught:
+        load_checkpoint(tmp_path / "a", other, blocks)
+    assert "Nothing was changed" in str(caught.value)
+    assert distance(weights(other), before) == 0 and same(state(blocks), of_state)
+    steps(other, blocks, 2, 3)  # and training may go on
+    result = load_checkpoint(tmp_path / "a", other, blocks, strict=False)
+    assert len(result.not_restored) == 8 and all("block_size=8, here 4" in text for text in result.not_restored)
+    assert distance(weights(other), weights(module)) == 0 and not blocks.state
+    steps(other, blocks, 4, 5)
+    assert blocks.fisher_stats()["0.0"].fisher_updates == 1
+
+
+# ---- models that differ ----
+
+
+class Larger(nn.Module):
+    """The model inside another, with one layer more."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+        self.more = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.core(x))
+
+
+def test_a_larger_model_and_renamed_parameters(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    larger = Larger(model())
+    fresh = AdaFisher(larger.parameters(), **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"core\.inner\.weight is not in the checkpoint"):
+        load_checkpoint(tmp_path / "a", larger, fresh)
+    names = {f"{part}.": f"core.{part}." for part in ("inner", "mix", "conv", "out")}
+    rename = {**names, "scale": "core.scale", "frozen": "core.frozen"}
+    with pytest.raises(CheckpointError, match=r"more\.weight is not in the checkpoint") as caught:
+        load_checkpoint(tmp_path / "a", larger, fresh, rename=rename)
+    assert "core.inner" not in str(caught.value)
+    result = load_checkpoint(tmp_path / "a", larger, fresh, rename=rename, strict=False)
+    assert sorted(result.not_restored) == [f"more.{name} is not in the checkpoint" for name in ("bias", "weight")]
+    assert distance(weights(larger.core), weights(module)) == 0
+    restored = {key.removeprefix("0."): value for key, value in state(fresh).items()}
+    assert torch.equal(restored["0/fisher_1"], state(optimizer)["0.0/fisher_1"])
+    assert len(restored) == len(state(optimizer))
+    steps(larger, fresh, 4, 5)
+    save_checkpoint(tmp_path / "b", larger, fresh)
+    with pytest.raises(CheckpointError, match=r"core\.inner\.weight is not in the model"):
+        load_checkpoint(tmp_path / "b", module, optimizer)
+    back = {new: old for old, new in rename.items()}
+    load_checkpoint(tmp_path / "b", module, optimizer, rename=back, strict=False)
+    assert distance(weights(larger.core), weights(module)) == 0
+
+
+def test_a_wrong_rename(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    with pytest.raises(CheckpointError, match=r"the checkpoint has no \['outer\.'\]"):
+        load_checkpoint(tmp_path / "a", module, optimizer, rename={"outer.": "inner."})
+    with pytest.raises(CheckpointError, match="would become"):
+        load_checkpoint(tmp_path / "a", module, optimizer, rename={"inner.bias": "conv.bias"})
+
+
+def test_another_shape(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    module.mix = nn.Linear(37, 6, bias=False)
+    with pytest.raises(CheckpointError, match=r"mix\.weight has shape \(6, 37\), and \(5, 37\) in the checkpoint"):
+        load_checkpoint(tmp_path / "a", module, AdaFisher(module.parameters(), **SETTINGS))
+
+
+def test_rearranged_groups(tmp_path: Path) -> None:
+    module = model()
+    optimizer = AdaFisher(param_groups(module), **{**SETTINGS, "block_size": 4})
+    steps(module, optimizer, 0, 2)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    one = AdaFisher(module.parameters(), **{**SETTINGS, "lr": 0.125, "block_size": 4})
+    with pytest.raises(CheckpointError, match=r"param group 0 has parameters of the groups \[0, 1\]"):
+        load_checkpoint(tmp_path / "a", module, one)
+    result = load_checkpoint(tmp_path / "a", module, one, strict=False)
+    assert len(result.not_restored) == 1 and one.param_groups[0]["lr"] == 0.125
+    split = [{"params": [p]} for p in module.parameters()]  # every new group has one source
+    load_checkpoint(tmp_path / "a", module, AdaFisher(split, **{**SETTINGS, "block_size": 4}))
+
+
+def test_frozen_or_freed_since(tmp_path: Path) -> None:
+    module, optimizer = trained(count=2)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    part = AdaFisher(module.inner.parameters(), **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"the state of mix\.weight is in the checkpoint"):
+        load_checkpoint(tmp_path / "a", module, part)
+    load_checkpoint(tmp_path / "a", module, part, strict=False)
+    save_checkpoint(tmp_path / "b", module, part)
+    with pytest.raises(CheckpointError, match=r"the optimizer had no mix\.weight"):
+        load_checkpoint(tmp_path / "b", module, optimizer)
+
+
+def test_tied_parameters_and_their_names(tmp_path: Path) -> None:
+    module, optimizer = trained(model(kind=Tied))
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    manifest = read(tmp_path / "a")
+    assert manifest.about["model"]["aliases"] == {"again.weight": "inner.weight"}
+    assert "weight/again.weight" not in manifest.tensors
+    untied = Tied()
+    untied.again.weight = nn.Parameter(torch.zeros(37, 11))
+    other = AdaFisher(untied.parameters(), **SETTINGS)
+    load_checkpoint(tmp_path / "a", untied, other)
+    assert torch.equal(untied.again.weight, module.inner.weight) and torch.equal(
+        untied.inner.weight, untied.again.weight
+    )
+    again = model(kind=Tied)
+    load_checkpoint(tmp_path / "a", again, fresh := AdaFisher(again.parameters(), **SETTINGS))
+    steps(module, optimizer, 4, 6)
+    steps(again, fresh, 4, 6)
+    assert distance(weights(again), weights(module)) == 0
+
+
+class Kinds(nn.Module):
+    """Tensors of every kind that a model may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(11)
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("phase", torch.tensor([1 + 2j]))
+        self.register_buffer("temporary", torch.zeros(3), persistent=False)
+        self.calls = 0
+
+    def get_extra_state(self) -> Any:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, saved: Any) -> None:
+        self.calls = saved["calls"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        image = self.norm(x).repeat(1, 7)[:, :75].view(-1, 3, 5, 5)
+        return (self.conv(image).flatten(1).sum(1, keepdim=True) * self.scalar + self.nothing.sum()).tanh()
+
+
+def test_buffers_strides_and_extra_state(tmp_path: Path) -> None:
+    module, optimizer = trained(Kinds())
+    module.temporary.fill_(1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, fresh = trained(Kinds(), count=0)
+    other.mask[:] = False
+    load_checkpoint(tmp_path / "a", other, fresh)
+    assert other.calls == 4 and other.norm.num_batches_tracked == 4 and other.mask.tolist() == [True, False]
+    assert torch.equal(other.phase, module.phase) and torch.equal(other.norm.running_var, module.norm.running_var)
+    assert not other.temporary.any()
+    steps(module, optimizer, 4, 6)
+    steps(other, fresh, 4, 6)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    module, optimizer = trained(model(dtype))
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, fresh = trained(model(dtype), count=0)
+    load_checkpoint(tmp_path / "a", other, fresh)
+    steps(module, optimizer, 4, 6)
+    steps(other, fresh, 4, 6)
+    assert distance(weights(other), weights(module)) == 0
+    single, _ = trained(count=0)
+    load_checkpoint(tmp_path / "a", single, AdaFisher(single.parameters(), **SETTINGS))
+    assert distance(weights(single), {k: v.astype(np.float32) for k, v in read_weights(tmp_path / "a").items()}) == 0
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    manifest = read(folder)
+    shapes = {name: entry["shape"] for name, entry in manifest.about["model"]["parameters"].items()}
+    found = {name: read_tensor(folder, manifest, f"weight/{name}").double() for name in shapes}
+    return {name: value.numpy().reshape(shapes[name]) for name, value in found.items()}
+
+
+def test_compiled_and_checkpointed_modules_keep_their_names(tmp_path: Path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    module, optimizer = trained()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    wrapped = model()
+    wrapped.inner = checkpoint_wrapper(wrapped.inner)
+    compiled = torch.compile(wrapped)
+    load_checkpoint(tmp_path / "a", compiled, AdaFisher(compiled.parameters(), **SETTINGS))
+    assert torch.equal(compiled.conv.weight, module.conv.weight)
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    module, optimizer = trained(count=0)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, used = trained(count=3)
+    load_checkpoint(tmp_path / "a", other, used)
+    assert distance(weights(other), weights(module)) == 0 and not used.state
+    steps(module, optimizer, 0, 2)
+    steps(other, used, 0, 2)
+    assert distance(weights(other), weights(module)) == 0
+
+
+def test_skipped_steps_and_a_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, optimizer = trained(count=2)
+    module.conv.bias.grad = torch.full((3,), math.nan)
+    optimizer.step()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adafisher_dist.fisher.factorize", fail)
+        with pytest.raises(MemoryError):
+            steps(module, optimizer, 2, 3)
+    with pytest.raises(RuntimeError, match="incomplete"):
+        save_checkpoint(tmp_path / "b", module, optimizer)
+    assert not (tmp_path / "b").exists()
+    optimizer.skipped_steps = 0
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert optimizer.skipped_steps == 1
+    steps(module, optimizer, 2, 3)
+
+
+# ---- everything else ----
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: LambdaLR(o, lambda step: 1 / (step + 1)),
+        lambda o: CosineAnnealingLR(o, 10),
+        lambda o: MultiStepLR(o, [2, 5, 5]),
+        lambda o: OneCycleLR(o, 0.1, total_steps=20, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o, [CosineAnnealingLR(o, 3), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)], [3]
+        ),
+    ],
+    ids=["lambda", "cosine", "multistep", "onecycle", "sequential"],
+)
+def test_learning_rate_schedulers(make: Any, tmp_path: Path) -> None:
+    def run(scheduler: Any, module: nn.Module, optimizer: AdaFisher, first: int, last: int) -> list[float]:
+        rates = []
+        for step in range(first, last):
+            steps(module, optimizer, step, step + 1)
+            scheduler.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return rates
+
+    module, optimizer = trained(count=0)
+    scheduler = make(optimizer)
+    run(scheduler, module, optimizer, 0, 4)
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    rates = run(scheduler, module, optimizer, 4, 8)
+    other, fresh = trained(count=0)
+    again = make(fresh)
+    load_checkpoint(tmp_path / "a", other, fresh, lr_scheduler=again)
+    assert run(again, other, fresh, 4, 8) == rates
+    assert distance(weights(other), weights(module)) == 0
+
+
+def test_a_scheduler_that_does_not_fit(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    scheduler = CosineAnnealingLR(optimizer, 10)
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    save_checkpoint(tmp_path / "b", module, optimizer)
+    with pytest.raises(CheckpointError, match="state of a CosineAnnealingLR, and there is no"):
+        load_checkpoint(tmp_path / "a", module, optimizer)
+    with pytest.raises(CheckpointError, match="is a MultiStepLR, and was a CosineAnnealingLR"):
+        load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=MultiStepLR(optimizer, [2]))
+    with pytest.raises(CheckpointError, match="no state of a learning rate scheduler"):
+        load_checkpoint(tmp_path / "b", module, optimizer, lr_scheduler=scheduler)
+
+
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]
+
+    module, optimizer = trained(count=1)
+    draw()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    expected = draw()
+    draw()
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert draw() == expected
+
+
+EXTRA = {
+    "numbers": [1, -2.5, math.inf, True, None, 3 + 4j, np.float32(1.5), np.int64(7)],
+    "text": "ä\n",
+    "bytes": b"\x00\xff",
+    "nested": {"tuple": (1, (2, [3])), "set": {1, 2}, "frozen": frozenset({"a"}), 5: "int key", (1, 2): "tuple key"},
+    "$odd": {"$tuple": "not a tuple"},
+    "ordered": OrderedDict(b=1, a=2),
+    "counter": Counter({3: 2}),
+    "deque": deque([1, 2]),
+    "namespace": argparse.Namespace(lr=0.1, layers=(1, 2)),
+    "path": Path("/tmp/x"),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "size": torch.Size([2, 3]),
+    "empty": torch.zeros(0, 3),
+}
+
+
+def test_extra_values_come_back(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    tensors = {"half": torch.randn(3, 4).half(), "strided": torch.randn(4, 5).T, "array": np.arange(6).reshape(2, 3)}
+    save_checkpoint(tmp_path / "a", module, optimizer, extra={**EXTRA, **tensors})
+    back = load_checkpoint(tmp_path / "a", module, optimizer).extra
+    assert {key: type(value) for key, value in back.items() if key not in ("ordered", "path")} == {
+        key: type(value) for key, value in {**EXTRA, **tensors}.items() if key not in ("ordered", "path")
+    }
+    assert torch.equal(back.pop("half"), tensors["half"]) and torch.equal(back.pop("strided"), tensors["strided"])
+    assert np.array_equal(back.pop("array"), tensors["array"]) and back.pop("empty").shape == (0, 3)
+    numbers = back["numbers"]
+    assert numbers == EXTRA["numbers"] and type(numbers[6]) is np.float32 and type(numbers[3]) is bool
+    assert back == {key: value for key, value in EXTRA.items() if key != "empty"}
+
+
+def test_not_a_number_comes_back() -> None:
+    assert math.isnan(values.decode(values.encode(math.nan, "x", []), []))
+
+
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        ({"a": [1, object()]}, r"extra\['a'\]\[1\] is a builtins.object"),
+        ({"f": lambda: 1}, r"extra\['f'\] is a builtins.function"),
+        ({"module": nn.Linear(1, 1)}, "state_dict"),
+        ({"sparse": torch.zeros(2, 2).to_sparse()}, "save a plain tensor"),
+        ({"objects": np.array([object()])}, "torch does not know"),
+    ],
+)
+def test_what_needs_pickling_is_refused(extra: Any, where: str, tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    with pytest.raises(TypeError, match=where):
+        save_checkpoint(tmp_path / "a", module, optimizer, extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_asynchronous_saves_hold_the_moment_of_the_call(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    saving = save_checkpoint(tmp_path / "a", module, optimizer, asynchronous=True)
+    at_call, of_state = weights(module), state(optimizer)
+    steps(module, optimizer, 4, 6)
+    assert saving.wait() == tmp_path / "a" and saving.done()
+    save_checkpoint(tmp_path / "b", module, optimizer, asynchronous=True)
+    save_checkpoint(tmp_path / "c", module, optimizer)  # waits for b
+    assert (tmp_path / "b" / "manifest.json").exists() and (tmp_path / "latest").read_text() == "c"
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert distance(weights(module), at_call) == 0 and same(state(optimizer), of_state)
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    (tmp_path / "notes").mkdir()
+    for number in range(5):
+        save_checkpoint(tmp_path / f"step{number}", module, optimizer, keep_last=2)
+    save_checkpoint(tmp_path / "step0", module, optimizer)  # without a limit nothing goes
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "step0", "step3", "step4", "latest"}
+    save_checkpoint(tmp_path / "step5", module, optimizer, keep_last=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "step5", "latest"}
+    assert load_checkpoint(tmp_path, module, optimizer).path == tmp_path / "step5"
+    with pytest.raises(ValueError, match="keep_last should be at least 1, got 0"):
+        save_checkpoint(tmp_path / "step6", module, optimizer, keep_last=0)
+
+
+def test_a_copied_optimizer_saves_its_state(tmp_path: Path) -> None:
+    module, optimizer = trained()
+    other, copied = copy.deepcopy((module, optimizer))
+    save_checkpoint(tmp_path / "a", other, copied)
+    fresh_module, fresh = trained(count=0)
+    load_checkpoint(tmp_path / "a", fresh_module, fresh)
+    assert same(state(fresh), state(optimizer))
+
+
+def test_wrong_things_are_refused(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    with pytest.raises(ValueError, match="parameters that are not in the model"):
+        save_checkpoint(tmp_path / "a", nn.Linear(2, 2), optimizer)
+    with pytest.raises(TypeError, match="The optimizer is a AdamW"):
+        save_checkpoint(tmp_path / "a", module, torch.optim.AdamW(module.parameters()))
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of adafisher_dist\. Checkpoints in .*: none"):
+        load_checkpoint(tmp_path / "a", module, optimizer)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match="exists and is no checkpoint"):
+        save_checkpoint(tmp_path / "mine", module, optimizer)
+    with pytest.raises(ValueError, match="cannot be the name of a checkpoint"):
+        save_checkpoint(tmp_path / "latest", module, optimizer)
