@@ -63,7 +63,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks: it could not be written. Nothing was published, the last checkpoint is whole.
-        TypeError: `client_state` holds what cannot be saved without pickling; the optimizer is not AdaFisher.
+        TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have it; a CheckpointError
+            on the others); the optimizer is not AdaFisher.
     """
     from adafisher_dist.checkpoint.deepspeed import save_engine  # it takes time, which who only trains need not spend
 

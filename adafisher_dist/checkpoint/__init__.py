@@ -86,7 +86,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks: it could not be written (no room, no permission, …). Nothing was published.
-        TypeError: on all ranks: `extra` holds what cannot be saved without pickling.
+        TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a CheckpointError says so.
         ValueError: an argument is out of bounds; the optimizer does not belong to the model.
         RuntimeError: the optimizer's state is incomplete after a failed step.
     """

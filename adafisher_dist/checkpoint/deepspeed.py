@@ -14,7 +14,7 @@ from adafisher_dist.checkpoint import scheduler_state, training_of
 from adafisher_dist.checkpoint.agree import attempt
 from adafisher_dist.checkpoint.loading import IGNORED, Options, load, open_together
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
-from adafisher_dist.checkpoint.places import Place, latest_tag
+from adafisher_dist.checkpoint.places import BESIDE, Place, latest_tag
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.training import Training, layout_of
 from adafisher_dist.checkpoint.values import encode
@@ -27,9 +27,6 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 # What a loss scaler has learnt; what it was configured with stays.
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-# The folder with our checkpoint, in DeepSpeed's own of a tag.
-BESIDE = "adafisher_dist"
 
 
 def save_engine(

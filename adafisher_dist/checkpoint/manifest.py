@@ -143,7 +143,7 @@ def read(folder: Path) -> Manifest:
             " adafisher_dist."
         )
     names = [file["name"] for file in content["files"]]
-    return Manifest(
+    manifest = Manifest(
         content["about"],
         {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]},
         {
@@ -155,6 +155,22 @@ def read(folder: Path) -> Manifest:
             for key, tensor in content["tensors"].items()
         },
     )
+    _check(path, manifest)
+    return manifest
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest whose checksum is right, but which was not made by a save: it may lead to other files."""
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder.")
+    for key, tensor in manifest.tensors.items():
+        for chunk in tensor.chunks:
+            end = chunk.offset + chunk.numel * tensor.dtype.itemsize
+            if min(chunk.start, chunk.numel, chunk.offset) < 0 or end > manifest.files[chunk.file].nbytes:
+                raise CheckpointError(f"{path} places a part of {key} outside of {chunk.file}.")
+        if sum(chunk.numel for chunk in tensor.chunks) != tensor.numel:
+            raise CheckpointError(f"{path} does not place all {tensor.numel} elements of {key}.")
 
 
 def verify(folder: Path, manifest: Manifest, names: Sequence[str], checksums: bool = True) -> list[str]:

@@ -17,6 +17,9 @@ from pathlib import Path
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 
 LATEST = "latest"
+
+# The folder with our checkpoint, in DeepSpeed's own of a tag.
+BESIDE = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 
 
@@ -51,7 +54,8 @@ class Place:
         Raises:
             CheckpointError: there is none; names those that there are.
         """
-        for folder in (self.folder, self._replaced):  # the second, where a save was killed between two renames
+        # The second, where a save was killed between two renames; the third, where DeepSpeed's own function saved.
+        for folder in (self.folder, self._replaced, self.folder / BESIDE):
             if (folder / MANIFEST).is_file():
                 return folder
         there = ", ".join(tags(self.root)) or "none"
