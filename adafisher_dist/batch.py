@@ -70,9 +70,10 @@ class Batch:
 
 def allocate(
     group: int, size: int, dense: bool, structure: Structure, number: Numbers, rows: int,
-    device: torch.device,
+    device: torch.device, zeroed: bool = True,
 ) -> Batch:  # fmt: skip
-    """A batch of `rows` blocks that have seen no gradient."""
+    """A batch of `rows` blocks that have seen no gradient; or, not zeroed, whose whole state will be read."""
+    new = torch.zeros if zeroed else torch.empty
     wide, square = structure.compute_dtype, (rows, size, size)
     keeps = dense and structure.keeps_factors
     rounded = structure.fisher_dtype == torch.bfloat16
@@ -82,10 +83,10 @@ def allocate(
         dense,
         structure,
         gradient_NB=torch.zeros(rows, size, dtype=wide, device=device),
-        momentum_NB=torch.zeros(rows, size, dtype=wide, device=device),
-        fisher=torch.zeros(square if dense else (rows, 1), dtype=structure.fisher_dtype, device=device),
-        factor_NBB=torch.zeros(square, dtype=wide, device=device) if keeps else None,
-        curvature_N=torch.zeros(rows, dtype=wide, device=device) if keeps else None,
+        momentum_NB=new(rows, size, dtype=wide, device=device),
+        fisher=new(square if dense else (rows, 1), dtype=structure.fisher_dtype, device=device),
+        factor_NBB=new(square, dtype=wide, device=device) if keeps else None,
+        curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
         number_N=number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
     )

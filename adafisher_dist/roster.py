@@ -90,18 +90,20 @@ class Roster:
         """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
         return layouts.storages(self.optimizer, tensors, self.registry, self.process_group, wrapper)
 
-    def replan(self, tensors: list[Tensor], wrapper: Any) -> list[Shard]:
+    def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
         """Shards without any step for these tensors, with the settings that the param groups have now.
 
-        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
+        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps. See
+        `batch.allocate` for `zeroed`.
         """
         storages = self.storages_of(tensors, wrapper) if tensors else []
         numbers = {id(s.tensors[p.tensor]): p.given.group for s in storages for p in s.parameters}
-        return self._build(storages, self.optimizer.param_groups, numbers)
+        return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
     def _build(
-        self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None
-    ) -> list[Shard]:
+        self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,
+        zeroed: bool = True,
+    ) -> list[Shard]:  # fmt: skip
         """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
 
         `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some groups in a step.
@@ -114,7 +116,7 @@ class Roster:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
             structures = [structure(groups[number]) for number in order]
-            shards.append(build(storage, [order.index(number) for number in mine], structures))
+            shards.append(build(storage, [order.index(number) for number in mine], structures, zeroed))
         return shards
 
     def stage(self, saved: Mapping[str, Any]) -> list[Shard]:

@@ -101,8 +101,8 @@ class Shard:
         return plan.digest(self.storage.layout, shapes, self.groups, self.structures, self.owned)
 
 
-def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure]) -> Shard:
-    """Plan the blocks of the stored parameters and allocate this rank's state."""
+def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure], zeroed: bool = True) -> Shard:
+    """Plan the blocks of the stored parameters and allocate this rank's state; see `allocate` for `zeroed`."""
     parameters, rank, world = storage.parameters, storage.group.rank, storage.group.size
     grids = []
     for parameter in parameters:
@@ -115,7 +115,7 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     by_rank = [plan.cut(spans, grids, parts) for spans in owned]
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
     arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.values(0).device)
-    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures)
+    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures, zeroed)
     counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [(tensor.shape, tensor.device) for tensor in held]
@@ -202,7 +202,7 @@ _Key = tuple[int, int, bool]  # group, size, dense
 
 def _stack(
     arena: Tensor, chunks: Sequence[plan.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
-    groups: Sequence[int], structures: Sequence[Structure],
+    groups: Sequence[int], structures: Sequence[Structure], zeroed: bool,
 ) -> tuple[list[Chunk], list[Batch], list[list[Segment]]]:  # fmt: skip
     """Sort the strips of the chunks into batches, allocate those, and pair their elements with the arena's."""
     tensors = [parameter.tensor for parameter in parameters]
@@ -222,7 +222,7 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _numbers(entries[key], positions, key[2]), count, arena.device)
+        key: allocate(*key, structures[key[0]], _numbers(entries[key], positions, key[2]), count, arena.device, zeroed)
         for key, count in rows.items()
     }
     result, start = [], 0

@@ -25,7 +25,7 @@ from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader, read_tensor
 from adafisher_dist.checkpoint.saving import explain, quiet
 from adafisher_dist.checkpoint.training import Training
-from adafisher_dist.settings import Structure, normalize
+from adafisher_dist.settings import Structure, normalize, structure
 from adafisher_dist.shard import Shard
 
 logger = logging.getLogger("adafisher_dist")
@@ -166,8 +166,17 @@ def _begin_anew(training: Training) -> None:
 def _fresh_shards(training: Training, manifest: Manifest, matched: Match) -> list[Shard]:
     """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
     names = training.names
-    tensors = [tensor for tensor, members in _tensors(training) if any(name in matched.states for name in members)]
-    shards = training.optimizer._roster.replan(tensors, training.wrapper)
+    chosen = [
+        (tensor, members) for tensor, members in _tensors(training) if any(name in matched.states for name in members)
+    ]
+    complete = all(name in matched.states for _, members in chosen for name in members) and all(
+        _has_factors(manifest, matched.states[name], structure(training.optimizer.param_groups[group]))
+        for group, names in enumerate(trained.members_of_groups(training))
+        for name in names
+        if name in matched.states
+    )
+    tensors = [tensor for tensor, _ in chosen]
+    shards = training.optimizer._roster.replan(tensors, training.wrapper, zeroed=not complete)
     saved = manifest.about["optimizer"]["state"]
     for shard in shards:
         for number, parameter in enumerate(shard.storage.parameters):
@@ -197,7 +206,7 @@ def _ranges(training: Training, manifest: Manifest, matched: Match, shards: list
     wanted = list(trained.weights(training, matched.weights, writing=False))
     for shard in shards:
         with_factors = {
-            old for old, structure in _structures(training, shard, matched) if _fits(manifest, old, structure)
+            old for old, structure in _structures(training, shard, matched) if _has_factors(manifest, old, structure)
         }
         for range_ in trained.state(training, [shard], matched.states, writing=False):
             kind, _, old = range_.key.partition("/")
@@ -220,10 +229,10 @@ def _structures(training: Training, shard: Shard, matched: Match) -> Iterator[tu
             yield old, shard.structures[shard.groups[parameter.tensor]]
 
 
-def _fits(manifest: Manifest, old: str, own: Structure) -> bool:
-    """Whether the checkpoint has kept factors of a parameter, made with the exponent that is used here."""
+def _has_factors(manifest: Manifest, old: str, own: Structure) -> bool:
+    """Whether the checkpoint has what is kept here of a parameter's factors, made with the same exponent."""
     there = manifest.about["optimizer"]["state"][old]["structure"]
-    return bool(there["keeps_factors"]) and there["exponent"] == own.exponent
+    return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
 
 
 def _read(folder: Path, manifest: Manifest, wanted: list[Range], training: Training) -> None:
@@ -289,7 +298,7 @@ def _complete(training: Training, manifest: Manifest, matched: Match, shards: li
             for segment in segments:
                 parameter = shard.storage.parameters[segment.owner]
                 old = matched.states.get(names[parameter.given.position])
-                if old is not None and not _fits(manifest, old, stack.structure):
+                if old is not None and not _has_factors(manifest, old, stack.structure):
                     settings = optimizer.param_groups[parameter.given.group]
                     updates = int(shard.counters[segment.owner, 1])
                     batch.rebuild_factors(stack, segment.start, segment.stop, updates, settings)
