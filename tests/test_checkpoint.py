@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.manifest import read
+from adafisher_dist.checkpoint.ranges import RANGE_NUMEL
 from adafisher_dist.checkpoint.reader import read_tensor
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
@@ -361,3 +363,47 @@ def uneven_steps(rank: int, world: int, folder: str) -> None:
 
 def test_parameters_at_different_steps(tmp_path: Path) -> None:
     run_ranks(uneven_steps, 2, str(tmp_path), deepspeed=True)
+
+
+# ---- memory ----
+
+
+def resident(what: str) -> int:
+    """Bytes of this process, now ("VmRSS") or at most since `forget_peak` ("VmHWM")."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) * 1024
+
+
+def grows_by(work: Any) -> int:
+    """Bytes that this process grows by at most during some work."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def memory(rank: int, world: int, folder: str) -> tuple[int, int, int, int]:
+    """Blocks of two sizes, so that ranges have to be packed."""
+    module = nn.Sequential(*[nn.Linear(1000, 1000, bias=False) for _ in range(3)])
+    optimizer = AdaFisher(module.parameters(), lr=1e-3, block_size=47)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    save_checkpoint(f"{folder}/warm-up", module, optimizer)
+    own = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values())
+    saving = grows_by(lambda: save_checkpoint(f"{folder}/a", module, optimizer))
+    behind = grows_by(lambda: save_checkpoint(f"{folder}/b", module, optimizer, asynchronous=True).wait())
+    optimizer.reset_state()
+    loading = grows_by(lambda: load_checkpoint(f"{folder}/a", module, optimizer))
+    return own, saving, behind, loading
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel tells no peak memory")
+def test_memory_at_save_and_load(tmp_path: Path) -> None:
+    """A save needs two buckets, one packed while the other is written; a load its state and one."""
+    ((own, saving, behind, loading),) = run_ranks(memory, 1, str(tmp_path))
+    bucket = 4 * RANGE_NUMEL + 2**24  # and what the allocator and the interpreter take
+    assert own > 5 * bucket
+    assert saving < 2.5 * bucket
+    assert behind < own + 2 * bucket
+    assert loading < own + 2 * bucket

@@ -242,6 +242,7 @@ class Kinds(nn.Module):
         self.register_buffer("mask", torch.tensor([True, False]))
         self.register_buffer("phase", torch.tensor([1 + 2j]))
         self.register_buffer("temporary", torch.zeros(3), persistent=False)
+        self.shared = self.norm
         self.calls = 0
 
     def get_extra_state(self) -> Any:
@@ -261,6 +262,7 @@ def test_buffers_strides_and_extra_state(tmp_path: Path) -> None:
     module.temporary.fill_(1)
     save_checkpoint(tmp_path / "a", module, optimizer)
     other, fresh = trained(Kinds(), count=0)
+    assert read(tmp_path / "a").about["model"]["aliases"]["shared.running_mean"] == "norm.running_mean"
     other.mask[:] = False
     load_checkpoint(tmp_path / "a", other, fresh)
     assert other.calls == 4 and other.norm.num_batches_tracked == 4 and other.mask.tolist() == [True, False]

@@ -58,8 +58,11 @@ class Place:
         for folder in (self.folder, self._replaced, self.folder / BESIDE):
             if (folder / MANIFEST).is_file():
                 return folder
-        there = ", ".join(tags(self.root)) or "none"
-        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist. Checkpoints in {self.root}: {there}.")
+        inside = tags(self.folder)
+        root, there = (self.folder, inside) if inside else (self.root, tags(self.root))
+        raise CheckpointError(
+            f"{self.folder} is no checkpoint of adafisher_dist. Checkpoints in {root}: {', '.join(there) or 'none'}."
+        )
 
     def prepare(self) -> None:
         """Make the folder to write into, and clear away what killed saves have left.
@@ -117,7 +120,7 @@ def latest_tag(root: Path) -> str | None:
     """The tag that `latest` names, if there is one."""
     try:
         return (root / LATEST).read_text().strip() or None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -37,8 +37,8 @@ class Training:
         wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
         control: the ranks that save and load together.
         parameters: by name; a tied one by its first.
-        aliases: the other names of tied parameters.
-        buffers: the persistent ones, by name.
+        buffers: the persistent ones, by name; a shared one by its first.
+        aliases: the other names of tied parameters and shared buffers.
     """
 
     module: nn.Module
@@ -46,8 +46,8 @@ class Training:
     wrapper: Any
     control: Control
     parameters: Mapping[str, Tensor]
-    aliases: Mapping[str, str]
     buffers: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
 
     @property
     def names(self) -> dict[int, str]:
@@ -82,12 +82,17 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
         else:
             first[id(parameter)] = name
             parameters[name] = parameter
-    buffers = {
-        clean(f"{prefix}.{name}" if prefix else name): buffer
-        for prefix, part in module.named_modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set
-    }
+    buffers: dict[str, Tensor] = {}
+    for raw, buffer in module.named_buffers(remove_duplicate=False):
+        owner, _, own = raw.rpartition(".")
+        if own in module.get_submodule(owner)._non_persistent_buffers_set:
+            continue
+        name = clean(raw)
+        if id(buffer) in first:
+            aliases[name] = first[id(buffer)]
+        else:
+            first[id(buffer)] = name
+            buffers[name] = buffer
     roster = optimizer._roster
     if wrapper is None:
         standing = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -100,7 +105,7 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    return Training(module, optimizer, wrapper, control, parameters, aliases, buffers)
+    return Training(module, optimizer, wrapper, control, parameters, buffers, aliases)
 
 
 def clean(name: str) -> str:

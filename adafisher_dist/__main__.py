@@ -1,0 +1,22 @@
+"""Starts the command line: python -m adafisher_dist."""
+
+from __future__ import annotations
+
+import sys
+
+_EXTRA = ("click", "rich", "safetensors", "typer")
+
+
+def main() -> None:
+    """Run the command line, or say what to install for it."""
+    try:
+        from adafisher_dist.cli import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        sys.exit(f"The command line needs {error.name}: pip install 'adafisher-dist[cli]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()
