@@ -123,7 +123,7 @@ def load_checkpoint(
             refuses to step until a load succeeds.
     """
     training = _training(model, optimizer)
-    found = load(place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
+    found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
     return Restored(found.folder, found.values.get("extra", found.values.get("client_state")), found.not_restored)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adafisher_dist.checkpoint import scheduler_state, training_of
-from adafisher_dist.checkpoint.agree import attempt
+from adafisher_dist.checkpoint.agree import attempt, together
 from adafisher_dist.checkpoint.loading import IGNORED, Options, load, open_together
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 from adafisher_dist.checkpoint.places import BESIDE, Place, latest_tag
@@ -46,18 +46,18 @@ def load_engine(
     """See `ds.load_checkpoint`; `counters` and `schedule` tell whether those of the engine are restored."""
     training = _training(engine)
     root = Path(load_dir).absolute()
-    tag = tag if tag is not None else latest_tag(root)
-    if tag is None:
+    name = _tag_to_load(training, root, tag)
+    if name is None:
         logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
         return None, None
-    return _load(engine, Place(root, str(tag)), training, options, counters, schedule)
+    return _load(engine, lambda: Place(root, name), training, options, counters, schedule)
 
 
 def _load(
-    engine: Any, place: Place, training: Training, options: Options, counters: bool, schedule: bool
+    engine: Any, where: Callable[[], Place], training: Training, options: Options, counters: bool, schedule: bool
 ) -> tuple[str, Any]:
     scheduler = engine.lr_scheduler if schedule else IGNORED
-    loaded = load(place, training, replace(options, lr_scheduler=scheduler))
+    loaded = load(where, training, replace(options, lr_scheduler=scheduler))
     values = loaded.values
     if counters:
         _restore_counters(engine, values.get("engine") or {"global_steps": loaded.about["step"]})
@@ -91,7 +91,7 @@ def save_with_deepspeed(
     else:
         values["client_state"] = dict(client_state or {})
     save(place, training, _facts(engine), values, latest=False)
-    _, manifest = open_together(place, training)
+    _, manifest = open_together(lambda: place, training)
     with _state_beside(training.optimizer, manifest.about["id"]):
         return original(engine, save_dir, tag, client_state, **more)
 
@@ -100,14 +100,14 @@ def load_with_deepspeed(
     original: Callable[..., Any], engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]
 ) -> Any:
     """Load what `save_with_deepspeed` saved: through DeepSpeed at the same world size and stage, else without it."""
-    root = Path(load_dir).absolute()
-    name = tag if tag is not None else latest_tag(root)
-    place = Place(root / str(name), BESIDE) if name is not None else None
     training = _training(engine)
-    there = [place is not None and (place.folder / MANIFEST).is_file()]
-    if engine.load_universal_checkpoint() or not any(training.control.gather(there[0])) or place is None:
+    root = Path(load_dir).absolute()
+    name = _tag_to_load(training, root, tag)
+    place = Place(root / str(name), BESIDE)
+    there = together(training.control, lambda: (place.folder / MANIFEST).is_file())
+    if engine.load_universal_checkpoint() or not any(there):
         return original(engine, load_dir, tag, **flags)
-    _, manifest = open_together(place, training)
+    _, manifest = open_together(lambda: place, training)
     about = manifest.about
     states = flags["load_optimizer_states"] and not flags["load_module_only"]
     options = Options(strict=flags["load_module_strict"], states=states, random=False)
@@ -115,13 +115,13 @@ def load_with_deepspeed(
         with _state_beside(training.optimizer, about["id"]):
             result = original(engine, load_dir, tag, **flags)
         if states and result[0] is not None:
-            load(place, training, options)
+            load(lambda: place, training, options)
         return result
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint of another world size or ZeRO stage.")
     counters = not flags["load_module_only"]
     schedule = counters and flags["load_lr_scheduler_states"]
-    folder, client_state = _load(engine, place, training, options, counters, schedule)
+    folder, client_state = _load(engine, lambda: place, training, options, counters, schedule)
     if client_state is None:
         logger.warning("The client state of %s cannot be loaded at another world size or ZeRO stage.", folder)
     return folder, client_state or {}
@@ -170,6 +170,18 @@ def _same_tag(training: Training, tag: Any, engine: Any) -> str:
     tags = training.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
+    return tags[0]
+
+
+def _tag_to_load(training: Training, root: Path, tag: Any) -> str | None:
+    """The tag that was given, or what `latest` names; None where there is neither.
+
+    Raises:
+        CheckpointError: `latest` cannot be read, or differs.
+    """
+    tags = together(training.control, lambda: str(tag) if tag is not None else latest_tag(root))
+    if len(set(tags)) > 1:
+        raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     return tags[0]
 
 

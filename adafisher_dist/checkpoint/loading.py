@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,14 @@ class Loaded:
     not_restored: list[str] = field(default_factory=list)
 
 
-def load(place: Place, training: Training, options: Options) -> Loaded:
-    """Load from a place. A collective; the caller has waited for the last save.
+def load(where: Callable[[], Place], training: Training, options: Options) -> Loaded:
+    """Load from the place that `where` finds. A collective; the caller has waited for the last save.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
     control, began = training.control, time.monotonic()
-    folder, manifest = open_together(place, training)
+    folder, manifest = open_together(where, training)
     _verify(folder, manifest, training, options.verify)
     loaded, matched = Loaded(folder, manifest.about), Match()
 
@@ -123,20 +123,20 @@ def load(place: Place, training: Training, options: Options) -> Loaded:
     return loaded
 
 
-def open_together(place: Place, training: Training) -> tuple[Path, Manifest]:
+def open_together(where: Callable[[], Place], training: Training) -> tuple[Path, Manifest]:
     """The same checkpoint on all ranks."""
     found: list[tuple[Path, Manifest]] = []
 
     def find() -> str:
-        folder = place.find()
+        folder = where().find()
         found.append((folder, read(folder)))
         return str(found[0][1].about["id"])
 
     ids = together(training.control, find)
     if len(set(ids)) > 1:
         raise CheckpointError(
-            f"The ranks see different checkpoints as {place.folder} (their ids are {ids}). Load from a file system that"
-            " all ranks share, after the save has ended."
+            f"The ranks see different checkpoints; this one sees {found[0][0]} (their ids are {ids}). Load from a file"
+            " system that all ranks share, after the save has ended."
         )
     return found[0]
 
@@ -171,8 +171,8 @@ def _fresh_shards(training: Training, manifest: Manifest, matched: Match) -> lis
     ]
     complete = all(name in matched.states for _, members in chosen for name in members) and all(
         _has_factors(manifest, matched.states[name], structure(training.optimizer.param_groups[group]))
-        for group, names in enumerate(trained.members_of_groups(training))
-        for name in names
+        for group, members in enumerate(trained.members_of_groups(training))
+        for name in members
         if name in matched.states
     )
     tensors = [tensor for tensor, _ in chosen]
@@ -286,7 +286,7 @@ def _restore_settings(training: Training, saved: Sequence[Mapping[str, Any]], ma
                 if isinstance(now, Tensor) and isinstance(value, Tensor | float):
                     now.fill_(float(value))
                 else:
-                    group[key] = value
+                    group[key] = float(value) if isinstance(now, float) else value
             normalize(group)
 
 

@@ -133,7 +133,9 @@ def read(folder: Path) -> Manifest:
         content, crc32 = whole["content"], whole["crc32"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of adafisher_dist: it has no {MANIFEST}.") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it cannot be parsed ({error}).") from error
     if crc32 != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum is {_checksum(content)}, and it says {crc32}.")

@@ -9,6 +9,7 @@ ROOT/.TAG.deleting  going away
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from pathlib import Path
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 
+logger = logging.getLogger("adafisher_dist")
+
 LATEST = "latest"
 
 # The folder with our checkpoint, in DeepSpeed's own of a tag.
 BESIDE = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
+_REPLACED = ".replaced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,8 @@ class Place:
     tag: str
 
     def __post_init__(self) -> None:
-        if not self.tag or self.tag in (".", "..", LATEST) or self.tag.startswith(".") or "/" in self.tag:
+        plain = self.tag == self.tag.strip() and self.tag.isprintable() and "/" not in self.tag
+        if not plain or self.tag in ("", LATEST) or self.tag.startswith("."):
             raise ValueError(f"{self.tag!r} cannot be the name of a checkpoint: it should be a plain folder name.")
 
     @property
@@ -46,7 +51,7 @@ class Place:
 
     @property
     def _replaced(self) -> Path:
-        return self.root / f".{self.tag}.replaced"
+        return self.root / f".{self.tag}{_REPLACED}"
 
     def find(self) -> Path:
         """The folder of the complete checkpoint.
@@ -58,11 +63,10 @@ class Place:
         for folder in (self.folder, self._replaced, self.folder / BESIDE):
             if (folder / MANIFEST).is_file():
                 return folder
-        inside = tags(self.folder)
-        root, there = (self.folder, inside) if inside else (self.root, tags(self.root))
-        raise CheckpointError(
-            f"{self.folder} is no checkpoint of adafisher_dist. Checkpoints in {root}: {', '.join(there) or 'none'}."
-        )
+        if any(self.folder.glob("*.safetensors")):
+            raise CheckpointError(f"{self.folder / MANIFEST} is missing: the checkpoint is damaged.")
+        root = self.folder if tags(self.folder) else self.root
+        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist. {_those_in(root)}")
 
     def prepare(self) -> None:
         """Make the folder to write into, and clear away what killed saves have left.
@@ -73,28 +77,53 @@ class Place:
         if self.folder.exists() and not (self.folder / MANIFEST).is_file():
             raise CheckpointError(f"{self.folder} exists and is no checkpoint of adafisher_dist; choose another name.")
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in self.root.iterdir():
+        for path in list(self.root.iterdir()):
             if path.name.startswith(".") and path.name.endswith(_TEMPORARY):
-                shutil.rmtree(path)
+                _remove(path)
+            elif path.name.startswith(".") and path.name.endswith(_REPLACED):
+                _roll_back(path)
         self.saving.mkdir()
 
     def publish(self, latest: bool, keep_last: int | None) -> None:
-        """Give what was written its name, point `latest` at it, and delete the oldest checkpoints of the root."""
+        """Give what was written its name, point `latest` at it, and delete the oldest checkpoints of the root.
+
+        Raises:
+            OSError: it could not; `discard` then brings back what there was.
+        """
         _sync(self.saving)
+        if latest:
+            _prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
         if self.folder.exists():
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            if self._replaced.exists():
+                _remove(self._replaced)
             self.folder.rename(self._replaced)
         self.saving.rename(self.folder)
-        _sync(self.root)
-        if latest:
-            write_latest(self.root, self.tag)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        if keep_last is not None:
-            self._delete_old(keep_last)
+        try:
+            _sync(self.root)
+            if latest:
+                _publish_latest(self.root)
+        except OSError:
+            self.folder.rename(self.saving)
+            raise
+        try:
+            _sync(self.root)
+            if self._replaced.exists():
+                _remove(self._replaced)
+            if keep_last is not None:
+                self._delete_old(keep_last)
+        except OSError as error:
+            logger.warning("%s is saved; what it replaces could not be taken away: %s", self.folder, error)
 
     def discard(self) -> None:
-        """Take away what was written of a save that failed."""
-        shutil.rmtree(self.saving, ignore_errors=True)
+        """Take away what was written of a save that failed, and give what it was to replace its name again."""
+        try:
+            for path in (self.saving, self.root / f".{LATEST}.saving"):
+                if path.exists():
+                    _remove(path)
+            if self._replaced.exists():
+                _roll_back(self._replaced)
+        except OSError as error:
+            logger.warning("What a failed save left in %s could not be taken away: %s", self.root, error)
 
     def _delete_old(self, keep_last: int) -> None:
         keep = {self.tag, latest_tag(self.root)}
@@ -105,23 +134,37 @@ class Place:
                 shutil.rmtree(leaving, ignore_errors=True)
 
 
-def write_latest(root: Path, tag: str) -> None:
-    """Point `latest` at a checkpoint, by one rename."""
-    temporary = root / f".{LATEST}.saving"
-    with temporary.open("w") as file:
+def _prepare_latest(root: Path, tag: str) -> None:
+    """Write what `latest` will say."""
+    with (root / f".{LATEST}.saving").open("w", encoding="utf-8") as file:
         file.write(tag)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(root / LATEST)
-    _sync(root)
+
+
+def _publish_latest(root: Path) -> None:
+    """Let `latest` say it, by one rename."""
+    (root / f".{LATEST}.saving").rename(root / LATEST)
 
 
 def latest_tag(root: Path) -> str | None:
-    """The tag that `latest` names, if there is one."""
+    """The tag that `latest` names, if there is one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is damaged.
+    """
+    path = root / LATEST
     try:
-        return (root / LATEST).read_text().strip() or None
+        tag = path.read_text(encoding="utf-8").rstrip("\n")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_those_in(root)}") from error
+    try:
+        Place(root, tag)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error} {_those_in(root)}") from error
+    return tag
 
 
 def tags(root: Path) -> list[str]:
@@ -130,6 +173,10 @@ def tags(root: Path) -> list[str]:
         return []
     found = [path for path in root.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()]
     return [path.name for path in sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))]
+
+
+def _those_in(root: Path) -> str:
+    return f"Checkpoints in {root}: {', '.join(tags(root)) or 'none'}."
 
 
 def place_of(path: Path) -> Place:
@@ -143,6 +190,23 @@ def place_of(path: Path) -> Place:
     if tag is not None and not (path / MANIFEST).is_file():
         return Place(path, tag)
     return Place(path.parent, path.name)
+
+
+def _remove(path: Path) -> None:
+    """Take away a file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _roll_back(replaced: Path) -> None:
+    """A save was killed while it replaced a checkpoint: give the old one its name again, or take it away."""
+    folder = replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+    if folder.exists():
+        _remove(replaced)
+    else:
+        replaced.rename(folder)
 
 
 def _sync(folder: Path) -> None:

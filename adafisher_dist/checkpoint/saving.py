@@ -133,10 +133,10 @@ def save(
     with trained.partitioned(training.wrapper):
         together(control, collect)
         if not asynchronous:
-            _write(place, about, found, control, latest, keep_last, began)
+            _write(place, about, found, control, latest, keep_last, began, in_background=False)
     if asynchronous:
         _pending.append(saving)
-        saving.start(lambda: _write(place, about, found, control, latest, keep_last, began))
+        saving.start(lambda: _write(place, about, found, control, latest, keep_last, began, in_background=True))
     return saving
 
 
@@ -193,9 +193,9 @@ def _copied(range_: Range) -> Range:
 
 def _write(
     place: Place, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
-    keep_last: int | None, began: float,
+    keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
-    writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last)
+    writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last, in_background)
     problem = None
     try:
         with quiet(control):

@@ -9,9 +9,10 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as Waiting
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -80,9 +81,11 @@ class ShardWriter(StorageWriter):
     """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
 
     def __init__(
-        self, place: Place, about: Mapping[str, Any], rank: int, ranks: int, latest: bool, keep_last: int | None
-    ) -> None:
+        self, place: Place, about: Mapping[str, Any], rank: int, ranks: int, latest: bool, keep_last: int | None,
+        in_background: bool,
+    ) -> None:  # fmt: skip
         self.place, self.about, self.latest, self.keep_last = place, about, latest, keep_last
+        self.in_background = in_background
         self.name = f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
         self.nbytes = 0
         """Of all files, on the coordinator, when it is published."""
@@ -121,7 +124,9 @@ class ShardWriter(StorageWriter):
             )
         header, chunks = _layout(items, self.name)
         with (folder / self.name).open("xb") as file:
-            crc32 = _stream(file, header, items, planner)
+            # In the background there is nothing to pack, and no thread can be started when Python shuts down.
+            with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(1) as pool:
+                crc32 = _stream(file, header, items, planner, pool)
             os.fsync(file.fileno())
             written = File(file.tell(), crc32)
         return [
@@ -188,22 +193,33 @@ def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
     return header, chunks
 
 
-def _stream(file: BinaryIO, header: bytes, items: Sequence[WriteItem], planner: Any) -> int:
+class _Direct:
+    """An executor that does it at once."""
+
+    def submit(self, work: Callable[[Any], int], argument: Any) -> Waiting[int]:
+        """Do it."""
+        done: Waiting[int] = Waiting()
+        done.set_result(work(argument))
+        return done
+
+
+def _stream(
+    file: BinaryIO, header: bytes, items: Sequence[WriteItem], planner: Any, pool: _Direct | ThreadPoolExecutor
+) -> int:
     """Write header and ranges; the checksum of all bytes. One range is packed while the last one is written."""
     progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
     file.write(header)
     crc32 = zlib.crc32(header)
-    with ThreadPoolExecutor(1) as pool:
-        writing: Waiting[int] | None = None
-        for item in items:
-            data = as_bytes(planner.resolve_data(item))
-            crc32 = zlib.crc32(data, crc32)
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(file.write, data)
-            progress.add(len(data))
+    writing: Waiting[int] | None = None
+    for item in items:
+        data = as_bytes(planner.resolve_data(item))
+        crc32 = zlib.crc32(data, crc32)
         if writing is not None:
             writing.result()
+        writing = pool.submit(file.write, data)
+        progress.add(len(data))
+    if writing is not None:
+        writing.result()
     file.flush()
     return crc32
 
