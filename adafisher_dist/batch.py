@@ -144,9 +144,11 @@ def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings:
     if batch.factor_NBB is None or batch.curvature_N is None or updates == 0:
         return
     unbias = 1 / (1 - settings["fisher_decay"] ** updates) if settings["bias_correction"] else 1.0
-    rows = np.arange(start, stop)
-    factor = _fresh(batch, batch.fisher[start:stop], rows, unbias, settings)
-    batch.factor_NBB[start:stop], batch.curvature_N[start:stop] = factor.root_NBB, factor.d_N
+    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.fisher[0].numel())  # on a GPU too: it bounds the memory
+    for begin in range(start, stop, tile):
+        end = min(stop, begin + tile)
+        factor = _fresh(batch, batch.fisher[begin:end], np.arange(begin, end), unbias, settings)
+        batch.factor_NBB[begin:end], batch.curvature_N[begin:end] = factor.root_NBB, factor.d_N
 
 
 def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:

@@ -125,7 +125,7 @@ def control(ranks: Sequence[int] | None) -> Control:
     if not (dist.is_available() and dist.is_initialized()):
         return Control(None, 0, 1)
     everyone = range(dist.get_world_size())
-    key = tuple(ranks if ranks is not None else everyone)
+    key = tuple(sorted(ranks) if ranks is not None else everyone)  # new_group sorts them too
     if dist.get_rank() not in key:
         raise ValueError(f"This is rank {dist.get_rank()}, and only the ranks {list(key)} share the parameters.")
     world, known = _controls.get(key, (None, None))

@@ -45,9 +45,9 @@ def save_checkpoint(
 ) -> Saving:  # fmt: skip
     """Save an engine that trains with AdaFisher, each rank its own part, to be loaded at any world size and stage.
 
-    The arguments are those of `engine.save_checkpoint`. Saved are the weights (the fp32 ones, where there are some),
-    the optimizer, the learning rate scheduler, the loss scale, the engine's counters, the random number generators, and
-    the client state. A collective: all ranks call it.
+    The first arguments are those of `engine.save_checkpoint`. Saved are the weights (the fp32 ones, where there are
+    some), the optimizer, the learning rate scheduler, the loss scale, the engine's counters, the random number
+    generators, and the client state. A collective: all ranks call it.
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -108,12 +108,14 @@ def _adopt_engine() -> None:
     save, load = engine_class.save_checkpoint, engine_class.load_checkpoint
 
     @wraps(save)
-    def save_checkpoint(self: Any, save_dir: Any, tag: Any = None, client_state: Any = {}, **more: Any) -> Any:  # noqa: B006
+    def save_checkpoint(
+        self: Any, save_dir: Any, tag: Any = None, client_state: Any = {}, *more: Any, **options: Any  # noqa: B006
+    ) -> Any:  # fmt: skip
         if not isinstance(self.basic_optimizer, AdaFisher) or not save_dir:
-            return save(self, save_dir, tag, client_state, **more)
+            return save(self, save_dir, tag, client_state, *more, **options)
         from adafisher_dist.checkpoint.deepspeed import save_with_deepspeed
 
-        return save_with_deepspeed(save, self, save_dir, tag, client_state, more)
+        return save_with_deepspeed(save, self, save_dir, tag, client_state, *more, **options)
 
     @wraps(load)
     def load_checkpoint(

@@ -75,8 +75,8 @@ class AdaFisher(Optimizer):
         UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised by `step`).
     """
 
-    # While DeepSpeed saves or loads, the id of the sharded checkpoint beside its files; the state dict then names that.
-    _beside: str | None = None
+    # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
+    _beside = False
 
     def __init__(
         self,
@@ -221,8 +221,8 @@ class AdaFisher(Optimizer):
             RuntimeError: the state is sharded and was not consolidated.
         """
         self._roster.engine.check()
-        if self._beside is not None:
-            return state.beside(super().state_dict()["param_groups"], self._beside)
+        if self._beside:
+            return state.beside(super().state_dict()["param_groups"])
         self._roster.adopt(self._roster.shards)
         shards = self._roster.shards
         if state.is_partial(shards):
@@ -292,8 +292,6 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: the state does not fit the parameters, or is one rank's part of another layout.
         """
-        if state.is_beside(state_dict, self._beside):
-            return
         staged: list[Shard] = []
 
         def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -76,31 +76,9 @@ def is_whole(saved: Mapping[str, Any]) -> bool:
     return bool((saved.get(META) or {}).get("part", "whole") == "whole")
 
 
-def beside(param_groups: list[dict[str, Any]], identity: str) -> dict[str, Any]:
-    """A state dict without state: that is in the sharded checkpoint of this id, in a folder beside the file."""
-    return {"state": {}, "param_groups": param_groups, META: {"format": FORMAT, "part": "beside", "id": identity}}
-
-
-def is_beside(saved: Mapping[str, Any], identity: str | None) -> bool:
-    """Whether a state dict has its state in a sharded checkpoint, of the id that is being loaded.
-
-    Raises:
-        ValueError: it does, and that is not being loaded, or is another one.
-    """
-    meta = saved.get(META)
-    if not isinstance(meta, dict) or meta.get("part") != "beside":
-        return False
-    if identity is None:
-        raise ValueError(
-            "This state dict of DeepSpeed's has no optimizer state: that is in the folder adafisher_dist beside its"
-            " file. Load it by engine.load_checkpoint, with AdaFisher as the engine's optimizer."
-        )
-    if meta["id"] != identity:
-        raise ValueError(
-            "DeepSpeed's file and the folder adafisher_dist beside it are of different saves: one of them was"
-            " interrupted. Load an older checkpoint."
-        )
-    return True
+def beside(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict without state: that is in a sharded checkpoint, in a folder beside the file."""
+    return {"state": {}, "param_groups": param_groups, META: {"format": FORMAT, "part": "beside"}}
 
 
 def check_format(saved: Mapping[str, Any]) -> None:
@@ -119,6 +97,11 @@ def check_format(saved: Mapping[str, Any]) -> None:
         raise ValueError(
             f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {FORMAT};"
             " update adafisher_dist."
+        )
+    if meta.get("part") == "beside":
+        raise ValueError(
+            "This state dict of DeepSpeed's has no optimizer state: that is in the folder adafisher_dist beside its"
+            " file. Load it by engine.load_checkpoint, with AdaFisher as the engine's optimizer."
         )
     if str(meta.get("part")).startswith("none"):
         raise ValueError(

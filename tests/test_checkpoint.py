@@ -294,19 +294,22 @@ def own_checkpoints_of_deepspeed(rank: int, world: int, folder: str) -> None:
     bare = engine_of(config(2, world))
     bare.load_checkpoint(folder, load_optimizer_states=False)
     assert not bare.basic_optimizer.fisher_stats() and distance(masters(bare), masters(again)) < 1e-6
-    # Saving again under the same name, interrupted between ours and DeepSpeed's files, is noticed.
-    place = Path(folder) / "global_step3"
+    # Positional arguments, a tag that is a path, and what ds.save_checkpoint wrote.
+    engine.save_checkpoint(folder, "epoch1/step3", {"epoch": 1}, True)
+    assert (Path(folder) / "latest").read_text() == "epoch1/step3"
+    assert engine_of(config(1, world)).load_checkpoint(folder)[1] == {"epoch": 1}
+    ds.save_checkpoint(engine, f"{folder}/ours", "here", {"epoch": 2})
+    assert engine_of(config(2, world)).load_checkpoint(f"{folder}/ours")[1] == {"epoch": 2}
+    # Damage is found before anything changes.
     if rank == 0:
-        shutil.copytree(place, Path(folder) / "older")
+        shutil.copytree(Path(folder) / "global_step3", Path(folder) / "older")
+        shard = next((Path(folder) / "older" / "adafisher_dist").glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     torch.distributed.barrier()
-    train(engine, 3, 4, rank, world)
-    engine.save_checkpoint(folder, "global_step3")
-    if rank == 0:
-        shutil.rmtree(Path(folder) / "older" / "adafisher_dist")
-        shutil.copytree(place / "adafisher_dist", Path(folder) / "older" / "adafisher_dist")
-    torch.distributed.barrier()
-    with pytest.raises(ValueError, match="of different saves"):
-        engine_of(config(2, world)).load_checkpoint(folder, "older")
+    before = masters(bare)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        bare.load_checkpoint(folder, "older")
+    assert distance(masters(bare), before) == 0
     # Without the folder there is no state, and it says so.
     if rank == 0:
         shutil.rmtree(Path(folder) / "older" / "adafisher_dist")
@@ -407,3 +410,107 @@ def test_memory_at_save_and_load(tmp_path: Path) -> None:
     assert saving < 2.5 * bucket
     assert behind < own + 2 * bucket
     assert loading < own + 2 * bucket
+
+
+# ---- what ranks do not share ----
+
+
+class Normalised(nn.Module):
+    """Batch statistics differ by rank under DDP; so does a large buffer that each rank fills itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(11)
+        self.last = nn.Linear(11, 1)
+        self.register_buffer("large", torch.zeros(40_000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(x))
+
+
+def buffers_of_rank_0(rank: int, world: int, folder: str) -> None:
+    module = Normalised()
+    wrapped = DistributedDataParallel(module)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for step in range(3):
+        x, y = batch(step, rank, world)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        optimizer.step()
+    module.large += rank + 1
+    module.norm.running_var += rank
+    own = {name: value.clone() for name, value in module.named_buffers()}
+    save_checkpoint(f"{folder}/a", torch.compile(wrapped), optimizer)  # under its plain names
+    load_checkpoint(f"{folder}/a", wrapped, optimizer)
+    for name, value in module.named_buffers():
+        first = own[name].clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(value, first), name
+    assert "buffer/norm.running_var" in read(Path(f"{folder}/a")).tensors
+
+
+def test_buffers_are_those_of_rank_0(tmp_path: Path) -> None:
+    run_ranks(buffers_of_rank_0, 2, str(tmp_path))
+
+
+def ranks_that_disagree(rank: int, world: int, folder: str) -> None:
+    """What only one rank asks for, or only one rank's values break, is an error on both."""
+    run = Run("ddp", rank, world)
+    run.train(0, 1)
+    run.save(folder)
+    with pytest.raises(CheckpointError, match="load with different arguments"):
+        run.load(folder, rename={"inner.": "inner."} if rank else None)
+    with pytest.raises((TypeError, CheckpointError), match=r"extra is a builtins\.object"):
+        run.save(folder, extra=object() if rank else None)
+    engine = engine_of(config(1, world))
+    with pytest.raises((TypeError, CheckpointError), match="sequence"):
+        ds.save_checkpoint(engine, folder, "b", client_state=[1] if rank else None)
+    run.save(folder, "c")
+    run.train(1, 2)
+
+
+def test_ranks_that_disagree(tmp_path: Path) -> None:
+    run_ranks(ranks_that_disagree, 2, str(tmp_path), deepspeed=True, timeout=60)
+
+
+def background_failure(rank: int, world: int, folder: str) -> None:
+    run = Run("ddp", rank, world)
+    run.train(0, 1)
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: SimpleNamespace(free=0)
+    saving = run.save(folder, "a", asynchronous=True)
+    if rank == 0:
+        with pytest.raises(CheckpointError, match="0 free"):
+            saving.wait()
+    with pytest.raises(CheckpointError, match="0 free"):
+        run.save(folder, "b")
+    shutil.disk_usage = usage
+    run.save(folder, "c")
+    assert (Path(folder) / "latest").read_text() == "c"
+
+
+def test_a_background_failure_that_one_rank_knows_of(tmp_path: Path) -> None:
+    run_ranks(background_failure, 2, str(tmp_path), timeout=60)
+
+
+def fsdp2_corners(rank: int, world: int, folder: str) -> None:
+    """A mesh in another order, and a root that is whole after an evaluation."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = model()
+    fully_shard(module, mesh=DeviceMesh("cpu", [1, 0]))
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    x, y = batch(0, rank, world)
+    nn.functional.mse_loss(module(x), y).backward()
+    optimizer.step()
+    with torch.no_grad():
+        module(x)
+    save_checkpoint(f"{folder}/a", module, optimizer, extra=torch.arange(3) if rank == 0 else None)
+    with torch.no_grad():
+        module(x)
+    assert load_checkpoint(f"{folder}/a", module, optimizer).extra.tolist() == [0, 1, 2]
+
+
+def test_fsdp2_corners(tmp_path: Path) -> None:
+    run_ranks(fsdp2_corners, 2, str(tmp_path))

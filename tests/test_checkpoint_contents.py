@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import random
 from collections import Counter, OrderedDict, deque
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, O
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import values
-from adafisher_dist.checkpoint.manifest import read
+from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.reader import read_tensor
 
 SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
@@ -500,8 +501,68 @@ def test_wrong_things_are_refused(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "a", module, torch.optim.AdamW(module.parameters()))
     with pytest.raises(CheckpointError, match=r"is no checkpoint of adafisher_dist\. Checkpoints in .*: none"):
         load_checkpoint(tmp_path / "a", module, optimizer)
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(tmp_path / "empty", module, optimizer)
+    (tmp_path / "mine" / "notes").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="exists and is no checkpoint"):
         save_checkpoint(tmp_path / "mine", module, optimizer)
     with pytest.raises(ValueError, match="cannot be the name of a checkpoint"):
         save_checkpoint(tmp_path / "latest", module, optimizer)
+
+
+def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
+    """An untied checkpoint in a tied model, extra state under another name, a param group that is not there."""
+    untied = model(kind=Tied)
+    untied.again.weight = nn.Parameter(torch.ones(37, 11))
+    save_checkpoint(tmp_path / "a", untied, AdaFisher(untied.parameters(), **SETTINGS))
+    tied = model(kind=Tied)
+    with pytest.raises(CheckpointError, match=r"again\.weight is tied to inner\.weight in the model"):
+        load_checkpoint(tmp_path / "a", tied, AdaFisher(tied.parameters(), **SETTINGS))
+
+    one = nn.ModuleDict({"one": Kinds()})
+    one["one"].calls = 7
+    save_checkpoint(tmp_path / "b", one, AdaFisher(one.parameters(), **SETTINGS))
+    two = nn.ModuleDict({"two": Kinds()})
+    load_checkpoint(tmp_path / "b", two, AdaFisher(two.parameters(), **SETTINGS), rename={"one.": "two."})
+    assert two["two"].calls == 7
+    plain = nn.ModuleDict({"one": nn.Linear(1, 1)})
+    result = load_checkpoint(tmp_path / "b", plain, AdaFisher(plain.parameters(), **SETTINGS), strict=False)
+    assert "one._extra_state is not in the model" in result.not_restored
+
+    module = model()
+    save_checkpoint(tmp_path / "c", module, AdaFisher(param_groups(module), **SETTINGS))
+    with pytest.raises(CheckpointError, match="no parameter of param group 1 of the checkpoint"):
+        load_checkpoint(tmp_path / "c", module, AdaFisher(param_groups(module)[0]["params"], **SETTINGS))
+
+
+def test_a_users_own_keys_in_param_groups(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    optimizer.param_groups[0] |= {"mask": torch.ones(3), "factor": None}
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    optimizer.param_groups[0] |= {"mask": torch.zeros(3), "factor": 1.0}
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert optimizer.param_groups[0]["mask"].tolist() == [1, 1, 1] and optimizer.param_groups[0]["factor"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["files"][0].update(name="../x"), "KeyError|which is not in its folder"),
+        (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(0, 1), "not place elements 0"),
+        (lambda content: content["tensors"]["weight/scale"]["chunks"].append([1, 1, 0, 8]), "not place all 1"),
+        (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(2, -1), "damaged: KeyError"),
+        (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(3, 10**9), "outside of"),
+        (lambda content: content["tensors"]["weight/scale"].update(dtype="F128"), "damaged: KeyError"),
+    ],
+    ids=["path", "gap", "overlap", "file", "end", "dtype"],
+)
+def test_a_manifest_that_no_save_wrote(change: Any, message: str, tmp_path: Path) -> None:
+    """Its checksum is right, and still it may not lead to other files or other memory."""
+    module, optimizer = trained(count=1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    path = tmp_path / "a" / "manifest.json"
+    content = json.loads(path.read_text())["content"]
+    change(content)
+    path.write_text(json.dumps({"crc32": _checksum(content), "content": content}))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "a", module, optimizer)

@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import layouts
+from adafisher_dist.checkpoint.agree import together
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
 from adafisher_dist.checkpoint.saving import Saving, finish_pending, save
-from adafisher_dist.checkpoint.training import Training, observe
+from adafisher_dist.checkpoint.training import Training, adopt_replaced, observe
 from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
@@ -92,7 +93,10 @@ def save_checkpoint(
     """
     path = Path(path).absolute()
     training = _training(model, optimizer)
-    values = {"extra": extra, "lr_scheduler": scheduler_state(lr_scheduler)}
+
+    def values() -> dict[str, Any]:
+        return {"extra": extra, "lr_scheduler": scheduler_state(lr_scheduler)}
+
     return save(Place(path.parent, path.name), training, {}, values, keep_last, asynchronous)
 
 
@@ -137,14 +141,19 @@ def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:
 def _training(model: nn.Module, optimizer: AdaFisher) -> Training:
     if hasattr(model, "zero_optimization_stage"):
         raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    return training_of(module, optimizer, None)
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        model = inner
+    return training_of(model, optimizer, None)
 
 
 def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Training:
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
-    finish_pending()
+    if wrapper is None:
+        adopt_replaced(optimizer)
     roster = optimizer._roster
-    return observe(module, optimizer, wrapper, layouts.control_of(roster.registry, roster.process_group))
+    control = layouts.control_of(roster.registry, roster.process_group)
+    together(control, finish_pending)  # its failure may be known to some ranks already, by wait()
+    return observe(module, optimizer, wrapper, control)

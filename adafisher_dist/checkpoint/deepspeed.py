@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adafisher_dist.checkpoint import scheduler_state, training_of
 from adafisher_dist.checkpoint.agree import attempt, together
-from adafisher_dist.checkpoint.loading import IGNORED, Options, load, open_together
-from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
-from adafisher_dist.checkpoint.places import BESIDE, Place, latest_tag
+from adafisher_dist.checkpoint.loading import IGNORED, Options, load
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.places import BESIDE, Place, read_latest
 from adafisher_dist.checkpoint.saving import Saving, save
-from adafisher_dist.checkpoint.training import Training, layout_of
+from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.values import encode
 from adafisher_dist.optimizer import AdaFisher
 
@@ -24,6 +23,13 @@ logger = logging.getLogger("adafisher_dist")
 
 # Counters of an engine that DeepSpeed's own checkpoints keep.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+# What its own files have besides the client state.
+_DEEPSPEED_KEYS = (
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
+)  # fmt: skip
 
 # What a loss scaler has learnt; what it was configured with stays.
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -36,7 +42,10 @@ def save_engine(
     """See `ds.save_checkpoint`."""
     training = _training(engine)
     place = Place(Path(save_dir).absolute(), _same_tag(training, tag, engine))
-    values = {"client_state": dict(client_state or {}), **_values(engine)}
+
+    def values() -> dict[str, Any]:
+        return {"client_state": dict(client_state or {}), **_values(engine)}
+
     return save(place, training, _facts(engine), values, keep_last, asynchronous, save_latest)
 
 
@@ -73,7 +82,7 @@ def _load(
 
 
 def save_with_deepspeed(
-    original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Mapping[str, Any], more: Any
+    original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Any, *more: Any, **options: Any
 ) -> Any:
     """Let DeepSpeed write its files, and put AdaFisher's state, and all that a load elsewhere needs, beside them.
 
@@ -83,63 +92,58 @@ def save_with_deepspeed(
     training = _training(engine)
     tag = _same_tag(training, tag, engine)
     place = Place(Path(save_dir).absolute() / tag, BESIDE)
-    values = _values(engine)
     _, problem = attempt(lambda: encode(dict(client_state or {}), "client_state", []))
-    if any(training.control.gather(problem is not None)):  # DeepSpeed pickles it
+    pickled = any(training.control.gather(problem is not None))
+    if pickled:
         logger.warning("The client state is in DeepSpeed's files alone, and is lost at another world size: %s", problem)
-        values["client_state"] = None
-    else:
-        values["client_state"] = dict(client_state or {})
+
+    def values() -> dict[str, Any]:
+        return {"client_state": None if pickled else dict(client_state or {}), **_values(engine)}
+
     save(place, training, _facts(engine), values, latest=False)
-    _, manifest = open_together(lambda: place, training)
-    with _state_beside(training.optimizer, manifest.about["id"]):
-        return original(engine, save_dir, tag, client_state, **more)
+    training.optimizer._beside = True
+    try:
+        return original(engine, save_dir, tag, client_state, *more, **options)
+    finally:
+        training.optimizer._beside = False
 
 
 def load_with_deepspeed(
     original: Callable[..., Any], engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]
 ) -> Any:
-    """Load what `save_with_deepspeed` saved: through DeepSpeed at the same world size and stage, else without it."""
+    """Load what `save_with_deepspeed` saved, from our files alone; what others saved, as DeepSpeed does."""
     training = _training(engine)
     root = Path(load_dir).absolute()
     name = _tag_to_load(training, root, tag)
-    place = Place(root / str(name), BESIDE)
-    there = together(training.control, lambda: (place.folder / MANIFEST).is_file())
-    if engine.load_universal_checkpoint() or not any(there):
+    places = [Place(root / str(name), BESIDE), Place((root / str(name)).parent, (root / str(name)).name)]
+
+    def find() -> Place | None:
+        found = [place for place in places if attempt(place.find)[0] is not None]
+        return found[0] if found else None
+
+    place = find()
+    if engine.load_universal_checkpoint() or not any(training.control.gather(place is not None)):
         return original(engine, load_dir, tag, **flags)
-    _, manifest = open_together(lambda: place, training)
-    about = manifest.about
-    states = flags["load_optimizer_states"] and not flags["load_module_only"]
-    options = Options(strict=flags["load_module_strict"], states=states, random=False)
-    if _same_layout(about, training, engine):
-        with _state_beside(training.optimizer, about["id"]):
-            result = original(engine, load_dir, tag, **flags)
-        if states and result[0] is not None:
-            load(lambda: place, training, options)
-        return result
     if flags["custom_load_fn"] is not None:
-        raise CheckpointError("custom_load_fn is not called for a checkpoint of another world size or ZeRO stage.")
+        raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]
-    schedule = counters and flags["load_lr_scheduler_states"]
-    folder, client_state = _load(engine, lambda: place, training, options, counters, schedule)
+    states = flags["load_optimizer_states"] and counters
+    options = Options(strict=flags["load_module_strict"], states=states, random=False)
+    schedule = flags["load_lr_scheduler_states"] and counters
+    folder, client_state = _load(engine, lambda: place or places[0], training, options, counters, schedule)
     if client_state is None:
-        logger.warning("The client state of %s cannot be loaded at another world size or ZeRO stage.", folder)
-    return folder, client_state or {}
+        client_state = _pickled_client_state(engine, training, load_dir, str(name))
+    return folder, client_state
 
 
-@contextmanager
-def _state_beside(optimizer: AdaFisher, identity: str) -> Iterator[None]:
-    """While DeepSpeed saves or loads the optimizer's state dict, it only says that the state lies elsewhere."""
-    optimizer._beside = identity
-    try:
-        yield
-    finally:
-        optimizer._beside = None
-
-
-def _same_layout(about: Mapping[str, Any], training: Training, engine: Any) -> bool:
-    here = {**_facts(engine), "world_size": training.control.size, "layout": layout_of(training)}
-    return all(about[key] == here[key] for key in ("world_size", "layout", "zero_stage", "precision"))
+def _pickled_client_state(engine: Any, training: Training, load_dir: Any, tag: str) -> dict[str, Any]:
+    """What DeepSpeed's own file of this rank has besides its own entries; nothing where a rank has no such file."""
+    path = engine._get_ckpt_name(str(load_dir), tag)
+    if not all(training.control.gather(Path(path).is_file())):
+        logger.warning("The client state in %s is not loaded: there is no such file for every rank.", path)
+        return {}
+    saved = engine.checkpoint_engine.load(path, map_location="cpu")
+    return {key: value for key, value in saved.items() if key not in _DEEPSPEED_KEYS}
 
 
 # ---- what an engine has besides ----
@@ -179,7 +183,7 @@ def _tag_to_load(training: Training, root: Path, tag: Any) -> str | None:
     Raises:
         CheckpointError: `latest` cannot be read, or differs.
     """
-    tags = together(training.control, lambda: str(tag) if tag is not None else latest_tag(root))
+    tags = together(training.control, lambda: str(tag) if tag is not None else read_latest(root))
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     return tags[0]

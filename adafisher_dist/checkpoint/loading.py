@@ -23,7 +23,7 @@ from adafisher_dist.checkpoint.matching import Match, match, refuse, settings_to
 from adafisher_dist.checkpoint.places import Place
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader, read_tensor
-from adafisher_dist.checkpoint.saving import explain, quiet
+from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.settings import Structure, normalize, structure
 from adafisher_dist.shard import Shard
@@ -74,6 +74,9 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
         CheckpointError: see `load_checkpoint`.
     """
     control, began = training.control, time.monotonic()
+    same = control.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
+    if len(set(same)) > 1:
+        raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
     folder, manifest = open_together(where, training)
     _verify(folder, manifest, training, options.verify)
     loaded, matched = Loaded(folder, manifest.about), Match()
@@ -105,7 +108,7 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
 
         def finish() -> None:
             if options.weights:
-                _restore_extra_state(training, loaded.values["extra_state"])
+                _restore_extra_state(training, loaded.values["extra_state"], matched)
             if options.states:
                 _restore_settings(training, loaded.values["settings"], matched)
                 _complete(training, manifest, matched, shards)
@@ -239,8 +242,7 @@ def _read(folder: Path, manifest: Manifest, wanted: list[Range], training: Train
     control, planner = training.control, RangeLoadPlanner(wanted)
     problem = None
     try:
-        with quiet(control):
-            dcp.load({}, storage_reader=ShardReader(folder, manifest), planner=planner, process_group=control.handle)
+        dcp.load({}, storage_reader=ShardReader(folder, manifest), planner=planner, process_group=control.handle)
     except CheckpointException as failure:
         problem = explain(failure)
     except Exception as error:
@@ -271,10 +273,10 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     return []
 
 
-def _restore_extra_state(training: Training, saved: Mapping[str, Any]) -> None:
+def _restore_extra_state(training: Training, saved: Mapping[str, Any], matched: Match) -> None:
     for name, restore in trained.extra_states(training).items():
-        if name in saved:
-            restore(saved[name])
+        if name in matched.extra_states:
+            restore(saved[matched.extra_states[name]])
 
 
 def _restore_settings(training: Training, saved: Sequence[Mapping[str, Any]], matched: Match) -> None:
@@ -282,11 +284,10 @@ def _restore_settings(training: Training, saved: Sequence[Mapping[str, Any]], ma
     for group, source in zip(training.optimizer.param_groups, matched.groups, strict=True):
         if source is not None:
             for key, value in settings_to_restore(saved[source]).items():
-                now = group.get(key)
-                if isinstance(now, Tensor) and isinstance(value, Tensor | float):
-                    now.fill_(float(value))
+                if key == "lr" and isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(float(value))
                 else:
-                    group[key] = float(value) if isinstance(now, float) else value
+                    group[key] = float(value) if key == "lr" else value
             normalize(group)
 
 

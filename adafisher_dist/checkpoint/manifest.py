@@ -144,8 +144,17 @@ def read(folder: Path) -> Manifest:
             f"{folder} has format {content['format']}, and this version of adafisher_dist reads up to {FORMAT}; update"
             " adafisher_dist."
         )
-    names = [file["name"] for file in content["files"]]
-    manifest = Manifest(
+    try:
+        manifest = _parse(content)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+    _check(path, manifest)
+    return manifest
+
+
+def _parse(content: Mapping[str, Any]) -> Manifest:
+    names = dict(enumerate(file["name"] for file in content["files"]))
+    return Manifest(
         content["about"],
         {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]},
         {
@@ -157,8 +166,6 @@ def read(folder: Path) -> Manifest:
             for key, tensor in content["tensors"].items()
         },
     )
-    _check(path, manifest)
-    return manifest
 
 
 def _check(path: Path, manifest: Manifest) -> None:
@@ -167,11 +174,15 @@ def _check(path: Path, manifest: Manifest) -> None:
         if Path(name).name != name:
             raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder.")
     for key, tensor in manifest.tensors.items():
+        stop = 0
         for chunk in tensor.chunks:
             end = chunk.offset + chunk.numel * tensor.dtype.itemsize
-            if min(chunk.start, chunk.numel, chunk.offset) < 0 or end > manifest.files[chunk.file].nbytes:
+            if chunk.offset < 0 or chunk.numel < 0 or end > manifest.files[chunk.file].nbytes:
                 raise CheckpointError(f"{path} places a part of {key} outside of {chunk.file}.")
-        if sum(chunk.numel for chunk in tensor.chunks) != tensor.numel:
+            if chunk.start != stop:
+                raise CheckpointError(f"{path} does not place elements {stop} to {chunk.start} of {key}, or twice.")
+            stop += chunk.numel
+        if stop != tensor.numel:
             raise CheckpointError(f"{path} does not place all {tensor.numel} elements of {key}.")
 
 

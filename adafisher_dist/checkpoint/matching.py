@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
-from adafisher_dist.checkpoint.training import STRUCTURAL, Training, members_of_groups, shape_of, structure_of
+from adafisher_dist.checkpoint.training import (
+    STRUCTURAL,
+    Training,
+    extra_states,
+    members_of_groups,
+    shape_of,
+    structure_of,
+)
 from adafisher_dist.settings import structure
 
 _SHOWN = 20
+_EXTRA = "_extra_state"  # what torch calls it in a state dict
 
 
 @dataclass(slots=True)
@@ -20,6 +28,7 @@ class Match:
     Attributes:
         weights: by name in the model, of parameters and buffers: the name in the checkpoint.
         states: by name in the model, of parameters whose optimizer state is restored: the name in the checkpoint.
+        extra_states: by name of a module in the model: the name in the checkpoint.
         groups: for each param group of the optimizer, the number of the checkpoint's whose settings it takes.
         problems: what will not be restored, and why.
     """
@@ -27,6 +36,7 @@ class Match:
     weights: dict[str, str] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
     groups: list[int | None] = field(default_factory=list)
+    extra_states: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -48,7 +58,10 @@ def match(
     found = Match()
     model = manifest.about["model"]
     stored = {**model["parameters"], **model["buffers"]}
-    old_names = _renamed([*stored, *model["aliases"]], rename or {})
+    modules = [f"{name}.{_EXTRA}" if name else _EXTRA for name in model["extra_state"]]
+    old_names = _renamed([*stored, *model["aliases"], *modules], rename or {})
+    _match_extra_states(training, old_names, modules, found)
+    old_names = {name: old for name, old in old_names.items() if old not in modules}
     for alias, first in model["aliases"].items():  # a tied parameter may go by either name
         stored.setdefault(alias, stored[first])
     here = {**training.parameters, **training.buffers}
@@ -64,8 +77,10 @@ def match(
         else:
             fitting[name] = model["aliases"].get(old, old)
     for name, old in old_names.items():
-        if name not in here and name not in training.aliases and old not in model["aliases"]:
-            found.problems.append(f"{old} is not in the model" + ("" if name == old else f" (as {name})"))
+        if name not in here and old not in model["aliases"]:
+            tied = training.aliases.get(name)
+            what = f"tied to {tied} in the model, and was a tensor of its own" if tied else "not in the model"
+            found.problems.append(f"{old} is {what}" + ("" if name == old else f" (as {name})"))
     if weights:
         found.weights = fitting
     if states:
@@ -107,6 +122,17 @@ def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
+def _match_extra_states(training: Training, old_names: Mapping[str, str], saved: Sequence[str], found: Match) -> None:
+    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name in extra_states(training)}
+    new_names = {name: old for name, old in old_names.items() if old in saved}
+    for name, module in here.items():
+        if name in new_names:
+            found.extra_states[module] = new_names[name].removesuffix(_EXTRA).removesuffix(".")
+        else:
+            found.problems.append(f"{name} is not in the checkpoint")
+    found.problems += [f"{old} is not in the model" for name, old in new_names.items() if name not in here]
+
+
 def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:
     saved = manifest.about["optimizer"]
     managed = {name for group in saved["groups"] for name in group["names"]}
@@ -144,11 +170,17 @@ def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, 
                 f"param group {number} has parameters of the groups {sorted(sources)} of the checkpoint, so it is not"
                 " clear whose learning rate and settings it should take"
             )
+    taken = {
+        number_of[fitting[n]] for names in members_of_groups(training) for n in names if fitting.get(n) in number_of
+    }
+    for number, group in enumerate(manifest.about["optimizer"]["groups"]):
+        if number not in taken and any(name in fitting.values() for name in group["names"]):
+            found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")
 
 
 def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a saved param group that an optimizer takes over; those that shape its state stay its own."""
-    return {key: value for key, value in saved.items() if key not in STRUCTURAL}
+    return {key: value for key, value in saved.items() if key not in (*STRUCTURAL, "params", "param_names")}
 
 
 __all__ = ["CheckpointError", "Match", "match", "refuse", "settings_to_restore"]

@@ -74,7 +74,7 @@ class Place:
         Raises:
             CheckpointError: something else has the name.
         """
-        if self.folder.exists() and not (self.folder / MANIFEST).is_file():
+        if self.folder.exists() and not (self.folder / MANIFEST).is_file() and not _is_empty(self.folder):
             raise CheckpointError(f"{self.folder} exists and is no checkpoint of adafisher_dist; choose another name.")
         self.root.mkdir(parents=True, exist_ok=True)
         for path in list(self.root.iterdir()):
@@ -93,10 +93,12 @@ class Place:
         _sync(self.saving)
         if latest:
             _prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
-        if self.folder.exists():
+        if (self.folder / MANIFEST).is_file():
             if self._replaced.exists():
                 _remove(self._replaced)
             self.folder.rename(self._replaced)
+        elif self.folder.exists():
+            self.folder.rmdir()  # it is empty
         self.saving.rename(self.folder)
         try:
             _sync(self.root)
@@ -126,7 +128,8 @@ class Place:
             logger.warning("What a failed save left in %s could not be taken away: %s", self.root, error)
 
     def _delete_old(self, keep_last: int) -> None:
-        keep = {self.tag, latest_tag(self.root)}
+        linked = {path.resolve().name for path in self.root.iterdir() if path.is_symlink()}
+        keep = {self.tag, latest_tag(self.root), *linked}
         for tag in tags(self.root)[:-keep_last]:
             if tag not in keep:
                 leaving = self.root / f".{tag}.deleting"
@@ -147,23 +150,33 @@ def _publish_latest(root: Path) -> None:
     (root / f".{LATEST}.saving").rename(root / LATEST)
 
 
+def read_latest(root: Path) -> str | None:
+    """What `latest` says, if there is one; DeepSpeed also writes paths into it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = root / LATEST
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_those_in(root)}") from error
+
+
 def latest_tag(root: Path) -> str | None:
     """The tag that `latest` names, if there is one.
 
     Raises:
         CheckpointError: the file cannot be read, or is damaged.
     """
-    path = root / LATEST
-    try:
-        tag = path.read_text(encoding="utf-8").rstrip("\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {_those_in(root)}") from error
-    try:
-        Place(root, tag)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error} {_those_in(root)}") from error
+    tag = read_latest(root)
+    if tag is not None:
+        try:
+            Place(root, tag)
+        except ValueError as error:
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} {_those_in(root)}") from error
     return tag
 
 
@@ -171,7 +184,8 @@ def tags(root: Path) -> list[str]:
     """The checkpoints in a folder, the oldest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()]
+    own = [path for path in root.iterdir() if not path.name.startswith(".") and not path.is_symlink()]
+    found = [path for path in own if (path / MANIFEST).is_file()]
     return [path.name for path in sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))]
 
 
@@ -190,6 +204,10 @@ def place_of(path: Path) -> Place:
     if tag is not None and not (path / MANIFEST).is_file():
         return Place(path, tag)
     return Place(path.parent, path.name)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _remove(path: Path) -> None:

@@ -8,8 +8,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +30,9 @@ from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm import Control
 
 logger = logging.getLogger("adafisher_dist")
+
+# One process alone is nothing to warn of.
+warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable).*assuming the intent is to")
 
 
 class Saving:
@@ -96,8 +98,8 @@ def _report_at_exit() -> None:
 
 
 def save(
-    place: Place, training: Training, facts: Mapping[str, Any], extra: Mapping[str, Any], keep_last: int | None = None,
-    asynchronous: bool = False, latest: bool = True,
+    place: Place, training: Training, facts: Mapping[str, Any], extra: Callable[[], Mapping[str, Any]],
+    keep_last: int | None = None, asynchronous: bool = False, latest: bool = True,
 ) -> Saving:  # fmt: skip
     """Save to a place. A collective; the caller has waited for the last save.
 
@@ -105,7 +107,7 @@ def save(
         place: where.
         training: what.
         facts: what else the manifest says of it, as JSON: its step, say.
-        extra: by name, other values of rank 0.
+        extra: gives by name other values, of which rank 0's are saved.
         keep_last: how many checkpoints to keep in the place's root; None for all.
         asynchronous: write in the background, from a copy in CPU memory.
         latest: point `latest` at it.
@@ -124,7 +126,7 @@ def save(
         training.optimizer._roster.engine.check()
         _gather_state(training)
         tensors: list[Tensor] = []
-        about.update(_about(training, facts, extra, tensors))
+        about.update(_about(training, facts, extra(), tensors))
         found.extend(_ranges(training, tensors))
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
@@ -198,8 +200,7 @@ def _write(
     writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last, in_background)
     problem = None
     try:
-        with quiet(control):
-            dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
+        dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
     except CheckpointException as failure:
         problem = explain(failure)
     except Exception as error:  # another rank is gone, say
@@ -224,14 +225,3 @@ def explain(failure: CheckpointException) -> str:
         text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         causes.setdefault(text, []).append(rank)
     return "; ".join(f"Rank {', '.join(map(str, ranks))}: {text}" for text, ranks in causes.items())
-
-
-@contextmanager
-def quiet(control: Control) -> Iterator[None]:
-    """Without torch's warning that one process saves alone; elsewhere, nothing: filters belong to all threads."""
-    if control.handle is not None:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        yield

@@ -36,6 +36,7 @@ class Training:
         optimizer: AdaFisher.
         wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
         control: the ranks that save and load together.
+        names: of the optimizer's parameters, by their positions.
         parameters: by name; a tied one by its first.
         buffers: the persistent ones, by name; a shared one by its first.
         aliases: the other names of tied parameters and shared buffers.
@@ -45,15 +46,10 @@ class Training:
     optimizer: AdaFisher
     wrapper: Any
     control: Control
+    names: Mapping[int, str]
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     aliases: Mapping[str, str]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """The names of the optimizer's parameters, by their positions."""
-        found = ((self.optimizer._roster.registry.find(p), name) for name, p in self.parameters.items())
-        return {given.position: name for given, name in found if given is not None}
 
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
@@ -72,6 +68,9 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
     Raises:
         ValueError: the optimizer has a parameter that is not in the model.
     """
+    for part in module.modules():
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):  # FSDP2, which keeps a root whole after evaluation
+            part.reshard()  # type: ignore[operator]
     parameters: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -94,18 +93,23 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
             first[id(buffer)] = name
             buffers[name] = buffer
     roster = optimizer._roster
-    if wrapper is None:
-        standing = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        replaced = any(roster.registry.find(tensor) is None for tensor in standing)
-        if replaced and roster.registry.could_be(standing):
-            roster.register_all()  # as at the first step: a library has put sharded parameters in their place
     foreign = [given.name for tensor, given in roster.registry.given() if id(tensor) not in first]
     if foreign:
         raise ValueError(
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    return Training(module, optimizer, wrapper, control, parameters, buffers, aliases)
+    names = {given.position: first[id(tensor)] for tensor, given in roster.registry.given()}
+    return Training(module, optimizer, wrapper, control, names, parameters, buffers, aliases)
+
+
+def adopt_replaced(optimizer: AdaFisher) -> None:
+    """As at the first step: register the sharded parameters that a library has put in the place of those given."""
+    roster = optimizer._roster
+    standing = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    replaced = any(roster.registry.find(tensor) is None for tensor in standing)
+    if replaced and roster.registry.could_be(standing):
+        roster.register_all()
 
 
 def clean(name: str) -> str:
@@ -137,7 +141,10 @@ def weights(training: Training, names: Mapping[str, str], writing: bool) -> Iter
     for number, (name, tensor) in enumerate([*training.parameters.items(), *training.buffers.items()]):
         if name in names:
             kind = "weight" if name in training.parameters else "buffer"
-            yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing)
+            if kind == "buffer" and writing and held[name].replicated and training.control.rank:
+                continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
+            alone = kind == "buffer"
+            yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing, alone)
 
 
 def _held(training: Training) -> dict[str, Held]:
@@ -161,9 +168,9 @@ def _held(training: Training) -> dict[str, Held]:
     return held
 
 
-def _range(key: str, held: Held, total: int, number: int, writing: bool) -> Iterator[Range]:
+def _range(key: str, held: Held, total: int, number: int, writing: bool, alone: bool) -> Iterator[Range]:
     start, stop, values_ = held.start, held.stop, held.values
-    if writing and held.replicated:
+    if writing and held.replicated and not alone:
         start, stop = ranges.share(values_, number, held.group.rank, held.group.size)
         values_ = values_.view(-1)[start:stop] if values_.is_contiguous() else values_
     found = list(ranges.of_tensor(key, values_, start, stop, total))
