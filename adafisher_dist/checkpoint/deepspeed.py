@@ -115,14 +115,14 @@ def load_with_deepspeed(
     training = _training(engine)
     root = Path(load_dir).absolute()
     name = _tag_to_load(training, root, tag)
-    places = [Place(root / str(name), BESIDE), Place((root / str(name)).parent, (root / str(name)).name)]
+    folder = root / str(name)  # ours is in it, or, from ds.save_checkpoint, it is ours
 
-    def find() -> Place | None:
-        found = [place for place in places if attempt(place.find)[0] is not None]
-        return found[0] if found else None
+    def place() -> Place:
+        beside = Place(folder, BESIDE)
+        return beside if attempt(beside.find)[0] is not None else Place(folder.parent, folder.name)
 
-    place = find()
-    if engine.load_universal_checkpoint() or not any(training.control.gather(place is not None)):
+    there = attempt(lambda: place().find())[0] is not None
+    if engine.load_universal_checkpoint() or not any(training.control.gather(there)):
         return original(engine, load_dir, tag, **flags)
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
@@ -130,10 +130,10 @@ def load_with_deepspeed(
     states = flags["load_optimizer_states"] and counters
     options = Options(strict=flags["load_module_strict"], states=states, random=False)
     schedule = flags["load_lr_scheduler_states"] and counters
-    folder, client_state = _load(engine, lambda: place or places[0], training, options, counters, schedule)
+    path, client_state = _load(engine, place, training, options, counters, schedule)
     if client_state is None:
         client_state = _pickled_client_state(engine, training, load_dir, str(name))
-    return folder, client_state
+    return path, client_state
 
 
 def _pickled_client_state(engine: Any, training: Training, load_dir: Any, tag: str) -> dict[str, Any]:

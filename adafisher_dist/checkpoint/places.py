@@ -129,7 +129,7 @@ class Place:
 
     def _delete_old(self, keep_last: int) -> None:
         linked = {path.resolve().name for path in self.root.iterdir() if path.is_symlink()}
-        keep = {self.tag, latest_tag(self.root), *linked}
+        keep = {self.tag, read_latest(self.root), *linked}
         for tag in tags(self.root)[:-keep_last]:
             if tag not in keep:
                 leaving = self.root / f".{tag}.deleting"
