@@ -355,6 +355,29 @@ def test_killed_at_every_change_of_the_disk(scene: str, two: Path, folder: Path)
             break
     assert {"os.mkdir", "open", "write", "fsync", "os.rename"} <= set(events) and number > 20
     assert not problems, f"of {number} kills:\n" + "\n".join(problems)
+    # What a kill does not show, but a power cut would: every file and their folder are on the disk before a rename.
+    written = events[: events.index("os.rename")]
+    assert events.count("fsync") > written.count("fsync") > written.count("open")
+
+
+@pytest.mark.parametrize(
+    ("tag", "made"), slow_but(("step2", True), of=list(itertools.product(["step2", "step3"], [True, False])))
+)
+def test_killed_again_after_a_kill_between_two_renames(tag: str, made: bool, two: Path, folder: Path) -> None:
+    """The checkpoint that was put aside is the newest one until the next is published, whoever makes its folder."""
+    run = trained(3)
+    for number, root in roots("same", two, folder):
+        (root / "step2").rename(root / ".step2.replaced")
+        if made:
+            (root / "step2").mkdir()
+        killed, events = killed_at(number, lambda root=root: run.save(root / tag, 3))
+        try:
+            check(root, Digests(), 2 if killed else 3)
+            check_that_saves_go_on(root, "another")
+        except Exception as error:
+            raise AssertionError(f"{number} ({events[-1]})") from error
+        if not killed:
+            break
 
 
 def killed_again_and_again(rounds: int, seed: int, two: Path, folder: Path) -> None:

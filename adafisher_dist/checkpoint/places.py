@@ -221,10 +221,10 @@ def _remove(path: Path) -> None:
 def _roll_back(replaced: Path) -> None:
     """A save was killed while it replaced a checkpoint: give the old one its name again, or take it away."""
     folder = replaced.with_name(replaced.name[1 : -len(_REPLACED)])
-    if folder.exists():
+    if (folder / MANIFEST).is_file():
         _remove(replaced)
-    else:
-        replaced.rename(folder)
+    elif not folder.exists() or _is_empty(folder):
+        replaced.rename(folder)  # which takes the place of an empty one
 
 
 def _sync(folder: Path) -> None:
