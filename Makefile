@@ -26,9 +26,10 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
-bench: $(STAMP)  ## step time beside AdamW and Muon; all ZeRO stages on one picture (about six minutes)
+bench: $(STAMP)  ## step time beside AdamW and Muon; all ZeRO stages on one picture; checkpoints (about nine minutes)
 	@$(BIN)/python benchmarks/step_time.py
 	@$(BIN)/python benchmarks/stages.py
+	@$(BIN)/python benchmarks/checkpoint.py
 
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md
 	@$(BIN)/ruff check --quiet .

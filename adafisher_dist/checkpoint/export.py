@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from adafisher_dist.checkpoint import manifest as manifests
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.places import sync
 from adafisher_dist.checkpoint.reader import read_tensor
 from adafisher_dist.checkpoint.summary import Bar, damage, no_bar, short
 from adafisher_dist.checkpoint.values import dtype_of
@@ -175,7 +175,7 @@ def _write(shards: Mapping[str, _Outputs], out: Path, folder: Path, manifest: Ma
         places = {name: file for file, members in shards.items() for name in members}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _temporary(out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _sync(_temporary(out / _INDEX))
+        sync(_temporary(out / _INDEX))
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -186,7 +186,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         path.chmod(mode)  # safetensors would leave it to its owner alone
     except SafetensorError as error:  # the disk is full, say
         raise OSError(f"{path} could not be written: {error}") from error
-    _sync(path)
+    sync(path)
 
 
 def _tensor(folder: Path, manifest: Manifest, name: str, output: _Output) -> Tensor:
@@ -225,12 +225,3 @@ def _publish(files: Sequence[Path], standing: Sequence[Path]) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}{_SAVING}")
-
-
-def _sync(path: Path) -> None:
-    """Make what was written outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

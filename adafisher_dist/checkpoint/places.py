@@ -90,7 +90,7 @@ class Place:
         Raises:
             OSError: it could not; `discard` then brings back what there was.
         """
-        _sync(self.saving)
+        sync(self.saving)
         if latest:
             _prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
         if (self.folder / MANIFEST).is_file():
@@ -101,14 +101,14 @@ class Place:
             self.folder.rmdir()  # it is empty
         self.saving.rename(self.folder)
         try:
-            _sync(self.root)
+            sync(self.root)
             if latest:
                 _publish_latest(self.root)
         except OSError:
             self.folder.rename(self.saving)
             raise
         try:
-            _sync(self.root)
+            sync(self.root)
             if self._replaced.exists():
                 _remove(self._replaced)
             if keep_last is not None:
@@ -227,9 +227,9 @@ def _roll_back(replaced: Path) -> None:
         replaced.rename(folder)  # which takes the place of an empty one
 
 
-def _sync(folder: Path) -> None:
-    """Make what was renamed or created in a folder outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or what was renamed or created in a folder, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -71,27 +71,10 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
     for part in module.modules():
         if hasattr(part, "reshard") and hasattr(part, "unshard"):  # FSDP2, which keeps a root whole after evaluation
             part.reshard()  # type: ignore[operator]
-    parameters: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for raw, parameter in module.named_parameters(remove_duplicate=False):
-        name = clean(raw)
-        if id(parameter) in first:
-            aliases[name] = first[id(parameter)]
-        else:
-            first[id(parameter)] = name
-            parameters[name] = parameter
-    buffers: dict[str, Tensor] = {}
-    for raw, buffer in module.named_buffers(remove_duplicate=False):
-        owner, _, own = raw.rpartition(".")
-        if own in module.get_submodule(owner)._non_persistent_buffers_set:
-            continue
-        name = clean(raw)
-        if id(buffer) in first:
-            aliases[name] = first[id(buffer)]
-        else:
-            first[id(buffer)] = name
-            buffers[name] = buffer
+    aliases: dict[str, str] = {}
+    parameters = _by_first_name(module.named_parameters(remove_duplicate=False), first, aliases)
+    buffers = _by_first_name(_persistent_buffers(module), first, aliases)
     roster = optimizer._roster
     foreign = [given.name for tensor, given in roster.registry.given() if id(tensor) not in first]
     if foreign:
@@ -101,6 +84,27 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
         )
     names = {given.position: first[id(tensor)] for tensor, given in roster.registry.given()}
     return Training(module, optimizer, wrapper, control, names, parameters, buffers, aliases)
+
+
+def _by_first_name(
+    named: Iterable[tuple[str, Tensor]], first: dict[int, str], aliases: dict[str, str]
+) -> dict[str, Tensor]:
+    """Tensors by name, each once; `first` and `aliases` take the first name of each, by its id, and the other names."""
+    found: dict[str, Tensor] = {}
+    for raw, tensor in named:
+        name = clean(raw)
+        if first.setdefault(id(tensor), name) == name:
+            found[name] = tensor
+        else:
+            aliases[name] = first[id(tensor)]
+    return found
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        owner, _, own = name.rpartition(".")
+        if own not in module.get_submodule(owner)._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def adopt_replaced(optimizer: AdaFisher) -> None:
