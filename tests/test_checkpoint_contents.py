@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import values
+from adafisher_dist.checkpoint import Place, save, training_of, values
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.reader import read_tensor
 
@@ -566,3 +566,14 @@ def test_a_manifest_that_no_save_wrote(change: Any, message: str, tmp_path: Path
     path.write_text(json.dumps({"crc32": _checksum(content), "content": content}))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a", module, optimizer)
+
+
+def test_a_damaged_latest_does_not_undo_a_save(tmp_path: Path) -> None:
+    """What the rotation cannot tell any more is left alone: the new checkpoint is there, and is not said to be lost."""
+    module, optimizer = trained(count=1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    (tmp_path / "latest").write_bytes(b"\xff")
+    training = training_of(module, optimizer, None)
+    save(Place(tmp_path, "b"), training, {}, dict, keep_last=1, latest=False)
+    assert load_checkpoint(tmp_path / "b", module, optimizer).path == tmp_path / "b"
+    assert (tmp_path / "a").exists()

@@ -113,7 +113,7 @@ class Place:
                 _remove(self._replaced)
             if keep_last is not None:
                 self._delete_old(keep_last)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:  # the latter where `latest` cannot be read
             logger.warning("%s is saved; what it replaces could not be taken away: %s", self.folder, error)
 
     def discard(self) -> None:
