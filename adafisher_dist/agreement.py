@@ -13,25 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist import comm, fisher, plan
+from adafisher_dist import comm, plan
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.shard import Shard
+from adafisher_dist.transfer import Inputs
 
 
 def agree(
-    group: Group, shards: Sequence[Shard], active: Sequence[Sequence[bool]], largest: Sequence[Tensor],
-    settings: Sequence[Sequence[Mapping[str, Any]]], faults: Faults, compare_copies: bool,
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, faults: Faults,
+    compare_copies: bool,
 ) -> bool:  # fmt: skip
     """Whether the step may go on: every gradient of every rank is finite and small enough to square.
 
     Args:
         group: the ranks.
         shards: those that take part in the step.
-        active: for each shard and stored tensor, whether it has a gradient.
-        largest: for each shard, the largest absolute gradient element on this rank, 0-d.
-        settings: for each shard and param group, its settings; empty where the group has no gradient.
+        inputs: for each shard; after a fault some may be missing.
+        finite: whether that is so of this rank's gradients.
+        on_device: whether that is decided on the device instead.
         faults: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
             they always are in the first step of a shard. Alike on all ranks.
@@ -40,13 +41,15 @@ def agree(
         RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
         Exception: the fault itself, on the rank that had it.
     """
-    finite = all(bool(norm <= _limit(shard)) for norm, shard in zip(largest, shards, strict=False))  # NaN is not
     values = [int(finite), _failed(faults)]
     if group.together == 1:
         _raise(faults, values[1], "")
     else:
-        prints = [*_fingerprints(shards, active, settings), *_of_copies(shards, active, faults, compare_copies)]
-        same_replicas = _same_in_replicas(group, shards, active, faults, compare_copies) if group.replicas else 1
+        prints = [
+            *_fingerprints(shards, inputs, on_device),
+            *_of_copies(shards, inputs, faults, compare_copies),
+        ]
+        same_replicas = _same_in_replicas(group, shards, inputs, faults, compare_copies) if group.replicas else 1
         values = [int(finite), _failed(faults), same_replicas]
         values += chain.from_iterable((print_, -print_) for print_, _ in prints)
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different backends would all wait.
@@ -67,15 +70,19 @@ _SYNCHRONISE = (
 )
 
 
-def _fingerprints(
-    shards: Sequence[Shard], active: Sequence[Sequence[bool]], settings: Sequence[Sequence[Mapping[str, Any]]]
-) -> list[tuple[int, str]]:
+def _fingerprints(shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool) -> list[tuple[int, str]]:
     """What must be the same on all ranks, and what to say if it is not."""
+    active = [[gradient is not None for gradient in own.gradients] for own in inputs]
     return [
         (
             plan.digest([shard.storage.group.size for shard in shards], active),
             "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"
             " the same parameters a gradient on every rank.",
+        ),
+        (
+            int(on_device),
+            "Some ranks would run AdaFisher's Triton kernel and others torch: their devices, or the Triton that is"
+            ' installed, differ. Use backend="torch" on all.',
         ),
         (
             plan.digest([shard.digest() for shard in shards if not shard.checked]),
@@ -89,7 +96,7 @@ def _fingerprints(
             " alone, and reset it on all.",
         ),
         (
-            plan.digest([_values(group) for groups in settings for group in groups]),
+            plan.digest([_values(group) for own in inputs for group in own.settings]),
             "The ranks' param groups have different settings (lr, momentum, damping, …). Change them alike on every"
             " rank; a scheduler that follows a metric, as ReduceLROnPlateau, needs the same metric on all.",
         ),
@@ -97,12 +104,12 @@ def _fingerprints(
 
 
 def _of_copies(
-    shards: Sequence[Shard], active: Sequence[Sequence[bool]], faults: Faults, everything: bool
+    shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, everything: bool
 ) -> list[tuple[int, str]]:
     """The same of the replicated parameters and of their gradients, bit by bit: of new shards, or of all."""
     chosen = [
-        (shard, having)
-        for shard, having in zip(shards, active, strict=True)
+        own
+        for shard, own in zip(shards, inputs, strict=False)
         if shard.storage.replicated and shard.storage.group.size > 1 and (everything or not shard.checked)
     ]
     sums = _checksums(chosen, faults)
@@ -124,14 +131,15 @@ def _of_copies(
 
 
 def _same_in_replicas(
-    group: Group, shards: Sequence[Shard], active: Sequence[Sequence[bool]], faults: Faults, compare: bool
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, compare: bool
 ) -> int:
     """Whether the replicas of this rank hold the same parts of parameters and gradients, bit by bit.
 
     A collective whether they are compared or not, so that ranks which are not of one mind on that do not hang.
     """
     assert group.replicas is not None
-    sharded = [pair for pair in zip(shards, active, strict=True) if compare and not pair[0].storage.replicated]
+    pairs_of = zip(shards, inputs, strict=False)
+    sharded = [own for shard, own in pairs_of if compare and not shard.storage.replicated]
     sums = _checksums(sharded, faults)
     pairs = torch.tensor(list(chain.from_iterable((value, -value) for value in sums)))
     low = comm.minimum(group.replicas, pairs).tolist()
@@ -170,23 +178,13 @@ def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
     return [(name, float(value) if name == "lr" else value) for name, value in group.items() if name in DEFAULTS]
 
 
-def _limit(shard: Shard) -> float:
-    return min(fisher.largest_gradient(s.compute_dtype, s.block_size) for s in shard.structures)
-
-
-def _checksums(chosen: Sequence[tuple[Shard, Sequence[bool]]], faults: Faults) -> list[int]:
+def _checksums(chosen: Sequence[Inputs], faults: Faults) -> list[int]:
     """Of the parameters that have a gradient, and of those gradients; zeros after a fault."""
     sums = [0, 0]
 
     def add_up() -> None:
-        weights: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for shard, having in chosen:
-            for index in range(len(shard.storage.tensors)):
-                gradient = shard.storage.gradient(index)
-                if having[index] and gradient is not None:
-                    weights.append(shard.storage.values(index))
-                    gradients.append(gradient)
+        weights = [weight for own in chosen for weight in own.weights if weight is not None]
+        gradients = [gradient for own in chosen for gradient in own.gradients if gradient is not None]
         sums[:] = _checksum(weights), _checksum(gradients)
 
     faults.attempt(add_up)

@@ -97,7 +97,14 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
     return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
 
 
-def compute(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
+def uses_kernel(structure: Structure, backend: str, device: torch.device) -> bool:
+    """Whether blocks of these settings are worked on by a kernel that asks the device whether to."""
+    return False
+
+
+def compute(
+    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor | None = None
+) -> None:
     """One step of rows [start, stop): their gradient goes into m and F, and the update u takes its place.
 
     Blocks do not depend on each other, so on a CPU the rows are worked on in tiles that stay in its cache.
@@ -109,6 +116,7 @@ def compute(batch: Batch, start: int, stop: int, step: int, updates: int, settin
         step: t, this step included.
         updates: k, this step included where it updates F.
         settings: the param group.
+        go: None, or 0-d on the device: 0 if nothing is to change.
     """
     on_cpu = batch.fisher.device.type == "cpu"
     tile = max(1, CPU_TILE_FISHER_NUMEL // batch.fisher[0].numel()) if on_cpu else stop - start

@@ -1,11 +1,14 @@
 """The only module that calls collectives.
 
 Every function is called by all ranks of a group in the same order. With one rank, nothing is sent.
-Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device.
+Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device; what a host has to know
+before it goes on travels in a gloo group, since reading it from the device would wait for all the work that is queued
+there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+sent: Counter[str] = Counter()
+"""Bytes that this process has sent for steps, by what they were (DESIGN.md, "Bytes"): weights, blocks, verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +148,28 @@ def own_rank() -> int:
 
 
 def minimum(group: Group, values: Tensor) -> Tensor:
-    """The elementwise minimum over the ranks of the group and of its replicas; a small tensor on the CPU."""
+    """The elementwise minimum over the ranks of the group and of its replicas; a small tensor on the CPU.
+
+    The host waits for the other hosts, and not for its device.
+    """
     if group.size > 1:
-        wire = group.wire(values)
-        sent = wire.load().clone()
-        dist.all_reduce(sent, dist.ReduceOp.MIN, group.handle)
-        values = sent.to(values.device)
+        handle = group.handle if "cpu" in group.devices else control(sorted(group.members)).handle
+        _all_reduce_minimum(values, handle)
     return values if group.replicas is None else minimum(group.replicas, values)
+
+
+def minimum_on_device(group: Group, value: Wire) -> None:
+    """The same of a tensor where it is, in place; on an accelerator nothing waits for it."""
+    if group.size > 1:
+        _all_reduce_minimum(value.load(), group.handle)
+        value.unload()
+    if group.replicas is not None:
+        minimum_on_device(group.replicas, value)
+
+
+def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None) -> None:
+    dist.all_reduce(values, dist.ReduceOp.MIN, handle)
+    sent["verdicts"] += values.nbytes
 
 
 def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
@@ -159,23 +180,30 @@ def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
     # Its name from torch 2.13 on; the old one warns there.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work = all_gather(out.sent, mine.load(), group.handle, async_op=True)
-
-    def wait() -> None:
-        work.wait()
-        out.unload()
-
-    return wait
+    sent["weights"] += (group.size - 1) * mine.tensor.nbytes
+    return _waiting(work, out)
 
 
 def exchange(
     group: Group, send: Wire, send_counts: Sequence[int], receive: Wire, receive_counts: Sequence[int]
-) -> None:
-    """Send consecutive stretches of a 1-d tensor to the ranks, one each, and receive what the ranks sent here.
+) -> Callable[[], None]:
+    """Start to send consecutive stretches of a 1-d tensor to the ranks, one each, and to receive what they sent here.
 
-    All ranks take part or none: whether anything is sent at all must be known alike on all of them.
+    The result waits for it; neither tensor may be touched before that. All ranks take part or none: whether anything is
+    sent at all must be known alike on all of them.
     """
-    dist.all_to_all_single(receive.sent, send.load(), list(receive_counts), list(send_counts), group.handle)
-    receive.unload()
+    counts = list(receive_counts), list(send_counts)
+    work = dist.all_to_all_single(receive.sent, send.load(), *counts, group.handle, async_op=True)
+    sent["blocks"] += send.tensor.nbytes
+    return _waiting(work, receive)
+
+
+def _waiting(work: Any, received: Wire) -> Callable[[], None]:
+    def wait() -> None:
+        work.wait()
+        received.unload()
+
+    return wait
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from adafisher_dist import comm
 from adafisher_dist.agreement import agree, settle
-from adafisher_dist.batch import updates_fisher
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.layouts import UnsupportedLayoutError
 from adafisher_dist.settings import DEFAULTS, normalize, structure
-from adafisher_dist.shard import Shard, compute
-from adafisher_dist.transfer import Transfer, transfer
+from adafisher_dist.shard import Shard, Time, compute, in_kernels, largest_gradient
+from adafisher_dist.transfer import Inputs, Transfer, transfer
+from adafisher_dist.verdict import Verdict
 
 Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
 
@@ -29,15 +32,32 @@ class Engine:
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
         self.incomplete = False
         """Whether a step or the loading of a checkpoint began and did not end."""
+        self.skipped = 0
+        """Steps that changed nothing, of those whose verdict is known."""
+        self.sent: Counter[str] = Counter()
+        """Bytes that this rank sent in the last step."""
         self._calls = 0
+        self._verdicts: dict[torch.device, Verdict] = {}
+        self._pending: tuple[Verdict, list[tuple[Tensor, Tensor]]] | None = None  # and counters with what they were
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._where
 
     @property
     def shards(self) -> list[Shard]:
-        """In the order in which their tensors first had a gradient."""
+        """In the order in which their tensors first had a gradient; their counters are right."""
+        self.learn()
         return [way.shard for way in self._transfers]
+
+    def learn(self) -> None:
+        """Take back that the last step was counted, where the device has found that it was to change nothing."""
+        if self._pending is not None:
+            verdict, counters = self._pending
+            self._pending = None
+            if not verdict.read():
+                self.skipped += 1
+                for counter, before in counters:
+                    counter.copy_(before)
 
     def add(self, shard: Shard) -> None:
         """Take a shard's tensors in."""
@@ -54,6 +74,7 @@ class Engine:
         Raises:
             RuntimeError: on all ranks alike, since all of them know of the failure.
         """
+        self.learn()
         if self.incomplete:
             raise RuntimeError(
                 "AdaFisher's state and the parameters are incomplete, since a step or a load failed half-way. Load the"
@@ -68,16 +89,15 @@ class Engine:
         wanted = {id(self._where[tensor][0]) for tensor in tensors if tensor in self._where}
         return [way for way in self._transfers if id(way.shard) in wanted]
 
-    def step(self, groups: Groups, group: Group, faults: Faults) -> bool:
+    def step(self, groups: Groups, group: Group, faults: Faults) -> None:
         """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
+
+        A step in which a gradient is not finite, or too large to square, changes nothing on any rank; `skipped` counts.
 
         Args:
             groups: those tensors' param groups.
             group: the ranks that take each step of this optimizer together, whatever any of them has to do in it.
             faults: of this rank, so far.
-
-        Returns:
-            False if the step was skipped on all ranks, for a gradient that is not finite or too large to square.
 
         Raises:
             RuntimeError: see `agreement.agree` and `settle`; also for a sparse gradient, a changed structural setting,
@@ -85,37 +105,55 @@ class Engine:
         """
         self.check()
         self._calls += 1
+        before = Counter(comm.sent)
         transfers = self._transfers_of(groups)
         shards = [way.shard for way in transfers]
-        active = [[id(tensor) in groups for tensor in shard.storage.tensors] for shard in shards]
-        settings: list[list[dict[str, Any]]] = []
+        inputs: list[Inputs] = []
         largest: list[Tensor] = []
+        verdicts: list[Verdict] = []
 
         def collect() -> None:
             _check_ranks(shards, group)
-            settings.extend(_settings(shard, groups) for shard in shards)
-            for shard in shards:
-                _check_tensors(shard)
-            largest.extend(way.collect(having) for way, having in zip(transfers, active, strict=True))
+            inputs.extend(_inputs(shard, groups) for shard in shards)
+            largest.extend(way.collect(own) for way, own in zip(transfers, inputs, strict=True))
+            verdicts.extend(self._verdict_on_device(shards, inputs, group))
 
         faults.attempt(collect)
+        limits = [largest_gradient(shard) for shard in shards]
         try:
+            # NaN is not below the limit. Where the device decides, nobody asks here.
+            finite = bool(verdicts) or all(bool(norm <= limit) for norm, limit in zip(largest, limits, strict=False))
             # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
             compare_copies = self._calls.bit_count() == 1
-            if not agree(group, shards, active, largest, settings, faults, compare_copies):
-                return False
+            if not agree(group, shards, inputs, finite, bool(verdicts), faults, compare_copies):
+                self.skipped += 1
+                return
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
         self.incomplete = True  # until all ranks have done their part
-        for way, having, hyper in zip(transfers, active, settings, strict=True):
-            way.to_owners(faults)
-            times: list[tuple[int, int] | None] = []
-            faults.attempt(partial(_advance, way.shard, having, hyper, times))
-            way.run(partial(compute, times=times, settings=hyper), having, hyper, faults)
+        go = verdicts[0].decide(largest, limits, faults) if verdicts else None
+        counters = [(shard.counters, shard.counters.clone()) for shard in shards]
+        for way, own in zip(transfers, inputs, strict=True):
+            times: list[Time] = []
+            faults.attempt(partial(_advance, way.shard, own, times))
+            way.run(own, partial(compute, times=times, settings=own.settings, go=go), go, faults)
+            faults.attempt(own.write_back)
         settle(group, faults)
         self.incomplete = False
-        return True
+        self.sent = comm.sent - before
+        if verdicts:
+            self._pending = verdicts[0], counters
+
+    def _verdict_on_device(self, shards: Sequence[Shard], inputs: Sequence[Inputs], group: Group) -> list[Verdict]:
+        """What decides on the device whether the step goes on, if all its work is done by kernels that ask for it."""
+        devices = {shard.arena.device for shard in shards}
+        if len(devices) != 1 or not all(map(in_kernels, shards, (own.settings for own in inputs))):
+            return []
+        (device,) = devices
+        if device not in self._verdicts:
+            self._verdicts[device] = Verdict(group, device)
+        return [self._verdicts[device]]
 
 
 def _check_ranks(shards: Sequence[Shard], group: Group) -> None:
@@ -165,36 +203,50 @@ def _settings(shard: Shard, groups: Groups) -> list[dict[str, Any]]:
     return result
 
 
-def _check_tensors(shard: Shard) -> None:
-    """Refuse gradients that cannot be used, and tensors that were given another shape or device since the plan."""
-    for index, (shape, device) in enumerate(shard.stored):
-        gradient, values = shard.storage.gradient(index), shard.storage.values(index)
-        problem = None
-        if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
-            kind = "complex" if gradient.is_complex() else "sparse"
-            problem = f"has a {kind} gradient, which AdaFisher does not support. For embeddings, use sparse=False."
-        elif (values.shape, values.device) != (shape, device):
-            problem = (
-                f"was {tuple(shape)} on {device} when its state was made, and is {tuple(values.shape)} on"
-                f" {values.device} now. Move or replace parameters before the first step; or reset_state(), or save and"
-                " load the state_dict."
-            )
-        elif gradient is not None and gradient.shape != shape:
-            problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(shape)}."
-        if problem:
-            name = next(p.name for p in shard.storage.parameters if p.tensor == index)
-            raise RuntimeError(f"The parameter {name} {problem}")
+def _inputs(shard: Shard, groups: Groups) -> Inputs:
+    """What the call brings for a shard.
+
+    Raises:
+        RuntimeError: a gradient cannot be used, or a tensor has been given another shape, device or dtype since the
+            plan was made; or a setting that shapes the state was changed.
+    """
+    inputs = Inputs(settings=_settings(shard, groups))
+    for index, tensor in enumerate(shard.storage.tensors):
+        gradient = shard.storage.gradient(index) if id(tensor) in groups else None
+        if gradient is None:
+            inputs.add(None, None)
+        else:
+            weight = shard.storage.values(index)
+            _check_tensor(shard, index, weight, gradient)
+            inputs.add(weight, gradient)
+    return inputs
 
 
-def _advance(
-    shard: Shard, active: Sequence[bool], settings: Sequence[Mapping[str, Any]], times: list[tuple[int, int] | None]
-) -> None:
+def _check_tensor(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:
+    before = shard.stored[index]
+    if gradient.layout != torch.strided or gradient.is_complex():
+        kind = "complex" if gradient.is_complex() else "sparse"
+        problem = f"has a {kind} gradient, which AdaFisher does not support. For embeddings, use sparse=False."
+    elif (weight.shape, weight.device, weight.dtype) != before:
+        problem = (
+            f"was {tuple(before.shape)}, {before.dtype}, on {before.device} when its state was made, and is"
+            f" {tuple(weight.shape)}, {weight.dtype}, on {weight.device} now. Move or replace parameters before the"
+            " first step; or reset_state(), or save and load the state_dict."
+        )
+    elif gradient.shape != weight.shape:
+        problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(weight.shape)}."
+    else:
+        return
+    name = next(p.name for p in shard.storage.parameters if p.tensor == index)
+    raise RuntimeError(f"The parameter {name} {problem}")
+
+
+def _advance(shard: Shard, inputs: Inputs, times: list[Time]) -> None:
     """Count the step of the active tensors' parameters; appends each one's t and k to `times`, or None."""
-    counts: list[list[int]] = shard.counters.tolist()
-    for count, parameter in zip(counts, shard.storage.parameters, strict=True):
-        having = active[parameter.tensor]
-        if having:
-            count[0] += 1
-            count[1] += updates_fisher(count[0], settings[shard.groups[parameter.tensor]])
-        times.append((count[0], count[1]) if having else None)
-    shard.counters.copy_(torch.tensor(counts))
+    tensors = [parameter.tensor for parameter in shard.storage.parameters]
+    active = np.array([gradient is not None for gradient in inputs.gradients], dtype=bool)[tensors]
+    every = np.array([settings.get("fisher_update_freq", 1) for settings in inputs.settings])
+    counts = shard.counters.numpy()
+    counts[:, 0] += active
+    counts[:, 1] += active & ((counts[:, 0] - 1) % every[np.array(shard.groups)[tensors]] == 0)
+    times += [(t, k) if having else None for (t, k), having in zip(counts.tolist(), active.tolist(), strict=True)]

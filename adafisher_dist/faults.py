@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class Faults:
@@ -24,3 +25,8 @@ class Faults:
             except Exception as error:
                 self.error = error
         return self.error is None
+
+    def rescue(self, work: Callable[[], object]) -> None:
+        """Do it although something failed before, if it can be done: what the other ranks are sent is better for it."""
+        with suppress(Exception):
+            work()

@@ -122,8 +122,6 @@ class AdaFisher(Optimizer):
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
-        self.skipped_steps = 0
-        """Steps that were skipped for a gradient that was not finite or too large."""
 
     # ---- torch.optim's conventions ----
 
@@ -198,17 +196,17 @@ class AdaFisher(Optimizer):
         faults.attempt(partial(self._roster.enlist, new))
         try:
             settings = {key: group for key, (_, group) in groups.items()}
-            done = self._roster.engine.step(settings, self._roster.ranks(), faults)
+            before = self._roster.engine.skipped
+            self._roster.engine.step(settings, self._roster.ranks(), faults)
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
                 step = self.state.get(tensor, {}).get("step")
                 if tensor not in self._roster.engine and step is not None and not step.any():
                     del self.state[tensor]
             raise
-        if done:
-            self._consolidated = self._elsewhere = None
-        else:
-            self._count_skip()
+        self._consolidated = self._elsewhere = None
+        if self._roster.engine.skipped > before:
+            self._tell_of_skip(self._roster.engine.skipped)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,15 +329,26 @@ class AdaFisher(Optimizer):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         """From copy, pickle, and torch's own load_state_dict."""
-        skipped = saved.get("skipped_steps")
+        saved = dict(saved)
+        skipped = saved.pop("skipped_steps", None)
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
             self._roster = Roster(self, None)
             self._reset()
+            self._roster.engine.skipped = skipped
         super().__setstate__(saved)
         if skipped is not None:
             self._roster.register_all()
 
     # ---- beyond torch.optim ----
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped for a gradient that was not finite or too large to square.
+
+        Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here; this waits for it.
+        """
+        self._roster.engine.learn()
+        return self._roster.engine.skipped
 
     def fisher_stats(self) -> dict[str, report.ParameterStats]:
         """By name, for each parameter that had a gradient: blocks, Fisher updates, mean block size, ladder counts."""
@@ -376,14 +385,13 @@ class AdaFisher(Optimizer):
 
     # ---- what is logged ----
 
-    def _count_skip(self) -> None:
-        self.skipped_steps += 1
+    def _tell_of_skip(self, skipped: int) -> None:
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if self._roster.ranks().is_first and self.skipped_steps.bit_count() == 1:
+        if self._roster.ranks().is_first and skipped.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",
-                self.skipped_steps,
+                skipped,
             )
 
     def _warn_of_no_gradients(self) -> None:

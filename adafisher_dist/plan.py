@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from adafisher_dist.grid import Grid
@@ -137,6 +137,23 @@ def _pieces(stored: Sequence[Placed], owned: Spans, rank: int) -> list[Piece]:
                 pieces.append(Piece(rank, place.tensor, tensor_offset, arena_offset, len(common)))
         arena += len(span)
     return pieces
+
+
+def merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The same pieces, those that go on where the one before ends, in the tensor and in the arena, as one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if (
+            last is not None
+            and (last.rank, last.tensor) == (piece.rank, piece.tensor)
+            and last.tensor_offset + last.numel == piece.tensor_offset
+            and last.arena_offset + last.numel == piece.arena_offset
+        ):
+            result[-1] = replace(last, numel=last.numel + piece.numel)
+        else:
+            result.append(piece)
+    return tuple(result)
 
 
 def count(spans: Spans) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adafisher_dist import fisher, plan
-from adafisher_dist.shard import Shard, arena_numel
+from adafisher_dist.shard import Shard
+from adafisher_dist.transfer import wire_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,10 @@ def _bytes(shard: Shard, rank: int) -> dict[str, int]:
             for strip in grid.strips(span.start, span.stop):
                 if strip.dense:
                     sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
-    wide = shard.arena.element_size()
-    longest = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.pieces]
-    sums["buffers"] += arena_numel(shard.pieces, rank) * wide
+    sums["buffers"] += plan.count(shard.owned[rank]) * shard.arena.element_size()
     if shard.storage.replicated and group.size > 1:
-        sums["buffers"] += min(2, len(longest)) * max(longest) * group.size * wide
+        longest = max(plan.count(spans) for by_rank in shard.pieces for spans in by_rank)
+        sums["buffers"] += min(2, len(shard.pieces)) * longest * (group.size + 1) * wire_dtype(shard).itemsize
     return sums
 
 

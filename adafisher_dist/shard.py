@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adafisher_dist import batch as stacked
-from adafisher_dist import plan
+from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.grid import Grid, Strip, make_grid
 from adafisher_dist.layouts import Parameter, Storage
@@ -54,6 +54,14 @@ class Chunk:
     rows: list[Rows]
 
 
+class Stored(NamedTuple):
+    """The shape, device and dtype of what a rank holds of a stored tensor."""
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+
+
 @dataclass(slots=True, eq=False)
 class Shard:
     """See the module's docstring.
@@ -70,7 +78,7 @@ class Shard:
         batches: of this rank.
         by_parameter: for each batch, the rows of each parameter.
         counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
-        stored: for each stored tensor, the shape and device of what this rank holds.
+        stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
         checked: whether the ranks have compared their plans.
     """
@@ -86,19 +94,20 @@ class Shard:
     batches: list[Batch]
     by_parameter: list[list[Segment]]
     counters: Tensor
-    stored: list[tuple[torch.Size, torch.device]]
+    stored: list[Stored]
     views: list[dict[str, Tensor]]
     checked: bool = False
 
     @property
-    def length(self) -> int:
-        """Elements that this rank owns; the arena may be longer."""
-        return plan.count(self.owned[self.storage.group.rank])
+    def numels(self) -> list[int]:
+        """Of each stored tensor, how many elements this rank holds."""
+        return [stored.shape.numel() for stored in self.stored]
 
     def digest(self) -> int:
         """A fingerprint of the plan: the same on all ranks."""
         shapes = [parameter.shape for parameter in self.storage.parameters]
-        return plan.digest(self.storage.layout, shapes, self.groups, self.structures, self.owned)
+        dtypes = [stored.dtype for stored in self.stored]
+        return plan.digest(self.storage.layout, shapes, dtypes, self.groups, self.structures, self.owned)
 
 
 def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure], zeroed: bool = True) -> Shard:
@@ -114,11 +123,11 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     parts = max(1, *(-(-plan.work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [plan.cut(spans, grids, parts) for spans in owned]
     pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
-    arena = torch.zeros(arena_numel(pieces, rank), dtype=structures[0].compute_dtype, device=storage.values(0).device)
+    arena = torch.zeros(plan.count(owned[rank]), dtype=structures[0].compute_dtype, device=storage.values(0).device)
     chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures, zeroed)
     counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
     held = [storage.values(index) for index in range(len(storage.tensors))]
-    stored = [(tensor.shape, tensor.device) for tensor in held]
+    stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
     return Shard(
         storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters, stored, views
@@ -150,23 +159,19 @@ def _counter_views(counters: Tensor, parameters: Sequence[Parameter]) -> list[di
     return views
 
 
-def arena_numel(pieces: Sequence[Sequence[plan.Spans]], rank: int) -> int:
-    """Elements of a rank's arena: its own, and padding, since each chunk is gathered as long as the longest rank's."""
-    stop = longest_stop = 0
-    for by_rank in pieces:
-        counts = [plan.count(spans) for spans in by_rank]
-        longest_stop = max(longest_stop, stop + max(counts))
-        stop += counts[rank]
-    return longest_stop
+Time = tuple[int, int] | None  # t and k of a parameter; None where it has no gradient
 
 
-def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Sequence[Mapping[str, Any]]) -> None:
+def compute(
+    chunk: Chunk, times: Sequence[Time], settings: Sequence[Mapping[str, Any]], go: Tensor | None = None
+) -> None:
     """Turn the gradients in a chunk of the arena into updates.
 
     Args:
         chunk: the chunk.
-        times: for each parameter, its t and k, or None where it has no gradient: its elements are zero and stay so.
+        times: for each parameter; the elements of one without gradient are zero, and stay so.
         settings: for each param group of the shard, its settings.
+        go: see `batch.compute`.
     """
     alike = len(set(times)) == 1
     for rows in chunk.rows:
@@ -174,13 +179,28 @@ def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Seq
         runs = [(rows.segments[0].start, rows.segments[-1].stop, times[0])] if alike else _runs(rows.segments, times)
         for start, stop, time in runs:
             if time is not None:
-                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group])
+                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group], go)
         torch._foreach_copy_(rows.in_arena, rows.in_batch)
 
 
-def _runs(
-    segments: Sequence[Segment], times: Sequence[tuple[int, int] | None]
-) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
+def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether kernels do all the work of a step with these settings, and ask the device whether to do it.
+
+    It depends on settings and machines alone, so that it is the same on all ranks, whichever blocks they own.
+    """
+    return all(
+        stacked.uses_kernel(structure, having.get("backend", "auto"), shard.arena.device)
+        for structure, having in zip(shard.structures, settings, strict=True)
+        if having
+    )
+
+
+def largest_gradient(shard: Shard) -> float:
+    """The largest gradient element that the shard's blocks can square and sum up."""
+    return min(fisher.largest_gradient(s.compute_dtype, s.block_size) for s in shard.structures)
+
+
+def _runs(segments: Sequence[Segment], times: Sequence[Time]) -> Iterator[tuple[int, int, Time]]:
     """Consecutive rows whose parameters are at the same t and k, as (start, stop, (t, k) or None)."""
     for time, run in groupby(segments, key=lambda segment: times[segment.owner]):
         members = list(run)

@@ -1,13 +1,15 @@
-"""How gradients reach the owners of their blocks, and how the updates come back and are applied.
+"""How gradients reach the owners of their blocks, and how the results come back to where the weights are stored.
 
-Each layout has one of two ways, with the same three calls in the order of a step: `collect` (local), `to_owners`
-(collective), `run` (computes the chunks, returns the updates, applies them).
+Each layout has a way, with the same two calls in the order of a step: `collect` (local) and `run` (a collective: brings
+gradients to the owners, computes the chunks, and brings back what changes the weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -16,88 +18,162 @@ from torch import Tensor
 from adafisher_dist import comm, plan
 from adafisher_dist.comm import Wire
 from adafisher_dist.faults import Faults
+from adafisher_dist.pairing import Pairing
 from adafisher_dist.plan import Piece
 from adafisher_dist.shard import Chunk, Shard
 
-Settings = Sequence[Mapping[str, Any]]  # for each param group of the shard
+
+@dataclass(slots=True, eq=False)
+class Inputs:
+    """What one call of step() brings for a shard.
+
+    Attributes:
+        settings: of each param group of the shard; empty where none of its tensors has a gradient.
+        weights: what this rank holds of each stored tensor, flattened; None where it has no gradient in this call.
+        gradients: likewise.
+    """
+
+    settings: list[dict[str, Any]]
+    weights: list[Tensor | None] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+    _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, weight: Tensor | None, gradient: Tensor | None) -> None:
+        """The next stored tensor: both, or neither."""
+        flat = None if weight is None else weight.reshape(-1)
+        if weight is not None and flat is not None and not weight.is_contiguous():
+            self._copied.append((weight, flat))
+        self.weights.append(flat)
+        self.gradients.append(None if gradient is None else gradient.reshape(-1))
+
+    def write_back(self) -> None:
+        """Bring changed weights to where those are that could not be flattened in place."""
+        for weight, flat in self._copied:
+            weight.copy_(flat.view(weight.shape))
 
 
 class Transfer(Protocol):
-    """What a step needs of a layout. `collect` is this rank's own work; the others are collectives."""
+    """What a step needs of a layout."""
 
     shard: Shard
 
-    def collect(self, active: Sequence[bool]) -> Tensor:
-        """Bring this rank's gradients to where they leave from; the largest absolute element, 0-d."""
+    def collect(self, inputs: Inputs) -> Tensor:
+        """Bring this rank's gradients to where they leave from; their largest absolute element, 0-d. Local."""
 
-    def to_owners(self, faults: Faults) -> None:
-        """Bring all gradients of this rank's blocks into the arena."""
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Bring all gradients to the owners, compute the chunks, and change the stored weights. A collective.
 
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
-        """Compute the chunks, and apply the updates to the stored tensors. After a fault, zeros stand for updates."""
+        After a fault this rank goes on through the collectives, and leaves its part of the weights as it is.
+
+        Args:
+            inputs: of this call.
+            compute: turns the gradients in a chunk of the arena into updates.
+            go: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
+            faults: of this rank.
+        """
 
 
 def transfer(shard: Shard) -> Transfer:
     """The way of the shard's layout."""
-    return Gathered(shard) if shard.storage.replicated else Routed(shard)
+    if not shard.storage.replicated:
+        return Routed(shard)
+    return Gathered(shard) if shard.storage.group.size > 1 else Alone(shard)
+
+
+class Alone:
+    """One process has all gradients, all blocks and all weights."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        pieces = plan.local_pieces(shard.storage.placed[0], shard.owned[0], 0)
+        self.own = _pairing(pieces, shard.arena, shard)
+
+    def collect(self, inputs: Inputs) -> Tensor:
+        """Into the arena."""
+        _read(self.own, inputs.gradients)
+        return _largest([self.shard.arena])
+
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Nothing is sent."""
+        for chunk in self.shard.chunks:
+            _compute(self.shard, chunk, compute, faults)
+        faults.attempt(partial(_change_weights, self.shard, self.own, inputs, go))
 
 
 class Gathered:
-    """Every rank has all gradients and all parameters: an owner reads its own, and its updates go to all.
+    """Every rank has all gradients and all weights: an owner reads its own gradients, and its new weights go to all.
 
-    The all-gather of one chunk's updates runs while the next chunk is computed; two buffers take turns.
+    Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes of the updates.
+    The all-gather of one chunk runs while the next chunk is computed; two buffers take turns.
     """
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        group, storage = shard.storage.group, shard.storage
-        self.own = plan.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank)
+        storage, group = shard.storage, shard.storage.group
+        self.own = _pairing(
+            plan.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank), shard.arena, shard
+        )
         self.lengths = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.pieces]
-        self.pieces = [
-            [plan.local_pieces(storage.placed[group.rank], spans, rank) for rank, spans in enumerate(by_rank)]
-            for by_rank in shard.pieces
-        ]
-        sizes = [group.size * max(self.lengths)] * min(2, len(self.lengths)) if group.size > 1 else []
-        self.buffers = [group.wire(shard.arena.new_zeros(size)) for size in sizes]
-        self.arena = group.wire(shard.arena)
+        dtype, longest = wire_dtype(shard), max(self.lengths)
+        turns = range(min(2, len(self.lengths)))
+        self.mine = [group.wire(shard.arena.new_zeros(longest, dtype=dtype)) for _ in turns]
+        self.everyone = [group.wire(shard.arena.new_zeros(group.size * longest, dtype=dtype)) for _ in turns]
+        self.chunks = [self._pairings(number, by_rank) for number, by_rank in enumerate(shard.pieces)]
 
-    def collect(self, active: Sequence[bool]) -> Tensor:
+    def _pairings(self, number: int, by_rank: Sequence[plan.Spans]) -> tuple[Pairing, Pairing, Pairing]:
+        """Of the own part of a chunk with the arena and with what is sent, and of all parts with what is received."""
+        shard, group, turn = self.shard, self.shard.storage.group, number % 2
+        pieces = [plan.local_pieces(shard.storage.placed[r], spans, r) for r, spans in enumerate(by_rank)]
+        mine, start = pieces[group.rank], shard.chunks[number].start
+        received = self.everyone[turn].tensor
+        parts = [received[rank * self.lengths[number] :] for rank in range(group.size)]
+        return (
+            _pairing(mine, shard.arena[start:], shard),
+            _pairing(mine, self.mine[turn].tensor, shard),
+            Pairing(
+                [piece for of_rank in pieces for piece in of_rank],
+                [_part(part, piece) for of_rank, part in zip(pieces, parts, strict=True) for piece in of_rank],
+                shard.numels,
+            ),
+        )
+
+    def collect(self, inputs: Inputs) -> Tensor:
         """The owner reads its own elements."""
-        _into_arena(self.shard, self.own, active)
-        return _largest([self.shard.arena[: self.shard.length]])
+        _read(self.own, inputs.gradients)
+        return _largest([self.shard.arena])
 
-    def to_owners(self, faults: Faults) -> None:
-        """Nothing to do: the owner had them."""
-
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
         """Compute a chunk while the one before is gathered."""
-        group = self.shard.storage.group
         finish: Callable[[], None] | None = None
         for number, chunk in enumerate(self.shard.chunks):
             _compute(self.shard, chunk, compute, faults)
-            if group.size == 1:
-                own = self.shard.arena[chunk.start : chunk.stop]
-                faults.attempt(partial(self._apply, number, own, active, settings))
-                continue
-            out = self.buffers[number % 2].part(0, group.size * self.lengths[number])
-            # Behind the chunk stand elements of the next, or padding: sent to make all ranks' parts equally long.
-            wait = comm.gather(group, self.arena.part(chunk.start, chunk.start + self.lengths[number]), out)
+            wait = self._send(number, inputs, go, faults)
             if finish is not None:
                 finish()
-            finish = partial(self._finish, wait, partial(self._apply, number, out.tensor, active, settings), faults)
+            finish = partial(self._receive, number, wait, inputs, faults)
         if finish is not None:
             finish()
 
-    def _finish(self, wait: Callable[[], None], apply_updates: Callable[[], None], faults: Faults) -> None:
-        wait()
-        faults.attempt(apply_updates)
+    def _send(self, number: int, inputs: Inputs, go: Tensor | None, faults: Faults) -> Callable[[], None]:
+        group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
+        in_arena, in_mine, _ = self.chunks[number]
+        weights, new = in_mine.of(inputs.weights)
+        _, updates = in_arena.of(inputs.weights)
 
-    def _apply(self, number: int, updates: Tensor, active: Sequence[bool], settings: Settings) -> None:
-        targets = []
-        for rank, pieces in enumerate(self.pieces[number]):
-            base = rank * self.lengths[number]
-            targets += [(piece, updates[base + piece.arena_offset :][: piece.numel]) for piece in pieces]
-        apply(self.shard, targets, active, settings)
+        def make() -> None:
+            _copy(new, weights)
+            _scale(self.shard, in_arena, inputs, go)
+            _add(new, updates)
+
+        if not faults.attempt(make):
+            faults.rescue(lambda: _copy(new, weights))
+        # Behind this rank's part stands padding: all ranks' parts are equally long.
+        return comm.gather(group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length))
+
+    def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, faults: Faults) -> None:
+        wait()
+        weights, new = self.chunks[number][2].of(inputs.weights)
+        faults.attempt(lambda: _copy(weights, new))
 
 
 class Routed:
@@ -109,49 +185,58 @@ class Routed:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        storage = shard.storage
-        self.route = plan.route(storage.placed, shard.owned, storage.group.rank)
+        storage, arena = shard.storage, shard.arena
+        route = plan.route(storage.placed, shard.owned, storage.group.rank)
         self.crossing = plan.any_crossing(storage.placed, shard.owned)
         ranks = range(storage.group.size)
-        self.away_counts = [sum(p.numel for p in self.route.send if p.rank == rank) for rank in ranks]
-        self.guest_counts = [sum(p.numel for p in self.route.receive if p.rank == rank) for rank in ranks]
-        self.away = storage.group.wire(shard.arena.new_zeros(sum(self.away_counts)))
-        self.guests = storage.group.wire(shard.arena.new_zeros(sum(self.guest_counts)))
+        self.away_counts = [sum(p.numel for p in route.send if p.rank == rank) for rank in ranks]
+        self.guest_counts = [sum(p.numel for p in route.receive if p.rank == rank) for rank in ranks]
+        self.away = storage.group.wire(arena.new_zeros(sum(self.away_counts)))
+        self.guests = storage.group.wire(arena.new_zeros(sum(self.guest_counts)))
+        self.local = _pairing(plan.merged(route.local), arena, shard)
+        self.stored_elsewhere = _in_a_row(self.guests.tensor, route.receive)
+        self.guests_in_arena = [_part(arena, piece) for piece in route.receive]
+        self.owned_elsewhere = Pairing(route.send, _in_a_row(self.away.tensor, route.send), shard.numels)
+        starts = sorted(piece.arena_offset for piece in route.receive)
+        waits = [any(c.start <= start < c.stop for start in starts) for c in shard.chunks]
+        self.chunks = [
+            [c for c, late in zip(shard.chunks, waits, strict=True) if late == want] for want in (False, True)
+        ]
 
-    def collect(self, active: Sequence[bool]) -> Tensor:
+    def collect(self, inputs: Inputs) -> Tensor:
         """Own elements go into the arena, those of cut blocks into the buffer for their owners."""
-        _into_arena(self.shard, self.route.local, active)
-        for piece, part in _consecutive(self.away, self.route.send):
-            _copy_gradient(part, self.shard, piece, active)
-        return _largest([self.away.tensor, *(_arena_part(self.shard, piece) for piece in self.route.local)])
+        _read(self.local, inputs.gradients)
+        _read(self.owned_elsewhere, inputs.gradients)
+        if self.guests_in_arena:
+            torch._foreach_zero_(self.guests_in_arena)  # of the step before; their rank looks at the new ones
+        return _largest([self.away.tensor, self.shard.arena])
 
-    def to_owners(self, faults: Faults) -> None:
-        """Exchange the elements of cut blocks."""
-        if self.crossing:
-            group = self.shard.storage.group
-            comm.exchange(group, self.away, self.away_counts, self.guests, self.guest_counts)
-            faults.attempt(self._settle_guests)
-
-    def run(self, compute: Callable[[Chunk], None], active: Sequence[bool], settings: Settings, faults: Faults) -> None:
-        """Compute all chunks, and send the updates of cut blocks the way that their gradients came."""
-        for chunk in self.shard.chunks:
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Compute the chunks without guests while those travel, and change weights while updates travel home."""
+        ready, late = self.chunks
+        wait = self._exchange(self.away, self.away_counts, self.guests, self.guest_counts)
+        for chunk in ready:
             _compute(self.shard, chunk, compute, faults)
-        targets = [(piece, _arena_part(self.shard, piece)) for piece in self.route.local]
-        if self.crossing:
-            if not faults.attempt(self._send_guests_home):
-                self.guests.tensor.zero_()
-            group = self.shard.storage.group
-            comm.exchange(group, self.guests, self.guest_counts, self.away, self.away_counts)
-            targets += _consecutive(self.away, self.route.send)
-        faults.attempt(partial(apply, self.shard, targets, active, settings))
+        wait()
+        faults.attempt(lambda: _copy(self.guests_in_arena, self.stored_elsewhere))
+        for chunk in late:
+            _compute(self.shard, chunk, compute, faults)
+        if not faults.attempt(lambda: _copy(self.stored_elsewhere, self.guests_in_arena)):
+            self.guests.tensor.zero_()
+        wait = self._exchange(self.guests, self.guest_counts, self.away, self.away_counts)
+        faults.attempt(partial(_change_weights, self.shard, self.local, inputs, go))
+        wait()
+        faults.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, go))
 
-    def _settle_guests(self) -> None:
-        for piece, part in _consecutive(self.guests, self.route.receive):
-            _arena_part(self.shard, piece).copy_(part)
+    def _exchange(self, send: Wire, counts: list[int], receive: Wire, expected: list[int]) -> Callable[[], None]:
+        if not self.crossing:
+            return lambda: None
+        return comm.exchange(self.shard.storage.group, send, counts, receive, expected)
 
-    def _send_guests_home(self) -> None:
-        for piece, part in _consecutive(self.guests, self.route.receive):
-            part.copy_(_arena_part(self.shard, piece))
+
+def wire_dtype(shard: Shard) -> torch.dtype:
+    """What weights are gathered in, where they are replicated: their own dtype; of several the one that holds all."""
+    return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
 
 def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:
@@ -159,57 +244,58 @@ def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], fault
         shard.arena[chunk.start : chunk.stop].zero_()
 
 
-def apply(shard: Shard, targets: Sequence[tuple[Piece, Tensor]], active: Sequence[bool], settings: Settings) -> None:
-    """θ ← θ − lr·λ·θ − lr·u for pieces of the stored tensors; 16-bit tensors are rounded once, at the end."""
-    flats: dict[int, Tensor] = {}
-    by_group: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    for piece, update in targets:
-        if active[piece.tensor]:
-            if piece.tensor not in flats:
-                flats[piece.tensor] = shard.storage.values(piece.tensor).reshape(-1)
-            weights, updates = by_group.setdefault(shard.groups[piece.tensor], ([], []))
-            weights.append(flats[piece.tensor][piece.tensor_offset : piece.tensor_offset + piece.numel])
-            updates.append(update)
-    for group, (weights, updates) in by_group.items():
-        lr, decay = float(settings[group]["lr"]), settings[group]["weight_decay"]
-        work = [weight.to(torch.promote_types(weight.dtype, shard.arena.dtype)) for weight in weights]
-        torch._foreach_mul_(work, 1 - lr * decay)
-        torch._foreach_add_(work, updates, alpha=-lr)
-        for weight, result in zip(weights, work, strict=True):
-            if weight is not result:
-                weight.copy_(result)
-    for index, flat in flats.items():
-        tensor = shard.storage.values(index)
-        if flat.data_ptr() != tensor.data_ptr():  # reshape had to copy: the parameter is not contiguous
-            tensor.copy_(flat.view(tensor.shape))
+def _change_weights(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+    """θ ← θ − lr·(u + λ·θ), from the updates in a buffer; 16-bit weights are rounded once, at the end."""
+    _scale(shard, pairing, inputs, go)
+    _add(*pairing.of(inputs.weights))
 
 
-def _into_arena(shard: Shard, pieces: Sequence[Piece], active: Sequence[bool]) -> None:
-    for piece in pieces:
-        _copy_gradient(_arena_part(shard, piece), shard, piece, active)
+def _scale(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+    """In the buffer: u ← −lr·(u + λ·θ), by param group."""
+    for group, settings in enumerate(inputs.settings):
+        members = [
+            weight if number == group else None for weight, number in zip(inputs.weights, shard.groups, strict=True)
+        ]
+        weights, updates = pairing.of(members)
+        if not updates:
+            continue
+        if settings["weight_decay"]:
+            torch._foreach_add_(updates, weights, alpha=settings["weight_decay"])
+        lr = float(settings["lr"])
+        torch._foreach_mul_(updates, -lr if go is None else go.to(shard.arena.dtype) * -lr)
 
 
-def _copy_gradient(part: Tensor, shard: Shard, piece: Piece, active: Sequence[bool]) -> None:
-    """Copy a piece of a stored tensor's gradient, or zeros where it has none."""
-    gradient = shard.storage.gradient(piece.tensor) if active[piece.tensor] else None
-    if gradient is None:
-        part.zero_()
-    elif piece.numel == gradient.numel():
-        part.view(gradient.shape).copy_(gradient)
-    else:
-        part.copy_(gradient.reshape(-1)[piece.tensor_offset : piece.tensor_offset + piece.numel])
+def _read(pairing: Pairing, gradients: Sequence[Tensor | None]) -> None:
+    """Copy gradients into a buffer, and zeros where there are none."""
+    theirs, ours = pairing.of(gradients)
+    _copy(ours, theirs)
+    missing = pairing.missing(gradients)
+    if missing:
+        torch._foreach_zero_(missing)
 
 
-def _consecutive(buffer: Wire, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """The pieces with the stretch of a buffer that each takes, one after the other."""
-    offset = 0
-    for piece in pieces:
-        yield piece, buffer.tensor[offset : offset + piece.numel]
-        offset += piece.numel
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
 
 
-def _arena_part(shard: Shard, piece: Piece) -> Tensor:
-    return shard.arena[piece.arena_offset : piece.arena_offset + piece.numel]
+def _add(to: list[Tensor], more: list[Tensor]) -> None:
+    if to:
+        torch._foreach_add_(to, more)
+
+
+def _pairing(pieces: Sequence[Piece], buffer: Tensor, shard: Shard) -> Pairing:
+    return Pairing(pieces, [_part(buffer, piece) for piece in pieces], shard.numels)
+
+
+def _part(buffer: Tensor, piece: Piece) -> Tensor:
+    return buffer[piece.arena_offset : piece.arena_offset + piece.numel]
+
+
+def _in_a_row(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+    """The stretch of a buffer that each piece takes, one after the other."""
+    stops = list(accumulate(piece.numel for piece in pieces))
+    return [buffer[stop - piece.numel : stop] for piece, stop in zip(pieces, stops, strict=True)]
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:

@@ -304,7 +304,7 @@ def _complete(training: Training, manifest: Manifest, matched: Match, shards: li
                     updates = int(shard.counters[segment.owner, 1])
                     batch.rebuild_factors(stack, segment.start, segment.stop, updates, settings)
         optimizer._roster.install(shard)
-    optimizer.skipped_steps = manifest.about["optimizer"]["skipped_steps"]
+    optimizer._roster.engine.skipped = manifest.about["optimizer"]["skipped_steps"]
 
 
 def _values(folder: Path, manifest: Manifest) -> dict[str, Any]:
