@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from math import nan
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,10 +25,11 @@ from adafisher_dist.checkpoint import CheckpointError, Place, place_of
 from adafisher_dist.checkpoint.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.checkpoint.manifest import Manifest, read
 from adafisher_dist.checkpoint.summary import damage, summarize
-from adafisher_dist.tables import tables_of
+from adafisher_dist.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
+from adafisher_dist.tables import forecast_table, tables_of
 
 app = typer.Typer(
-    help="Look into checkpoints of adafisher_dist, and make something of them.",
+    help="Foretell what AdaFisher costs; look into its checkpoints, and make something of them.",
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -56,6 +58,16 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+Layout = Enum("Layout", {name: name for name in LAYOUTS}, type=str)  # type: ignore[misc]
+
+
+class Grids(str, Enum):
+    """The values of block_grid."""
+
+    rows = "rows"
+    flat = "flat"
+
+
 @app.command()
 def inspect(
     checkpoint: Checkpoint,
@@ -73,10 +85,7 @@ def inspect(
     if as_json:
         print(json.dumps({**summary.as_json(), "damage": problems}))
     else:
-        console = Console(
-            width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE, markup=False, emoji=False, highlight=False
-        )
-        console.print(*tables_of(summary, None if every else _MAX_PARAMETERS))
+        _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
     if problems:
         fail(f"{folder} is damaged: {'; '.join(problems)}.", DAMAGED)
     if verify and not as_json:
@@ -109,6 +118,88 @@ def export(
         fail(error, DAMAGED)
     for file in files:
         print(file)
+
+
+@app.command()
+def estimate(
+    params: Annotated[
+        str | None, Option(help="Elements of a transformer that is made up: 7e9, 350M.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="Instead: package.module:function, which returns the model.", show_default=False)
+    ] = None,
+    world_size: Annotated[int, Option(help="Data-parallel ranks.")] = 8,
+    zero_stage: Annotated[int | None, Option(help="DeepSpeed's, 0 to 3.", show_default=False)] = None,
+    layout: Annotated[Layout | None, Option(help="Instead: another layout.", show_default=False)] = None,
+    block_size: Annotated[list[int] | None, Option(help="Repeat for several; by default 16, 32, 64, 128.")] = None,
+    block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
+    exponent: Annotated[float, Option(help="1.0 or 0.5.")] = 1.0,
+    inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
+    max_blocks: Annotated[int | None, Option(help="Dense blocks a parameter.", show_default=False)] = None,
+    weight_dtype: Annotated[Dtype, Option(help="Of the weights that ranks gather under DDP.")] = Dtype.float32,
+    memory_budget_gb: Annotated[
+        float | None, Option(help="Also tell the largest block size that fits.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Tell what AdaFisher will need: bytes a rank, bytes sent, arithmetic, for a table of settings."""
+    try:
+        shapes = _shapes(params, model)
+        chosen = _layout(zero_stage, layout)
+        settings = {
+            "block_grid": block_grid.value,
+            "exponent": exponent,
+            "inverse_update_freq": inverse_update_freq,
+            "max_blocks": max_blocks,
+        }
+        forecast = forecast_of(
+            shapes, chosen, world_size, block_size or [16, 32, 64, 128], settings,
+            getattr(torch, weight_dtype.value), memory_budget_gb,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        fail(error, WRONG)
+    if as_json:
+        print(json.dumps(forecast.as_json()))
+    else:
+        _console().print(forecast_table(forecast))
+
+
+def _shapes(params: str | None, model: str | None) -> list[tuple[int, ...]]:
+    if (params is None) == (model is None):
+        raise ValueError("Give either --params, as 7e9, or --model, as package.module:function.")
+    if model is not None:
+        sys.path.insert(0, os.getcwd())
+        return shapes_of(model)
+    assert params is not None
+    return transformer_shapes(_number(params))
+
+
+def _number(text: str) -> int:
+    """How many "7e9", "350M" or "7B" is."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    unit = units.get(text[-1:].upper(), 0.0)
+    try:
+        number = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        number = nan
+    if not 1 <= number < 1e15:
+        raise ValueError(f"--params should be a number of elements, as 7e9, 350M or 7B, got {text!r}.")
+    return int(number)
+
+
+def _layout(zero_stage: int | None, layout: Layout | None) -> str:
+    if (zero_stage is None) == (layout is None):
+        raise ValueError(f"Give either --zero-stage, or --layout ({', '.join(LAYOUTS)}).")
+    if layout is not None:
+        return str(layout.value)
+    if zero_stage not in range(4):
+        raise ValueError(f"--zero-stage should be 0, 1, 2 or 3, got {zero_stage}.")
+    return f"zero{zero_stage}"
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def fail(problem: object, code: int) -> NoReturn:

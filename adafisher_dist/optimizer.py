@@ -358,6 +358,17 @@ class AdaFisher(Optimizer):
         """Bytes of this rank ("rank") and of all ("all"): "fisher", "momentum", "factors", "buffers", "total"."""
         return report.memory_usage(self._roster.shards)
 
+    def communication_usage(self) -> dict[str, dict[str, int]]:
+        """Bytes sent in a step, by kind: as planned of this rank ("rank") and of all ("all"), and as counted here.
+
+        "weights" are new weights, where all ranks have the same ones, and "blocks" what goes to the owners of blocks
+        that a boundary between ranks cuts, and back. "last_step" was counted in the last call of `step`, and has
+        "verdicts" too: what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
+        """
+        engine = self._roster.engine
+        last = {kind: engine.sent[kind] for kind in ("weights", "blocks", "verdicts")}
+        return {**report.traffic(engine.shards), "last_step": {**last, "total": sum(last.values())}}
+
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""
         return sum(len(shard.storage.parameters) for shard in self._roster.shards)

@@ -47,6 +47,30 @@ class Route:
 
 Spans = tuple[Span, ...]
 
+# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
+CHUNK_FISHER_NUMEL = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who owns which blocks.
+
+    Attributes:
+        owned: for each rank, the spans of its blocks.
+        chunks: for each chunk and rank, the spans of the rank's chunk: its blocks in parts of equal work.
+    """
+
+    owned: tuple[Spans, ...]
+    chunks: tuple[tuple[Spans, ...], ...]
+
+
+def assign(grids: Sequence[Grid], placed: Sequence[Sequence[Placed]], replicated: bool) -> Assignment:
+    """Equal runs of blocks where every rank stores everything; otherwise each block to who stores its first element."""
+    owned = cut(whole(grids), grids, len(placed)) if replicated else owned_where_stored(placed, grids)
+    parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
+    by_rank = [cut(spans, grids, parts) for spans in owned]
+    return Assignment(owned, tuple(zip(*by_rank, strict=True)))
+
 
 def whole(grids: Sequence[Grid]) -> Spans:
     """All elements of all parameters, in order."""

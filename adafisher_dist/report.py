@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adafisher_dist import fisher, plan
+from adafisher_dist import cost, fisher
+from adafisher_dist.cost import Outline
 from adafisher_dist.shard import Shard
-from adafisher_dist.transfer import wire_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,45 +55,36 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
 
 def memory_usage(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
     """Bytes by kind, of this rank and of all; from the plan, so no collective is needed."""
-    usage = {scope: dict.fromkeys(("fisher", "momentum", "factors", "buffers"), 0) for scope in ("rank", "all")}
+    return _usage(shards, cost.MEMORY_KINDS, cost.memory)
+
+
+def traffic(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
+    """Bytes sent in a step by kind, by this rank and by all, where every parameter has a gradient."""
+    return _usage(shards, cost.TRAFFIC_KINDS, cost.traffic)
+
+
+def _usage(
+    shards: Sequence[Shard], kinds: Sequence[str], of_rank: Callable[[Outline, int], dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    usage = {scope: dict.fromkeys(kinds, 0) for scope in ("rank", "all")}
     for shard in shards:
-        for rank in range(shard.storage.group.size):
-            bytes_by_kind = _bytes(shard, rank)
-            for kind, amount in bytes_by_kind.items():
+        outline = shard.outline
+        for rank in range(outline.world):
+            for kind, amount in of_rank(outline, rank).items():
                 usage["all"][kind] += amount
                 if rank == shard.storage.group.rank:
                     usage["rank"][kind] += amount
-    for kinds in usage.values():
-        kinds["total"] = sum(kinds.values())
+    for scope in usage.values():
+        scope["total"] = sum(scope.values())
     return usage
-
-
-def _bytes(shard: Shard, rank: int) -> dict[str, int]:
-    sums = dict.fromkeys(("fisher", "momentum", "factors", "buffers"), 0)
-    group = shard.storage.group
-    for span in shard.owned[rank]:
-        grid = shard.grids[span.parameter]
-        structure = shard.structures[shard.groups[shard.storage.parameters[span.parameter].tensor]]
-        wide = structure.compute_dtype.itemsize
-        sums["fisher"] += plan.work((span,), shard.grids) * structure.fisher_dtype.itemsize
-        sums["momentum"] += len(span) * wide
-        sums["buffers"] += len(span) * wide  # the stacked gradient
-        if structure.keeps_factors:
-            for strip in grid.strips(span.start, span.stop):
-                if strip.dense:
-                    sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
-    sums["buffers"] += plan.count(shard.owned[rank]) * shard.arena.element_size()
-    if shard.storage.replicated and group.size > 1:
-        longest = max(plan.count(spans) for by_rank in shard.pieces for spans in by_rank)
-        sums["buffers"] += min(2, len(shard.pieces)) * longest * (group.size + 1) * wire_dtype(shard).itemsize
-    return sums
 
 
 def summary(shard: Shard) -> str:
     """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
     elements = sum(grid.numel for grid in shard.grids)
     dense = sum(grid.start(grid.dense_blocks) for grid in shard.grids)
-    per_rank = [sum(_bytes(shard, rank).values()) for rank in range(shard.storage.group.size)]
+    outline = shard.outline
+    per_rank = [sum(cost.memory(outline, rank).values()) for rank in range(outline.world)]
     return (
         f"AdaFisher: layout {shard.storage.layout}, {shard.storage.group.size} rank(s), {len(shard.grids)} parameters,"
         f" {elements} elements in {sum(grid.num_blocks for grid in shard.grids)} blocks,"

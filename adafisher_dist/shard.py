@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,12 +19,10 @@ from torch import Tensor
 from adafisher_dist import batch as stacked
 from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
+from adafisher_dist.cost import Outline
 from adafisher_dist.grid import Grid, Strip, make_grid
 from adafisher_dist.layouts import Parameter, Storage
 from adafisher_dist.settings import Structure
-
-# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
-CHUNK_FISHER_NUMEL = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +70,7 @@ class Shard:
         groups: for each stored tensor, the number of its param group within this shard.
         structures: for each of those groups, the settings that its state was built for.
         grids: for each parameter.
-        owned: for each rank, the spans of its blocks.
-        pieces: for each chunk and rank, the spans of the rank's chunk.
+        assignment: which blocks each rank owns, and in which chunk they are.
         arena: gradients on the way in, updates on the way out; compute dtype.
         chunks: of this rank.
         batches: of this rank.
@@ -87,8 +85,7 @@ class Shard:
     groups: Sequence[int]
     structures: Sequence[Structure]
     grids: Sequence[Grid]
-    owned: Sequence[plan.Spans]
-    pieces: Sequence[Sequence[plan.Spans]]
+    assignment: plan.Assignment
     arena: Tensor
     chunks: list[Chunk]
     batches: list[Batch]
@@ -97,6 +94,19 @@ class Shard:
     stored: list[Stored]
     views: list[dict[str, Tensor]]
     checked: bool = False
+
+    @property
+    def owned(self) -> Sequence[plan.Spans]:
+        """For each rank, the spans of its blocks."""
+        return self.assignment.owned
+
+    @property
+    def outline(self) -> Outline:
+        """What tells how much this rank and the others hold and send."""
+        structures = [self.structures[self.groups[parameter.tensor]] for parameter in self.storage.parameters]
+        itemsize = wire_dtype(self).itemsize
+        storage = self.storage
+        return Outline(self.grids, structures, storage.placed, self.assignment, storage.replicated, itemsize)
 
     @property
     def numels(self) -> list[int]:
@@ -112,25 +122,22 @@ class Shard:
 
 def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure], zeroed: bool = True) -> Shard:
     """Plan the blocks of the stored parameters and allocate this rank's state; see `allocate` for `zeroed`."""
-    parameters, rank, world = storage.parameters, storage.group.rank, storage.group.size
+    parameters, rank = storage.parameters, storage.group.rank
     grids = []
     for parameter in parameters:
         settings = structures[groups[parameter.tensor]]
         grids.append(make_grid(parameter.shape, settings.block_size, settings.block_grid, settings.max_blocks))
-    owned = plan.cut(plan.whole(grids), grids, world) if storage.replicated else (
-        plan.owned_where_stored(storage.placed, grids)
-    )  # fmt: skip
-    parts = max(1, *(-(-plan.work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
-    by_rank = [plan.cut(spans, grids, parts) for spans in owned]
-    pieces = [[by_rank[r][part] for r in range(world)] for part in range(parts)]
-    arena = torch.zeros(plan.count(owned[rank]), dtype=structures[0].compute_dtype, device=storage.values(0).device)
-    chunks, batches, by_parameter = _stack(arena, by_rank[rank], grids, parameters, groups, structures, zeroed)
+    assignment = plan.assign(grids, storage.placed, storage.replicated)
+    numel = plan.count(assignment.owned[rank])
+    arena = torch.zeros(numel, dtype=structures[0].compute_dtype, device=storage.values(0).device)
+    own = [by_rank[rank] for by_rank in assignment.chunks]
+    chunks, batches, by_parameter = _stack(arena, own, grids, parameters, groups, structures, zeroed)
     counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
     return Shard(
-        storage, groups, structures, grids, owned, pieces, arena, chunks, batches, by_parameter, counters, stored, views
+        storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views
     )
 
 
@@ -193,6 +200,11 @@ def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
         for structure, having in zip(shard.structures, settings, strict=True)
         if having
     )
+
+
+def wire_dtype(shard: Shard) -> torch.dtype:
+    """What weights are gathered in, where they are replicated: their own dtype; of several the one that holds all."""
+    return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
 
 def largest_gradient(shard: Shard) -> float:

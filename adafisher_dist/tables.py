@@ -10,6 +10,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from adafisher_dist.checkpoint.summary import KindFacts, ParameterFacts, Summary
+from adafisher_dist.estimate import Forecast
+from adafisher_dist.settings import Structure
 
 
 def tables_of(summary: Summary, max_parameters: int | None) -> list[Table]:
@@ -21,6 +23,34 @@ def tables_of(summary: Summary, max_parameters: int | None) -> list[Table]:
         _kinds(summary.kinds),
         _files(summary),
     ]
+
+
+def forecast_table(forecast: Forecast) -> Table:
+    """What each setting costs a rank; below, what fits the budget."""
+    columns = ("block", "Fisher", "a rank", "of it F", "factors", "buffers", "sent a step", "GFLOP a step")
+    title = (
+        f"{forecast.elements:,} elements in {forecast.parameters:,} parameters, {forecast.layout} on"
+        f" {forecast.world:,} ranks; the rank that has most. The model's own parameters and gradients come on top."
+    )
+    table = _table(title, columns, columns[2:])
+    for kind, costs in forecast.rows:
+        memory = costs.memory
+        table.add_row(
+            str(kind.block_size),
+            _storage(kind),
+            *(decimal(memory[name]) for name in ("total", "fisher", "factors", "buffers")),
+            decimal(costs.sent),
+            f"{costs.flops / 1e9:,.4g}",
+        )
+    found = [f"{_storage(kind)}: {size or 'none'}" for kind, size in forecast.fits]
+    if found:
+        table.caption = f"Largest block size within {forecast.budget:g} GB a rank: {', '.join(found)}"
+        table.caption_justify = "left"
+    return table
+
+
+def _storage(kind: Structure) -> str:
+    return str(kind.fisher_dtype).removeprefix("torch.") + (", packed" if kind.packed else "")
 
 
 def _table(title: str, columns: Iterable[str], numbers: Sequence[str] = ()) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from adafisher_dist.comm import Wire
 from adafisher_dist.faults import Faults
 from adafisher_dist.pairing import Pairing
 from adafisher_dist.plan import Piece
-from adafisher_dist.shard import Chunk, Shard
+from adafisher_dist.shard import Chunk, Shard, wire_dtype
 
 
 @dataclass(slots=True, eq=False)
@@ -113,12 +113,12 @@ class Gathered:
         self.own = _pairing(
             plan.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank), shard.arena, shard
         )
-        self.lengths = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.pieces]
+        self.lengths = [max(plan.count(spans) for spans in by_rank) for by_rank in shard.assignment.chunks]
         dtype, longest = wire_dtype(shard), max(self.lengths)
         turns = range(min(2, len(self.lengths)))
         self.mine = [group.wire(shard.arena.new_zeros(longest, dtype=dtype)) for _ in turns]
         self.everyone = [group.wire(shard.arena.new_zeros(group.size * longest, dtype=dtype)) for _ in turns]
-        self.chunks = [self._pairings(number, by_rank) for number, by_rank in enumerate(shard.pieces)]
+        self.chunks = [self._pairings(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
 
     def _pairings(self, number: int, by_rank: Sequence[plan.Spans]) -> tuple[Pairing, Pairing, Pairing]:
         """Of the own part of a chunk with the arena and with what is sent, and of all parts with what is received."""
@@ -232,11 +232,6 @@ class Routed:
         if not self.crossing:
             return lambda: None
         return comm.exchange(self.shard.storage.group, send, counts, receive, expected)
-
-
-def wire_dtype(shard: Shard) -> torch.dtype:
-    """What weights are gathered in, where they are replicated: their own dtype; of several the one that holds all."""
-    return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
 
 def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:

@@ -34,7 +34,7 @@ SETTINGS = {
 def train(rank: int, world: int, settings: dict, steps: int = 12, chunk: int | None = None, dtype=torch.float32):
     """Losses and final weights of a short run."""
     if chunk:
-        adafisher_dist.shard.CHUNK_FISHER_NUMEL = chunk  # several chunks: the overlapped path
+        adafisher_dist.plan.CHUNK_FISHER_NUMEL = chunk  # several chunks: the overlapped path
     module = model(dtype)
     wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if world > 1 else module
     decay = [p for p in module.parameters() if p.dim() > 1]
@@ -76,7 +76,7 @@ def test_n_ranks_equal_one_in_float32() -> None:
 @pytest.mark.parametrize("chunk", [1, 300, 10**9])
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = train(0, 1, SETTINGS["old-factors"], dtype=torch.float32)
-    monkeypatch.setattr(adafisher_dist.shard, "CHUNK_FISHER_NUMEL", chunk)
+    monkeypatch.setattr(adafisher_dist.plan, "CHUNK_FISHER_NUMEL", chunk)
     cut, _ = train(0, 1, SETTINGS["old-factors"], dtype=torch.float32)
     assert distance(cut, whole) < 1e-5
 

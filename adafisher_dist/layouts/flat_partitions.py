@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from adafisher_dist import placement
 from adafisher_dist.comm import join
 from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import Parameter, Registry, Storage
-from adafisher_dist.plan import Placed
-from adafisher_dist.span import Span
 
 
 def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
@@ -76,14 +75,8 @@ def _storage(
     group = join(wrapper.real_dp_process_group[index])
     _check_buffer(wrapper, buffer, members, partition, group.size)
     parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.shape), 0) for p in members]
-    offsets = [(int(p.storage_offset() - buffer.storage_offset()), i) for i, p in enumerate(members)]
-    placed: list[list[Placed]] = [[] for _ in range(group.size)]
-    length = partition.numel()
-    for offset, number in sorted(offsets):
-        numel = members[number].numel()
-        for rank in range(offset // length, -(-(offset + numel) // length)):
-            start, stop = max(0, rank * length - offset), min(numel, (rank + 1) * length - offset)
-            placed[rank].append(Placed(Span(number, numel, start, stop), 0, offset + start - rank * length))
+    offsets = [int(p.storage_offset() - buffer.storage_offset()) for p in members]
+    placed = placement.in_partitions(offsets, [p.numel() for p in members], partition.numel(), group.size)
     return Storage(layout, group, [partition], parameters, placed, replicated=False)
 
 

@@ -7,16 +7,14 @@ none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from adafisher_dist import placement
 from adafisher_dist.comm import Group, join
 from adafisher_dist.layouts.storage import Given, Held, Parameter, Storage, UnsupportedLayoutError
-from adafisher_dist.plan import Placed
-from adafisher_dist.span import Span
 
 
 def mesh_of(parameter: Tensor, name: str) -> Any:
@@ -50,21 +48,15 @@ def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
         UnsupportedLayoutError: a local shard is not of the size that it should have.
     """
     group = group_of(mesh)
-    placed: list[list[Placed]] = [[] for _ in range(group.size)]
-    for number, (tensor, given) in enumerate(members):
-        numel = prod(tensor.shape)
-        for rank, places in enumerate(placed):
-            start, stop = _rows_of(tensor, rank, group.size)
-            if start < stop:
-                places.append(Placed(Span(number, numel, start, stop), number, 0))
-            if rank == group.rank:
-                _check_shard(tensor, given.name, stop - start)
+    for tensor, given in members:
+        start, stop = placement.rows_of(tensor.shape, group.rank, group.size)
+        _check_shard(tensor, given.name, stop - start)
     return Storage(
         layout="FSDP2" if group.replicas is None else "HSDP",
         group=group,
         tensors=[tensor for tensor, _ in members],
         parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
-        placed=placed,
+        placed=placement.by_rows([tuple(tensor.shape) for tensor, _ in members], group.size),
         replicated=False,
     )
 
@@ -77,16 +69,9 @@ def locate(parameter: Tensor) -> Held:
     """
     assert isinstance(parameter, DTensor)
     group = group_of(mesh_of(parameter, "a parameter"))
-    start, stop = _rows_of(parameter, group.rank, group.size)
+    start, stop = placement.rows_of(parameter.shape, group.rank, group.size)
     _check_shard(parameter, "a parameter", stop - start)
     return Held(parameter.to_local().detach(), start, stop, group, replicated=False)
-
-
-def _rows_of(tensor: Tensor, rank: int, ranks: int) -> tuple[int, int]:
-    """The elements that a rank holds."""
-    numel, rows = prod(tensor.shape), tensor.shape[0]
-    chunk = -(-rows // ranks) * (numel // max(1, rows))
-    return min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
 
 
 def _check_shard(tensor: Tensor, name: str, numel: int) -> None:

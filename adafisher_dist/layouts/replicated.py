@@ -10,24 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
+from adafisher_dist import placement
 from adafisher_dist.comm import Group
 from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
-from adafisher_dist.plan import Placed
-from adafisher_dist.span import Span
 
 
 def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
     """Each tensor is one whole parameter, the same on every rank."""
     tensors = [tensor for tensor, _ in members]
-    spans = [Span(index, tensor.numel(), 0, tensor.numel()) for index, tensor in enumerate(tensors)]
-    placed = tuple(Placed(span, index, 0) for index, span in enumerate(spans) if len(span))
     return Storage(
         layout="replicated" if group.size > 1 else "one process",
         group=group,
         tensors=tensors,
         parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
-        placed=[placed] * group.size,
+        placed=placement.everywhere([tensor.numel() for tensor in tensors], group.size),
         replicated=True,
     )
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafisher_dist import placement
 from adafisher_dist.comm import join
 from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import Held, Parameter, Registry, Storage
-from adafisher_dist.plan import Placed
-from adafisher_dist.span import Span
 
 
 def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
@@ -50,19 +49,13 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
     members = wrapper.fp16_groups[index]
     group = join(wrapper.sub_group_process_groups[index])
     parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.ds_shape), 0) for p in members]
-    placed: list[list[Placed]] = [[] for _ in range(group.size)]
-    offset = 0
-    for number, p in enumerate(members):
-        length, numel = p.partition_numel(), p.ds_numel
+    lengths, numels = [p.partition_numel() for p in members], [p.ds_numel for p in members]
+    for length, numel in zip(lengths, numels, strict=True):
         if length * group.size < numel:
             raise unexpected(wrapper, f"holds {numel} elements in {group.size} parts of only {length}")
-        for rank, places in enumerate(placed):
-            start, stop = min(numel, rank * length), min(numel, (rank + 1) * length)
-            if start < stop:
-                places.append(Placed(Span(number, numel, start, stop), 0, offset))
-        offset += length
-    if offset != flat.numel():
-        raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {offset}")
+    if sum(lengths) != flat.numel():
+        raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {sum(lengths)}")
+    placed = placement.one_by_one(numels, lengths, group.size)
     return Storage("ZeRO-3", group, [flat], parameters, placed, replicated=False)
 
 

@@ -1,0 +1,138 @@
+"""What a plan costs each rank: bytes of memory, bytes sent in a step, arithmetic. From integers alone.
+
+DESIGN.md, "Bytes", has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adafisher_dist import plan
+from adafisher_dist.grid import Grid, Strip
+from adafisher_dist.plan import Assignment, Placed, Spans
+from adafisher_dist.settings import Structure
+from adafisher_dist.span import Span
+
+MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
+TRAFFIC_KINDS = ("weights", "blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A plan as far as it costs anything.
+
+    Attributes:
+        grids: of each parameter.
+        structures: the settings of each parameter's state.
+        placed: for each rank, the spans that it stores.
+        assignment: who owns which blocks.
+        replicated: whether every rank stores everything.
+        weight_itemsize: bytes of an element that is gathered, where it is.
+    """
+
+    grids: Sequence[Grid]
+    structures: Sequence[Structure]
+    placed: Sequence[Sequence[Placed]]
+    assignment: Assignment
+    replicated: bool
+    weight_itemsize: int
+
+    @property
+    def world(self) -> int:
+        """Ranks that share the blocks."""
+        return len(self.assignment.owned)
+
+
+def memory(outline: Outline, rank: int) -> dict[str, int]:
+    """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
+
+    "buffers" are the stacked gradients, the arena, what is sent and received, and where F is bfloat16 the seeds.
+    """
+    sums = dict.fromkeys(MEMORY_KINDS, 0)
+    wide = _wide(outline)
+    for span, strip in _strips(outline, rank):
+        structure = outline.structures[span.parameter]
+        a_block = strip.size * (strip.size + 1) // 2 if structure.packed else strip.size**2
+        sums["fisher"] += strip.rows * (a_block if strip.dense else 1) * structure.fisher_dtype.itemsize
+        if structure.keeps_factors and strip.dense:
+            sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
+        if structure.fisher_dtype.itemsize < wide:
+            sums["buffers"] += 4 * strip.rows
+    elements = plan.count(outline.assignment.owned[rank])
+    sums["momentum"] = elements * wide
+    sums["buffers"] += 2 * elements * wide + _wire(outline, rank, wide)
+    return sums
+
+
+def traffic(outline: Outline, rank: int) -> dict[str, int]:
+    """Bytes that a rank sends in a step in which every parameter has a gradient, by kind, but for the verdicts.
+
+    "weights": its new weights, to each of the others. "blocks": of blocks that a boundary between ranks cuts, gradients
+    to their owner and updates back.
+    """
+    sums = dict.fromkeys(TRAFFIC_KINDS, 0)
+    if outline.replicated:
+        padded = sum(_longest(by_rank) for by_rank in outline.assignment.chunks)
+        sums["weights"] = (outline.world - 1) * padded * outline.weight_itemsize
+    else:
+        away, guests = _crossing(outline, rank)
+        sums["blocks"] = (away + guests) * _wide(outline)
+    return sums
+
+
+def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int:
+    """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
+
+    For a block of r elements: 3r² for F, r² + r³/3 for A and its Cholesky factor (11r³ for A^(−1/2), by its
+    eigenvectors), 2r² for the solution.
+    """
+    total = 0.0
+    for span, strip in _strips(outline, rank):
+        r = strip.size
+        cubed = r**3 / 3 if outline.structures[span.parameter].exponent == 1.0 else 11 * r**3
+        each = 5 * r**2 + (r**2 + cubed) / inverse_update_freq if strip.dense else 8
+        total += strip.rows * each
+    return round(total)
+
+
+def _strips(outline: Outline, rank: int) -> list[tuple[Span, Strip]]:
+    return [
+        (span, strip)
+        for span in outline.assignment.owned[rank]
+        for strip in outline.grids[span.parameter].strips(span.start, span.stop)
+    ]
+
+
+def _wide(outline: Outline) -> int:
+    """Bytes of an element of the arithmetic: one for the whole optimizer."""
+    return outline.structures[0].compute_dtype.itemsize
+
+
+def _wire(outline: Outline, rank: int, wide: int) -> int:
+    if not outline.replicated:
+        return sum(_crossing(outline, rank)) * wide
+    if outline.world == 1:
+        return 0
+    turns = min(2, len(outline.assignment.chunks))
+    longest = max(map(_longest, outline.assignment.chunks))
+    return turns * longest * (outline.world + 1) * outline.weight_itemsize
+
+
+def _longest(by_rank: Sequence[Spans]) -> int:
+    return max(map(plan.count, by_rank))
+
+
+def _crossing(outline: Outline, rank: int) -> tuple[int, int]:
+    """Elements that the rank stores and does not own, and that it owns and does not store."""
+    stored = Counter[int]()
+    both = 0
+    owned = outline.assignment.owned[rank]
+    by_parameter = {span.parameter: span for span in owned}
+    for place in outline.placed[rank]:
+        stored[place.span.parameter] += len(place.span)
+        own = by_parameter.get(place.span.parameter)
+        common = own.intersect(place.span) if own is not None else None
+        both += len(common) if common is not None else 0
+    return stored.total() - both, plan.count(owned) - both
