@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adafisher_dist import fisher, plan
+from adafisher_dist.grid import Grid
 from adafisher_dist.shard import Shard, arena_numel
+from adafisher_dist.span import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,9 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     """By parameter name."""
     ladders = [[0] * len(fisher.RUNGS) for _ in shard.storage.parameters]
     for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
-        for segment in segments if batch.rungs else ():
-            for row, counts in batch.rungs.items():
+        counted = batch.counted()
+        for segment in segments if counted else ():
+            for row, counts in counted.items():
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}
@@ -74,7 +77,7 @@ def _bytes(shard: Shard, rank: int) -> dict[str, int]:
         grid = shard.grids[span.parameter]
         structure = shard.structures[shard.groups[shard.storage.parameters[span.parameter].tensor]]
         wide = structure.compute_dtype.itemsize
-        sums["fisher"] += plan.work((span,), shard.grids) * structure.fisher_dtype.itemsize
+        sums["fisher"] += _stored(span, grid, structure.packed) * structure.fisher_dtype.itemsize
         sums["momentum"] += len(span) * wide
         sums["buffers"] += len(span) * wide  # the stacked gradient
         if structure.keeps_factors:
@@ -87,6 +90,12 @@ def _bytes(shard: Shard, rank: int) -> dict[str, int]:
     if shard.storage.replicated and group.size > 1:
         sums["buffers"] += min(2, len(longest)) * max(longest) * group.size * wide
     return sums
+
+
+def _stored(span: Span, grid: Grid, packed: bool) -> int:
+    """Elements of the Fisher as they are stored for the blocks of a span."""
+    upto = grid.triangle_numel if packed else grid.fisher_numel
+    return upto(grid.block_from(span.stop)) - upto(grid.block_from(span.start))
 
 
 def summary(shard: Shard) -> str:

@@ -160,13 +160,17 @@ def arena_numel(pieces: Sequence[Sequence[plan.Spans]], rank: int) -> int:
     return longest_stop
 
 
-def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Sequence[Mapping[str, Any]]) -> None:
+def compute(
+    chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Sequence[Mapping[str, Any]],
+    go: Tensor | None = None,
+) -> None:  # fmt: skip
     """Turn the gradients in a chunk of the arena into updates.
 
     Args:
         chunk: the chunk.
         times: for each parameter, its t and k, or None where it has no gradient: its elements are zero and stay so.
         settings: for each param group of the shard, its settings.
+        go: as for `batch.compute`.
     """
     alike = len(set(times)) == 1
     for rows in chunk.rows:
@@ -174,7 +178,7 @@ def compute(chunk: Chunk, times: Sequence[tuple[int, int] | None], settings: Seq
         runs = [(rows.segments[0].start, rows.segments[-1].stop, times[0])] if alike else _runs(rows.segments, times)
         for start, stop, time in runs:
             if time is not None:
-                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group])
+                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group], go=go)
         torch._foreach_copy_(rows.in_arena, rows.in_batch)
 
 

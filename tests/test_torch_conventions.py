@@ -44,7 +44,8 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
-        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32, None)
+        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
+        *(False, "auto", None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
     assert parameters[0].name == "params"
