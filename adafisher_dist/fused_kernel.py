@@ -139,13 +139,15 @@ def step_kernel(
     there_INJ = (i_I11 < SIZE) & there_NJ[None]
     at_NJ = row_N[:, None] * SIZE + j_1J
     if PACKED:
-        high_I1J, low_I1J = tl.maximum(i_I11, j_11J), tl.minimum(i_I11, j_11J)
-        place_I1J = ((high_I1J * (high_I1J + 1)) >> 1) + low_I1J
-        at_INJ = tl.multiple_of(row_N[None, :, None] * (SIZE * (SIZE + 1) // 2) + place_I1J, [1, 1, 1])
+        base_1N1 = row_N[None, :, None] * (SIZE * (SIZE + 1) // 2)
+        lower_I1J, upper_I1J = ((i_I11 * (i_I11 + 1)) >> 1) + j_11J, ((j_11J * (j_11J + 1)) >> 1) + i_I11
+        at_INJ = tl.multiple_of(base_1N1 + tl.where(i_I11 >= j_11J, lower_I1J, upper_I1J), [1, 1, 1])
+        # The same addresses there, but worked out anew, so that those of the loads need not be kept.
+        stored_at_INJ = tl.multiple_of(base_1N1 + lower_I1J, [1, 1, 1])
         stored_INJ = there_INJ & (i_I11 >= j_11J)
     else:
         at_INJ = tl.multiple_of(row_N[None, :, None] * (SIZE * SIZE) + (i_I11 * SIZE + j_11J), [1, 1, 1])
-        stored_INJ = there_INJ
+        stored_at_INJ, stored_INJ = at_INJ, there_INJ
 
     if GATED:
         go = tl.load(go_ptr)  # looked at below, so that nothing has to wait for it first
@@ -176,9 +178,9 @@ def step_kernel(
             bits_INJ = (f_INJ.to(tl.uint32, bitcast=True) + noise_INJ) & 0xFFFF0000
             f_INJ = bits_INJ.to(tl.float32, bitcast=True)
             narrow_INJ = (bits_INJ >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-            tl.store(fisher_ptr + at_INJ, narrow_INJ, mask=stored_INJ)
+            tl.store(fisher_ptr + stored_at_INJ, narrow_INJ, mask=stored_INJ)
         else:
-            tl.store(fisher_ptr + at_INJ, f_INJ, mask=stored_INJ)
+            tl.store(fisher_ptr + stored_at_INJ, f_INJ, mask=stored_INJ)
 
     diagonal_NJ = tl.sum(tl.where(i_I11 == j_11J, f_INJ, 0.0), axis=0)
     trace_N1 = tl.sum(diagonal_NJ, axis=1, keep_dims=True)
