@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist import fisher
+from adafisher_dist import fisher, fused
 from adafisher_dist.settings import Structure
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -30,12 +30,13 @@ class Batch:
     Attributes:
         gradient_NB: the gradient on the way in, the update on the way out.
         momentum_NB: m.
-        fisher: F, (N, B, B), or its diagonal, (N, 1); in fisher_dtype.
+        fisher: F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1).
         factor_NBB: roots of A that are kept between refreshes; None where they are made at every step.
         curvature_N: d of the kept roots.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
         rungs: for each block, how often its factorisation needed each rung of the ladder.
+        rungs_N3: the same, counted on the device by the Triton kernel; None before its first step.
     """
 
     group: int
@@ -50,6 +51,7 @@ class Batch:
     number_N: Numbers
     seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
+    rungs_N3: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -67,6 +69,16 @@ class Batch:
         """Views of the state of rows [start, stop), by the names that they have in a state dict."""
         return {f"{name}_{self.kind}": tensor[start:stop] for name, tensor in self.tensors().items()}
 
+    def counted(self) -> dict[int, list[int]]:
+        """`rungs` with the kernel's counts; waits for the device where there are any."""
+        counts = dict(self.rungs)
+        if self.rungs_N3 is not None:
+            for row, on_device in enumerate(self.rungs_N3.tolist()):
+                if any(on_device):
+                    before = counts.get(row, [0] * len(fisher.RUNGS))
+                    counts[row] = [a + b for a, b in zip(before, on_device, strict=True)]
+        return counts
+
 
 def allocate(
     group: int, size: int, dense: bool, structure: Structure, number: Numbers, rows: int,
@@ -74,7 +86,7 @@ def allocate(
 ) -> Batch:  # fmt: skip
     """A batch of `rows` blocks that have seen no gradient; or, not zeroed, whose whole state will be read."""
     new = torch.zeros if zeroed else torch.empty
-    wide, square = structure.compute_dtype, (rows, size, size)
+    wide = structure.compute_dtype
     keeps = dense and structure.keeps_factors
     rounded = structure.fisher_dtype == torch.bfloat16
     return Batch(
@@ -84,12 +96,19 @@ def allocate(
         structure,
         gradient_NB=torch.zeros(rows, size, dtype=wide, device=device),
         momentum_NB=new(rows, size, dtype=wide, device=device),
-        fisher=new(square if dense else (rows, 1), dtype=structure.fisher_dtype, device=device),
-        factor_NBB=new(square, dtype=wide, device=device) if keeps else None,
+        fisher=new(rows, *fisher_shape(size, dense, structure), dtype=structure.fisher_dtype, device=device),
+        factor_NBB=new(rows, size, size, dtype=wide, device=device) if keeps else None,
         curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
         number_N=number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
     )
+
+
+def fisher_shape(size: int, dense: bool, structure: Structure) -> tuple[int, ...]:
+    """How a block's F is stored."""
+    if not dense:
+        return (1,)
+    return (fisher.packed_numel(size),) if structure.packed else (size, size)
 
 
 def refresh_interval(freq: int, updates: int, decay: float) -> int:
@@ -98,8 +117,29 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
 
 
 def uses_kernel(structure: Structure, backend: str, device: torch.device) -> bool:
-    """Whether blocks of these settings are worked on by a kernel that asks the device whether to."""
-    return False
+    """Whether the dense blocks of a param group are worked on by the Triton kernel; diagonal ones never are.
+
+    On a CPU only backend="triton" means the kernel: it is interpreted there, for tests.
+
+    Raises:
+        RuntimeError: the kernel is asked for, and cannot run.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return device.type == "cuda" and fits(structure) and fused.obstacle(device) is None
+    for reason in (fused.misfit(structure), fused.obstacle(device)):
+        if reason is not None:
+            raise RuntimeError(
+                f'backend="triton" cannot run here: {reason}. Or use backend="auto", which takes torch where the kernel'
+                " cannot run."
+            )
+    return True
+
+
+def fits(structure: Structure) -> bool:
+    """Whether the Triton kernel does what a param group asks for, on a device where it runs."""
+    return fused.misfit(structure) is None
 
 
 def compute(
@@ -107,7 +147,8 @@ def compute(
 ) -> None:
     """One step of rows [start, stop): their gradient goes into m and F, and the update u takes its place.
 
-    Blocks do not depend on each other, so on a CPU the rows are worked on in tiles that stay in its cache.
+    Blocks do not depend on each other, so on a CPU the rows are worked on in tiles that stay in its cache, and on a GPU
+    one kernel does it all where it can.
 
     Args:
         batch: the rows' batch.
@@ -116,22 +157,50 @@ def compute(
         step: t, this step included.
         updates: k, this step included where it updates F.
         settings: the param group.
-        go: None, or 0-d on the device: 0 if nothing is to change.
+        go: where it is given, an int32 0-d tensor on the device. If it is 0, u is 0 and nothing else changes, whatever
+            is in the gradient; nobody waits to know. For diagonal blocks, and dense ones of the kernel.
+
+    Raises:
+        RuntimeError: the kernel is asked for, and cannot run.
     """
-    on_cpu = batch.fisher.device.type == "cpu"
-    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.fisher[0].numel()) if on_cpu else stop - start
+    device = batch.fisher.device
+    if start < stop and batch.dense and uses_kernel(batch.structure, settings["backend"], device):
+        fused.compute(batch, start, stop, step, updates, settings, go)
+        return
+    if go is not None:
+        assert not batch.dense, "the torch path of dense blocks has no gate"
+        _compute_gated(batch, start, stop, step, updates, settings, go)
+        return
+    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2) if device.type == "cpu" else max(1, stop - start)
     for begin in range(start, stop, tile):
         _compute_tile(batch, begin, min(stop, begin + tile), step, updates, settings)
 
 
+def _compute_gated(
+    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor
+) -> None:
+    """A step of diagonal blocks that `go` may take back; m and F are small there."""
+    state = [batch.momentum_NB[start:stop], batch.fisher[start:stop]]
+    before = [tensor.clone() for tensor in state]
+    _compute_tile(batch, start, stop, step, updates, settings)
+    goes = go.bool()
+    for tensor, old in zip(state, before, strict=True):
+        tensor.copy_(torch.where(goes, tensor, old))
+    update_NB = batch.gradient_NB[start:stop]
+    update_NB.copy_(torch.where(goes, update_NB, 0.0))
+
+
 def _compute_tile(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
     gradient_NB, momentum_NB = batch.gradient_NB[start:stop], batch.momentum_NB[start:stop]
-    stored = batch.fisher[start:stop]
+    stored, packed = batch.fisher[start:stop], batch.dense and batch.structure.packed
+    whole = fisher.unpack(stored, batch.size) if packed else stored
     decay, mu, eps = settings["fisher_decay"], settings["momentum"], settings["eps"]  # ρ, μ, ε
     momentum_NB.lerp_(gradient_NB, 1 - mu)
     if updates_fisher(step, settings):
         seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[start:stop], updates)
-        (fisher.update if batch.dense else fisher.update_diagonal)(stored, gradient_NB, decay, seeds)
+        (fisher.update if batch.dense else fisher.update_diagonal)(whole, gradient_NB, decay, seeds)
+        if packed:
+            stored.copy_(fisher.pack(whole))
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
     unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
     if settings["nesterov"]:
@@ -139,12 +208,12 @@ def _compute_tile(batch: Batch, start: int, stop: int, step: int, updates: int, 
     else:
         hat_NB = momentum_NB * unbias_m
     if batch.dense:
-        factor = _factor(batch, start, stop, step, updates, unbias_f, settings)
-        diagonal_NB = stored.diagonal(dim1=1, dim2=2).to(hat_NB.dtype) * unbias_f
+        factor = _factor(batch, start, whole, step, updates, unbias_f, settings)
+        diagonal_NB = whole.diagonal(dim1=1, dim2=2).to(hat_NB.dtype) * unbias_f
         exponent = batch.structure.exponent
         gradient_NB.copy_(fisher.precondition(factor, hat_NB, diagonal_NB, eps, exponent, settings["grafting"]))
     else:
-        gradient_NB.copy_(fisher.diagonal_update(hat_NB, stored.to(hat_NB.dtype) * unbias_f, eps))
+        gradient_NB.copy_(fisher.diagonal_update(hat_NB, whole.to(hat_NB.dtype) * unbias_f, eps))
 
 
 def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings: Mapping[str, Any]) -> None:
@@ -152,10 +221,12 @@ def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings:
     if batch.factor_NBB is None or batch.curvature_N is None or updates == 0:
         return
     unbias = 1 / (1 - settings["fisher_decay"] ** updates) if settings["bias_correction"] else 1.0
-    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.fisher[0].numel())  # on a GPU too: it bounds the memory
+    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2)  # on a GPU too: it bounds the memory
     for begin in range(start, stop, tile):
         end = min(stop, begin + tile)
-        factor = _fresh(batch, batch.fisher[begin:end], np.arange(begin, end), unbias, settings)
+        stored = batch.fisher[begin:end]
+        whole_NBB = fisher.unpack(stored, batch.size) if batch.structure.packed else stored
+        factor = _fresh(batch, whole_NBB, np.arange(begin, end), unbias, settings)
         batch.factor_NBB[begin:end], batch.curvature_N[begin:end] = factor.root_NBB, factor.d_N
 
 
@@ -165,10 +236,12 @@ def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
 
 
 def _factor(
-    batch: Batch, start: int, stop: int, step: int, updates: int, unbias: float, settings: Mapping[str, Any]
+    batch: Batch, start: int, fisher_NBB: Tensor, step: int, updates: int, unbias: float, settings: Mapping[str, Any]
 ) -> fisher.Factor:
+    """The factor of the rows from `start` on, whose F is `fisher_NBB`: made anew, or kept."""
+    stop = start + len(fisher_NBB)
     if batch.factor_NBB is None or batch.curvature_N is None:
-        return _fresh(batch, batch.fisher[start:stop], np.arange(start, stop), unbias, settings)
+        return _fresh(batch, fisher_NBB, np.arange(start, stop), unbias, settings)
     interval = refresh_interval(settings["inverse_update_freq"], updates, settings["fisher_decay"])
     if interval == 1 or step == 1:
         due = np.arange(start, stop)
@@ -176,7 +249,7 @@ def _factor(
         due = start + np.flatnonzero((batch.number_N[start:stop] + step) % interval == 0)
     if len(due):
         rows = torch.from_numpy(due).to(batch.fisher.device)
-        factor = _fresh(batch, batch.fisher[rows], due, unbias, settings)
+        factor = _fresh(batch, fisher_NBB[rows - start], due, unbias, settings)
         batch.factor_NBB[rows], batch.curvature_N[rows] = factor.root_NBB, factor.d_N
     return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None)
 

@@ -1,11 +1,12 @@
 """The maths on stacked blocks (DESIGN.md, section 2): pure functions, no state, no communication.
 
-Shape suffixes: N blocks, B elements a block. Formulas use DESIGN's symbols: F Fisher, d mean curvature,
-A = F̂/d + (δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
+Shape suffixes: N blocks, B elements a block, T = B (B + 1) / 2 elements of a lower triangle. Formulas use DESIGN's
+symbols: F Fisher, d mean curvature, A = F̂/d + (δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,10 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
 
 
 def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
-    """F ← ρ F + (1 − ρ) g gᵀ, in place; the arithmetic has the gradient's dtype.
+    """F ← ρ F + h hᵀ with h = √(1 − ρ) g, in place; the arithmetic has the gradient's dtype.
+
+    By element, ρ F and hᵢ hⱼ each rounded before they are added: F is symmetric to the last bit, on any machine, and no
+    product is made in TF32. On a CPU that takes no longer than a batched matrix product (LOG.md, 2026-11-25).
 
     F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
     F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).
@@ -44,17 +48,44 @@ def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor
         decay: ρ.
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
     """
-    left_NB1, right_N1B = gradient_NB.unsqueeze(2), gradient_NB.unsqueeze(1)
+    h_NB = gradient_NB * (1 - decay) ** 0.5
+    outer_NBB = h_NB.unsqueeze(2) * h_NB.unsqueeze(1)
     if fisher_NBB.dtype == gradient_NB.dtype:
-        fisher_NBB.baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay)
+        fisher_NBB.mul_(decay).add_(outer_NBB)
     else:
         assert seed_N is not None
-        wide_NBB = fisher_NBB.to(gradient_NB.dtype).baddbmm_(left_NB1, right_N1B, beta=decay, alpha=1 - decay)
+        wide_NBB = fisher_NBB.to(gradient_NB.dtype).mul_(decay).add_(outer_NBB)
         index_B = torch.arange(fisher_NBB.shape[1], dtype=torch.int32, device=seed_N.device)
         # Alike for (i, j) and (j, i), so that F stays symmetric.
         low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
         _round_stochastically(wide_NBB, _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None])
         fisher_NBB.copy_(wide_NBB)
+
+
+def pack(fisher_NBB: Tensor) -> Tensor:
+    """The lower triangles of symmetric blocks, row-major, (N, T): element (i, j), i ≥ j, is at i (i + 1) / 2 + j."""
+    lower_T, _ = _places(fisher_NBB.shape[1], fisher_NBB.device)
+    return fisher_NBB.flatten(1).index_select(1, lower_T)
+
+
+def unpack(fisher_NT: Tensor, size: int) -> Tensor:
+    """The inverse of `pack`: whole blocks, (N, size, size)."""
+    _, full = _places(size, fisher_NT.device)
+    return fisher_NT.index_select(1, full).view(-1, size, size)
+
+
+def packed_numel(size: int) -> int:
+    """T: elements of a block's lower triangle."""
+    return size * (size + 1) // 2
+
+
+@cache
+def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each element of a lower triangle is in a whole block, (T,), and the reverse, (size²,)."""
+    index_B = torch.arange(size, device=device)
+    low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
+    row_T, column_T = torch.tril_indices(size, size, device=device)
+    return row_T * size + column_T, (high_BB * (high_BB + 1) // 2 + low_BB).flatten()
 
 
 def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype) -> Factor:

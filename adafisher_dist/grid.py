@@ -82,6 +82,10 @@ class Grid:
             total += (self.numel % self.period) ** 2 - self.period**2
         return total + self.start(block) - self.start(dense)
 
+    def triangle_numel(self, block: int) -> int:
+        """Elements of the lower triangles of the Fisher in the blocks before `block`; a diagonal one's are its own."""
+        return (self.fisher_numel(block) + self.start(block)) // 2  # the sum of (r² + r) / 2
+
     def block_of_fisher_numel(self, amount: int) -> int:
         """The first block whose predecessors hold at least `amount` elements of the Fisher."""
         return bisect_left(range(self.num_blocks), amount, key=self.fisher_numel)

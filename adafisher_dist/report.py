@@ -33,8 +33,9 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     """By parameter name."""
     ladders = [[0] * len(fisher.RUNGS) for _ in shard.storage.parameters]
     for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
-        for segment in segments if batch.rungs else ():
-            for row, counts in batch.rungs.items():
+        counted = batch.counted()
+        for segment in segments if counted else ():
+            for row, counts in counted.items():
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}

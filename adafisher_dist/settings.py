@@ -26,6 +26,8 @@ DEFAULTS: dict[str, Any] = {
     "exponent": 1.0,
     "grafting": "rms",
     "fisher_dtype": torch.float32,
+    "packed": False,
+    "backend": "auto",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -52,6 +54,7 @@ class Structure(NamedTuple):
     fisher_dtype: torch.dtype
     exponent: float
     keeps_factors: bool
+    packed: bool
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -68,6 +71,7 @@ def structure(group: Mapping[str, Any]) -> Structure:
         group["fisher_dtype"],
         group["exponent"],
         group["inverse_update_freq"] > 1,
+        group["packed"],
     )
 
 
@@ -131,11 +135,12 @@ def normalize(group: dict[str, Any]) -> None:
     _integer(group, "inverse_update_freq", low=1)
     if group["max_blocks"] is not None:
         _integer(group, "max_blocks", low=0)
-    for name in ("nesterov", "bias_correction"):
+    for name in ("nesterov", "bias_correction", "packed"):
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} should be True or False, got {group[name]!r}.")
     _choice(group, "block_grid", ("rows", "flat"))
     _choice(group, "grafting", ("rms", "none"))
+    _choice(group, "backend", ("auto", "torch", "triton"))
     _number(group, "exponent", low=0.0)
     _choice(group, "exponent", (1.0, 0.5))
     group["fisher_dtype"] = fisher_dtype(group["fisher_dtype"])

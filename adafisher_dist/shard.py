@@ -196,7 +196,7 @@ def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
     It depends on settings and machines alone, so that it is the same on all ranks, whichever blocks they own.
     """
     return all(
-        stacked.uses_kernel(structure, having.get("backend", "auto"), shard.arena.device)
+        stacked.uses_kernel(structure, having["backend"], shard.arena.device)
         for structure, having in zip(shard.structures, settings, strict=True)
         if having
     )

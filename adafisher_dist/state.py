@@ -1,8 +1,9 @@
 """The optimizer's state as state dicts hold it: by stored tensor, checked before anything changes.
 
 For each tensor: `step`, `fisher_updates` (int64; 0-d, or of each parameter that a flat tensor holds), and for each
-block size B `momentum_B` (N, B), `fisher_B` (N, B, B) and, where factors are kept, `factor_B` (N, B, B) and
-`curvature_B` (N,), blocks in order; `momentum_diagonal` and `fisher_diagonal` (N, 1) past max_blocks.
+block size B `momentum_B` (N, B), `fisher_B` (N, B, B), or (N, B (B + 1) / 2) where it is packed, and, where factors are
+kept, `factor_B` (N, B, B) and `curvature_B` (N,), blocks in order; `momentum_diagonal` and `fisher_diagonal` (N, 1)
+past max_blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import comm
+from adafisher_dist.batch import fisher_shape
 from adafisher_dist.shard import Shard
 
 FORMAT = 1
@@ -62,11 +64,11 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for kind, rows in shard.grids[parameter].rows_by_kind(shard.grids[parameter].numel).items():
         size = 1 if kind == "diagonal" else int(kind)
-        square = (rows, 1) if kind == "diagonal" else (rows, size, size)
+        dense = kind != "diagonal"
         shapes[f"momentum_{kind}"] = (rows, size), wide
-        shapes[f"fisher_{kind}"] = square, structure.fisher_dtype
-        if structure.keeps_factors and kind != "diagonal":
-            shapes[f"factor_{kind}"] = square, wide
+        shapes[f"fisher_{kind}"] = (rows, *fisher_shape(size, dense, structure)), structure.fisher_dtype
+        if structure.keeps_factors and dense:
+            shapes[f"factor_{kind}"] = (rows, size, size), wide
             shapes[f"curvature_{kind}"] = (rows,), wide
     return shapes
 

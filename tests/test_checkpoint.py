@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2, "inverse_update_freq": 3, "max_blocks": 60}
 BEFORE, AFTER = 5, 10  # steps
 
-# How a training is laid out: a layout, a precision, and more of the DeepSpeed config.
+# How a training is laid out: a layout, a precision, and more of the DeepSpeed config (and "packed", of AdaFisher's).
 LAYOUTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "alone": ("torch", "fp32", {}),
     "ddp": ("ddp", "fp32", {}),
@@ -48,6 +48,8 @@ LAYOUTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "zero3": (3, "fp32", {}),
     "zero3-bf16": (3, "bf16", {}),
     "zero3-subgroups": (3, "fp32", {"zero": {"sub_group_size": 100}}),
+    "ddp-packed": ("ddp", "fp32", {"packed": True}),
+    "zero3-packed": (3, "fp32", {"packed": True}),
     "zero3-kept": (3, "fp32", {"zero": {"stage3_param_persistence_threshold": 0}}),
 }
 
@@ -57,6 +59,8 @@ class Run:
 
     def __init__(self, layout: str, rank: int, world: int, settings: dict[str, Any] = SETTINGS) -> None:
         self.kind, self.precision, more = LAYOUTS[layout]
+        settings = {**settings, "packed": more.get("packed", False)}
+        more = {key: value for key, value in more.items() if key != "packed"}
         self.layout, self.rank, self.world = layout, rank, world
         self.engine: Any = None
         module = model()
@@ -176,7 +180,7 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 SOURCES = [
     ("alone", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4), ("zero0-bf16", 2), ("zero1", 3), ("bf16-optimizer", 2),
-    ("zero2", 4), ("zero2-fp16", 2), ("zero3", 2), ("zero3-bf16", 4),
+    ("zero2", 4), ("zero2-fp16", 2), ("zero3", 2), ("zero3-bf16", 4), ("zero3-packed", 2),
 ]  # fmt: skip
 WORLDS = {"alone": [[1], [1]], "hsdp": [[4], [4]]}
 EVERY = [
@@ -192,6 +196,7 @@ FEW = [
     (("bf16-optimizer", 2), ("zero1-bf16", 4)), (("zero2", 4), ("zero3-subgroups", 3)), (("zero2", 4), ("hsdp", 4)),
     (("zero2-fp16", 2), ("bf16-optimizer", 3)), (("zero3", 2), ("zero2-round-robin", 3)),
     (("zero3", 2), ("zero0-fp16", 2)), (("zero3-bf16", 4), ("zero2-offload", 1)),
+    (("ddp", 2), ("zero3-packed", 3)), (("zero3-packed", 2), ("ddp", 3)), (("fsdp2", 3), ("ddp-packed", 2)),
 ]  # fmt: skip
 
 
@@ -208,6 +213,8 @@ def reshard(source: tuple[str, int], target: tuple[str, int], source_of: Any, fo
         same = after[key].to(value.dtype) if key == "weight/frozen" else after[key]  # it has the model's precision
         assert torch.equal(value, same), key
     old, new = read(Path(saved) / "here").about, read(folder / "here").about
+    for group in (*old["optimizer"]["groups"], *new["optimizer"]["groups"]):
+        group["settings"].pop("packed")  # the optimizer's own
     assert old["optimizer"] == new["optimizer"]
     low = any(LAYOUTS[layout][1] != "fp32" for layout in (source[0], target[0]))
     assert all(distance(result, straight) < (0.03 if low else 1e-4) for result in resumed)

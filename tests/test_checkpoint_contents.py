@@ -18,7 +18,7 @@ from models import Tied, batch, distance, model, param_groups, weights
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
 
-from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist import AdaFisher, CheckpointError, fisher, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import Place, save, training_of, values
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.reader import read_tensor
@@ -73,6 +73,43 @@ def test_another_fisher_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "b", other, converted)  # and back
     load_checkpoint(tmp_path / "b", module, optimizer)
     assert distance(weights(other), weights(module)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A checkpoint holds lower triangles; who loads it goes on bit for bit, whichever way it stores its blocks."""
+    settings = {"inverse_update_freq": 3 if keeps else 1, "max_blocks": 20, "fisher_dtype": dtype}
+    module, optimizer = trained(packed=packed, **settings)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    stored = read(tmp_path / "a").tensors["fisher/mix.weight"].numel  # rows of 37: 8, 8, 7, 7, 7; four dense rows
+    assert stored == 4 * (2 * 36 + 3 * 28) + 37
+    other, resumed = trained(count=0, packed=not packed, **settings)
+    load_checkpoint(tmp_path / "a", other, resumed)
+    assert resumed.param_groups[0]["packed"] is not packed
+    before, after = state(optimizer), state(resumed)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if value.dim() + after[key].dim() == 5:  # one is packed
+            value, after[key] = (x if x.dim() == 2 else fisher.pack(x) for x in (value, after[key]))
+        assert torch.equal(value, after[key]), key
+    save_checkpoint(tmp_path / "b", other, resumed)
+    first, second = (read(tmp_path / name) for name in "ab")
+    for key in first.tensors:
+        if not key.startswith("random/"):
+            assert torch.equal(read_tensor(tmp_path / "a", first, key), read_tensor(tmp_path / "b", second, key)), key
+    steps(module, optimizer, 4, 8)
+    steps(other, resumed, 4, 8)
+    assert distance(weights(other), weights(module)) == 0
+
+
+def test_the_backend_is_the_optimizers_own(tmp_path: Path) -> None:
+    module, optimizer = trained(backend="torch")
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, resumed = trained(count=0)
+    load_checkpoint(tmp_path / "a", other, resumed)
+    assert resumed.param_groups[0]["backend"] == "auto"
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])

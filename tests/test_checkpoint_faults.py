@@ -652,9 +652,12 @@ def test_a_manifest_that_is_none(content: bytes, damaged: Path) -> None:
     assert str(damaged / MANIFEST) in Bystander().refuses(damaged)
 
 
-def test_a_newer_format(damaged: Path) -> None:
+def test_another_format(damaged: Path) -> None:
     """Whatever else it holds."""
     content = json.loads((damaged / MANIFEST).read_bytes())["content"]
+    (damaged / MANIFEST).write_bytes(with_checksum({**content, "format": 1}))
+    message = Bystander().refuses(damaged)
+    assert "has format 1" in message and f"reads {FORMAT}: load it with the version that saved it" in message
     for newer in ({**content, "format": FORMAT + 1}, {"format": FORMAT + 1, "everything": "else"}):
         (damaged / MANIFEST).write_bytes(with_checksum(newer))
         message = Bystander().refuses(damaged)

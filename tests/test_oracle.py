@@ -76,6 +76,7 @@ def compare(
     schedule: Callable[[int], Settings] = lambda step: {},
     dtype: torch.dtype = torch.float64,
     fisher_dtype: torch.dtype = torch.float64,
+    packed: bool = False,
     tolerance: float = 1e-10,
     layout: Callable[[torch.Tensor], torch.Tensor] | None = None,
     grad_layout: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -97,7 +98,7 @@ def compare(
     own = [setting for number, setting in groups for _ in range(number)]
     rest = iter(parameters)
     torch_groups = [{"params": list(itertools.islice(rest, number)), **setting} for number, setting in groups]
-    optimizer = AdaFisher(torch_groups, **hyper, fisher_dtype=fisher_dtype)
+    optimizer = AdaFisher(torch_groups, **hyper, fisher_dtype=fisher_dtype, packed=packed)
     oracle = Oracle(
         [(to_numpy(p), setting) for p, setting in zip(parameters, own, strict=True)],
         arithmetic=np.float64 if dtype == torch.float64 else np.float32,
@@ -229,6 +230,24 @@ COMBINATIONS = [
 @pytest.mark.parametrize("setting", COMBINATIONS, ids=lambda setting: "-".join(map(str, setting.values())))
 def test_every_combination(setting: Settings) -> None:
     compare(values(FEW), gradients(FEW, 12), block_size=16, **setting)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"grafting": "none", "nesterov": False},
+        {"exponent": 0.5, "inverse_update_freq": 5, "fisher_update_freq": 2},
+        {"max_blocks": 3, "bias_correction": False},
+        {"block_grid": "flat", "inverse_update_freq": 3},
+    ],
+    ids=str,
+)
+def test_packed(setting: Settings, dtype: torch.dtype) -> None:
+    shapes = [*FEW, *SMALL, (65,)]
+    own = {"dtype": dtype, "fisher_dtype": dtype, "tolerance": 2e-4 if dtype == torch.float32 else 1e-10}
+    compare(values(shapes), gradients(shapes, 16), packed=True, block_size=16, fisher_decay=0.8, **own, **setting)
 
 
 @pytest.mark.parametrize("block_grid", ["rows", "flat"])

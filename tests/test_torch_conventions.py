@@ -20,6 +20,7 @@ from adafisher_dist.settings import DEFAULTS
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"block_size": 8, "inverse_update_freq": 3, "max_blocks": 5},
+    {"block_size": 8, "inverse_update_freq": 3, "max_blocks": 5, "packed": True},
     {"fisher_dtype": torch.bfloat16, "exponent": 0.5, "grafting": "none"},
     {"fisher_dtype": torch.float64, "block_grid": "flat", "fisher_update_freq": 2},
 ]
@@ -44,7 +45,8 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
-        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32, None)
+        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
+        *(False, "auto", None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
     assert parameters[0].name == "params"
@@ -235,9 +237,10 @@ def test_presets() -> None:
         AdaFisher.for_language_models(model().parameters(), dampening=1)
 
 
-def test_memory_usage_counts_the_tensors() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_usage_counts_the_tensors(packed: bool) -> None:
     module = model()
-    optimizer = AdaFisher(module.parameters(), block_size=8, inverse_update_freq=2, max_blocks=7)
+    optimizer = AdaFisher(module.parameters(), block_size=8, inverse_update_freq=2, max_blocks=7, packed=packed)
     steps(module, optimizer, 0, 1)
     bytes_of = {"fisher": 0, "momentum": 0, "factor": 0, "curvature": 0}
     for entry in optimizer.state_dict()["state"].values():
@@ -270,6 +273,8 @@ def test_memory_usage_counts_the_tensors() -> None:
         ({"exponent": 0.7}, ValueError, "exponent should be one of 1.0, 0.5"),
         ({"grafting": "adam"}, ValueError, "grafting should be one of 'rms', 'none'"),
         ({"nesterov": 1}, TypeError, "nesterov should be True or False"),
+        ({"packed": "yes"}, TypeError, "packed should be True or False, got 'yes'"),
+        ({"backend": "cuda"}, ValueError, "backend should be one of 'auto', 'torch', 'triton'"),
         ({"fisher_dtype": torch.float16}, ValueError, "float16 is not offered"),
     ],
 )

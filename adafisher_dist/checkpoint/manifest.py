@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2  # 1 had whole Fisher blocks
 MANIFEST = "manifest.json"
 
 _NAMES = {
@@ -125,7 +125,7 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a newer format.
+        CheckpointError: there is none, it is damaged, or of another format.
     """
     path = folder / MANIFEST
     try:
@@ -139,9 +139,10 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: it cannot be parsed ({error}).") from error
     if crc32 != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum is {_checksum(content)}, and it says {crc32}.")
-    if content["format"] > FORMAT:
+    if content["format"] != FORMAT:
+        remedy = "update" if content["format"] > FORMAT else "load it with the version that saved it, an older"
         raise CheckpointError(
-            f"{folder} has format {content['format']}, and this version of adafisher_dist reads up to {FORMAT}; update"
+            f"{folder} has format {content['format']}, and this version of adafisher_dist reads {FORMAT}: {remedy}"
             " adafisher_dist."
         )
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.training import (
-    STRUCTURAL,
+    OWN_SETTINGS,
     Training,
     extra_states,
     members_of_groups,
@@ -179,8 +179,8 @@ def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, 
 
 
 def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a saved param group that an optimizer takes over; those that shape its state stay its own."""
-    return {key: value for key, value in saved.items() if key not in (*STRUCTURAL, "params", "param_names")}
+    """The settings of a saved param group that an optimizer takes over; OWN_SETTINGS stay its own."""
+    return {key: value for key, value in saved.items() if key not in (*OWN_SETTINGS, "params", "param_names")}
 
 
 __all__ = ["CheckpointError", "Match", "match", "refuse", "settings_to_restore"]

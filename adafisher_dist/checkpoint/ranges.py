@@ -2,7 +2,8 @@
 
 A parameter's momentum is the 1-d tensor of its elements, its Fisher that of its blocks, one after the other in the
 order of the grid. A rank owns consecutive blocks, so that its state is a range of either, whatever the batches are that
-hold it. That is what makes a checkpoint independent of ranks.
+hold it. That is what makes a checkpoint independent of ranks. A dense block of the Fisher is its lower triangle there,
+whether the optimizer stores it so (`packed`) or not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from adafisher_dist import plan
+from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch
 from adafisher_dist.grid import Grid, Strip
 from adafisher_dist.shard import Shard
@@ -31,15 +32,38 @@ _PART_NUMEL = 2**14
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Memory of this rank, of any shape, and where its elements are in the range: an offset, a stride a dimension."""
+    """Memory of this rank, of any shape, and where its elements are in the range: an offset, a stride a dimension.
+
+    Where `symmetric`, the memory is whole blocks, (…, B, B), and the range has their lower triangles, (…, T).
+    """
 
     memory: Tensor
     offset: int
     strides: tuple[int, ...]
+    symmetric: bool = False
 
-    def window(self, packed: Tensor) -> Tensor:
-        """The same elements of the packed range, in the shape of the memory."""
-        return packed.as_strided(self.memory.shape, self.strides, packed.storage_offset() + self.offset)
+    def pack_into(self, packed: Tensor) -> None:
+        """Copy the elements to their places in the packed range."""
+        self._window(packed).copy_(self._triangles() if self.symmetric else self.memory)
+
+    def unpack_from(self, packed: Tensor) -> None:
+        """The inverse of `pack_into`."""
+        window = self._window(packed)
+        if self.symmetric:
+            size = self.memory.shape[-1]
+            window = fisher.unpack(window.reshape(-1, fisher.packed_numel(size)), size).view(self.memory.shape)
+        self.memory.copy_(window)
+
+    def _window(self, packed: Tensor) -> Tensor:
+        """The places, in the shape of the memory, or of its triangles."""
+        shape = self.memory.shape
+        if self.symmetric:
+            shape = torch.Size([*shape[:-2], fisher.packed_numel(shape[-1])])
+        return packed.as_strided(shape, self.strides, packed.storage_offset() + self.offset)
+
+    def _triangles(self) -> Tensor:
+        *lead, size, _ = self.memory.shape
+        return fisher.pack(self.memory.view(-1, size, size)).view(*lead, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +79,9 @@ class Range:
 
     def in_place(self) -> Tensor | None:
         """The elements as a 1-d view of this rank's memory, where they lie in a row there."""
-        memory = self.pieces[0].memory
-        return memory.view(-1) if len(self.pieces) == 1 and memory.is_contiguous() else None
+        first = self.pieces[0]
+        lying = len(self.pieces) == 1 and first.memory.is_contiguous() and not first.symmetric
+        return first.memory.view(-1) if lying else None
 
     def room(self) -> Tensor:
         """An uninitialised 1-d tensor to pack into."""
@@ -69,13 +94,13 @@ class Range:
             return lying
         packed = self.room()
         for piece in self.pieces:
-            piece.window(packed).copy_(piece.memory)
+            piece.pack_into(packed)
         return packed
 
     def unpack(self, packed: Tensor) -> None:
         """The inverse of `pack`."""
         for piece in self.pieces:
-            piece.memory.copy_(piece.window(packed))
+            piece.unpack_from(packed)
 
 
 def of_tensor(key: str, values: Tensor, start: int, stop: int, total: int) -> Iterator[Range]:
@@ -136,30 +161,36 @@ def _of_blocks(
         upto[strip.kind] += strip.rows
         for field, tensor in batch.tensors().items():
             fields[field].append((strip, tensor[row : row + strip.rows]))
-    fisher = grid.fisher_numel
+    triangle, square = grid.triangle_numel, grid.fisher_numel
     ends = {
         "momentum": (part.start, part.stop, grid.numel),
-        "fisher": (fisher(first), fisher(last), fisher(grid.num_blocks)),
-        "factor": (fisher(dense_first), fisher(dense_last), fisher(grid.dense_blocks)),
+        "fisher": (triangle(first), triangle(last), triangle(grid.num_blocks)),
+        "factor": (square(dense_first), square(dense_last), square(grid.dense_blocks)),
         "curvature": (dense_first, dense_last, grid.dense_blocks),
     }
     for field, members in fields.items():
         if members:
             start, stop, total = ends[field]
             index = partial(_index, grid, field)
-            pieces = [_piece(strip, rows, start, index) for strip, rows in members]
+            symmetric = field == "fisher"
+            pieces = [_piece(strip, rows, start, index, symmetric and rows.dim() == 3) for strip, rows in members]
             yield Range(f"{field}/{name}", start, stop - start, total, members[0][1].dtype, pieces)
 
 
 def _index(grid: Grid, field: str, block: int) -> int:
     """The first element of a block in the 1-d tensor of a field."""
-    if field == "curvature":
-        return block
-    return grid.start(block) if field == "momentum" else grid.fisher_numel(block)
+    places = {"momentum": grid.start, "fisher": grid.triangle_numel, "factor": grid.fisher_numel}
+    return block if field == "curvature" else places[field](block)
 
 
-def _piece(strip: Strip, rows: Tensor, start: int, index: partial[int]) -> Piece:
+def _piece(strip: Strip, rows: Tensor, start: int, index: partial[int], symmetric: bool) -> Piece:
+    """The rows of a strip, a period after the other; those of one period lie in a row."""
     offset = index(strip.block) - start
+    if symmetric:
+        size = strip.size
+        stride = index(strip.block + strip.blocks_per_period) - index(strip.block) if strip.periods > 1 else 0
+        strides = (stride, fisher.packed_numel(size), 1)
+        return Piece(rows.view(strip.periods, strip.count, size, size), offset, strides, symmetric=True)
     periodic = rows.view(strip.periods, -1)
     stride = index(strip.block + strip.blocks_per_period) - index(strip.block) if strip.periods > 1 else 0
     if stride == periodic.shape[1] or strip.periods == 1:

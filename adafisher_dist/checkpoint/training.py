@@ -20,8 +20,11 @@ from adafisher_dist.optimizer import AdaFisher
 from adafisher_dist.settings import Structure
 from adafisher_dist.shard import Shard
 
-# Settings that shape the state: an optimizer keeps its own when it loads.
-STRUCTURAL = ("block_size", "block_grid", "max_blocks", "fisher_dtype", "exponent", "inverse_update_freq")
+# What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
+OWN_SETTINGS = (
+    *("block_size", "block_grid", "max_blocks", "fisher_dtype", "exponent", "inverse_update_freq", "packed"),
+    "backend",
+)
 
 # What torch puts into the names of parameters when it wraps a module in place.
 _IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")

@@ -1,0 +1,120 @@
+"""packed=True: blocks are stored as lower triangles, and nothing else differs, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adafisher_dist import AdaFisher, fisher
+from adafisher_dist import batch as stacked
+from adafisher_dist.batch import Batch
+from adafisher_dist.settings import DEFAULTS, Structure
+
+SIZES = (1, 2, 7, 16, 33, 64, 101)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_row_major_lower_triangles(size: int, dtype: torch.dtype) -> None:
+    half_NBB = torch.arange(3 * size * size).view(3, size, size).tril()
+    whole_NBB = (half_NBB + half_NBB.mT).to(dtype)
+    packed_NT = fisher.pack(whole_NBB)
+    assert packed_NT.shape == (3, size * (size + 1) // 2) == (3, fisher.packed_numel(size))
+    for i in {0, size // 2, size - 1}:
+        for j in {0, i // 3, i}:
+            assert torch.equal(packed_NT[:, i * (i + 1) // 2 + j], whole_NBB[:, i, j])
+    assert torch.equal(fisher.unpack(packed_NT, size), whole_NBB)
+    assert fisher.unpack(packed_NT[:0], size).shape == (0, size, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_fisher_is_symmetric_to_the_last_bit(size: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(size)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    fisher_NBB = torch.zeros(4, size, size, dtype=dtype)
+    for update in range(1, 6):
+        gradient_NB = torch.tensor(rng.standard_normal((4, size)) * np.exp(3 * rng.standard_normal(size)), dtype=wide)
+        seeds = fisher.seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
+        fisher.update(fisher_NBB, gradient_NB, 0.95, seeds)
+        assert torch.equal(fisher_NBB, fisher_NBB.mT)
+
+
+def trained(size: int, steps: int, packed: bool, **settings: Any) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Parameters whose blocks have the size, size − 1 and what is left over, and their state."""
+    rng = np.random.default_rng(size)
+    shapes = [(3, size), (2, 2 * size - 1), (size,), ()]
+    parameters = [nn.Parameter(torch.tensor(rng.standard_normal(shape), dtype=torch.float32)) for shape in shapes]
+    optimizer = AdaFisher(parameters, block_size=size, packed=packed, **settings)
+    for step in range(steps):
+        for p in parameters:
+            p.grad = torch.tensor(rng.standard_normal(p.shape), dtype=torch.float32)
+        if step == 2:
+            parameters[1].grad = None
+        optimizer.step()
+    return parameters, [optimizer.state[p] for p in parameters]
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("inverse_update_freq", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_packed_training_is_dense_training(
+    size: int, dtype: torch.dtype, inverse_update_freq: int, exponent: float
+) -> None:
+    settings = {"fisher_dtype": dtype, "inverse_update_freq": inverse_update_freq, "exponent": exponent, "damping": 0.3}
+    steps = 4 if size > 64 else 8
+    dense, dense_states = trained(size, steps, False, fisher_decay=0.6, **settings)
+    packed, packed_states = trained(size, steps, True, fisher_decay=0.6, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(dense, packed, strict=True))
+    for a, b in zip(dense_states, packed_states, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            whole = key.startswith("fisher_") and value.dim() == 3
+            assert torch.equal(fisher.pack(value) if whole else value, b[key]), key
+
+
+@pytest.mark.parametrize("setting", [{"fisher_update_freq": 2, "grafting": "none"}, {"max_blocks": 2}], ids=str)
+def test_with_other_settings(setting: dict[str, Any]) -> None:
+    for a, b in zip(trained(7, 6, False, **setting)[0], trained(7, 6, True, **setting)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_ladder() -> None:
+    def run(packed: bool) -> Batch:
+        structure = Structure(7, "rows", None, torch.float32, 1.0, False, packed)
+        batch = stacked.allocate(0, 7, True, structure, np.arange(5), 5, torch.device("cpu"))
+        whole_NBB = torch.eye(7).repeat(5, 1, 1)
+        whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05
+        whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
+        batch.fisher.copy_(fisher.pack(whole_NBB) if packed else whole_NBB)
+        batch.gradient_NB.copy_(torch.arange(35).view(5, 7))
+        stacked.compute(batch, 0, 5, 2, 1, {**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
+        return batch
+
+    dense, packed = run(False), run(True)
+    assert dense.counted() == packed.counted() == {1: [1, 0, 0], 3: [0, 0, 1]}
+    assert torch.equal(dense.gradient_NB, packed.gradient_NB)
+
+
+def test_memory() -> None:
+    """Half of F, and the factors and the rest as they were."""
+    usages = []
+    for packed in (False, True):
+        parameter = nn.Parameter(torch.ones(4, 10))
+        optimizer = AdaFisher([parameter], block_size=10, packed=packed, inverse_update_freq=2, max_blocks=3)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        usages.append(optimizer.memory_usage()["rank"])
+        assert usages[-1]["fisher"] == sum(
+            value.numel() * 4
+            for key, value in optimizer.state[parameter].items()
+            if key.startswith("fisher_") and key != "fisher_updates"
+        )
+    assert usages[0]["fisher"] == 4 * (3 * 100 + 10) and usages[1]["fisher"] == 4 * (3 * 55 + 10)
+    assert all(usages[0][kind] == usages[1][kind] for kind in ("momentum", "factors", "buffers"))
