@@ -25,6 +25,8 @@ Shapes = Sequence[tuple[int, ...]]
 
 LAYOUTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 
+AUTO: Any = "auto"  # a block size that is still to be chosen
+
 # What `block_size="auto"` chooses from: the sizes that the Triton kernel knows, and smaller ones.
 AUTO_BLOCK_SIZES = (128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1)
 
@@ -116,7 +118,7 @@ def forecast_of(
             rows.append((kind, estimate(shapes, layout, world, kind, weight_dtype, freq)))
     fits: list[tuple[Structure, int | None]] = []
     for dtype, packed in storages if budget is not None else ():
-        kind = _structure(settings, fisher_dtype=dtype, packed=packed)
+        kind = _structure(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
         try:
             fits.append((kind, largest_block_size([(shapes, kind)], layout, world, weight_dtype, (budget or 0) * 1e9)))
         except ValueError:
@@ -128,6 +130,12 @@ def _structure(settings: Mapping[str, Any], **more: Any) -> Structure:
     group = {**DEFAULTS, **settings, **more}
     normalize(group)
     return structure(group)
+
+
+def layout_named(name: str) -> str:
+    """Which of `LAYOUTS` the layout of a `layouts.Storage` is."""
+    known = {"ZeRO-1": "zero1", "BF16_Optimizer": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+    return known.get(name, "fsdp2" if name in ("FSDP2", "HSDP") else "ddp")
 
 
 def outline(shapes: Shapes, layout: str, world: int, kind: Structure, weight_dtype: torch.dtype) -> Outline:
@@ -236,7 +244,7 @@ def largest_block_size(
     """The largest block size with which no rank needs more than `budget` bytes.
 
     Args:
-        groups: the shapes and settings of each param group.
+        groups: the shapes and settings of each param group; those whose block_size is a number keep it.
         layout: see `outline`.
         world: likewise.
         weight_dtype: likewise.
@@ -245,11 +253,14 @@ def largest_block_size(
     Raises:
         ValueError: not even blocks of one element fit; names what they need.
     """
+
+    def need(shapes: Shapes, kind: Structure) -> int:
+        return estimate(shapes, layout, world, kind, weight_dtype).memory["total"] if shapes else 0
+
+    fixed = sum(need(shapes, kind) for shapes, kind in groups if kind.block_size != AUTO)
     for size in AUTO_BLOCK_SIZES:
-        needed = sum(
-            estimate(shapes, layout, world, kind._replace(block_size=size), weight_dtype).memory["total"]
-            for shapes, kind in groups
-        )
+        sized = [(shapes, kind._replace(block_size=size)) for shapes, kind in groups if kind.block_size == AUTO]
+        needed = fixed + sum(need(shapes, kind) for shapes, kind in sized)
         if needed <= budget:
             return size
     raise ValueError(

@@ -16,7 +16,7 @@ from adafisher_dist.agreement import settle
 from adafisher_dist.engine import Engine
 from adafisher_dist.faults import Faults
 from adafisher_dist.roster import Roster
-from adafisher_dist.settings import DEFAULTS, check_group_keys, check_names, normalize, preset
+from adafisher_dist.settings import DEFAULTS, OF_ALL_GROUPS, check_group_keys, check_names, normalize, preset
 from adafisher_dist.shard import Shard
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class AdaFisher(Optimizer):
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
         eps: ε, keeps the diagonal's length finite.
-        block_size: largest block b. The state takes about 4·b bytes an element, shared by all ranks.
+        block_size: largest block b. The state takes about 4·b bytes an element, shared by all ranks. "auto": the
+            largest that memory_budget_gb allows on these ranks, chosen at the first step.
         block_grid: "rows" cuts each row (all that feeds one output) into equal pieces; "flat" every b elements.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
@@ -71,6 +72,7 @@ class AdaFisher(Optimizer):
             costs about 10 % of the arithmetic.
         backend: "torch"; "triton": one fused kernel, for exponent 1, factors made at every step, blocks of up to 128
             and a float32 or bfloat16 Fisher, on a CUDA device; "auto": that one where it can be had, else "torch".
+        memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
 
     Raises:
@@ -91,7 +93,7 @@ class AdaFisher(Optimizer):
         fisher_decay: float = 0.95,
         damping: float = 0.1,
         eps: float = 1e-8,
-        block_size: int = 64,
+        block_size: int | str = 64,
         block_grid: str = "rows",
         weight_decay: float = 0.01,
         bias_correction: bool = True,
@@ -103,11 +105,14 @@ class AdaFisher(Optimizer):
         fisher_dtype: torch.dtype = torch.float32,
         packed: bool = False,
         backend: str = "auto",
+        memory_budget_gb: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         arguments = locals()
         defaults = {name: arguments[name] for name in DEFAULTS}
         normalize(defaults)
+        if memory_budget_gb is not None and block_size != "auto":
+            raise ValueError(f'memory_budget_gb is for block_size="auto", and block_size is {block_size}.')
         self._roster = Roster(self, process_group)
         self._reset()
         super().__init__(params, defaults)
@@ -132,7 +137,7 @@ class AdaFisher(Optimizer):
     # ---- torch.optim's conventions ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its settings may differ from the defaults, except fisher_dtype.
+        """Add a param group; its settings may differ from the defaults, except fisher_dtype and memory_budget_gb.
 
         Raises:
             TypeError: a parameter is complex, or not floating-point.
@@ -145,11 +150,12 @@ class AdaFisher(Optimizer):
         group = self.param_groups[-1]
         try:
             normalize(group)
-            if group["fisher_dtype"] != self.defaults["fisher_dtype"]:
-                raise ValueError(
-                    f"fisher_dtype is one for the whole optimizer ({self.defaults['fisher_dtype']}), but a param group"
-                    f" asks for {group['fisher_dtype']}. Use two optimizers."
-                )
+            for key in OF_ALL_GROUPS:
+                if group[key] != self.defaults[key]:
+                    raise ValueError(
+                        f"{key} is one for the whole optimizer ({self.defaults[key]}), but a param group asks for"
+                        f" {group[key]}. Use two optimizers."
+                    )
             for index, tensor in enumerate(group["params"]):
                 name = self._roster.name(len(self.param_groups) - 1, index)
                 if not tensor.is_floating_point():
@@ -304,7 +310,8 @@ class AdaFisher(Optimizer):
 
         def install(_: Optimizer) -> None:
             self._reset()
-            self.defaults["fisher_dtype"] = self.param_groups[0]["fisher_dtype"]
+            self.defaults |= {key: self.param_groups[0][key] for key in OF_ALL_GROUPS}
+            self._roster.groups = self.param_groups
             for shard in staged:
                 self._roster.install(shard)
 

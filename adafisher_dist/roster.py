@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist import comm, layouts, report, state
+from adafisher_dist import comm, estimate, layouts, report, state
 from adafisher_dist.engine import Engine
 from adafisher_dist.layouts import Storage
 from adafisher_dist.settings import normalize, structure
@@ -28,6 +28,7 @@ class Roster:
         optimizer: whose parameters they are.
         process_group: the user's.
         registry: the parameters that it was given.
+        groups: all its param groups; DeepSpeed takes some away while it steps one.
         engine: the shards that hold their state.
     """
 
@@ -35,6 +36,7 @@ class Roster:
         self.optimizer = optimizer
         self.process_group = process_group
         self.registry = layouts.Registry()
+        self.groups: list[dict[str, Any]] = []
         self.engine = Engine()
 
     @property
@@ -44,13 +46,32 @@ class Roster:
 
     def enlist(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
-        for shard in self._build(self._storages(tensors), self.optimizer.param_groups):
+        storages = self._storages(tensors)
+        self._choose_block_size(storages)
+        for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             for index, tensor in enumerate(shard.storage.tensors):
                 state.restore(shard, index, self.optimizer.state.get(tensor, {}), own=True)
             self.install(shard)
             if shard.storage.group.is_first:
                 logger.info(report.summary(shard))
+
+    def _choose_block_size(self, storages: list[Storage]) -> None:
+        """Put the largest block size that fits the memory budget in the place of "auto", alike on all ranks."""
+        if not storages or all(group["block_size"] != "auto" for group in self.groups):
+            return
+        shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
+        for parameter, given in self.registry.given():
+            shapes[given.group].append(layouts.whole_shape(parameter))
+        by_group = [(of_group, structure(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
+        storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
+        kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
+        size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
+        for group in self.groups:
+            if group["block_size"] == "auto":
+                group["block_size"] = size
+        if storage.group.is_first:
+            logger.info("AdaFisher: block_size %d is the largest that takes at most %g GB a rank.", size, budget)
 
     def install(self, shard: Shard) -> None:
         """Take a shard in, and show its state in the optimizer's."""
@@ -164,6 +185,7 @@ class Roster:
 
     def register(self, group: int) -> None:
         """Register the parameters of a param group."""
+        self.groups = self.optimizer.param_groups
         for index, tensor in enumerate(self.optimizer.param_groups[group]["params"]):
             self.registry.add(tensor, self.name(group, index), group)
 

@@ -28,7 +28,11 @@ DEFAULTS: dict[str, Any] = {
     "fisher_dtype": torch.float32,
     "packed": False,
     "backend": "auto",
+    "memory_budget_gb": None,
 }
+
+# Settings that are one for the whole optimizer.
+OF_ALL_GROUPS = ("fisher_dtype", "memory_budget_gb")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "language_models": {"lr": 3e-4, "fisher_decay": 0.99, "block_size": 128, "weight_decay": 0.1},
@@ -63,7 +67,7 @@ class Structure(NamedTuple):
 
 
 def structure(group: Mapping[str, Any]) -> Structure:
-    """The structural settings of a validated param group."""
+    """The structural settings of a validated param group; block_size="auto" stands there until it is chosen."""
     return Structure(
         group["block_size"],
         group["block_grid"],
@@ -130,7 +134,9 @@ def normalize(group: dict[str, Any]) -> None:
     _number(group, "damping", low=0.0)
     _number(group, "momentum", low=0.0, below=1.0)
     _number(group, "fisher_decay", low=0.0, below=1.0)
-    _integer(group, "block_size", low=1)
+    _budget(group)
+    if group["block_size"] != "auto":
+        _integer(group, "block_size", low=1)
     _integer(group, "fisher_update_freq", low=1)
     _integer(group, "inverse_update_freq", low=1)
     if group["max_blocks"] is not None:
@@ -162,6 +168,13 @@ def fisher_dtype(value: object) -> torch.dtype:
         )
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _budget(group: dict[str, Any]) -> None:
+    if group["memory_budget_gb"] is not None:
+        _number(group, "memory_budget_gb", low=0.0)
+    elif group["block_size"] == "auto":
+        raise ValueError('block_size="auto" needs memory_budget_gb, the GB (10⁹ bytes) that a rank may use for it.')
 
 
 def _number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:

@@ -96,6 +96,8 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
 
         def prepare() -> None:
             if options.states:
+                for number, size in matched.block_sizes.items():
+                    training.optimizer.param_groups[number]["block_size"] = size
                 shards.extend(_fresh_shards(training, manifest, matched))
             wanted.extend(_ranges(training, manifest, matched, shards))
 

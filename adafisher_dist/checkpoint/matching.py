@@ -30,12 +30,14 @@ class Match:
         states: by name in the model, of parameters whose optimizer state is restored: the name in the checkpoint.
         extra_states: by name of a module in the model: the name in the checkpoint.
         groups: for each param group of the optimizer, the number of the checkpoint's whose settings it takes.
+        block_sizes: by param group, the checkpoint's, where the optimizer's was to be chosen ("auto").
         problems: what will not be restored, and why.
     """
 
     weights: dict[str, str] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
     groups: list[int | None] = field(default_factory=list)
+    block_sizes: dict[int, int] = field(default_factory=dict)
     extra_states: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -137,8 +139,11 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
     saved = manifest.about["optimizer"]
     managed = {name for group in saved["groups"] for name in group["names"]}
     members = members_of_groups(training)
-    for group, names in zip(training.optimizer.param_groups, members, strict=True):
+    for number, (group, names) in enumerate(zip(training.optimizer.param_groups, members, strict=True)):
         own = structure_of(structure(group))
+        size = _block_size(saved, names, fitting) if group["memory_budget_gb"] is not None else None
+        if size is not None:  # block_size="auto": the checkpoint's will do
+            own["block_size"] = found.block_sizes[number] = size
         for name in names:
             old = fitting.get(name)
             if old is None:
@@ -157,6 +162,12 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
     for name, old in fitting.items():
         if name not in given and old in saved["state"]:
             found.problems.append(f"the state of {old} is in the checkpoint, and the optimizer was not given {name}")
+
+
+def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping[str, str]) -> int | None:
+    """The block size of the first parameter of a group that has a state in the checkpoint."""
+    states = [saved["state"][fitting[name]] for name in names if fitting.get(name) in saved["state"]]
+    return int(states[0]["structure"]["block_size"]) if states else None
 
 
 def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:

@@ -23,7 +23,7 @@ from adafisher_dist.shard import Shard
 # What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
 OWN_SETTINGS = (
     *("block_size", "block_grid", "max_blocks", "fisher_dtype", "exponent", "inverse_update_freq", "packed"),
-    "backend",
+    *("backend", "memory_budget_gb"),
 )
 
 # What torch puts into the names of parameters when it wraps a module in place.

@@ -12,7 +12,15 @@ from torch import Tensor
 from adafisher_dist.comm import Control, Group, control, join
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed import calling_wrapper, meet_deepspeed, unexpected, when_deepspeed_is_loaded
-from adafisher_dist.layouts.storage import Given, Held, Parameter, Registry, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import (
+    Given,
+    Held,
+    Parameter,
+    Registry,
+    Storage,
+    UnsupportedLayoutError,
+    whole_shape,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +43,7 @@ __all__ = [
     "refuse_torch_checkpoint",
     "storages",
     "when_deepspeed_is_loaded",
+    "whole_shape",
     "wrapped_tensors",
 ]
 

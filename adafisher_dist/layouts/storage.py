@@ -49,12 +49,12 @@ class Registry:
     def add(self, tensor: Tensor, name: str, group: int) -> None:
         """Register the next parameter, of this param group."""
         self._given[id(tensor)] = tensor, Given(name, len(self._shapes), group)
-        self._shapes.append(_whole_shape(tensor))
+        self._shapes.append(whole_shape(tensor))
 
     def could_be(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors may stand in the places of all that were given: parameters, each of the same shape."""
         return len(tensors) == len(self._shapes) and all(
-            isinstance(tensor, nn.Parameter) and _whole_shape(tensor) == shape
+            isinstance(tensor, nn.Parameter) and whole_shape(tensor) == shape
             for tensor, shape in zip(tensors, self._shapes, strict=True)
         )
 
@@ -119,7 +119,8 @@ class Held:
     replicated: bool
 
 
-def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, whatever of it is here."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties a parameter, and remembers its shape
 
 

@@ -1,0 +1,331 @@
+"""What is foretold from shapes alone, beside what real runs hold, send and compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from engines import config, engine_of, train
+from models import Odd, batch, model
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from adafisher_dist import AdaFisher, estimate
+from adafisher_dist.cli import app
+from adafisher_dist.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
+from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
+
+SHAPES = [tuple(p.shape) for p in model().parameters() if p.requires_grad]
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {"block_size": 8},
+    "bfloat16, packed": {"block_size": 16, "fisher_dtype": "bfloat16", "packed": True},
+    "kept factors, limited": {"block_size": 4, "inverse_update_freq": 3, "max_blocks": 20, "packed": True},
+    "flat, float64": {"block_size": 12, "block_grid": "flat", "fisher_dtype": "float64"},
+}
+
+
+def kind_of(settings: dict[str, Any]) -> Structure:
+    group = {**DEFAULTS, **settings}
+    normalize(group)
+    return structure(group)
+
+
+def held(optimizer: AdaFisher) -> int:
+    """Bytes of all tensors behind an optimizer but parameters, gradients, and what is counted on the host."""
+    shards = optimizer._roster.shards
+    theirs = {id(shard.storage) for shard in shards} | {id(shard.counters) for shard in shards}
+    storages: dict[int, int] = {}
+    for tensor in tensors_in([(way, way.shard) for way in optimizer._roster.engine._transfers], theirs):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def tensors_in(item: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(item) in seen:
+        return
+    seen.add(id(item))
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, list | tuple):
+        for each in item:
+            yield from tensors_in(each, seen)
+    elif type(item).__module__.startswith("adafisher_dist."):
+        names = getattr(item, "__slots__", None) or vars(item)
+        for name in names:
+            if name not in ("views", "storage"):
+                yield from tensors_in(getattr(item, name), seen)
+
+
+def train_plain(layout: str, rank: int, world: int, settings: dict[str, Any], dtype: torch.dtype) -> AdaFisher:
+    module: nn.Module = model(dtype)
+    if layout == "fsdp2":
+        module = fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = AdaFisher(module.parameters(), **settings)
+    wrapped = DistributedDataParallel(module) if layout == "ddp" and world > 1 else module
+    for step in range(3):
+        x, y = batch(step, rank, world, dtype=dtype)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def measured(rank: int, world: int, layout: str, settings: dict[str, Any], dtype: torch.dtype):
+    if layout.startswith("zero"):
+        engine = engine_of(config(int(layout[-1]), world, {**settings, "lr": 1e-2}))
+        train(engine, 0, 3, rank, world)
+        optimizer = engine.basic_optimizer
+    else:
+        numbers = {**settings, "fisher_dtype": kind_of(settings).fisher_dtype}
+        optimizer = train_plain(layout, rank, world, numbers, dtype)
+    return held(optimizer), optimizer.memory_usage(), optimizer.communication_usage()
+
+
+def check(layout: str, world: int, name: str, dtype: torch.dtype = torch.float32) -> None:
+    settings = SETTINGS[name]
+    foretold = estimate.estimate(SHAPES, layout, world, kind_of(settings), dtype)
+    if world == 1 and layout == "ddp":
+        found = [measured(0, 1, layout, settings, dtype)]
+    else:
+        found = run_ranks(measured, world, layout, settings, dtype, deepspeed=layout.startswith("zero"))
+    totals = [bytes_held for bytes_held, _, _ in found]
+    assert foretold.memory["total"] == max(totals)
+    assert foretold.least == min(totals)
+    sent = []
+    for bytes_held, memory, traffic in found:
+        assert memory["rank"]["total"] == bytes_held
+        assert memory["all"]["total"] == sum(totals)
+        last, planned = traffic["last_step"], traffic["rank"]
+        assert {kind: last[kind] for kind in ("weights", "blocks")} == {k: planned[k] for k in ("weights", "blocks")}
+        # DESIGN.md, "Bytes": 17 numbers before a step and one after it, of 8 bytes each.
+        assert last["verdicts"] == (144 if world > 1 else 0)
+        sent.append(planned["total"])
+    assert foretold.sent == max(sent)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_process(name: str) -> None:
+    check("ddp", 1, name)
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    check(layout, 2, "default")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "default"])
+def test_settings(name: str) -> None:
+    check("ddp", 3, name)
+
+
+@pytest.mark.dist
+def test_bfloat16_weights_travel_as_such() -> None:
+    check("ddp", 2, "default", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout: str, name: str, world: int) -> None:
+    check(layout, world, name)
+
+
+class Count(TorchDispatchMode):
+    """Adds up the floating-point operations of a step, from the shapes of what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        if name == "baddbmm_":
+            self.flops += 3 * args[0].numel()  # ρ F, a product, and their sum
+        elif name.startswith("linalg_cholesky_ex"):
+            self.flops += args[0].numel() * args[0].shape[-1] / 3
+        elif name == "cholesky_solve":
+            self.flops += 2 * args[1].numel()
+        elif name in ("mul", "mul_", "div", "add_", "lerp_", "sqrt", "sub", "addcmul_") and len(args[0].shape) == 3:
+            self.flops += args[0].numel()
+        return result
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_arithmetic(size: int) -> None:
+    layer = nn.Linear(256, 128, bias=False)
+    optimizer = AdaFisher(layer.parameters(), block_size=size)
+    layer(torch.randn(8, 256)).pow(2).mean().backward()
+    with Count() as counted:
+        optimizer.step()
+    foretold = estimate.estimate([(128, 256)], "ddp", 1, kind_of({"block_size": size})).flops
+    assert foretold == pytest.approx(counted.flops, rel=0.1)
+
+
+def test_kept_factors_take_a_share_of_the_arithmetic() -> None:
+    kind = kind_of({"block_size": 64, "inverse_update_freq": 10})
+    fresh, kept = (estimate.estimate([(128, 256)], "ddp", 1, kind, inverse_update_freq=freq).flops for freq in (1, 10))
+    assert 0.1 * fresh < kept < 0.4 * fresh
+
+
+@pytest.mark.parametrize("parameters", [400_000, 124_000_000, 7_000_000_000])
+def test_a_transformer_that_is_made_up(parameters: int) -> None:
+    shapes = transformer_shapes(parameters)
+    assert sum(rows * columns for rows, columns in shapes) == pytest.approx(parameters, rel=0.01)
+
+
+# ---- block_size="auto" ----
+
+
+def automatic(rank: int, world: int, stage: int, budget: float):
+    params = {"lr": 1e-2, "block_size": "auto", "memory_budget_gb": budget}
+    engine = engine_of(config(stage, world, params), groups=True)
+    train(engine, 0, 2, rank, world)
+    optimizer = engine.basic_optimizer
+    return [group["block_size"] for group in optimizer.param_groups], optimizer.memory_usage()["rank"]["total"]
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_auto_uses_what_more_ranks_give(stage: int) -> None:
+    """Alike on all ranks, within the budget, and larger on more ranks; a group with a size of its own keeps it."""
+    budget = 20e-6
+    sizes = []
+    for world in (1, 3):
+        results = run_ranks(automatic, world, stage, budget, deepspeed=True)
+        assert all(found == results[0][0] for found, _ in results)
+        assert all(total <= budget * 1e9 for _, total in results)
+        first, second = results[0][0]
+        assert second == 4 and first in AUTO_BLOCK_SIZES
+        sizes.append(first)
+    assert sizes[1] > sizes[0]
+
+
+def step(module: Odd, optimizer: AdaFisher, number: int) -> None:
+    x, y = batch(number, 0, 1)
+    optimizer.zero_grad()
+    nn.functional.mse_loss(module(x), y).backward()
+    optimizer.step()
+
+
+def test_auto_is_the_largest_that_fits() -> None:
+    for budget in (12e-6, 20e-6, 1.0):
+        module = model()
+        optimizer = AdaFisher(module.parameters(), block_size="auto", memory_budget_gb=budget)
+        assert optimizer.param_groups[0]["block_size"] == "auto"
+        step(module, optimizer, 0)
+        chosen = optimizer.param_groups[0]["block_size"]
+        assert optimizer.memory_usage()["rank"]["total"] <= budget * 1e9
+        larger = [size for size in AUTO_BLOCK_SIZES if size > chosen]
+        if larger:
+            kind = kind_of({"block_size": larger[-1]})
+            assert estimate.estimate(SHAPES, "ddp", 1, kind).memory["total"] > budget * 1e9
+        else:
+            assert chosen == 128
+
+
+def test_a_budget_that_nothing_fits() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), block_size="auto", memory_budget_gb=1e-6)
+    with pytest.raises(ValueError, match=r"needs .* GB a rank even with blocks of one element, and .* is 1e-06"):
+        step(module, optimizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"block_size": "auto"}, "needs memory_budget_gb"),
+        ({"memory_budget_gb": 1.0}, 'is for block_size="auto", and block_size is 64'),
+        ({"block_size": "auto", "memory_budget_gb": -1.0}, "memory_budget_gb should be at least 0"),
+        ({"block_size": "large"}, "block_size should be an integer, got 'large'"),
+    ],
+)
+def test_bad_budgets(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        AdaFisher(model().parameters(), **settings)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_checkpoint_brings_its_block_size(tmp_path: Any, stepped: bool) -> None:
+    """Resumed where another size would be chosen: the blocks are those of the checkpoint, and training goes on."""
+    from adafisher_dist import load_checkpoint, save_checkpoint
+
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size="auto", memory_budget_gb=14e-6)
+    for number in range(3):
+        step(module, optimizer, number)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    again = model()
+    other = AdaFisher(again.parameters(), lr=1e-2, block_size="auto", memory_budget_gb=1.0)
+    if stepped:
+        step(again, other, 7)
+        assert other.param_groups[0]["block_size"] == 128
+    load_checkpoint(tmp_path / "a", again, other)
+    for number in range(3, 6):
+        step(module, optimizer, number)
+        step(again, other, number)
+    assert other.param_groups[0]["block_size"] == optimizer.param_groups[0]["block_size"] < 128
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+
+
+# ---- the command ----
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["estimate", *arguments])
+
+
+def test_command() -> None:
+    done = run("--params", "7e9", "--world-size", "64", "--zero-stage", "3", "--block-size", "64", "--json")
+    assert done.exit_code == 0
+    told = json.loads(done.output)
+    kind = kind_of({"block_size": 64})
+    want = estimate.estimate(transformer_shapes(7_000_000_000), "zero3", 64, kind)
+    dense = next(row for row in told["settings"] if row["fisher_dtype"] == "float32" and not row["packed"])
+    assert (dense["memory"], dense["sent"], dense["flops"]) == (want.memory, want.sent, want.flops)
+    assert told["elements"] == pytest.approx(7e9, rel=0.001)
+
+
+def test_command_on_a_model() -> None:
+    done = run("--model", "models:model", "--world-size", "2", "--layout", "ddp", "--memory-budget-gb", "1e-5")
+    assert done.exit_code == 0, done.output
+    assert f"{sum(torch.Size(shape).numel() for shape in SHAPES):,} elements in {len(SHAPES)} parameters" in done.output
+    assert "Largest block size within 1e-05 GB a rank" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--zero-stage", "1"], "either --params"),
+        (["--params", "7e9"], "either --zero-stage"),
+        (["--params", "7e9", "--zero-stage", "4"], "got 4"),
+        (["--params", "many", "--zero-stage", "1"], "got 'many'"),
+        (["--params", "7e9", "--zero-stage", "1", "--world-size", "0"], "world size should be at least 1, got 0"),
+        (["--params", "7e9", "--zero-stage", "1", "--block-size", "0"], "block_size should be at least 1, got 0"),
+        (["--params", "1000", "--zero-stage", "1"], "at least"),
+        (["--model", "models", "--zero-stage", "1"], "package.module:function"),
+        (["--model", "models:nothing", "--zero-stage", "1"], "no attribute 'nothing'"),
+        (["--model", "models:distance", "--zero-stage", "1"], "gave no model"),
+        (["--model", "math:nan", "--zero-stage", "1"], "gave no model"),
+    ],
+)
+def test_command_with_bad_arguments(arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert words in done.output

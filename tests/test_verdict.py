@@ -1,0 +1,177 @@
+"""A step whose verdict is on the device: the Triton kernel asks whether to go on, and the host learns of it later.
+
+Under Triton's interpreter a CPU stands for the device, so that all of it can be seen without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import config, engine_of, masters, train
+from models import batch, distance, model, param_groups, weights
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adafisher_dist import AdaFisher
+
+pytestmark = pytest.mark.interpreted
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "backend": "triton"}
+
+
+def gradients(module: nn.Module, step: int, bad: float | None = None) -> None:
+    x, y = batch(step, 0, 1)
+    module.zero_grad()
+    nn.functional.mse_loss(module(x), y).backward()
+    if bad is not None:
+        module.mix.weight.grad[2, 3] = bad
+
+
+def state_of(optimizer: AdaFisher) -> list[Any]:
+    return [value.clone() for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+
+
+@pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_blocks", [None, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e19])
+def test_a_bad_gradient_leaves_no_trace(bad: float, max_blocks: int | None, fisher_dtype: torch.dtype) -> None:
+    """Weights, state and counters are those of a twin that never saw it, whenever the host comes to know."""
+    module, twin = model(), model()
+    more = {**SETTINGS, "max_blocks": max_blocks, "fisher_dtype": fisher_dtype, "fisher_update_freq": 2}
+    optimizer = AdaFisher(param_groups(module), **more)
+    other = AdaFisher(param_groups(twin), **more)
+    for step, poison in enumerate([None, bad, None, None, bad, bad, None]):
+        before = weights(module)
+        gradients(module, step, poison)
+        optimizer.step()
+        if poison is not None:
+            assert all(np.array_equal(value, before[name]) for name, value in weights(module).items())
+        else:
+            gradients(twin, step)
+            other.step()
+    assert all(np.array_equal(value, weights(twin)[name]) for name, value in weights(module).items())
+    assert all(torch.equal(a, b) for a, b in zip(state_of(optimizer), state_of(other), strict=True))
+    assert optimizer.skipped_steps == 3 and other.skipped_steps == 0
+
+
+def test_whoever_asks_is_told() -> None:
+    """Right after a bad step, before the next: statistics, state dict, the count of skipped steps."""
+    for ask in ("skipped_steps", "fisher_stats", "state_dict"):
+        module = model()
+        optimizer = AdaFisher(module.parameters(), **SETTINGS)
+        for step, poison in enumerate([None, float("nan")]):
+            gradients(module, step, poison)
+            optimizer.step()
+        if ask == "skipped_steps":
+            assert optimizer.skipped_steps == 1
+        elif ask == "fisher_stats":
+            assert {stats.fisher_updates for stats in optimizer.fisher_stats().values()} == {1}
+        else:
+            assert {int(entry["step"]) for entry in optimizer.state_dict()["state"].values()} == {1}
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations after which a host knows what a device computed, which means that it has waited for it."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "allclose", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if any(name.startswith(word) for word in self.NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(backend: str) -> list[str]:
+    module = model()
+    optimizer = AdaFisher(param_groups(module), **{**SETTINGS, "backend": backend}, max_blocks=3)
+    for step in range(3):
+        gradients(module, step)
+        with Waits() as noted:
+            optimizer.step()
+    return noted.seen
+
+
+def test_no_step_waits_for_the_device() -> None:
+    assert waits("torch")  # the test can see it
+    assert waits("triton") == []
+
+
+def under_ddp(rank: int, world: int, backend: str):
+    module = model()
+    wrapped = DistributedDataParallel(module)
+    optimizer = AdaFisher(module.parameters(), **{**SETTINGS, "backend": backend})
+    for step in range(5):
+        x, y = batch(step, rank, world)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        if step == 2 and rank == 1:  # at its third call, where gradients are not compared
+            for p in module.parameters():
+                if p.grad is not None:
+                    p.grad.fill_(float("nan"))
+        optimizer.step()
+    return weights(module), optimizer.skipped_steps
+
+
+@pytest.mark.dist
+def test_ddp() -> None:
+    """A NaN on one rank alone is a skipped step on all, and the rest is what the torch path does."""
+    fused, plain = (run_ranks(under_ddp, 2, backend) for backend in ("triton", "torch"))
+    for (result, skipped), (want, skipped_there) in zip(fused, plain, strict=True):
+        assert skipped == skipped_there == 1
+        assert distance(result, want) < 1e-4
+        assert all(np.array_equal(value, fused[0][0][name]) for name, value in result.items())
+
+
+def poisoned(rank: int, world: int, stage: int, backend: str):
+    engine = engine_of(config(stage, world, {**SETTINGS, "backend": backend}))
+    base = engine.basic_optimizer
+    train(engine, 0, 2, rank, world)
+    before = masters(engine)
+
+    def poison(*_: Any) -> None:
+        tensors = base.param_groups[0]["params"] if rank == 1 else ()
+        for tensor in (tensor for tensor in tensors if tensor.grad is not None):
+            tensor.grad.fill_(float("nan"))
+
+    hook = base.register_step_pre_hook(poison)
+    train(engine, 2, 3, rank, world)
+    hook.remove()
+    after = masters(engine)
+    train(engine, 3, 5, rank, world)
+    return before, after, masters(engine), base.skipped_steps
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero(stage: int) -> None:
+    fused, plain = (run_ranks(poisoned, 2, stage, backend, deepspeed=True) for backend in ("triton", "torch"))
+    for (before, after, last, skipped), (_, _, want, _) in zip(fused, plain, strict=True):
+        assert skipped == 1
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+        assert distance(last, want) < 1e-4
+
+
+def other_backends(rank: int, world: int) -> str:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **{**SETTINGS, "backend": "triton" if rank else "torch"})
+    gradients(module, 0)
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+@pytest.mark.dist
+def test_ranks_that_would_run_different_code_are_refused() -> None:
+    for message in run_ranks(other_backends, 2):
+        assert "Triton" in message or "settings" in message
