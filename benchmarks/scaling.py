@@ -36,7 +36,7 @@ from adafisher_dist import AdaFisher
 WORLDS = (1, 2, 4)
 BLOCK_SIZE = 64
 RANKS_MODEL = {"width": 256, "layers": 6, "heads": 4, "seq_len": 128}  # 4.9 million parameters: 1.3 GB of Fisher
-ROUNDS, ROUNDS_QUICK, WARM_UP = 7, 3, 2
+ROUNDS, ROUNDS_QUICK, WARM_UP = 7, 2, 2
 TARGET = 1.7  # how much faster the arithmetic of two ranks is to be
 
 # Width and layers of about 0.25, 1, 4 and 16 million parameters. Widths are multiples of both block sizes, so that all
