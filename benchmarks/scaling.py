@@ -43,7 +43,7 @@ TARGET = 1.7  # how much faster the arithmetic of two ranks is to be
 # blocks are full, at any size.
 SIZES = ((64, 4), (128, 5), (256, 5), (512, 5))
 SIZES_QUICK = SIZES[:3]
-SIZE_ROUNDS, SIZE_ROUNDS_QUICK = 5, 2
+SIZE_ROUNDS, SIZE_ROUNDS_QUICK = 3, 1
 BLOCK_SIZES = (32, 64)
 # At the smaller sizes a step is short: more of them make one measured value.
 MEASURED_NUMEL = 1_000_000
@@ -234,10 +234,10 @@ def draw(ranks: dict[str, Any], sizes: dict[str, Any], cores: int) -> Any:
     for at, row in enumerate(ranks.values()):
         height = parts["arithmetic"][at] + parts["rest"][at]
         clock, busy = row["speedup_of_arithmetic"], row["speedup_of_arithmetic_by_processor_time"]
-        text = f"arithmetic {clock['median']:.2f} × as fast\nby processor time {busy['median']:.2f} ×"
-        left.text(at, height + 0.01, text, ha="center", va="bottom", fontsize=9)
-    left.set(ylabel="time, as a share of one rank's step", title=f"replicated layout, b = {BLOCK_SIZE}", ylim=(0, 1.3))
-    left.legend(loc="lower left")
+        text = f"arithmetic {clock['median']:.2f} ×\nas fast, by pro-\ncessor time {busy['median']:.2f} ×"
+        left.text(at, height + 0.02, text, ha="center", va="bottom", fontsize=9)
+    left.set(ylabel="time, as a share of one rank's step", title=f"replicated layout, b = {BLOCK_SIZE}", ylim=(0, 1.5))
+    left.legend(loc="upper right")
     for (b, entry), marker in zip(sizes.items(), itertools.cycle("os"), strict=False):
         values = entry["time_a_parameter_to_the_smallest"]
         middle = np.array([value["median"] for value in values])

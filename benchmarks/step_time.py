@@ -29,7 +29,7 @@ CYCLE = 10
 # AdaFisher's interval between refreshes grows from 1 to inverse_update_freq = 10 while the Fisher fills, as
 # round(10 (1 − ρᵏ)) (DESIGN.md, "Old factors"). At ρ = 0.95 it is 10 from k = 59 on, and only then is counted.
 WARM_UP, FILLED = 12, 60
-CYCLES, CYCLES_QUICK = 5, 2
+CYCLES, CYCLES_QUICK = 3, 2
 BATCH, SEQ_LEN = 32, 128
 MODEL = {"width": 96, "layers": 3, "heads": 4, "seq_len": SEQ_LEN}
 BASE, FORWARD = "AdamW (foreach)", "forward and backward"
@@ -161,6 +161,7 @@ def main(quick: Quick = False) -> None:
         "model": {**MODEL, "batch": BATCH, "parameters": sum(p.numel() for p in model.parameters())},
         "counted_steps": len(forward),
         "forward_and_backward_to_adamw": ratio,
+        **({"forward_and_backward_milliseconds": 1e3 * statistics.median(forward)} if device.type == "cuda" else {}),
         "optimizers": report,
     }
     common.save("step_time", quick, rounded(result), draw(everyone, report, forward))
@@ -243,7 +244,7 @@ def show(report: dict[str, dict[str, Any]], forward: dict[str, float], parameter
     headings = ("/ AdamW (foreach)", "min to max", f"/ {FORWARD}", "of a training step", "slowest / median step")
     for heading in ("", *headings, *(["ms"] if on_gpu else [])):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row(FORWARD, f"{forward['median']:.1f}", f"{forward['min']:.1f} to {forward['max']:.1f}", "1.00", "", "")
+    table.add_row(FORWARD, f"{forward['median']:.1f}", f"{forward['min']:.1f} to {forward['max']:.1f}", "1.000", "", "")
     for name, row in report.items():
         adamw = row["to_adamw"]
         table.add_row(
