@@ -27,7 +27,7 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
-bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick for a look, in runs/bench (two minutes)
+bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: two minutes, into runs/bench
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)

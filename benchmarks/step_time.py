@@ -270,7 +270,7 @@ def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forw
     bars = left.barh(names, shares, color=colors)
     left.bar_label(bars, [f"{report[name]['to_adamw']['median']:.1f} × AdamW" for name in names], padding=3, fontsize=8)
     left.invert_yaxis()
-    left.set(xlabel="% of a training step that is the optimizer's", xlim=(0, 1.2 * max(shares)))
+    left.set(xlabel="% of a training step that is the optimizer's", xlim=(0, 1.3 * max(shares)))
     left.set_title("mean cost of the optimizer")
     model = statistics.median(forward)
     for name in ("AdaFisher b=64", f"AdaFisher b=64, every {CYCLE}", *(n for n in names if n.startswith("S"))):
