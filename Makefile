@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PYTEST ?=
+QUICK ?=
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help venv demo test test-all bench lint format type clean
@@ -26,10 +27,12 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
-bench: $(STAMP)  ## step time beside AdamW and Muon; all ZeRO stages on one picture; checkpoints (about nine minutes)
-	@$(BIN)/python benchmarks/step_time.py
-	@$(BIN)/python benchmarks/stages.py
-	@$(BIN)/python benchmarks/checkpoint.py
+bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: two minutes, into runs/bench
+	@$(BIN)/python benchmarks/step_time.py $(QUICK)
+	@$(BIN)/python benchmarks/scaling.py $(QUICK)
+	@$(BIN)/python benchmarks/memory.py $(QUICK)
+	@$(BIN)/python benchmarks/stages.py $(QUICK)
+	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md
 	@$(BIN)/ruff check --quiet .

@@ -9,33 +9,31 @@ load reads is in the page cache. "+ MiB" is what the process grew by at most: a 
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
-import matplotlib
+import common
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
+import typer
+from common import Quick
 from rich.table import Table
 from torch import nn
 
 from adafisher_dist import AdaFisher, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.manifest import read
 
-ROOT = Path(__file__).resolve().parent.parent
-WORLDS = (1, 2, 4)
-ROUNDS = 5
+WORLDS, WORLDS_QUICK = (1, 2, 4), (2,)
+ROUNDS, ROUNDS_QUICK = 5, 1
 WIDTH, LAYERS = 1024, 6  # 6.3 million parameters; at b = 32, 0.9 GB of Fisher, momentum and weights
 SETTINGS = {"block_size": 32, "lr": 1e-3}
 
@@ -85,7 +83,7 @@ def read_plain(path: Path, tensors: list[torch.Tensor]) -> None:
             file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
 
 
-def run_rank(rank: int, world: int, folder: str, results: Any) -> None:
+def run_rank(rank: int, world: int, folder: str, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     here = Path(folder)
@@ -115,7 +113,7 @@ def run_rank(rank: int, world: int, folder: str, results: Any) -> None:
     pending: list[Any] = []
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     grown = dict.fromkeys(ways, 0)
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, way in ways.items():
             dist.barrier()
             before = forget_peak()
@@ -132,12 +130,12 @@ def run_rank(rank: int, world: int, folder: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
-def measure(world: int, parent: Path) -> dict[str, Any]:
+def measure(world: int, parent: Path, rounds: int) -> dict[str, Any]:
     folder = tempfile.mkdtemp(dir=parent)
     try:
         context = mp.get_context("spawn")
         results = context.SimpleQueue()
-        mp.spawn(run_rank, (world, folder, results), nprocs=world)
+        mp.spawn(run_rank, (world, folder, rounds, results), nprocs=world)
         by_rank = sorted(results.get() for _ in range(world))
         manifest = read(Path(folder) / "checkpoint")
         nbytes = sum(file.nbytes for file in manifest.files.values())
@@ -154,10 +152,13 @@ def measure(world: int, parent: Path) -> dict[str, Any]:
         shutil.rmtree(folder)
 
 
-def main() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    parent = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir())
-    measured = [measure(world, parent) for world in WORLDS]
+def main(
+    parent: Annotated[Path | None, typer.Argument(help="Folder on the disk to measure; a temporary one.")] = None,
+    quick: Quick = False,
+) -> None:
+    """Time saving and loading beside plain files, on several ranks."""
+    worlds, rounds = (WORLDS_QUICK, ROUNDS_QUICK) if quick else (WORLDS, ROUNDS)
+    measured = [measure(world, parent or Path(tempfile.gettempdir()), rounds) for world in worlds]
     table = Table(title=f"{measured[0]['bytes'] / 1e9:.2f} GB, all ranks together; ratio to the plain file's time")
     table.add_column("")
     for entry in measured:
@@ -170,13 +171,11 @@ def main() -> None:
             for e in measured
         ]
         table.add_row(name, *cells)
-    Console(width=140).print(table)
-    (ROOT / "docs" / "checkpoint.json").write_text(json.dumps(measured, indent=1) + "\n")
-    draw(measured, ROOT / "docs" / "checkpoint.png")
+    common.show(table)
+    common.save("checkpoint", quick, {"rounds": rounds, "by_world_size": common.rounded(measured)}, draw(measured))
 
 
-def draw(measured: list[dict[str, Any]], path: Path) -> None:
-    matplotlib.use("Agg")
+def draw(measured: list[dict[str, Any]]) -> Any:
     from matplotlib import pyplot
 
     names = list(measured[0]["seconds"])
@@ -192,8 +191,8 @@ def draw(measured: list[dict[str, Any]], path: Path) -> None:
     right.set_xlabel("W")
     right.set_ylabel("largest shard, MB")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

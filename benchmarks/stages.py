@@ -16,8 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 120
+import common
+from common import ROOT, Quick
+
+STEPS, STEPS_QUICK = 120, 10
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -31,10 +33,13 @@ RUNS: list[tuple[str, str, int, dict[str, Any]]] = [  # label, precision, stage,
     *((f"stage {stage}", "bf16", stage, {}) for stage in range(4)),
     ("stage 1 (BF16_Optimizer)", "bf16, fp32 accumulation", 1, {}),
 ]
+RUNS_QUICK = [RUNS[0], RUNS[2]]
+
+Row = tuple[int, float, float | None]  # step, loss, held-out loss
 
 
-def run(folder: Path, stage: int, precision: str, zero: dict[str, Any]) -> list[tuple[int, float, float | None]]:
-    """Train; (step, loss, held-out loss or None) of each row of the log."""
+def run(folder: Path, stage: int, precision: str, zero: dict[str, Any], steps: int) -> list[Row]:
+    """Train; the rows of the log."""
     config = json.loads((ROOT / "configs" / f"zero{stage}.json").read_text()) | PRECISIONS[precision]
     config["zero_optimization"] |= zero
     folder.mkdir(parents=True)
@@ -44,7 +49,7 @@ def run(folder: Path, stage: int, precision: str, zero: dict[str, Any]) -> list[
         "--config",
         str(folder / "config.json"),
         "--steps",
-        str(STEPS),
+        str(steps),
         "--global-batch",
         "16",
         "--log-every",
@@ -59,15 +64,17 @@ def run(folder: Path, stage: int, precision: str, zero: dict[str, Any]) -> list[
     return [(int(row["step"]), float(row["loss"]), float(row["val_loss"]) if row["val_loss"] else None) for row in rows]
 
 
-def main() -> None:
+def main(quick: Quick = False) -> None:
+    """Train at every ZeRO stage and precision, and draw all loss curves."""
+    runs, steps = (RUNS_QUICK, STEPS_QUICK) if quick else (RUNS, STEPS)
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (label, precision, stage, zero) in enumerate(RUNS):
-            rows = run(Path(folder) / str(number), stage, precision, zero)
+        for number, (label, precision, stage, zero) in enumerate(runs):
+            rows = run(Path(folder) / str(number), stage, precision, zero, steps)
             curves[f"{label}, {precision}"] = rows
             print(f"{label}, {precision}: held-out loss {rows[-1][2]:.4f} after {rows[-1][0]} steps", flush=True)
-    report = {"steps": STEPS, "ranks": 2, "runs": {}}
-    for (_, precision, _, _), (name, rows) in zip(RUNS, curves.items(), strict=True):
+    report = {"steps": steps, "ranks": 2, "runs": {}}
+    for (_, precision, _, _), (name, rows) in zip(runs, curves.items(), strict=True):
         reference = curves["stage 0, fp32" if precision == "fp32" else "stage 0, bf16"]
         apart = max(abs(a[1] - b[1]) for a, b in zip(rows, reference, strict=True))
         early = max(abs(a[1] - b[1]) for a, b in zip(rows[:20], reference[:20], strict=True))
@@ -76,16 +83,12 @@ def main() -> None:
             "largest_distance_from_stage_0": apart,
             "largest_distance_from_stage_0_in_20_steps": early,
         }
-    (ROOT / "docs" / "stages.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(curves, ROOT / "docs" / "stages.png")
     print(json.dumps(report, indent=2))
+    common.save("stages", quick, report, draw(curves))
 
 
-def draw(curves: dict[str, list[tuple[int, float, float | None]]], path: Path) -> None:
+def draw(curves: dict[str, list[Row]]) -> Any:
     """All curves over each other, and how far each is from stage 0 of its precision."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -102,8 +105,8 @@ def draw(curves: dict[str, list[tuple[int, float, float | None]]], path: Path) -
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

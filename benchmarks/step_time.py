@@ -1,107 +1,289 @@
-"""The optimizer's step beside AdamW, Muon and the model's own forward and backward, one process, one thread a CPU.
+"""The optimizer's step beside AdamW, Muon, SOAP, Shampoo and the model's own forward and backward, in one process.
 
-    python benchmarks/step_time.py       # writes docs/step_time.json
+    python benchmarks/step_time.py       # writes docs/step_time.json and docs/step_time.png
 
-Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike; medians, as ratios to AdamW.
-Absolute times are printed for a GPU only.
+Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike, each on a copy of the same
+parameters and with the same gradients. Ratios; absolute times are given for a GPU only.
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import common
 import torch
-from rich.console import Console
+from common import Quick, rounded, spread
+from model import ByteTransformer
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from adafisher_dist import AdaFisher
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "launch"))
-
-from model import ByteTransformer  # noqa: E402
-
-ROUNDS, WARM_UP = 15, 3
+# What is refreshed every few steps is counted over whole cycles of this many steps.
+CYCLE = 10
+# AdaFisher's interval between refreshes grows from 1 to inverse_update_freq = 10 while the Fisher fills, as
+# round(10 (1 − ρᵏ)) (DESIGN.md, "Old factors"). At ρ = 0.95 it is 10 from k = 59 on, and only then is counted.
+WARM_UP, FILLED = 12, 60
+CYCLES, CYCLES_QUICK = 3, 2
 BATCH, SEQ_LEN = 32, 128
 MODEL = {"width": 96, "layers": 3, "heads": 4, "seq_len": SEQ_LEN}
+BASE, FORWARD = "AdamW (foreach)", "forward and backward"
+
+Named = dict[str, nn.Parameter]
 
 
-def candidates(matrices: list[nn.Parameter], rest: list[nn.Parameter]) -> dict[str, Callable[[], Any]]:
-    """A function for each that takes one step on the gradients that are there."""
-    everything = [*matrices, *rest]
-    result: dict[str, Callable[[], Any]] = {
-        "AdamW (foreach)": torch.optim.AdamW(everything, foreach=True).step,
-        "AdamW (fused)": torch.optim.AdamW(everything, fused=True).step,
-    }
-    if hasattr(torch.optim, "Muon"):
-        muon, adamw = torch.optim.Muon(matrices), torch.optim.AdamW(rest, foreach=True)
-        result["Muon, AdamW for the rest"] = lambda: (muon.step(), adamw.step())
-    for size in (16, 32, 64):
-        for every in (1, 10):
-            optimizer = AdaFisher(everything, block_size=size, inverse_update_freq=every)
-            result[f"AdaFisher b={size}" + (f", factors every {every}" if every > 1 else "")] = optimizer.step
-    half = AdaFisher(everything, block_size=32, fisher_dtype=torch.bfloat16)
-    result["AdaFisher b=32, bfloat16"] = half.step
+@dataclass(slots=True)
+class Candidate:
+    """An optimizer with its own copy of the parameters.
+
+    Attributes:
+        parameters: the copies, in the model's order.
+        step: takes one step on the gradients that are there.
+        warm_up: steps before the counted ones.
+        periodic: whether it does other work in some steps of a cycle than in others.
+        seconds: of each counted step.
+    """
+
+    parameters: list[nn.Parameter]
+    step: Callable[[], Any]
+    warm_up: int = WARM_UP
+    periodic: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+
+def candidates(model: nn.Module, quick: bool) -> dict[str, Candidate]:
+    """All by name, AdamW first."""
+    made: dict[str, Candidate] = {}
+
+    def add(name: str, build: Callable[[Named], Callable[[], Any]], **more: Any) -> None:
+        named = {key: nn.Parameter(p.detach().clone()) for key, p in model.named_parameters()}
+        for parameter in named.values():
+            parameter.grad = torch.zeros_like(parameter)
+        made[name] = Candidate(list(named.values()), build(named), **more)
+
+    add(BASE, lambda named: torch.optim.AdamW(named.values(), foreach=True).step)
+    add("AdamW (fused)", lambda named: torch.optim.AdamW(named.values(), fused=True).step)
+    if hasattr(torch.optim, "Muon"):  # torch 2.9
+        add("Muon, AdamW for the rest", muon)
+    for name, settings in adafishers(quick).items():
+        periodic = settings["inverse_update_freq"] > 1
+        add(
+            name,
+            lambda named, settings=settings: AdaFisher(named.items(), **settings).step,
+            warm_up=FILLED if periodic else WARM_UP,
+            periodic=periodic,
+        )
+    others(add, quick)
+    return made
+
+
+def muon(named: Named) -> Callable[[], Any]:
+    """Muon for the matrices between embeddings and head, as its authors use it."""
+    hidden = {key: p for key, p in named.items() if p.dim() == 2 and key.startswith("layers.")}
+    first = torch.optim.Muon(hidden.values())
+    second = torch.optim.AdamW([p for key, p in named.items() if key not in hidden], foreach=True)
+    return lambda: (first.step(), second.step())
+
+
+def adafishers(quick: bool) -> dict[str, dict[str, Any]]:
+    """Settings by name. Rows of 96 and 384 are cut into pieces of 16, 32, 48 or 64, and 96 or 128."""
+    sizes, packs = ((32, 64) if quick else (16, 32, 64, 128)), [False]
+    if "packed" in inspect.signature(AdaFisher.__init__).parameters:
+        packs.append(True)
+    result = {}
+    for size in sizes:
+        for packed in packs if size in (32, 64) else [False]:
+            for dtype in [torch.float32] if quick else [torch.float32, torch.bfloat16]:
+                for every in (1, CYCLE):
+                    name = f"AdaFisher b={size}" + (", bf16" if dtype == torch.bfloat16 else "")
+                    name += (", packed" if packed else "") + (f", every {every}" if every > 1 else "")
+                    settings = {"block_size": size, "fisher_dtype": dtype, "inverse_update_freq": every}
+                    result[name] = settings | ({"packed": True} if packed else {})
     return result
 
 
-def main() -> None:
+def others(add: Callable[..., None], quick: bool) -> None:
+    """SOAP and Shampoo of pytorch_optimizer 4.1.0, with their defaults except how often they refresh.
+
+    SOAP: every 10 steps is its default and its paper's; every step is what AdaFisher's default is to be compared with.
+    It refreshes all its eigenbases in the same step, by one QR each; vectors are left to Adam (precondition_1d=False).
+    Every dimension here is below max_precondition_dim, so it keeps the whole factors of up to 384 × 384.
+
+    Shampoo: its default is every step (preconditioning_compute_steps=1), by an SVD of every factor, those of vectors
+    included, and without momentum. Every 10 steps stands beside AdaFisher's and SOAP's 10. Its ScalableShampoo cuts
+    factors into blocks and would start at step 25, refreshing every 1000 steps: every 10 and a start at once are set,
+    the inverse root by Schur-Newton as by default. Blocks of 128 instead of 512 are what suits matrices this small.
+    """
+    try:
+        from pytorch_optimizer import SOAP, ScalableShampoo, Shampoo
+    except ImportError:
+        print("pytorch_optimizer is not installed, so SOAP and Shampoo are left out: pip install '.[bench]'")
+        return
+    for every in [CYCLE] if quick else [1, CYCLE]:
+        more = {"periodic": every > 1}
+        end = f", every {every}" if every > 1 else ""
+        add(
+            f"SOAP{end}",
+            lambda named, every=every: SOAP(list(named.values()), precondition_frequency=every).step,
+            **more,
+        )
+        add(
+            f"Shampoo{end}",
+            lambda named, every=every: Shampoo(list(named.values()), preconditioning_compute_steps=every).step,
+            **more,
+        )
+    scalable = {"block_size": 128, "start_preconditioning_step": 1, "preconditioning_compute_steps": CYCLE}
+    add(
+        f"ScalableShampoo, every {CYCLE}",
+        lambda named: ScalableShampoo(list(named.values()), **scalable).step,
+        periodic=True,
+    )
+
+
+def main(quick: Quick = False) -> None:
+    """Time an optimizer's step as a ratio to AdamW's and to forward and backward."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
     torch.manual_seed(0)
     model = ByteTransformer(**MODEL).to(device)
-    tokens = torch.randint(256, (BATCH, SEQ_LEN + 1), device=device)
-
-    def forward_and_backward() -> None:
-        model.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-
-    forward_and_backward()
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    runs = {"forward and backward": forward_and_backward, **candidates(matrices, rest)}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(WARM_UP + ROUNDS):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
-    report(seconds, device, sum(p.numel() for p in model.parameters()))
-
-
-def report(seconds: dict[str, list[float]], device: torch.device, parameters: int) -> None:
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    adamw, model = medians["AdamW (foreach)"], medians["forward and backward"]
-    table = Table(title=f"Step time, {parameters:,} parameters, {device.type}; medians of {ROUNDS}")
-    for heading in ("", "/ AdamW (foreach)", "/ forward and backward", *(["ms"] if device.type == "cuda" else [])):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, value in medians.items():
-        absolute = [f"{1e3 * value:.2f}"] if device.type == "cuda" else []
-        table.add_row(name, f"{value / adamw:.1f}", f"{value / model:.2f}", *absolute)
-    Console().print(table)
-    out = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread",
-        "torch": torch.__version__,
-        "parameters": parameters,
-        "rounds": ROUNDS,
-        "ratio_to_adamw": {name: round(value / adamw, 2) for name, value in medians.items()},
-        "ratio_to_forward_and_backward": {name: round(value / model, 3) for name, value in medians.items()},
+    everyone = candidates(model, quick)
+    forward = rounds(model, everyone, device, CYCLE * (CYCLES_QUICK if quick else CYCLES))
+    report = {name: figures(candidate, everyone[BASE], forward, device) for name, candidate in everyone.items()}
+    base = everyone[BASE].seconds
+    ratio = spread([statistics.median(b) / statistics.median(a) for a, b in paired(base, forward)])
+    show(report, ratio, sum(p.numel() for p in model.parameters()), device)
+    result = {
+        "device": device.type,
+        "model": {**MODEL, "batch": BATCH, "parameters": sum(p.numel() for p in model.parameters())},
+        "counted_steps": len(forward),
+        "forward_and_backward_to_adamw": ratio,
+        **({"forward_and_backward_milliseconds": 1e3 * statistics.median(forward)} if device.type == "cuda" else {}),
+        "optimizers": report,
     }
-    (ROOT / "docs" / "step_time.json").write_text(json.dumps(out, indent=2) + "\n")
+    common.save("step_time", quick, rounded(result), draw(everyone, report, forward))
+
+
+def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:
+    """Fill in the seconds of each candidate's counted steps; returns those of forward and backward.
+
+    The model is trained meanwhile, by an AdamW of its own, so that gradients are those of a training.
+    """
+    trainer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    forward: list[float] = []
+    longest = max(candidate.warm_up for candidate in everyone.values())
+    for number in range(-longest, counted):
+        tokens = torch.randint(256, (BATCH, SEQ_LEN + 1), device=device)
+        took = timed(lambda tokens=tokens: forward_and_backward(model, tokens), device)
+        gradients = [p.grad for p in model.parameters()]
+        for candidate in everyone.values():
+            if number >= -candidate.warm_up:
+                # Its own, since Shampoo changes the gradient.
+                torch._foreach_copy_([p.grad for p in candidate.parameters], gradients)
+                own = timed(candidate.step, device)
+                if number >= 0:
+                    candidate.seconds.append(own)
+        trainer.step()
+        if number >= 0:
+            forward.append(took)
+    return forward
+
+
+def forward_and_backward(model: nn.Module, tokens: Tensor) -> None:
+    model.zero_grad()
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def cycles(seconds: Sequence[float]) -> list[Sequence[float]]:
+    return [seconds[start : start + CYCLE] for start in range(0, len(seconds), CYCLE)]
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Iterator[tuple[Sequence[float], Sequence[float]]]:
+    return zip(cycles(a), cycles(b), strict=True)
+
+
+def by_phase(seconds: Sequence[float]) -> list[float]:
+    """Of each step of a cycle, the median over the cycles: the machine's hiccups do not come back, real spikes do."""
+    return [statistics.median(seconds[phase::CYCLE]) for phase in range(CYCLE)]
+
+
+def figures(candidate: Candidate, base: Candidate, forward: list[float], device: torch.device) -> dict[str, Any]:
+    """One optimizer's: ratios of each cycle's average step, so that both sides of a ratio met the same machine."""
+    average = statistics.fmean if candidate.periodic else statistics.median
+
+    def compare(others: list[float]) -> dict[str, float]:
+        return spread([average(own) / statistics.median(other) for own, other in paired(candidate.seconds, others)])
+
+    to_forward = compare(forward)
+    phases = by_phase(candidate.seconds)
+    return {
+        "to_adamw": compare(base.seconds),
+        "to_forward_and_backward": to_forward,
+        "share_of_training_step": to_forward["median"] / (1 + to_forward["median"]),
+        "slowest_to_median_step": max(phases) / statistics.median(phases),
+        **({"milliseconds": 1e3 * average(candidate.seconds)} if device.type == "cuda" else {}),
+    }
+
+
+def show(report: dict[str, dict[str, Any]], forward: dict[str, float], parameters: int, device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    table = Table(title=f"Optimizer step, {parameters:,} parameters, {BATCH} × {SEQ_LEN} bytes, {device.type}")
+    headings = ("/ AdamW (foreach)", "min to max", f"/ {FORWARD}", "of a training step", "slowest / median step")
+    for heading in ("", *headings, *(["ms"] if on_gpu else [])):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(FORWARD, f"{forward['median']:.1f}", f"{forward['min']:.1f} to {forward['max']:.1f}", "1.000", "", "")
+    for name, row in report.items():
+        adamw = row["to_adamw"]
+        table.add_row(
+            name,
+            f"{adamw['median']:.1f}",
+            f"{adamw['min']:.1f} to {adamw['max']:.1f}",
+            f"{row['to_forward_and_backward']['median']:.3f}",
+            f"{100 * row['share_of_training_step']:.1f} %",
+            f"{row['slowest_to_median_step']:.2f}",
+            *([f"{row['milliseconds']:.2f}"] if on_gpu else []),
+        )
+    common.show(table)
+
+
+def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forward: list[float]) -> Any:
+    """The mean cost of each optimizer, and how that is spread over the steps of a cycle."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 1.5 + 0.25 * len(report)), layout="constrained")
+    names = list(report)
+    shares = [100 * report[name]["share_of_training_step"] for name in names]
+    colors = ["tab:blue" if name.startswith("AdaFisher") else "tab:gray" for name in names]
+    bars = left.barh(names, shares, color=colors)
+    left.bar_label(bars, [f"{report[name]['to_adamw']['median']:.1f} × AdamW" for name in names], padding=3, fontsize=8)
+    left.invert_yaxis()
+    left.set(xlabel="% of a training step that is the optimizer's", xlim=(0, 1.3 * max(shares)))
+    left.set_title("mean cost of the optimizer")
+    model = statistics.median(forward)
+    for name in ("AdaFisher b=64", f"AdaFisher b=64, every {CYCLE}", *(n for n in names if n.startswith("S"))):
+        if name in everyone and name.endswith((f"every {CYCLE}", "b=64")):
+            relative = [seconds / model for seconds in by_phase(everyone[name].seconds)]
+            right.semilogy(range(1, CYCLE + 1), relative, marker="o", label=name)
+    right.set(xlabel="step of a cycle (median over the cycles)", ylabel=f"time of the step / {FORWARD}")
+    right.set_title("who refreshes all at once has a slow step in every ten")
+    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -1,0 +1,258 @@
+"""How AdaFisher's step scales: with the number of ranks that share the blocks, and with the size of the model.
+
+    python benchmarks/scaling.py       # writes docs/scaling.json and docs/scaling.png
+
+Ranks: W processes over gloo, one thread each, hold the same parameters and gradients, as under DDP. A step is split
+into the arithmetic (each rank's time inside `shard.compute`; the slowest rank's counts) and the rest: gradients in,
+the two small all-reduces, the all-gather of the updates and their application. Rounds of all W in turn: the same
+processes step as one group of all ranks, as smaller groups, and as one rank, the others waiting. The arithmetic is
+given by the clock, and by processor time, which tells what a rank would need with a core of its own (but for caches
+and memory, which all share): where there are fewer cores than ranks, or other work, only that can scale.
+
+Size: one rank, models from 0.25 to 16 million parameters, in turn. All figures are ratios.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import common
+import numpy as np
+import torch
+import torch.distributed as dist
+from common import Quick, rounded, spread
+from model import ByteTransformer
+from rich.table import Table
+
+import adafisher_dist.engine
+from adafisher_dist import AdaFisher
+
+WORLDS = (1, 2, 4)
+BLOCK_SIZE = 64
+RANKS_MODEL = {"width": 256, "layers": 6, "heads": 4, "seq_len": 128}  # 4.9 million parameters: 1.3 GB of Fisher
+ROUNDS, ROUNDS_QUICK, WARM_UP = 7, 2, 2
+TARGET = 1.7  # how much faster the arithmetic of two ranks is to be
+
+# Width and layers of about 0.25, 1, 4 and 16 million parameters. Widths are multiples of both block sizes, so that all
+# blocks are full, at any size.
+SIZES = ((64, 4), (128, 5), (256, 5), (512, 5))
+SIZES_QUICK = SIZES[:3]
+SIZE_ROUNDS, SIZE_ROUNDS_QUICK = 3, 1
+BLOCK_SIZES = (32, 64)
+# At the smaller sizes a step is short: more of them make one measured value.
+MEASURED_NUMEL = 1_000_000
+
+
+def build(width: int, layers: int, seq_len: int = 128, heads: int = 4) -> ByteTransformer:
+    """A transformer with gradients that are the same on all ranks."""
+    torch.manual_seed(0)
+    module = ByteTransformer(width, layers, heads, seq_len)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+@contextmanager
+def arithmetic() -> Iterator[list[tuple[float, float]]]:
+    """Within, the seconds of each call of `shard.compute` by the clock and the processor.
+
+    It is replaced under the name by which a step calls it.
+    """
+    seconds: list[tuple[float, float]] = []
+    original = adafisher_dist.engine.compute
+
+    @functools.wraps(original)
+    def measured(*args: Any, **kwargs: Any) -> None:
+        clock, processor = time.perf_counter(), time.thread_time()
+        original(*args, **kwargs)
+        seconds.append((time.perf_counter() - clock, time.thread_time() - processor))
+
+    adafisher_dist.engine.compute = measured
+    try:
+        yield seconds
+    finally:
+        adafisher_dist.engine.compute = original
+
+
+def step_on_ranks(rank: int, world: int, worlds: tuple[int, ...], rounds: int) -> list[dict[int, tuple[float, ...]]]:
+    """Of each counted round and number of ranks: seconds of the step, and of this rank's arithmetic in it (twice)."""
+    groups = {size: dist.new_group(list(range(size))) for size in worlds}
+    mine = {  # each with its own parameters, which would not be alike on all ranks if fewer of them stepped
+        size: AdaFisher(build(**RANKS_MODEL).named_parameters(), block_size=BLOCK_SIZE, process_group=group)
+        for size, group in groups.items()
+        if rank < size
+    }
+    result: list[dict[int, tuple[float, ...]]] = []
+    for number in range(WARM_UP + rounds):
+        row = {}
+        for size in worlds:
+            dist.barrier()  # ranks that take no part wait here, asleep, until the others have stepped
+            if size in mine:
+                with arithmetic() as seconds:
+                    dist.barrier(groups[size])
+                    began = time.perf_counter()
+                    mine[size].step()
+                    dist.barrier(groups[size])  # the step ends when the slowest rank's does
+                    row[size] = time.perf_counter() - began, *map(sum, zip(*seconds, strict=True))
+        if number >= WARM_UP:
+            result.append(row)
+    return result
+
+
+def by_world(worlds: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Steps and their arithmetic on the slowest rank, as ratios to the same round's step of one rank."""
+    ranks = common.on_ranks(step_on_ranks, max(worlds), worlds, rounds)
+    steps, inside, busy = (
+        {size: [max(rank[n][size][which] for rank in ranks[:size]) for n in range(rounds)] for size in worlds}
+        for which in range(3)
+    )
+    cores = len(os.sched_getaffinity(0))
+    result = {}
+    for size in worlds:
+        rest = [step - own for step, own in zip(steps[size], inside[size], strict=True)]
+        result[str(size)] = {
+            "oversubscribed": size > cores,
+            "step_to_step_of_one_rank": over(steps[size], steps[1]),
+            "arithmetic_to_step_of_one_rank": over(inside[size], steps[1]),
+            "rest_to_step_of_one_rank": over(rest, steps[1]),
+            "speedup_of_step": over(steps[1], steps[size]),
+            "speedup_of_arithmetic": over(inside[1], inside[size]),
+            "speedup_of_arithmetic_by_processor_time": over(busy[1], busy[size]),
+        }
+    return result
+
+
+def over(above: list[float], below: list[float]) -> dict[str, float]:
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def by_size(sizes: tuple[tuple[int, int], ...], block_size: int, rounds: int) -> dict[str, Any]:
+    """The step's time for each parameter as a ratio to the smallest model's, and the slope of log time by log size."""
+    modules = [build(width, layers) for width, layers in sizes]
+    numels = [sum(p.numel() for p in module.parameters()) for module in modules]
+    optimizers = [AdaFisher(module.named_parameters(), block_size=block_size) for module in modules]
+    repeats = [max(1, MEASURED_NUMEL // numel) for numel in numels]
+    seconds: list[list[float]] = [[] for _ in sizes]
+    for number in range(1 + rounds):
+        for optimizer, times, own in zip(optimizers, repeats, seconds, strict=True):
+            took = timed(optimizer.step, times)
+            if number:  # the first round allocates
+                own.append(took / times)
+    each = [[second / numel for second in own] for own, numel in zip(seconds, numels, strict=True)]
+    slopes = [np.polyfit(np.log(numels), np.log(row), 1)[0] for row in zip(*seconds, strict=True)]
+    return {
+        "parameters": numels,
+        "time_a_parameter_to_the_smallest": [over(own, each[0]) for own in each],
+        "slope_of_log_time_by_log_size": spread([float(slope) for slope in slopes]),
+    }
+
+
+def timed(run: Callable[[], Any], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - began
+
+
+def main(quick: Quick = False) -> None:
+    """Time AdaFisher's step by the number of ranks and by the size of the model."""
+    rounds, worlds = (ROUNDS_QUICK, WORLDS[:2]) if quick else (ROUNDS, WORLDS)
+    size_rounds, models = (SIZE_ROUNDS_QUICK, SIZES_QUICK) if quick else (SIZE_ROUNDS, SIZES)
+    ranks = by_world(worlds, rounds)
+    sizes = {str(b): by_size(models, b, size_rounds) for b in BLOCK_SIZES}
+    parameters = sum(p.numel() for p in build(**RANKS_MODEL).parameters())
+    cores = len(os.sched_getaffinity(0))
+    show(ranks, sizes, parameters, cores)
+    result = {
+        "note": f"{cores} cores: more ranks than that share them (oversubscribed), and only processor time can scale.",
+        "rounds": {"by_world_size": rounds, "by_model_size": size_rounds},
+        "by_world_size": {"model": {**RANKS_MODEL, "parameters": parameters}, "block_size": BLOCK_SIZE, "W": ranks},
+        "by_model_size": {"W": 1, "block_size": sizes},
+    }
+    common.save("scaling", quick, rounded(result), draw(ranks, sizes, cores))
+
+
+def show(ranks: dict[str, Any], sizes: dict[str, Any], parameters: int, cores: int) -> None:
+    table = Table(title=f"Step on W ranks, {parameters:,} parameters, b = {BLOCK_SIZE}; shares of one rank's step")
+    for heading in (
+        "W",
+        "step",
+        "arithmetic",
+        "rest",
+        "step faster",
+        "arithmetic faster",
+        "min to max",
+        "by processor time",
+        "",
+    ):
+        table.add_column(heading, justify="right")
+    for size, row in ranks.items():
+        gain = row["speedup_of_arithmetic"]
+        remark = f"oversubscribed: {cores} cores" if row["oversubscribed"] else ""
+        if size == "2" and not row["oversubscribed"]:
+            remark = f"target {TARGET}: {'met' if gain['median'] >= TARGET else 'MISSED'}"
+        shares = [row[f"{part}_to_step_of_one_rank"]["median"] for part in ("step", "arithmetic", "rest")]
+        table.add_row(
+            size,
+            *(f"{share:.3f}" for share in shares),
+            f"{row['speedup_of_step']['median']:.2f} ×",
+            f"{gain['median']:.2f} ×",
+            f"{gain['min']:.2f} to {gain['max']:.2f}",
+            f"{row['speedup_of_arithmetic_by_processor_time']['median']:.2f} ×",
+            remark,
+        )
+    common.show(table)
+    table = Table(title="Time a parameter on one rank, to that of the smallest model")
+    table.add_column("parameters", justify="right")
+    for b in sizes:
+        table.add_column(f"b = {b}", justify="right")
+    for number, numel in enumerate(next(iter(sizes.values()))["parameters"]):
+        entries = [entry["time_a_parameter_to_the_smallest"][number] for entry in sizes.values()]
+        table.add_row(f"{numel:,}", *(f"{e['median']:.2f} ({e['min']:.2f} to {e['max']:.2f})" for e in entries))
+    slopes = [entry["slope_of_log_time_by_log_size"]["median"] for entry in sizes.values()]
+    table.add_row("slope of log time by log size", *(f"{slope:.3f}" for slope in slopes))
+    common.show(table)
+
+
+def draw(ranks: dict[str, Any], sizes: dict[str, Any], cores: int) -> Any:
+    """What a step on W ranks consists of; and the time a parameter by the size of the model."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    labels = [f"W = {size}" + (f"\non {cores} cores" if row["oversubscribed"] else "") for size, row in ranks.items()]
+    names = ("arithmetic", "rest")
+    parts = {name: [row[f"{name}_to_step_of_one_rank"]["median"] for row in ranks.values()] for name in names}
+    left.bar(labels, parts["arithmetic"], label="arithmetic (slowest rank)", color="tab:blue")
+    left.bar(labels, parts["rest"], bottom=parts["arithmetic"], label="the rest", color="tab:orange")
+    for at, row in enumerate(ranks.values()):
+        height = parts["arithmetic"][at] + parts["rest"][at]
+        clock, busy = row["speedup_of_arithmetic"], row["speedup_of_arithmetic_by_processor_time"]
+        text = f"arithmetic {clock['median']:.2f} ×\nas fast, by pro-\ncessor time {busy['median']:.2f} ×"
+        left.text(at, height + 0.02, text, ha="center", va="bottom", fontsize=9)
+    left.set(ylabel="time, as a share of one rank's step", title=f"replicated layout, b = {BLOCK_SIZE}", ylim=(0, 1.5))
+    left.legend(loc="upper right")
+    for (b, entry), marker in zip(sizes.items(), itertools.cycle("os"), strict=False):
+        values = entry["time_a_parameter_to_the_smallest"]
+        middle = np.array([value["median"] for value in values])
+        reach = np.abs(np.array([[value[end] for value in values] for end in ("min", "max")]) - middle)
+        slope = entry["slope_of_log_time_by_log_size"]["median"]
+        label = f"b = {b}; time ~ size^{slope:.2f}"
+        right.errorbar(entry["parameters"], middle, yerr=reach, marker=marker, capsize=3, label=label)
+    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    right.set(xscale="log", xlabel="parameters", ylabel="time a parameter / that of the smallest model", ylim=(0, None))
+    right.set_title("one rank")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return figure
+
+
+if __name__ == "__main__":
+    common.start(main)
