@@ -26,8 +26,9 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
-bench: $(STAMP)  ## step time beside AdamW and Muon; all ZeRO stages on one picture; checkpoints (about nine minutes)
+bench: $(STAMP)  ## step time beside AdamW and Muon, the kernel (needs a GPU), all ZeRO stages on one picture, checkpoints (about nine minutes)
 	@$(BIN)/python benchmarks/step_time.py
+	@$(BIN)/python benchmarks/kernel.py
 	@$(BIN)/python benchmarks/stages.py
 	@$(BIN)/python benchmarks/checkpoint.py
 
