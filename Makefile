@@ -31,6 +31,7 @@ bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: 
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
+	@$(BIN)/python benchmarks/kernel.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 

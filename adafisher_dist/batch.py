@@ -73,10 +73,10 @@ class Batch:
         """`rungs` with the kernel's counts; waits for the device where there are any."""
         counts = dict(self.rungs)
         if self.rungs_N3 is not None:
-            for row, on_device in enumerate(self.rungs_N3.tolist()):
-                if any(on_device):
-                    before = counts.get(row, [0] * len(fisher.RUNGS))
-                    counts[row] = [a + b for a, b in zip(before, on_device, strict=True)]
+            rows = self.rungs_N3.any(dim=1).nonzero().squeeze(1)
+            for row, on_device in zip(rows.tolist(), self.rungs_N3[rows].tolist(), strict=True):
+                before = counts.get(row, [0] * len(fisher.RUNGS))
+                counts[row] = [a + b for a, b in zip(before, on_device, strict=True)]
         return counts
 
 
@@ -164,14 +164,16 @@ def compute(
         RuntimeError: the kernel is asked for, and cannot run.
     """
     device = batch.fisher.device
-    if start < stop and batch.dense and uses_kernel(batch.structure, settings["backend"], device):
+    if start == stop:
+        return
+    if batch.dense and uses_kernel(batch.structure, settings["backend"], device):
         fused.compute(batch, start, stop, step, updates, settings, go)
         return
     if go is not None:
         assert not batch.dense, "the torch path of dense blocks has no gate"
         _compute_gated(batch, start, stop, step, updates, settings, go)
         return
-    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2) if device.type == "cpu" else max(1, stop - start)
+    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2) if device.type == "cpu" else stop - start
     for begin in range(start, stop, tile):
         _compute_tile(batch, begin, min(stop, begin + tile), step, updates, settings)
 

@@ -94,7 +94,7 @@ def options(size: int) -> dict[str, Any]:
     return {
         "num_warps": 4 if size > 64 else 1,
         # 21, 16, 12, 10 or 8 warps an SM, which hide each other's latencies. As few registers as cost hardly a spill
-        # (at most some 50 instructions of thousands).
+        # (at most some 50 instructions of thousands; packed, whose addresses need registers, some 300).
         "maxnreg": next(registers for largest, registers in limits if size <= largest),
         "enable_fp_fusion": False,  # the same bits as elsewhere; fused where the kernel says so
     }

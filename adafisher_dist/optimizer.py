@@ -69,7 +69,7 @@ class AdaFisher(Optimizer):
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64).
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
-            costs about 10 % of the arithmetic.
+            costs 10 to 20 % of the optimizer's time.
         backend: "torch"; "triton": one fused kernel, for exponent 1, factors made at every step, blocks of up to 128
             and a float32 or bfloat16 Fisher, on a CUDA device; "auto": that one where it can be had, else "torch".
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".

@@ -27,6 +27,7 @@ SETTINGS = {
     "old-factors": {"lr": 1e-2, "block_size": 8, "inverse_update_freq": 4, "fisher_update_freq": 2},
     "diagonal-tail": {"lr": 1e-2, "block_size": 8, "max_blocks": 3},
     "root": {"lr": 1e-2, "block_size": 16, "exponent": 0.5, "grafting": "none", "damping": 0.3},
+    "packed": {"lr": 1e-2, "block_size": 8, "inverse_update_freq": 4, "max_blocks": 20, "packed": True},
     "one-element": {"lr": 1e-2, "block_size": 1},
 }
 
@@ -212,9 +213,10 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(value: float)
         assert all(np.isfinite(a).all() for a in seen[3])
 
 
-def consolidated(rank: int, world: int, to: int | None):
+def consolidated(rank: int, world: int, to: int | None, packed: bool):
     module = model()
-    optimizer = AdaFisher(module.named_parameters(), lr=1e-2, block_size=8, max_blocks=4, inverse_update_freq=3)
+    settings = {"lr": 1e-2, "block_size": 8, "max_blocks": 4, "inverse_update_freq": 3, "packed": packed}
+    optimizer = AdaFisher(module.named_parameters(), **settings)
     for step in range(5):
         step_once(module, optimizer, step)
     messages = []
@@ -260,9 +262,9 @@ def resumed(rank: int, world: int, saved: dict, middle: dict):
     return weights(module)
 
 
-@pytest.mark.parametrize(("world", "to"), [(1, 0), (3, 0), (3, None)])
-def test_consolidated_state_resumes_at_any_world_size(world: int, to: int | None) -> None:
-    results = run_ranks(consolidated, world, to)
+@pytest.mark.parametrize(("world", "to", "packed"), [(1, 0, False), (3, 0, False), (3, None, False), (3, 0, True)])
+def test_consolidated_state_resumes_at_any_world_size(world: int, to: int | None, packed: bool) -> None:
+    results = run_ranks(consolidated, world, to, packed)
     saved, middle, final = results[0]
     assert saved["adafisher_dist"]["part"] == "whole"
     if world > 1:
