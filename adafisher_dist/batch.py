@@ -16,9 +16,9 @@ from adafisher_dist.settings import Structure
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-# Elements of the Fisher that a CPU works on at a time: 1 MiB in float32, so that A and its factor stay in its cache.
+# Elements of the Fisher that a CPU works on at a time: 2 MiB in float32, so that A and its factor stay in its caches.
 # Twice as fast as whole chunks at block sizes 32 to 64 (LOG.md, 2026-11-24).
-CPU_TILE_FISHER_NUMEL = 2**18
+CPU_TILE_FISHER_NUMEL = 2**19
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,7 @@ class Batch:
         gradient_NB: the gradient on the way in, the update on the way out.
         momentum_NB: m.
         fisher: F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1).
-        factor_NBB: roots of A that are kept between refreshes; None where they are made at every step.
+        factor_NBB: A^(−p) that is kept between refreshes; None where a factor is made at every step.
         curvature_N: d of the kept roots.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
@@ -173,9 +173,14 @@ def compute(
         assert not batch.dense, "the torch path of dense blocks has no gate"
         _compute_gated(batch, start, stop, step, updates, settings, go)
         return
-    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2) if device.type == "cpu" else stop - start
-    for begin in range(start, stop, tile):
-        _compute_tile(batch, begin, min(stop, begin + tile), step, updates, settings)
+    rows = 8 * tile_rows(batch) if device.type == "cpu" else stop - start
+    for begin in range(start, stop, rows):
+        _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
+
+
+def tile_rows(batch: Batch) -> int:
+    """Blocks whose Fisher a CPU works on at a time."""
+    return max(1, CPU_TILE_FISHER_NUMEL // batch.size**2)
 
 
 def _compute_gated(
@@ -184,7 +189,7 @@ def _compute_gated(
     """A step of diagonal blocks that `go` may take back; m and F are small there."""
     state = [batch.momentum_NB[start:stop], batch.fisher[start:stop]]
     before = [tensor.clone() for tensor in state]
-    _compute_tile(batch, start, stop, step, updates, settings)
+    _compute_rows(batch, start, stop, step, updates, settings)
     goes = go.bool()
     for tensor, old in zip(state, before, strict=True):
         tensor.copy_(torch.where(goes, tensor, old))
@@ -192,44 +197,77 @@ def _compute_gated(
     update_NB.copy_(torch.where(goes, update_NB, 0.0))
 
 
-def _compute_tile(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
+def _compute_rows(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
+    """A step of some rows in torch. What takes B numbers a block is done for all of them, what takes B² in tiles."""
     gradient_NB, momentum_NB = batch.gradient_NB[start:stop], batch.momentum_NB[start:stop]
-    stored, packed = batch.fisher[start:stop], batch.dense and batch.structure.packed
-    whole = fisher.unpack(stored, batch.size) if packed else stored
-    decay, mu, eps = settings["fisher_decay"], settings["momentum"], settings["eps"]  # ρ, μ, ε
-    momentum_NB.lerp_(gradient_NB, 1 - mu)
-    if updates_fisher(step, settings):
-        seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[start:stop], updates)
-        (fisher.update if batch.dense else fisher.update_diagonal)(whole, gradient_NB, decay, seeds)
-        if packed:
-            stored.copy_(fisher.pack(whole))
+    mu, eps = settings["momentum"], settings["eps"]  # μ, ε
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
-    unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
+    momentum_NB.lerp_(gradient_NB, 1 - mu)
     if settings["nesterov"]:
         hat_NB = (momentum_NB * (mu * unbias_m)).add_(gradient_NB, alpha=1 - mu)
     else:
         hat_NB = momentum_NB * unbias_m
     if batch.dense:
-        factor = _factor(batch, start, whole, step, updates, unbias_f, settings)
-        diagonal_NB = whole.diagonal(dim1=1, dim2=2).to(hat_NB.dtype) * unbias_f
-        exponent = batch.structure.exponent
-        gradient_NB.copy_(fisher.precondition(factor, hat_NB, diagonal_NB, eps, exponent, settings["grafting"]))
+        solution = _solve(batch, start, hat_NB, step, updates, settings)
+        gradient_NB.copy_(fisher.graft(solution, hat_NB, eps, batch.structure.exponent, settings["grafting"]))
     else:
-        gradient_NB.copy_(fisher.diagonal_update(hat_NB, whole.to(hat_NB.dtype) * unbias_f, eps))
+        _update_fisher(batch, batch.fisher[start:stop], start, step, updates, settings)
+        diagonal_NB = batch.fisher[start:stop].to(hat_NB.dtype) * _unbias(updates, settings)
+        gradient_NB.copy_(fisher.diagonal_update(hat_NB, diagonal_NB, eps))
+
+
+def _solve(
+    batch: Batch, start: int, hat_NB: Tensor, step: int, updates: int, settings: Mapping[str, Any]
+) -> fisher.Solution:
+    """Update F of the blocks from row `start` on, and solve for m̂."""
+    solution = fisher.Solution(torch.empty_like(hat_NB), torch.empty_like(hat_NB), hat_NB.new_empty(len(hat_NB)))
+    unbias, keeps = _unbias(updates, settings), batch.structure.keeps_factors
+    tile = tile_rows(batch) if hat_NB.device.type == "cpu" else len(hat_NB)
+    for begin in range(0, len(hat_NB), tile):
+        part = slice(begin, begin + tile)
+        stored = batch.fisher[start:][part][: len(hat_NB) - begin]
+        whole_NBB = _whole(batch, stored)
+        if _update_fisher(batch, whole_NBB, start + begin, step, updates, settings) and batch.structure.packed:
+            stored.copy_(fisher.pack(whole_NBB))
+        torch.mul(whole_NBB.diagonal(dim1=1, dim2=2), unbias, out=solution.diagonal_NB[part])
+        if not keeps:
+            factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
+            fisher.solve(factor, hat_NB[part], solution.solution_NB[part])
+            solution.d_N[part] = factor.d_N
+    if keeps:
+        factor = _kept(batch, start, start + len(hat_NB), step, updates, settings)
+        fisher.solve(factor, hat_NB, solution.solution_NB)
+        solution.d_N.copy_(factor.d_N)
+    return solution
+
+
+def _whole(batch: Batch, stored: Tensor) -> Tensor:
+    """Rows of a batch's F as whole blocks."""
+    return fisher.unpack(stored, batch.size) if batch.structure.packed else stored
+
+
+def _update_fisher(
+    batch: Batch, whole: Tensor, start: int, step: int, updates: int, settings: Mapping[str, Any]
+) -> bool:
+    """Update F of the rows from `start` on, whose blocks are `whole`, if it is time; returns whether it was."""
+    if not updates_fisher(step, settings):
+        return False
+    rows = slice(start, start + len(whole))
+    seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[rows], updates)
+    update = fisher.update if batch.dense else fisher.update_diagonal
+    update(whole, batch.gradient_NB[rows], settings["fisher_decay"], seeds)
+    return True
+
+
+def _unbias(updates: int, settings: Mapping[str, Any]) -> float:
+    """What F̂ is of F."""
+    return 1 / (1 - settings["fisher_decay"] ** updates) if settings["bias_correction"] else 1.0
 
 
 def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings: Mapping[str, Any]) -> None:
-    """Make the kept roots of rows [start, stop) anew, from F after k updates: where a saved state had none."""
-    if batch.factor_NBB is None or batch.curvature_N is None or updates == 0:
-        return
-    unbias = 1 / (1 - settings["fisher_decay"] ** updates) if settings["bias_correction"] else 1.0
-    tile = max(1, CPU_TILE_FISHER_NUMEL // batch.size**2)  # on a GPU too: it bounds the memory
-    for begin in range(start, stop, tile):
-        end = min(stop, begin + tile)
-        stored = batch.fisher[begin:end]
-        whole_NBB = fisher.unpack(stored, batch.size) if batch.structure.packed else stored
-        factor = _fresh(batch, whole_NBB, np.arange(begin, end), unbias, settings)
-        batch.factor_NBB[begin:end], batch.curvature_N[begin:end] = factor.root_NBB, factor.d_N
+    """Make the kept A^(−p) of rows [start, stop) anew, from F after k updates: where a saved state had none."""
+    if batch.factor_NBB is not None and updates > 0:
+        _refresh(batch, np.arange(start, stop), updates, settings)
 
 
 def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
@@ -237,23 +275,29 @@ def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:
     return (step - 1) % int(settings["fisher_update_freq"]) == 0
 
 
-def _factor(
-    batch: Batch, start: int, fisher_NBB: Tensor, step: int, updates: int, unbias: float, settings: Mapping[str, Any]
-) -> fisher.Factor:
-    """The factor of the rows from `start` on, whose F is `fisher_NBB`: made anew, or kept."""
-    stop = start + len(fisher_NBB)
-    if batch.factor_NBB is None or batch.curvature_N is None:
-        return _fresh(batch, fisher_NBB, np.arange(start, stop), unbias, settings)
+def _kept(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> fisher.Factor:
+    """The kept A^(−p) of rows [start, stop); those whose turn it is are made anew."""
+    assert batch.factor_NBB is not None and batch.curvature_N is not None
     interval = refresh_interval(settings["inverse_update_freq"], updates, settings["fisher_decay"])
     if interval == 1 or step == 1:
         due = np.arange(start, stop)
     else:
         due = start + np.flatnonzero((batch.number_N[start:stop] + step) % interval == 0)
-    if len(due):
-        rows = torch.from_numpy(due).to(batch.fisher.device)
-        factor = _fresh(batch, fisher_NBB[rows - start], due, unbias, settings)
-        batch.factor_NBB[rows], batch.curvature_N[rows] = factor.root_NBB, factor.d_N
-    return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None)
+    _refresh(batch, due, updates, settings)
+    return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None, triangular=False)
+
+
+def _refresh(batch: Batch, due: Numbers, updates: int, settings: Mapping[str, Any]) -> None:
+    """Make the kept A^(−p) of these rows anew; in tiles on a GPU too, which bounds the memory."""
+    assert batch.factor_NBB is not None and batch.curvature_N is not None
+    tile = tile_rows(batch)
+    for begin in range(0, len(due), tile):
+        numbers = due[begin : begin + tile]
+        rows = torch.from_numpy(numbers).to(batch.fisher.device)
+        whole_NBB = _whole(batch, batch.fisher.index_select(0, rows))
+        factor = fisher.inverted(_fresh(batch, whole_NBB, numbers, _unbias(updates, settings), settings))
+        batch.factor_NBB.index_copy_(0, rows, factor.root_NBB)
+        batch.curvature_N.index_copy_(0, rows, factor.d_N)
 
 
 def _fresh(
