@@ -2,12 +2,12 @@
 
     python benchmarks/kernel.py          # writes docs/kernel.json; without a CUDA device it says so and ends
 
-About 1 GB of blocks, far more than a cache holds, in one step: gradients in, Fisher and momentum updated, updates out.
+About 1 GB of blocks, far more than any cache holds, in one step: gradients in, Fisher, momentum and updates out.
 
 - kernel: one launch over all of it.
 - torch: in chunks as large as the optimizer's, two of them, and scaled to all rows, since it may take seconds.
 - floor: F and m read and written, g read and u written, once each, at the bandwidth of a large copy that is measured
-  here. "of the floor" is floor / kernel: 100 % would be a step that only moves bytes.
+  here. "of floor" is floor / kernel: 100 % would be a step that only moves bytes.
 
 Times are medians of what the device's own events tell; compiling is left out. Every block is sound: the ladder is not
 what is measured, and how many blocks climbed it is reported. So is how far u is from the torch path's.
@@ -139,16 +139,7 @@ def report(results: list[dict[str, Any]], bandwidth: float, name: str) -> None:
     import triton
 
     table = Table(title=f"A step of {FISHER_BYTES / 1e9:.2f} GB of blocks, {name}, copies {bandwidth / 1e12:.2f} TB/s")
-    for heading in (
-        "block",
-        "Fisher",
-        "kernel ms",
-        "floor ms",
-        "of the floor",
-        "torch ms",
-        "torch / kernel",
-        "u apart",
-    ):
+    for heading in ("block", "Fisher", "kernel ms", "floor ms", "of floor", "torch ms", "torch / kernel", "u apart"):
         table.add_column(heading, justify="right")
     for r in results:
         kind = {"float32": "fp32", "bfloat16": "bf16"}[r["fisher_dtype"]] + (", packed" if r["packed"] else "")
