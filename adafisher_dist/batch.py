@@ -173,7 +173,7 @@ def compute(
         assert not batch.dense, "the torch path of dense blocks has no gate"
         _compute_gated(batch, start, stop, step, updates, settings, go)
         return
-    rows = 8 * tile_rows(batch) if device.type == "cpu" else stop - start
+    rows = 16 * tile_rows(batch) if device.type == "cpu" else stop - start
     for begin in range(start, stop, rows):
         _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
 
@@ -229,11 +229,12 @@ def _solve(
         whole_NBB = _whole(batch, stored)
         if _update_fisher(batch, whole_NBB, start + begin, step, updates, settings) and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
-        torch.mul(whole_NBB.diagonal(dim1=1, dim2=2), unbias, out=solution.diagonal_NB[part])
+        solution.diagonal_NB[part] = whole_NBB.diagonal(dim1=1, dim2=2)
         if not keeps:
             factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
             fisher.solve(factor, hat_NB[part], solution.solution_NB[part])
             solution.d_N[part] = factor.d_N
+    solution.diagonal_NB.mul_(unbias)
     if keeps:
         factor = _kept(batch, start, start + len(hat_NB), step, updates, settings)
         fisher.solve(factor, hat_NB, solution.solution_NB)

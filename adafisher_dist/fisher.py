@@ -37,8 +37,8 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
 def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
     """F ← ρ F + h hᵀ with h = √(1 − ρ) g, in place; the arithmetic has the gradient's dtype.
 
-    By element, ρ F and hᵢ hⱼ each rounded before they are added: F is symmetric to the last bit, on any machine, and no
-    product is made in TF32. On a CPU that takes no longer than a batched matrix product (LOG.md, 2026-11-25).
+    By element, so that F is symmetric to the last bit, on any machine, and no product is made in TF32. On a CPU that is
+    faster than a batched matrix product (LOG.md, 2026-11-25).
 
     F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
     F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).
@@ -50,12 +50,12 @@ def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
     """
     h_NB = gradient_NB * (1 - decay) ** 0.5
-    outer_NBB = h_NB.unsqueeze(2) * h_NB.unsqueeze(1)
+    column_NB1, row_N1B = h_NB.unsqueeze(2), h_NB.unsqueeze(1)
     if fisher_NBB.dtype == gradient_NB.dtype:
-        fisher_NBB.mul_(decay).add_(outer_NBB)
+        fisher_NBB.mul_(decay).addcmul_(column_NB1, row_N1B)
     else:
         assert seed_N is not None
-        wide_NBB = fisher_NBB.to(gradient_NB.dtype).mul_(decay).add_(outer_NBB)
+        wide_NBB = fisher_NBB.to(gradient_NB.dtype).mul_(decay).addcmul_(column_NB1, row_N1B)
         index_B = torch.arange(fisher_NBB.shape[1], dtype=torch.int32, device=seed_N.device)
         # Alike for (i, j) and (j, i), so that F stays symmetric.
         low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)

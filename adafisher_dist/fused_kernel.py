@@ -168,7 +168,7 @@ def step_kernel(
     hat_NJ = m_NJ * momentum_scale + g_NJ * gradient_scale
 
     if UPDATES:
-        # No fused multiply-add: symmetric to the last bit, and the bits of fisher.update, on any machine.
+        # Symmetric to the last bit, and that of fisher.update where torch does not fuse the addition.
         h_NJ = g_NJ * gain
         f_INJ = decay * f_INJ + tl.trans(h_NJ)[:, :, None] * h_NJ[None]
         if ROUNDED:

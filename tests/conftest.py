@@ -9,6 +9,15 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Triton decides when it is imported whether it interprets: a run of pytest has one kind of tests or the other."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    kept = [item for item in items if (item.get_closest_marker("interpreted") is not None) == interpreting]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept

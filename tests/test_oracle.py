@@ -584,7 +584,8 @@ def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
 def test_float32(scale: float, setting: Settings) -> None:
     shapes = [*FEW, (65,), (4, 130)]
-    float32 = {"dtype": torch.float32, "fisher_dtype": torch.float32, "tolerance": 2e-4}
+    # Rounding times the condition number: up to block_size/damping = 640; an inverse that is kept has most of it.
+    float32 = {"dtype": torch.float32, "fisher_dtype": torch.float32, "tolerance": 3e-4}
     start = values(shapes, scale=0.0 if scale < 1e-6 else 1e-2)
     compare(start, gradients(shapes, 12, scale=scale), **float32, **setting)
 

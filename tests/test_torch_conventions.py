@@ -46,7 +46,7 @@ def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
         *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
-        *(False, "auto", None),
+        *(False, "auto", None, None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
     assert parameters[0].name == "params"
