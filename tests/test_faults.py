@@ -258,6 +258,32 @@ def test_data_that_travels_through_copies(stage: int) -> None:
         assert distance({name: result[name] for name in result}, {name: alone[name] for name in result}) < 1e-4
 
 
+def host_verdicts(rank: int, world: int, stage: int, accelerator_only: bool):
+    """As with a backend that cannot send from the CPU, as NCCL: what hosts agree on takes a gloo group of its own."""
+    used = []
+    if accelerator_only:
+        comm.dist.get_backend_config = lambda handle: "cuda:nccl"
+        real = comm.control
+
+        def control(ranks: Any) -> comm.Control:
+            used.append(real(ranks))
+            return used[-1]
+
+        comm.control = control
+    engine = engine_of(config(stage, world))
+    train(engine, 0, 4, rank, world)
+    assert bool(used) == accelerator_only and len({id(group) for group in used}) == bool(used)
+    return masters(engine)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_verdicts_where_the_backend_knows_accelerators_alone(stage: int) -> None:
+    there, here = (run_ranks(host_verdicts, 3, stage, alone, timeout=60, deepspeed=True) for alone in (True, False))
+    for a, b in zip(there, here, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
 def no_room(rank: int, world: int) -> str:
     module = model()
     optimizer = AdaFisher(module.parameters(), lr=1e-2)
