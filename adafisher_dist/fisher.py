@@ -37,8 +37,8 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
 def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
     """F ← ρ F + h hᵀ with h = √(1 − ρ) g, in place; the arithmetic has the gradient's dtype.
 
-    By element: hᵢ hⱼ = hⱼ hᵢ to the last bit, no product is made in TF32, and on a CPU it is faster than a batched matrix
-    product (LOG.md, 2026-11-25).
+    By element: hᵢ hⱼ = hⱼ hᵢ to the last bit, no product is made in TF32, and on a CPU it is faster than a batched
+    matrix product (LOG.md, 2026-11-25).
 
     F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
     F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).

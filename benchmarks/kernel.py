@@ -32,7 +32,7 @@ from adafisher_dist import batch as stacked
 from adafisher_dist import fisher, fused
 from adafisher_dist.batch import Batch
 from adafisher_dist.settings import DEFAULTS, Structure
-from adafisher_dist.shard import CHUNK_FISHER_NUMEL
+from adafisher_dist.plan import CHUNK_FISHER_NUMEL
 
 ROOT = Path(__file__).resolve().parent.parent
 
