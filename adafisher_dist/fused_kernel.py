@@ -204,7 +204,7 @@ def step_kernel(
         rung_N = tl.where(mended_N, 0, 2)
         tl.atomic_add(rungs_ptr + row_N * 3 + rung_N, 1, mask=there_N & ~sound_N, sem="relaxed")
 
-    # As fisher.precondition.
+    # As fisher.graft.
     by_diagonal_NJ = tl.div_rn(hat_NJ, tl.sqrt_rn(diagonal_NJ * unbias) + eps)
     norm_N1 = tl.sqrt_rn(tl.sum(s_NJ * s_NJ, axis=1, keep_dims=True))
     usable_N1 = (norm_N1 > 0) & (norm_N1 < float("inf"))

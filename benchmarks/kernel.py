@@ -31,8 +31,8 @@ from torch import Tensor
 from adafisher_dist import batch as stacked
 from adafisher_dist import fisher, fused
 from adafisher_dist.batch import Batch
-from adafisher_dist.settings import DEFAULTS, Structure
 from adafisher_dist.plan import CHUNK_FISHER_NUMEL
+from adafisher_dist.settings import DEFAULTS, Structure
 
 ROOT = Path(__file__).resolve().parent.parent
 
