@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,15 @@ from adafisher_dist.verdict import Verdict
 Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pending:
+    """A step whose verdict the host has not read: its shards, and their counters as they were before it."""
+
+    verdict: Verdict
+    shards: list[Shard]
+    counters: list[Tensor]
+
+
 class Engine:
     """The shards of an optimizer's parameters. It knows nothing of torch.optim but the param groups' settings."""
 
@@ -37,8 +47,8 @@ class Engine:
         self.sent: Counter[str] = Counter()
         """Bytes that this rank sent in the last step."""
         self._calls = 0
-        self._verdicts: dict[torch.device, Verdict] = {}
-        self._pending: tuple[Verdict, list[tuple[Tensor, Tensor]]] | None = None  # and counters with what they were
+        self._verdicts: dict[tuple[int, ...], Verdict] = {}  # by the ids of the shards of a call
+        self._pending: list[_Pending] = []
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._where
@@ -49,15 +59,19 @@ class Engine:
         self.learn()
         return [way.shard for way in self._transfers]
 
-    def learn(self) -> None:
-        """Take back that the last step was counted, where the device has found that it was to change nothing."""
-        if self._pending is not None:
-            verdict, counters = self._pending
-            self._pending = None
-            if not verdict.read():
-                self.skipped += 1
-                for counter, before in counters:
-                    counter.copy_(before)
+    def learn(self, shards: Sequence[Shard] | None = None) -> None:
+        """Take back that steps were counted, where the device has found that they were to change nothing.
+
+        Of these shards, or of all. DeepSpeed steps one param group after the other: to ask of the one before would be
+        to wait for it.
+        """
+        for pending in list(self._pending):
+            if shards is None or any(shard in shards for shard in pending.shards):
+                self._pending.remove(pending)
+                if not pending.verdict.read():
+                    self.skipped += 1
+                    for shard, counters in zip(pending.shards, pending.counters, strict=True):
+                        shard.counters.copy_(counters)
 
     def add(self, shard: Shard) -> None:
         """Take a shard's tensors in."""
@@ -75,6 +89,9 @@ class Engine:
             RuntimeError: on all ranks alike, since all of them know of the failure.
         """
         self.learn()
+        self._refuse_incomplete()
+
+    def _refuse_incomplete(self) -> None:
         if self.incomplete:
             raise RuntimeError(
                 "AdaFisher's state and the parameters are incomplete, since a step or a load failed half-way. Load the"
@@ -103,11 +120,12 @@ class Engine:
             RuntimeError: see `agreement.agree` and `settle`; also for a sparse gradient, a changed structural setting,
                 or after a step that failed half-way.
         """
-        self.check()
+        self._refuse_incomplete()
         self._calls += 1
         before = Counter(comm.sent)
         transfers = self._transfers_of(groups)
         shards = [way.shard for way in transfers]
+        self.learn(shards)
         inputs: list[Inputs] = []
         largest: list[Tensor] = []
         verdicts: list[Verdict] = []
@@ -133,7 +151,7 @@ class Engine:
             raise
         self.incomplete = True  # until all ranks have done their part
         go = verdicts[0].decide(largest, limits, faults) if verdicts else None
-        counters = [(shard.counters, shard.counters.clone()) for shard in shards]
+        counters = [shard.counters.clone() for shard in shards]
         for way, own in zip(transfers, inputs, strict=True):
             times: list[Time] = []
             faults.attempt(partial(_advance, way.shard, own, times))
@@ -143,17 +161,17 @@ class Engine:
         self.incomplete = False
         self.sent = comm.sent - before
         if verdicts:
-            self._pending = verdicts[0], counters
+            self._pending.append(_Pending(verdicts[0], shards, counters))
 
     def _verdict_on_device(self, shards: Sequence[Shard], inputs: Sequence[Inputs], group: Group) -> list[Verdict]:
         """What decides on the device whether the step goes on, if all its work is done by kernels that ask for it."""
         devices = {shard.arena.device for shard in shards}
         if len(devices) != 1 or not all(map(in_kernels, shards, (own.settings for own in inputs))):
             return []
-        (device,) = devices
-        if device not in self._verdicts:
-            self._verdicts[device] = Verdict(group, device)
-        return [self._verdicts[device]]
+        key = tuple(map(id, shards))
+        if key not in self._verdicts:
+            self._verdicts[key] = Verdict(group, shards[0].arena.device)
+        return [self._verdicts[key]]
 
 
 def _check_ranks(shards: Sequence[Shard], group: Group) -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafisher_dist import AdaFisher
+from adafisher_dist.verdict import Verdict
 
 pytestmark = pytest.mark.interpreted
 
@@ -166,6 +167,29 @@ def test_zero(stage: int) -> None:
         assert skipped == 1
         assert all(np.array_equal(before[name], after[name]) for name in before)
         assert distance(last, want) < 1e-4
+
+
+def order_of_calls(rank: int, world: int) -> list[str]:
+    """What is decided and read, in which order, where DeepSpeed steps two param groups one after the other."""
+    order: list[str] = []
+    decide, read = Verdict.decide, Verdict.read
+    names: dict[int, str] = {}
+
+    def note(verdict: Verdict, what: str) -> None:
+        order.append(f"{what} {names.setdefault(id(verdict), 'ABC'[len(names)])}")
+
+    Verdict.decide = lambda self, *args: (note(self, "decide"), decide(self, *args))[1]
+    Verdict.read = lambda self: (note(self, "read"), read(self))[1]
+    engine = engine_of(config(1, world, SETTINGS), groups=True)
+    train(engine, 0, 2, rank, world)
+    return order
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+def test_a_verdict_is_not_read_before_the_next_step() -> None:
+    for order in run_ranks(order_of_calls, 2, deepspeed=True):
+        assert order == ["decide A", "decide B", "read A", "decide A", "read B", "decide B"]
 
 
 def other_backends(rank: int, world: int) -> str:
