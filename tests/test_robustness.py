@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adafisher_dist import AdaFisher, fisher
 
@@ -162,3 +165,34 @@ def test_kept_factors_of_tiny_gradients_are_finite(scale: float, exponent: float
     _, optimizer = run(gradients, inverse_update_freq=3, exponent=exponent)
     assert state_is_finite(optimizer)
     assert sum(optimizer.fisher_stats()["weight"].ladder.values()) == 0
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {
+            tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in old:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"inverse_update_freq": 3}, {"packed": True}], ids=str)
+def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any]) -> None:
+    """After the first step, temporaries are those of a tile: 2 MiB, whatever the model."""
+    layer = nn.Linear(1024, 256, bias=False)
+    optimizer = AdaFisher(layer.parameters(), block_size=64, **settings)
+    layer.weight.grad = torch.randn(256, 1024)
+    optimizer.step()
+    with Allocations() as noted:
+        optimizer.step()
+    assert optimizer.memory_usage()["rank"]["fisher"] >= 2**25
+    assert 2**20 < noted.largest <= 2**21
