@@ -32,6 +32,7 @@ bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: 
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
 	@$(BIN)/python benchmarks/kernel.py $(QUICK)
+	@$(BIN)/python benchmarks/share.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 
