@@ -3,8 +3,8 @@
     python benchmarks/share.py       # writes docs/share.json and docs/share.png
 
 Forward and backward of the whole model (bfloat16 autocast, 16 sequences of 1,024), and the optimizer's step on an
-eighth of its parameters, whole layers of it: what a rank of eight owns. What travels between ranks is not in it. Without a
-CUDA device --quick runs a tiny model on the CPU, which says whether the script works and nothing else.
+eighth of its parameters, whole layers of it: what a rank of eight owns. What travels between ranks is not in it.
+Without a CUDA device --quick runs a tiny model on the CPU, which says whether the script works and nothing else.
 """
 
 from __future__ import annotations
