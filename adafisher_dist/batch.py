@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import fisher, fused
+from adafisher_dist.grid import Kind
 from adafisher_dist.settings import Structure
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -23,14 +24,15 @@ CPU_TILE_FISHER_NUMEL = 2**19
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Stacked blocks of one size and one param group, or elements with a diagonal Fisher (size 1, not dense).
+    """Stacked blocks of one kind and one param group, or elements with a diagonal Fisher.
 
     Rows are in the order of the rank's elements. Momentum, factors and arithmetic have the compute dtype.
 
     Attributes:
-        gradient_NB: the gradient on the way in, the update on the way out.
-        momentum_NB: m.
+        gradient_NDB: the gradient on the way in, the update on the way out.
+        momentum_NDB: m.
         fisher: F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1).
+        square_ND: ‖g‖² / B of each vector, averaged like F; None where a block has one vector, whose F tells.
         factor_NBB: A^(−p) that is kept between refreshes; None where a factor is made at every step.
         curvature_N: d of the kept roots.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
@@ -40,12 +42,12 @@ class Batch:
     """
 
     group: int
-    size: int
-    dense: bool
+    kind: Kind
     structure: Structure
-    gradient_NB: Tensor
-    momentum_NB: Tensor
+    gradient_NDB: Tensor
+    momentum_NDB: Tensor
     fisher: Tensor
+    square_ND: Tensor | None
     factor_NBB: Tensor | None
     curvature_N: Tensor | None
     number_N: Numbers
@@ -54,20 +56,27 @@ class Batch:
     rungs_N3: Tensor | None = None
 
     @property
-    def kind(self) -> str:
-        """What its rows are: the block size, or "diagonal"."""
-        return str(self.size) if self.dense else "diagonal"
+    def size(self) -> int:
+        """Elements of a vector."""
+        return self.kind.size
+
+    @property
+    def dense(self) -> bool:
+        """Whether F is a matrix."""
+        return self.kind.dense
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by its name."""
-        tensors = {"momentum": self.momentum_NB, "fisher": self.fisher}
+        tensors = {"momentum": self.momentum_NDB, "fisher": self.fisher}
+        if self.square_ND is not None:
+            tensors["square"] = self.square_ND
         if self.factor_NBB is not None and self.curvature_N is not None:
             tensors |= {"factor": self.factor_NBB, "curvature": self.curvature_N}
         return tensors
 
     def state(self, start: int, stop: int) -> dict[str, Tensor]:
         """Views of the state of rows [start, stop), by the names that they have in a state dict."""
-        return {f"{name}_{self.kind}": tensor[start:stop] for name, tensor in self.tensors().items()}
+        return {f"{name}_{self.kind.name}": tensor[start:stop] for name, tensor in self.tensors().items()}
 
     def counted(self) -> dict[int, list[int]]:
         """`rungs` with the kernel's counts; waits for the device where there are any."""
@@ -81,22 +90,22 @@ class Batch:
 
 
 def allocate(
-    group: int, size: int, dense: bool, structure: Structure, number: Numbers, rows: int,
-    device: torch.device, zeroed: bool = True,
+    group: int, kind: Kind, structure: Structure, number: Numbers, rows: int, device: torch.device, zeroed: bool = True
 ) -> Batch:  # fmt: skip
     """A batch of `rows` blocks that have seen no gradient; or, not zeroed, whose whole state will be read."""
     new = torch.zeros if zeroed else torch.empty
     wide = structure.compute_dtype
+    size, depth, dense = kind
     keeps = dense and structure.keeps_factors
     rounded = structure.fisher_dtype == torch.bfloat16
     return Batch(
         group,
-        size,
-        dense,
+        kind,
         structure,
-        gradient_NB=torch.zeros(rows, size, dtype=wide, device=device),
-        momentum_NB=new(rows, size, dtype=wide, device=device),
-        fisher=new(rows, *fisher_shape(size, dense, structure), dtype=structure.fisher_dtype, device=device),
+        gradient_NDB=torch.zeros(rows, depth, size, dtype=wide, device=device),
+        momentum_NDB=new(rows, depth, size, dtype=wide, device=device),
+        fisher=new(rows, *fisher_shape(kind, structure), dtype=structure.fisher_dtype, device=device),
+        square_ND=new(rows, depth, dtype=wide, device=device) if depth > 1 else None,
         factor_NBB=new(rows, size, size, dtype=wide, device=device) if keeps else None,
         curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
         number_N=number,
@@ -104,11 +113,11 @@ def allocate(
     )
 
 
-def fisher_shape(size: int, dense: bool, structure: Structure) -> tuple[int, ...]:
+def fisher_shape(kind: Kind, structure: Structure) -> tuple[int, ...]:
     """How a block's F is stored."""
-    if not dense:
+    if not kind.dense:
         return (1,)
-    return (fisher.packed_numel(size),) if structure.packed else (size, size)
+    return (fisher.packed_numel(kind.size),) if structure.packed else (kind.size, kind.size)
 
 
 def refresh_interval(freq: int, updates: int, decay: float) -> int:
@@ -173,7 +182,7 @@ def compute(
         assert not batch.dense, "the torch path of dense blocks has no gate"
         _compute_gated(batch, start, stop, step, updates, settings, go)
         return
-    rows = 16 * tile_rows(batch) if device.type == "cpu" else stop - start
+    rows = max(1, 16 // batch.kind.depth) * tile_rows(batch) if device.type == "cpu" else stop - start
     for begin in range(start, stop, rows):
         _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
 
@@ -187,57 +196,74 @@ def _compute_gated(
     batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor
 ) -> None:
     """A step of diagonal blocks that `go` may take back; m and F are small there."""
-    state = [batch.momentum_NB[start:stop], batch.fisher[start:stop]]
+    state = [batch.momentum_NDB[start:stop], batch.fisher[start:stop]]
     before = [tensor.clone() for tensor in state]
     _compute_rows(batch, start, stop, step, updates, settings)
     goes = go.bool()
     for tensor, old in zip(state, before, strict=True):
         tensor.copy_(torch.where(goes, tensor, old))
-    update_NB = batch.gradient_NB[start:stop]
-    update_NB.copy_(torch.where(goes, update_NB, 0.0))
+    update_NDB = batch.gradient_NDB[start:stop]
+    update_NDB.copy_(torch.where(goes, update_NDB, 0.0))
 
 
 def _compute_rows(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
     """A step of some rows in torch. What takes B numbers a block is done for all of them, what takes B² in tiles."""
-    gradient_NB, momentum_NB = batch.gradient_NB[start:stop], batch.momentum_NB[start:stop]
+    gradient_NDB, momentum_NDB = batch.gradient_NDB[start:stop], batch.momentum_NDB[start:stop]
     mu, eps = settings["momentum"], settings["eps"]  # μ, ε
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
-    momentum_NB.lerp_(gradient_NB, 1 - mu)
+    momentum_NDB.lerp_(gradient_NDB, 1 - mu)
     if settings["nesterov"]:
-        hat_NB = (momentum_NB * (mu * unbias_m)).add_(gradient_NB, alpha=1 - mu)
+        hat_NDB = (momentum_NDB * (mu * unbias_m)).add_(gradient_NDB, alpha=1 - mu)
     else:
-        hat_NB = momentum_NB * unbias_m
+        hat_NDB = momentum_NDB * unbias_m
     if batch.dense:
-        solution = _solve(batch, start, hat_NB, step, updates, settings)
-        gradient_NB.copy_(fisher.graft(solution, hat_NB, eps, batch.structure.exponent, settings["grafting"]))
+        solution = _solve(batch, start, hat_NDB, step, updates, settings)
+        moment_NDB = fisher.second_moment(solution.diagonal_NB, _squares(batch, start, stop, step, updates, settings))
+        grafting, exponent = settings["grafting"], batch.structure.exponent
+        gradient_NDB.copy_(fisher.graft(solution, hat_NDB, moment_NDB, eps, exponent, grafting))
     else:
         _update_fisher(batch, batch.fisher[start:stop], start, step, updates, settings)
-        diagonal_NB = batch.fisher[start:stop].to(hat_NB.dtype) * _unbias(updates, settings)
-        gradient_NB.copy_(fisher.diagonal_update(hat_NB, diagonal_NB, eps))
+        moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)
+        gradient_NDB.copy_(fisher.diagonal_update(hat_NDB, moment_N11, eps))
+
+
+def _squares(
+    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]
+) -> Tensor | None:
+    """ŵ of rows [start, stop), (N, D), brought up to date when F is; None where blocks have one vector."""
+    if batch.square_ND is None:
+        return None
+    square_ND = batch.square_ND[start:stop]
+    if updates_fisher(step, settings):
+        fisher.update_squares(square_ND, batch.gradient_NDB[start:stop], settings["fisher_decay"])
+    return square_ND * _unbias(updates, settings)
 
 
 def _solve(
-    batch: Batch, start: int, hat_NB: Tensor, step: int, updates: int, settings: Mapping[str, Any]
+    batch: Batch, start: int, hat_NDB: Tensor, step: int, updates: int, settings: Mapping[str, Any]
 ) -> fisher.Solution:
     """Update F of the blocks from row `start` on, and solve for m̂."""
-    solution = fisher.Solution(torch.empty_like(hat_NB), torch.empty_like(hat_NB), hat_NB.new_empty(len(hat_NB)))
+    count = len(hat_NDB)
+    solution = fisher.Solution(
+        torch.empty_like(hat_NDB), hat_NDB.new_empty(count, batch.size), hat_NDB.new_empty(count)
+    )
     unbias, keeps = _unbias(updates, settings), batch.structure.keeps_factors
-    tile = tile_rows(batch) if hat_NB.device.type == "cpu" else len(hat_NB)
-    for begin in range(0, len(hat_NB), tile):
+    tile = tile_rows(batch) if hat_NDB.device.type == "cpu" else count
+    for begin in range(0, count, tile):
         part = slice(begin, begin + tile)
-        stored = batch.fisher[start:][part][: len(hat_NB) - begin]
+        stored = batch.fisher[start:][part][: count - begin]
         whole_NBB = _whole(batch, stored)
         if _update_fisher(batch, whole_NBB, start + begin, step, updates, settings) and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
         solution.diagonal_NB[part] = whole_NBB.diagonal(dim1=1, dim2=2)
         if not keeps:
             factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
-            fisher.solve(factor, hat_NB[part], solution.solution_NB[part])
+            fisher.solve(factor, hat_NDB[part], solution.solution_NDB[part])
             solution.d_N[part] = factor.d_N
     solution.diagonal_NB.mul_(unbias)
     if keeps:
-        factor = _kept(batch, start, start + len(hat_NB), step, updates, settings)
-        fisher.solve(factor, hat_NB, solution.solution_NB)
+        factor = _kept(batch, start, start + count, step, updates, settings)
+        fisher.solve(factor, hat_NDB, solution.solution_NDB)
         solution.d_N.copy_(factor.d_N)
     return solution
 
@@ -255,8 +281,10 @@ def _update_fisher(
         return False
     rows = slice(start, start + len(whole))
     seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[rows], updates)
-    update = fisher.update if batch.dense else fisher.update_diagonal
-    update(whole, batch.gradient_NB[rows], settings["fisher_decay"], seeds)
+    if batch.dense:
+        fisher.update(whole, batch.gradient_NDB[rows], settings["fisher_decay"], seeds)
+    else:
+        fisher.update_diagonal(whole, batch.gradient_NDB[rows, 0], settings["fisher_decay"], seeds)
     return True
 
 

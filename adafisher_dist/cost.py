@@ -56,6 +56,8 @@ def memory(outline: Outline, rank: int) -> dict[str, int]:
         structure = outline.structures[span.parameter]
         a_block = strip.size * (strip.size + 1) // 2 if structure.packed else strip.size**2
         sums["fisher"] += strip.rows * (a_block if strip.dense else 1) * structure.fisher_dtype.itemsize
+        if strip.depth > 1:
+            sums["fisher"] += strip.rows * strip.depth * wide  # the mean square of each vector
         if structure.keeps_factors and strip.dense:
             sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
         if structure.fisher_dtype.itemsize < wide:

@@ -17,7 +17,6 @@ import torch
 
 from adafisher_dist import cost, placement, plan
 from adafisher_dist.cost import Outline
-from adafisher_dist.grid import make_grid
 from adafisher_dist.placement import Places
 from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
 
@@ -155,7 +154,7 @@ def outline(shapes: Shapes, layout: str, world: int, kind: Structure, weight_dty
         raise ValueError(f"The world size should be at least 1, got {world}.")
     replicated = layout in ("ddp", "zero0")
     placed = _placed([prod(shape) for shape in shapes], shapes, layout, world)
-    grids = [make_grid(shape, kind.block_size, kind.block_grid, kind.max_blocks) for shape in shapes]
+    grids = [kind.grid(shape) for shape in shapes]
     assignment = plan.assign(grids, placed, replicated)
     return Outline(grids, [kind] * len(grids), placed, assignment, replicated, weight_dtype.itemsize)
 

@@ -1,11 +1,14 @@
 """The maths on stacked blocks (DESIGN.md, section 2): pure functions, no state, no communication.
 
-Shape suffixes: N blocks, B elements a block, T = B (B + 1) / 2 elements of a lower triangle. Formulas use DESIGN's
-symbols: F Fisher, d mean curvature, A = F̂/d + (δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
+Shape suffixes: N blocks, D vectors that share a block, B elements a vector, T = B (B + 1) / 2 elements of a lower
+triangle. Formulas use DESIGN's symbols: F Fisher, d mean curvature, A = F̂/d + (δ + ε) I with F̂ = F · correction,
+p exponent, m̂ momentum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -34,33 +37,59 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
     return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
 
 
-def update(fisher_NBB: Tensor, gradient_NB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
-    """F ← ρ F + h hᵀ with h = √(1 − ρ) g, in place; the arithmetic has the gradient's dtype.
+def update(fisher_NBB: Tensor, gradient_NDB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
+    """F ← ρ F + Σ h hᵀ with h = √((1 − ρ)/D) g, over a block's vectors, in place; arithmetic in the gradient's dtype.
 
-    By element: hᵢ hⱼ = hⱼ hᵢ to the last bit, no product is made in TF32, and on a CPU it is faster than a batched
-    matrix product (LOG.md, 2026-11-25).
+    Only the lower triangle counts: a product of matrices need not be symmetric in the last bit.
 
     F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
     F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).
 
     Args:
         fisher_NBB: F.
-        gradient_NB: g.
+        gradient_NDB: g.
         decay: ρ.
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
     """
-    h_NB = gradient_NB * (1 - decay) ** 0.5
-    column_NB1, row_N1B = h_NB.unsqueeze(2), h_NB.unsqueeze(1)
-    if fisher_NBB.dtype == gradient_NB.dtype:
-        fisher_NBB.mul_(decay).addcmul_(column_NB1, row_N1B)
+    h_NDB = gradient_NDB * ((1 - decay) / gradient_NDB.shape[1]) ** 0.5
+    if fisher_NBB.dtype == gradient_NDB.dtype:
+        _add_products(fisher_NBB, h_NDB, decay)
     else:
         assert seed_N is not None
-        wide_NBB = fisher_NBB.to(gradient_NB.dtype).mul_(decay).addcmul_(column_NB1, row_N1B)
+        wide_NBB = fisher_NBB.to(gradient_NDB.dtype)
+        _add_products(wide_NBB, h_NDB, decay)
         index_B = torch.arange(fisher_NBB.shape[1], dtype=torch.int32, device=seed_N.device)
         # Alike for (i, j) and (j, i), so that F stays symmetric.
         low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
         _round_stochastically(wide_NBB, _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None])
         fisher_NBB.copy_(wide_NBB)
+
+
+def _add_products(fisher_NBB: Tensor, h_NDB: Tensor, decay: float) -> None:
+    """F ← ρ F + Σ h hᵀ, in place, in full precision."""
+    if h_NDB.shape[1] == 1:  # by element: on a CPU faster than a product of matrices (LOG.md, 2026-11-25)
+        fisher_NBB.mul_(decay).addcmul_(h_NDB.mT, h_NDB)
+        return
+    with _no_tf32(h_NDB.device):
+        fisher_NBB.baddbmm_(h_NDB.mT, h_NDB, beta=decay)
+
+
+@contextmanager
+def _no_tf32(device: torch.device) -> Iterator[None]:
+    """Products on a GPU as float32 has them: what users allow their models would round F to 10 bits."""
+    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float) -> None:
+    """w ← ρ w + (1 − ρ) ‖g‖² / B of each vector, in place: what tells apart the vectors that share a block."""
+    square_ND.lerp_(gradient_NDB.square().mean(dim=2), 1 - decay)
 
 
 def pack(fisher_NBB: Tensor) -> Tensor:
@@ -130,24 +159,24 @@ def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: f
 class Solution(NamedTuple):
     """What `graft` needs of a stack of blocks.
 
-    solution_NB is A^(−p) m̂/√d, which has no units, so that no norm leaves the dtype's range (where d = 0, A^(−p) m̂);
+    solution_NDB is A^(−p) m̂/√d, which has no units, so that no norm leaves the dtype's range (where d = 0, A^(−p) m̂);
     diagonal_NB today's diagonal of F̂; d_N the d of the factor, which may be some steps old.
     """
 
-    solution_NB: Tensor
+    solution_NDB: Tensor
     diagonal_NB: Tensor
     d_N: Tensor
 
 
-def solve(factor: Factor, momentum_NB: Tensor, solution_NB: Tensor) -> None:
-    """A^(−p) m̂/√d into `solution_NB`; see `Solution`."""
-    right_NB = momentum_NB * _unit(factor.d_N)[:, None]
+def solve(factor: Factor, momentum_NDB: Tensor, solution_NDB: Tensor) -> None:
+    """A^(−p) m̂/√d into `solution_NDB`; see `Solution`. Vectors are rows: a row times a symmetric matrix."""
+    right_NDB = momentum_NDB * _unit(factor.d_N)[:, None, None]
     if factor.triangular:
-        left_NB1 = torch.linalg.solve_triangular(factor.root_NBB, right_NB.unsqueeze(2), upper=False)
-        torch.linalg.solve_triangular(factor.root_NBB.mT, left_NB1, upper=True, out=solution_NB.unsqueeze(2))
+        # m̂ A⁻¹ = (m̂ L⁻ᵀ) L⁻¹
+        half_NDB = torch.linalg.solve_triangular(factor.root_NBB.mT, right_NDB, upper=True, left=False)
+        torch.linalg.solve_triangular(factor.root_NBB, half_NDB, upper=False, left=False, out=solution_NDB)
     else:
-        # A row times a symmetric matrix: on a CPU three to ten times as fast as the matrix times a column (LOG.md).
-        torch.bmm(right_NB.unsqueeze(1), factor.root_NBB, out=solution_NB.unsqueeze(1))
+        torch.bmm(right_NDB, factor.root_NBB, out=solution_NDB)
 
 
 def _unit(d_N: Tensor) -> Tensor:
@@ -155,35 +184,50 @@ def _unit(d_N: Tensor) -> Tensor:
     return torch.where(d_N > 0, d_N.rsqrt(), 1.0)
 
 
-def graft(solution: Solution, momentum_NB: Tensor, eps: float, exponent: float, grafting: str) -> Tensor:
-    """The update u_NB of a stack of blocks.
+def second_moment(diagonal_NB: Tensor, square_ND: Tensor | None) -> Tensor:
+    """The second moment of each element, (N, D, B), or (N, 1, B) for blocks of one vector.
+
+    Of vectors that share a block it is the product of what is known of columns and of rows, diag F̂ · ŵ / d: Adafactor's
+    (Shazeer and Stern 2018, algorithm 1), d being the mean of both.
+    """
+    if square_ND is None:
+        return diagonal_NB.unsqueeze(1)
+    d_N1 = diagonal_NB.mean(dim=1, keepdim=True).clamp_min(torch.finfo(diagonal_NB.dtype).tiny)
+    return (square_ND / d_N1).unsqueeze(2) * diagonal_NB.unsqueeze(1)
+
+
+def graft(
+    solution: Solution, momentum_NDB: Tensor, moment_NDB: Tensor, eps: float, exponent: float, grafting: str
+) -> Tensor:
+    """The update u_NDB of a stack of blocks.
 
     Args:
         solution: by `solve`; changed.
-        momentum_NB: m̂.
+        momentum_NDB: m̂.
+        moment_NDB: by `second_moment`.
         eps: ε of the diagonal's update, from which "rms" takes the length.
         exponent: p.
-        grafting: "rms": direction from F, length from the diagonal; "none": d^(−p) A^(−p) m̂.
+        grafting: "rms": direction from F, the length of each vector from the diagonal; "none": d^(−p) A^(−p) m̂.
 
     Returns:
-        u_NB. A block whose Fisher is zero gets zeros; one whose direction is not representable (an underflow, an
-        overflow) gets the diagonal's update.
+        u_NDB. A vector whose second moment is zero gets zeros; one whose direction is not representable (an underflow,
+        an overflow) gets the diagonal's update.
     """
-    s_NB, diagonal_NB, d_N = solution
-    by_diagonal_NB = diagonal_update(momentum_NB, diagonal_NB, eps)
-    norm_N = torch.linalg.vector_norm(s_NB, dim=1)
-    usable_N = (norm_N > 0) & (norm_N < torch.inf)
+    s_NDB, _, d_N = solution
+    by_diagonal_NDB = diagonal_update(momentum_NDB, moment_NDB, eps)
+    norm_ND = torch.linalg.vector_norm(s_NDB, dim=2)
+    usable_ND = (norm_ND > 0) & (norm_ND < torch.inf)
     if grafting == "rms":
-        seen_N = diagonal_NB.sum(dim=1) > 0
-        scale_N = torch.linalg.vector_norm(by_diagonal_NB, dim=1) / norm_N
+        seen_ND = moment_NDB.sum(dim=2) > 0
+        scale_ND = torch.linalg.vector_norm(by_diagonal_NDB, dim=2) / norm_ND
     else:
-        seen_N = d_N > 0
-        scale_N = _unit(d_N) ** (2 * exponent - 1)  # d^(−p) √d
-    u_NB = s_NB.mul_(scale_N[:, None])
-    if not bool((usable_N & seen_N).all()):  # asked, since `where` is slow on a CPU; blocks without a gradient are rare
-        u_NB = torch.where(usable_N[:, None], u_NB, by_diagonal_NB)
-        u_NB = torch.where(seen_N[:, None], u_NB, 0.0)
-    return u_NB
+        seen_ND = (d_N > 0).unsqueeze(1)
+        scale_ND = (_unit(d_N) ** (2 * exponent - 1)).unsqueeze(1)  # d^(−p) √d
+    u_NDB = s_NDB.mul_(scale_ND.unsqueeze(2))
+    if not bool((usable_ND & seen_ND).all()):  # asked, since `where` is slow on a CPU; rows without a gradient are rare
+        u_NDB = torch.where(usable_ND.unsqueeze(2), u_NDB, by_diagonal_NDB)
+        u_NDB = torch.where(seen_ND.unsqueeze(2), u_NDB, 0.0)
+    return u_NDB
 
 
 def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
@@ -215,9 +259,9 @@ def _scramble(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def diagonal_update(momentum_NB: Tensor, diagonal_NB: Tensor, eps: float) -> Tensor:
-    """m̂ / (√diag F̂ + ε)."""
-    return momentum_NB / diagonal_NB.sqrt().add_(eps)
+def diagonal_update(momentum: Tensor, moment: Tensor, eps: float) -> Tensor:
+    """m̂ / (√v + ε), v being the second moment: Adam's."""
+    return momentum / moment.sqrt().add_(eps)
 
 
 def _root(a_NBB: Tensor, exponent: float) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,11 @@ def misfit(structure: Structure) -> str | None:
             f"block_size is {structure.block_size}, and the kernel holds a block in registers, which hold up to"
             f" {LARGEST_BLOCK}. Use block_size={LARGEST_BLOCK}"
         )
+    if structure.rows_per_block > 1:
+        return (
+            f"rows_per_block is {structure.rows_per_block}, and the kernel solves for one row a block. Use"
+            " rows_per_block=1"
+        )
     if structure.exponent != 1.0:
         return f"exponent is {structure.exponent}, and the kernel solves by elimination. Use exponent=1.0"
     if structure.keeps_factors:
@@ -122,8 +127,8 @@ def compute(
     with torch.cuda.device_of(batch.fisher):  # type: ignore[no-untyped-call]
         step_kernel[(-(-(stop - start) // known["NUMBER"]),)](
             batch.fisher,
-            batch.momentum_NB,
-            batch.gradient_NB,
+            batch.momentum_NDB,
+            batch.gradient_NDB,
             batch.rungs_N3 if batch.seeding_N is None else batch.seeding_N,  # not read in float32
             batch.rungs_N3,
             batch.rungs_N3 if go is None else go,  # not read without a gate

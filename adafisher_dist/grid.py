@@ -1,4 +1,4 @@
-"""How one parameter is cut into blocks. Integers only, and in closed form: a block has no object of its own."""
+"""How one parameter is cut into blocks: integers in closed form, so that a block has no object of its own."""
 
 from __future__ import annotations
 
@@ -7,147 +7,206 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """What rows of a batch are alike in: elements of a vector, vectors that share a Fisher, and whether it is dense."""
+
+    size: int
+    depth: int
+    dense: bool
+
+    @property
+    def name(self) -> str:
+        """As state dicts have it: "64", "64x16", or "diagonal"."""
+        if not self.dense:
+            return "diagonal"
+        return str(self.size) if self.depth == 1 else f"{self.size}x{self.depth}"
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Blocks of one size in a regular pattern: `periods` times, every `stride` elements, `count` blocks side by side.
+    """Blocks of one kind that lie evenly spaced in the flattened parameter: `count` in each of `slabs` slabs.
 
-    `start` is the first element in the flattened parameter, `block` the index of the first block, and
-    `blocks_per_period` how far that index moves from one period to the next. A strip that is not dense stands for
-    elements with a diagonal Fisher: size is 1, and `count` counts elements.
+    Vector v of block c of slab s begins at element start + s·stride + c·size + v·row. A strip that is not dense stands
+    for elements with a diagonal Fisher: size and depth are 1, and `count` counts elements.
+
+    Attributes:
+        kind: size, depth, and whether they are dense.
+        start: the first element.
+        slabs: slabs that it goes through.
+        stride: elements from one slab to the next.
+        row: elements from one vector of a block to the next.
+        count: blocks in a slab.
+        block: number of the first block.
+        blocks_per_slab: from one slab to the next.
     """
 
-    size: int
-    dense: bool
+    kind: Kind
     start: int
-    periods: int
+    slabs: int
     stride: int
+    row: int
     count: int
     block: int
-    blocks_per_period: int
+    blocks_per_slab: int
 
     @property
     def rows(self) -> int:
-        """Blocks in the strip."""
-        return self.periods * self.count
+        """Blocks in the strip: rows of a batch."""
+        return self.slabs * self.count
 
     @property
-    def kind(self) -> str:
-        """Which batch they go to: the block size, or "diagonal"."""
-        return str(self.size) if self.dense else "diagonal"
+    def size(self) -> int:
+        """Elements of a vector."""
+        return self.kind.size
+
+    @property
+    def depth(self) -> int:
+        """Vectors that share a block's Fisher."""
+        return self.kind.depth
+
+    @property
+    def dense(self) -> bool:
+        """Whether the Fisher is a matrix."""
+        return self.kind.dense
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A parameter's blocks, numbered row-major.
+    """A parameter's blocks.
 
-    The flattened parameter is a sequence of periods of `period` elements, each cut into `pieces` blocks as equal as
-    possible, the longer ones first. The last period may be short only where `pieces` is 1. Blocks from
-    `dense_blocks` on keep a diagonal Fisher.
+    The flattened parameter is a sequence of rows of `row` elements. `depth` rows make a slab (the last one may have
+    fewer), which is what ranks own: it is never shared out. Within a slab the rows are cut at the same places, every
+    `cut` elements: each cut is one block, whose Fisher is shared by the slab's rows. Blocks are numbered slab by slab.
+    Those of the slabs from `dense_slabs` on keep a diagonal Fisher.
+
+    Only where `depth` is 1 and rows are not cut may the last row be short.
     """
 
     numel: int
-    period: int
-    pieces: int
-    dense_blocks: int
+    row: int
+    cut: int
+    depth: int
+    dense_slabs: int
+
+    @property
+    def pieces(self) -> int:
+        """Blocks in a slab."""
+        return -(-self.row // self.cut)
+
+    @property
+    def slabs(self) -> int:
+        """Slabs, dense and diagonal ones."""
+        return -(-self.numel // (self.row * self.depth))
 
     @property
     def num_blocks(self) -> int:
         """Dense and diagonal blocks."""
-        return -(-self.numel // self.period) if self.pieces == 1 else self.numel // self.period * self.pieces
+        return self.slabs * self.pieces
 
-    def start(self, block: int) -> int:
-        """First element of a block; `numel` for the block past the last."""
-        index, piece = divmod(block, self.pieces)
-        size, longer = divmod(self.period, self.pieces)
-        return min(self.numel, index * self.period + piece * size + min(piece, longer))
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks that have a matrix."""
+        return self.dense_slabs * self.pieces
 
-    def block_from(self, element: int) -> int:
-        """The first block that starts at or after `element`."""
-        index, rest = divmod(element, self.period)
-        size, longer = divmod(self.period, self.pieces)
-        in_longer = longer * (size + 1)
-        piece = -(-rest // (size + 1)) if rest <= in_longer else longer - (in_longer - rest) // size
-        return min(self.num_blocks, index * self.pieces + piece)
+    def start(self, slab: int) -> int:
+        """First element of a slab; `numel` for the one past the last."""
+        return min(self.numel, slab * self.row * self.depth)
 
-    def fisher_numel(self, block: int) -> int:
-        """Elements of the Fisher in the blocks before `block`: the measure by which work is shared out."""
-        dense = min(block, self.dense_blocks)
-        index, piece = divmod(dense, self.pieces)
-        size, longer = divmod(self.period, self.pieces)
-        total = index * (longer * (size + 1) ** 2 + (self.pieces - longer) * size**2)
-        total += min(piece, longer) * (size + 1) ** 2 + max(0, piece - longer) * size**2
-        if self.pieces == 1 and dense * self.period > self.numel:  # the last block is short
-            total += (self.numel % self.period) ** 2 - self.period**2
-        return total + self.start(block) - self.start(dense)
+    def slab_from(self, element: int) -> int:
+        """The first slab that starts at or after `element`."""
+        return -(-element // (self.row * self.depth))
 
-    def triangle_numel(self, block: int) -> int:
-        """Elements of the lower triangles of the Fisher in the blocks before `block`; a diagonal one's are its own."""
-        return (self.fisher_numel(block) + self.start(block)) // 2  # the sum of (r² + r) / 2
+    def fisher_numel(self, slab: int) -> int:
+        """Elements of the Fisher in the slabs before `slab`: the measure by which work is shared out."""
+        dense = min(slab, self.dense_slabs)
+        whole = (self.pieces - 1) * self.cut**2 + self._last**2
+        missing = whole - self._tail**2 if dense * self.row > self.numel and self.depth == 1 else 0
+        return dense * whole - missing + self.start(slab) - self.start(dense)
 
-    def block_of_fisher_numel(self, amount: int) -> int:
-        """The first block whose predecessors hold at least `amount` elements of the Fisher."""
-        return bisect_left(range(self.num_blocks), amount, key=self.fisher_numel)
+    def triangle_numel(self, slab: int) -> int:
+        """Elements of the lower triangles of the Fisher in the slabs before `slab`; a diagonal one's are its own."""
+        dense = min(slab, self.dense_slabs)
+        diagonal = self.start(slab) - self.start(dense)
+        # The sum of (r² + r) / 2 over the dense blocks: of their r, a row for each slab, or what the last one has.
+        sizes = min(dense * self.row, self.numel) if self.depth == 1 else dense * self.row
+        return (self.fisher_numel(slab) - diagonal + sizes) // 2 + diagonal
+
+    def slab_of_fisher_numel(self, amount: int) -> int:
+        """The first slab whose predecessors hold at least `amount` elements of the Fisher."""
+        return bisect_left(range(self.slabs), amount, key=self.fisher_numel)
 
     def strips(self, start: int, stop: int) -> Iterator[Strip]:
-        """The blocks of the elements [start, stop), both on block boundaries, in the order of their numbers by size."""
-        first, last = self.block_from(start), self.block_from(stop)
-        dense_last = max(first, min(last, self.dense_blocks))
-        if self.pieces == 1:
-            yield from self._uniform(first, dense_last)
-        else:
-            yield from self._periodic(first, dense_last)
+        """The blocks of the elements [start, stop), both on slab boundaries, in the order of their numbers by kind."""
+        first, last = self.slab_from(start), self.slab_from(stop)
+        dense_last = max(first, min(last, self.dense_slabs))
+        whole = min(dense_last, self.numel // (self.row * self.depth))
+        yield from self._pieces(first, whole, self.row, self.depth)
+        if max(first, whole) < dense_last:  # the last slab has fewer rows, or a shorter one
+            rest = self.numel - self.start(whole)
+            yield from self._pieces(whole, dense_last, min(self.row, rest), max(1, rest // self.row))
         if dense_last < last:
             begin = self.start(dense_last)
-            yield Strip(1, False, begin, 1, stop - begin, stop - begin, dense_last, 0)
+            count = stop - begin
+            yield Strip(Kind(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
 
-    def rows_by_kind(self, stop: int) -> Counter[str]:
-        """How many rows of each kind the elements before `stop`, a block boundary, fill."""
-        rows: Counter[str] = Counter()
+    def rows_by_kind(self, stop: int) -> Counter[Kind]:
+        """How many rows of each kind the elements before `stop`, a slab boundary, fill."""
+        rows: Counter[Kind] = Counter()
         for strip in self.strips(0, stop):
             rows[strip.kind] += strip.rows
         return rows
 
-    def _uniform(self, first: int, last: int) -> Iterator[Strip]:
-        whole = min(last, self.numel // self.period)
-        if first < whole:
-            yield Strip(self.period, True, first * self.period, whole - first, self.period, 1, first, 1)
-        if max(first, whole) < last:
-            begin = whole * self.period
-            yield Strip(self.numel - begin, True, begin, 1, self.period, 1, whole, 1)
+    @property
+    def _last(self) -> int:
+        """Elements of a row's last piece."""
+        return self.row - (self.pieces - 1) * self.cut
 
-    def _periodic(self, first: int, last: int) -> Iterator[Strip]:
-        (index, piece), (last_index, last_piece) = divmod(first, self.pieces), divmod(last, self.pieces)
-        if index == last_index:
-            yield from self._pieces(index, 1, piece, last_piece)
+    @property
+    def _tail(self) -> int:
+        """Elements of the last row, where it may be short."""
+        return self.numel - (self.slabs - 1) * self.row
+
+    def _pieces(self, first: int, stop: int, row: int, depth: int) -> Iterator[Strip]:
+        """The blocks of slabs [first, stop), of `depth` rows of `row` elements each."""
+        if first >= stop:
             return
-        if piece:
-            yield from self._pieces(index, 1, piece, self.pieces)
-            index += 1
-        yield from self._pieces(index, last_index - index, 0, self.pieces)
-        yield from self._pieces(last_index, 1, 0, last_piece)
-
-    def _pieces(self, index: int, periods: int, first: int, last: int) -> Iterator[Strip]:
-        """Pieces [first, last) of `periods` periods from period `index` on."""
-        size, longer = divmod(self.period, self.pieces)
-        for length, low, high in ((size + 1, first, min(last, longer)), (size, max(first, longer), last)):
-            if periods > 0 and low < high:
-                block = index * self.pieces + low
-                yield Strip(length, True, self.start(block), periods, self.period, high - low, block, self.pieces)
+        begin, block, stride = first * self.row * self.depth, first * self.pieces, self.row * self.depth
+        whole, rest = divmod(row, self.cut)
+        for size, count, offset in ((self.cut, whole, 0), (rest, 1, whole * self.cut)):
+            if size and count:
+                kind = Kind(size, depth, True)
+                number = block + offset // self.cut
+                yield Strip(kind, begin + offset, stop - first, stride, row, count, number, self.pieces)
 
 
-def make_grid(shape: Sequence[int], block_size: int, block_grid: str, max_blocks: int | None) -> Grid:
+def make_grid(
+    shape: Sequence[int],
+    block_size: int,
+    rows_per_block: int = 1,
+    block_grid: str = "rows",
+    max_blocks: int | None = None,
+) -> Grid:
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
     numel = prod(shape)
-    row = numel // shape[0] if len(shape) >= 2 and numel else numel
+    rows = shape[0] if len(shape) >= 2 and numel else 1
+    row = numel // rows
+    depth = 1
     if block_grid == "flat" or numel == 0:
-        period, pieces = block_size, 1
-    elif row < block_size:
-        period, pieces = block_size // row * row, 1
+        row = cut = block_size
+    elif rows == 1:  # pieces of one vector have nothing to share: each is a row of its own
+        row = cut = _even(row, block_size)
+    elif rows_per_block == 1 and row < block_size:
+        row = cut = block_size // row * row
     else:
-        period, pieces = row, -(-row // block_size)
-        if period % pieces == 0:  # all pieces are alike: one strip instead of one a row
-            period, pieces = period // pieces, 1
-    blocks = Grid(numel, period, pieces, 0).num_blocks
-    return Grid(numel, period, pieces, blocks if max_blocks is None else min(blocks, max_blocks))
+        depth, cut = _even(rows, rows_per_block), _even(row, block_size)
+    slabs = Grid(numel, row, cut, depth, 0).slabs
+    dense = slabs if max_blocks is None else min(slabs, max_blocks // -(-row // cut))
+    return Grid(numel, row, cut, depth, dense)
+
+
+def _even(total: int, most: int) -> int:
+    """The length of parts of at most `most`, as few and as equal as can be, of which only the last may be shorter."""
+    return -(-total // -(-total // most))

@@ -94,6 +94,7 @@ class AdaFisher(Optimizer):
         damping: float = 0.1,
         eps: float = 1e-8,
         block_size: int | str = 64,
+        rows_per_block: int = 16,
         block_grid: str = "rows",
         weight_decay: float = 0.01,
         bias_correction: bool = True,

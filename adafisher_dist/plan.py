@@ -65,7 +65,7 @@ class Assignment:
 
 
 def assign(grids: Sequence[Grid], placed: Sequence[Sequence[Placed]], replicated: bool) -> Assignment:
-    """Equal runs of blocks where every rank stores everything; otherwise each block to who stores its first element."""
+    """Equal runs of slabs where every rank stores everything; otherwise each slab to who stores its first element."""
     owned = cut(whole(grids), grids, len(placed)) if replicated else owned_where_stored(placed, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [cut(spans, grids, parts) for spans in owned]
@@ -78,13 +78,13 @@ def whole(grids: Sequence[Grid]) -> Spans:
 
 
 def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
-    """Cut a run of blocks into contiguous runs of equal work, on block boundaries.
+    """Cut a run of blocks into contiguous runs of equal work, on the boundaries of slabs.
 
     Work is measured in elements of the Fisher, so that blocks of several sizes, and diagonal ones, weigh what they
-    cost in memory and time. No run exceeds its even share by more than one block.
+    cost in memory and time. No run exceeds its even share by more than one slab.
     """
-    before = [grids[s.parameter].fisher_numel(grids[s.parameter].block_from(s.start)) for s in spans]
-    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].block_from(s.stop)) for s in spans]
+    before = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.start)) for s in spans]
+    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.stop)) for s in spans]
     totals = [0, *accumulate(b - a for a, b in zip(before, upto, strict=True))]
 
     def boundary(part: int) -> tuple[int, int]:
@@ -96,8 +96,8 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
         if index >= len(spans):
             return len(spans), 0
         grid = grids[spans[index].parameter]
-        block = grid.block_of_fisher_numel(before[index] + target - totals[index])
-        return index, max(spans[index].start, min(grid.start(block), spans[index].stop))
+        slab = grid.slab_of_fisher_numel(before[index] + target - totals[index])
+        return index, max(spans[index].start, min(grid.start(slab), spans[index].stop))
 
     ends = [boundary(part) for part in range(parts + 1)]
     return tuple(_between(spans, low, high) for low, high in pairwise(ends))
@@ -115,13 +115,13 @@ def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans
 
 
 def owned_where_stored(stored: Sequence[Sequence[Placed]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
-    """Each rank owns the blocks whose first element it stores."""
+    """Each rank owns the slabs whose first element it stores."""
     return tuple(tuple(own for place in places if (own := _owned(place.span, grids))) for places in stored)
 
 
 def _owned(span: Span, grids: Sequence[Grid]) -> Span | None:
     grid = grids[span.parameter]
-    start, stop = (grid.start(grid.block_from(element)) for element in (span.start, span.stop))
+    start, stop = (grid.start(grid.slab_from(element)) for element in (span.start, span.stop))
     return Span(span.parameter, span.numel, start, stop) if start < stop else None
 
 
@@ -190,7 +190,7 @@ def work(spans: Spans, grids: Sequence[Grid]) -> int:
     total = 0
     for span in spans:
         grid = grids[span.parameter]
-        total += grid.fisher_numel(grid.block_from(span.stop)) - grid.fisher_numel(grid.block_from(span.start))
+        total += grid.fisher_numel(grid.slab_from(span.stop)) - grid.fisher_numel(grid.slab_from(span.start))
     return total
 
 

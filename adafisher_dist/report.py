@@ -83,7 +83,7 @@ def _usage(
 def summary(shard: Shard) -> str:
     """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
     elements = sum(grid.numel for grid in shard.grids)
-    dense = sum(grid.start(grid.dense_blocks) for grid in shard.grids)
+    dense = sum(grid.start(grid.dense_slabs) for grid in shard.grids)
     outline = shard.outline
     per_rank = [sum(cost.memory(outline, rank).values()) for rank in range(outline.world)]
     return (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+
+from adafisher_dist.grid import Grid, make_grid
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
@@ -17,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": 0.1,
     "eps": 1e-8,
     "block_size": 64,
+    "rows_per_block": 16,
     "block_grid": "rows",
     "weight_decay": 0.01,
     "bias_correction": True,
@@ -53,12 +56,17 @@ class Structure(NamedTuple):
     """The settings of a param group that shape its state, and so cannot change once there is state."""
 
     block_size: int
+    rows_per_block: int
     block_grid: str
     max_blocks: int | None
     fisher_dtype: torch.dtype
     exponent: float
     keeps_factors: bool
     packed: bool
+
+    def grid(self, shape: Sequence[int]) -> Grid:
+        """The blocks of a parameter of this shape."""
+        return make_grid(shape, self.block_size, self.rows_per_block, self.block_grid, self.max_blocks)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -70,6 +78,7 @@ def structure(group: Mapping[str, Any]) -> Structure:
     """The structural settings of a validated param group; block_size="auto" stands there until it is chosen."""
     return Structure(
         group["block_size"],
+        group["rows_per_block"],
         group["block_grid"],
         group["max_blocks"],
         group["fisher_dtype"],
@@ -137,6 +146,7 @@ def normalize(group: dict[str, Any]) -> None:
     _budget(group)
     if group["block_size"] != "auto":
         _integer(group, "block_size", low=1)
+    _integer(group, "rows_per_block", low=1)
     _integer(group, "fisher_update_freq", low=1)
     _integer(group, "inverse_update_freq", low=1)
     if group["max_blocks"] is not None:

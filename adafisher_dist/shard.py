@@ -20,7 +20,7 @@ from adafisher_dist import batch as stacked
 from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.cost import Outline
-from adafisher_dist.grid import Grid, Strip, make_grid
+from adafisher_dist.grid import Grid, Kind, Strip
 from adafisher_dist.layouts import Parameter, Storage
 from adafisher_dist.settings import Structure
 
@@ -123,10 +123,7 @@ class Shard:
 def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure], zeroed: bool = True) -> Shard:
     """Plan the blocks of the stored parameters and allocate this rank's state; see `allocate` for `zeroed`."""
     parameters, rank = storage.parameters, storage.group.rank
-    grids = []
-    for parameter in parameters:
-        settings = structures[groups[parameter.tensor]]
-        grids.append(make_grid(parameter.shape, settings.block_size, settings.block_grid, settings.max_blocks))
+    grids = [structures[groups[parameter.tensor]].grid(parameter.shape) for parameter in parameters]
     assignment = plan.assign(grids, storage.placed, storage.replicated)
     numel = plan.count(assignment.owned[rank])
     arena = torch.zeros(numel, dtype=structures[0].compute_dtype, device=storage.values(0).device)
@@ -229,7 +226,7 @@ class _Planned:
     offset: int
 
 
-_Key = tuple[int, int, bool]  # group, size, dense
+_Key = tuple[int, Kind]  # param group
 
 
 def _stack(
@@ -246,7 +243,7 @@ def _stack(
         planned.append({})
         for span in spans:
             for strip in grids[span.parameter].strips(span.start, span.stop):
-                key = (groups[tensors[span.parameter]], strip.size, strip.dense)
+                key = (groups[tensors[span.parameter]], strip.kind)
                 begin = rows.get(key, 0)
                 entry = _Planned(strip, span.parameter, begin, offset + strip.start - span.start)
                 planned[-1].setdefault(key, []).append(entry)
@@ -254,7 +251,7 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _numbers(entries[key], positions, key[2]), count, arena.device, zeroed)
+        key: allocate(*key, structures[key[0]], _numbers(entries[key], positions), count, arena.device, zeroed)
         for key, count in rows.items()
     }
     result, start = [], 0
@@ -266,7 +263,7 @@ def _stack(
     return result, list(batches.values()), by_parameter
 
 
-def _numbers(entries: list[_Planned], positions: Sequence[int], dense: bool) -> Numbers:
+def _numbers(entries: list[_Planned], positions: Sequence[int]) -> Numbers:
     """The number q of each row's block: its index on the parameter's grid plus the parameter's position.
 
     Of elements with a diagonal Fisher: the index of the element, likewise.
@@ -274,11 +271,11 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], dense: bool) -> 
     numbers = []
     for entry in entries:
         strip = entry.strip
-        if not dense:
+        if not strip.dense:
             numbers.append(positions[entry.parameter] + strip.start + np.arange(strip.rows))
             continue
-        periods = np.arange(strip.periods)[:, None] * strip.blocks_per_period
-        numbers.append((positions[entry.parameter] + strip.block + periods + np.arange(strip.count)).ravel())
+        slabs = np.arange(strip.slabs)[:, None] * strip.blocks_per_slab
+        numbers.append((positions[entry.parameter] + strip.block + slabs + np.arange(strip.count)).ravel())
     return np.concatenate(numbers).astype(np.int64)
 
 
@@ -286,9 +283,9 @@ def _rows(arena: Tensor, batch: Batch, entries: list[_Planned]) -> Rows:
     in_arena, in_batch = [], []
     for entry in entries:
         strip = entry.strip
-        shape = (strip.periods, strip.count, strip.size)
-        in_arena.append(arena.as_strided(shape, (strip.stride, strip.size, 1), entry.offset))
-        in_batch.append(batch.gradient_NB[entry.row : entry.row + strip.rows].view(shape))
+        shape = (strip.slabs, strip.count, strip.depth, strip.size)
+        in_arena.append(arena.as_strided(shape, (strip.stride, strip.size, strip.row, 1), entry.offset))
+        in_batch.append(batch.gradient_NDB[entry.row : entry.row + strip.rows].view(shape))
     return Rows(batch, _segments(entries), in_arena, in_batch)
 
 

@@ -1,9 +1,10 @@
 """The optimizer's state as state dicts hold it: by stored tensor, checked before anything changes.
 
 For each tensor: `step`, `fisher_updates` (int64; 0-d, or of each parameter that a flat tensor holds), and for each
-block size B `momentum_B` (N, B), `fisher_B` (N, B, B), or (N, B (B + 1) / 2) where it is packed, and, where factors are
-kept, `factor_B` (N, B, B) and `curvature_B` (N,), blocks in order; `momentum_diagonal` and `fisher_diagonal` (N, 1)
-past max_blocks.
+kind of block, of B elements ("B") or of D vectors of B elements ("BxD"), `momentum_KIND` (N, D, B), `fisher_KIND`
+(N, B, B), or (N, B (B + 1) / 2) where it is packed, `square_KIND` (N, D) where D > 1, and, where factors are kept,
+`factor_KIND` (N, B, B) and `curvature_KIND` (N,), blocks in order; `momentum_diagonal` (N, 1, 1) and `fisher_diagonal`
+(N, 1) past max_blocks.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from adafisher_dist import comm
 from adafisher_dist.batch import fisher_shape
+from adafisher_dist.grid import Grid
 from adafisher_dist.shard import Shard
 
-FORMAT = 1
+FORMAT = 2  # 1 had momentum_B (N, B)
 META = "adafisher_dist"
 COUNTERS = ("step", "fisher_updates")
 
@@ -50,11 +52,16 @@ def expected(shard: Shard, tensor: int) -> Wanted:
     views = shard.views[tensor]
     grid = shard.grids[tensor]
     own = [span for span in shard.owned[shard.storage.group.rank] if span.parameter == tensor]
-    before = grid.rows_by_kind(own[0].start) if own else Counter()
+    before, total = _rows(grid, own[0].start if own else 0), _rows(grid, grid.numel)
     return {
-        key: (views.get(key, torch.empty(0)), before[_kind(key)], grid.rows_by_kind(grid.numel)[_kind(key)])
+        key: (views.get(key, torch.empty(0)), before[_kind(key)], total[_kind(key)])
         for key in whole_shapes(shard, tensor)
     }
+
+
+def _rows(grid: Grid, stop: int) -> Counter[str]:
+    """Rows by the name of their kind; see `Grid.rows_by_kind`."""
+    return Counter({kind.name: rows for kind, rows in grid.rows_by_kind(stop).items()})
 
 
 def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -63,13 +70,14 @@ def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...
     wide = structure.compute_dtype
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for kind, rows in shard.grids[parameter].rows_by_kind(shard.grids[parameter].numel).items():
-        size = 1 if kind == "diagonal" else int(kind)
-        dense = kind != "diagonal"
-        shapes[f"momentum_{kind}"] = (rows, size), wide
-        shapes[f"fisher_{kind}"] = (rows, *fisher_shape(size, dense, structure)), structure.fisher_dtype
+        size, depth, dense = kind
+        shapes[f"momentum_{kind.name}"] = (rows, depth, size), wide
+        shapes[f"fisher_{kind.name}"] = (rows, *fisher_shape(kind, structure)), structure.fisher_dtype
+        if depth > 1:
+            shapes[f"square_{kind.name}"] = (rows, depth), wide
         if structure.keeps_factors and dense:
-            shapes[f"factor_{kind}"] = (rows, size, size), wide
-            shapes[f"curvature_{kind}"] = (rows,), wide
+            shapes[f"factor_{kind.name}"] = (rows, size, size), wide
+            shapes[f"curvature_{kind.name}"] = (rows,), wide
     return shapes
 
 
@@ -171,8 +179,8 @@ def _check(shard: Shard, tensor: int, saved: Mapping[str, Any], wanted: Wanted) 
     if missing or unknown:
         raise ValueError(
             f"The saved optimizer state of {name} does not fit: missing {missing}, unexpected {unknown}. It was saved"
-            " for another shape, world size or block setting (block_size, block_grid, max_blocks), or by another"
-            " optimizer."
+            " for another shape, world size or block setting (block_size, rows_per_block, block_grid,"
+            " max_blocks), or by another optimizer."
         )
     for key in COUNTERS:
         shape, needed = tuple(getattr(saved[key], "shape", ())), tuple(shard.views[tensor][key].shape)
@@ -203,8 +211,8 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
         for rank, spans in enumerate(shard.owned):
             for span in spans:
                 if span.parameter == tensor:
-                    first = shard.grids[tensor].rows_by_kind(span.start)[_kind(key)]
-                    stop = shard.grids[tensor].rows_by_kind(span.stop)[_kind(key)]
+                    first = _rows(shard.grids[tensor], span.start)[_kind(key)]
+                    stop = _rows(shard.grids[tensor], span.stop)[_kind(key)]
                     if first < stop:
                         empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
                         part = comm.broadcast(group, views[key] if rank == group.rank else empty, rank)

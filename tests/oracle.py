@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "damping": 0.1,  # δ
     "eps": 1e-8,  # ε
     "block_size": 64,  # b
+    "rows_per_block": 16,
     "block_grid": "rows",
     "weight_decay": 0.01,  # λ
     "bias_correction": True,
@@ -32,27 +33,45 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def block_ranges(shape: Sequence[int], block_size: int, block_grid: str = "rows") -> list[tuple[int, int]]:
-    """The (start, stop) of each block of a parameter, in elements of its row-major flattening."""
+def slabs(
+    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1
+) -> list[list[list[range]]]:
+    """What a parameter is cut into: slabs of blocks of vectors, each a range of its row-major flattening."""
     n = math.prod(shape)
     if n == 0:
         return []
     if block_grid == "flat":
-        return [(start, min(start + block_size, n)) for start in range(0, n, block_size)]
+        return [[[piece]] for piece in cut(range(n), block_size)]
     assert block_grid == "rows", block_grid
-    rows = shape[0] if len(shape) >= 2 else 1
-    length = n // rows
-    ranges = []
-    if length >= block_size:
-        for row in range(rows):
-            elements = np.arange(row * length, (row + 1) * length)
-            for piece in np.array_split(elements, math.ceil(length / block_size)):
-                ranges.append((int(piece[0]), int(piece[-1]) + 1))
-    else:
-        rows_in_a_block = block_size // length
-        for row in range(0, rows, rows_in_a_block):
-            ranges.append((row * length, min(row + rows_in_a_block, rows) * length))
-    return ranges
+    if len(shape) < 2 or shape[0] == 1:
+        return [[[piece]] for piece in cut(range(n), even(n, block_size))]
+    length = n // shape[0]
+    rows = cut(range(n), length)
+    if rows_per_block == 1 and length < block_size:
+        return [[[piece]] for piece in cut(range(n), block_size // length * length)]
+    result = []
+    for members in cut(rows, even(len(rows), rows_per_block)):
+        pieces = [cut(row, even(length, block_size)) for row in members]
+        result.append([list(block) for block in zip(*pieces, strict=True)])
+    return result
+
+
+def blocks_of(
+    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1
+) -> list[list[tuple[int, int]]]:
+    """The blocks in order: of each the (start, stop) of its vectors, in elements of the row-major flattening."""
+    every = slabs(shape, block_size, block_grid, rows_per_block)
+    return [[(vector.start, vector.stop) for vector in block] for slab in every for block in slab]
+
+
+def cut(things: Sequence[Any], length: int) -> list[Any]:
+    """Parts of this length; the last one may be shorter."""
+    return [things[start : start + length] for start in range(0, len(things), length)]
+
+
+def even(total: int, most: int) -> int:
+    """The length of parts of at most `most`, as few and as equal as can be."""
+    return math.ceil(total / math.ceil(total / most))
 
 
 def refresh_interval(decay: float, fisher_updates: int, freq: int) -> int:
@@ -62,13 +81,13 @@ def refresh_interval(decay: float, fisher_updates: int, freq: int) -> int:
 
 @dataclass
 class Block:
-    """A block of one parameter: F is a matrix, or past `max_blocks` its diagonal alone."""
+    """A block of one parameter: F is a matrix that its vectors share, or past `max_blocks` one vector's diagonal."""
 
-    start: int
-    stop: int
+    where: np.ndarray  # (vectors, r), elements of the flattened parameter
     number: int  # q: its index, plus the position of its parameter
     dense: bool
     fisher: np.ndarray
+    square: np.ndarray  # of each vector, mean g², averaged as F is
     inverse: np.ndarray | None = None  # A^(−p), as it was at the last refresh
     d: float = 0.0  # tr(F̂) / r, as it was at the last refresh
 
@@ -107,11 +126,16 @@ class Oracle:
             theta, own = item if isinstance(item, tuple) else (item, {})
             assert {**hyper, **own}.keys() <= DEFAULTS.keys(), (hyper, own)
             setting = {**DEFAULTS, **hyper, **own}
-            blocks = []
-            for start, stop in block_ranges(np.shape(theta), setting["block_size"], setting["block_grid"]):
-                r, index = stop - start, len(blocks)
-                dense = setting["max_blocks"] is None or index < setting["max_blocks"]
-                blocks.append(Block(start, stop, position + index, dense, np.zeros((r, r) if dense else r)))
+            blocks: list[Block] = []
+            shape, rows = np.shape(theta), setting["rows_per_block"]
+            for slab in slabs(shape, setting["block_size"], setting["block_grid"], rows):
+                limit = setting["max_blocks"]
+                dense = limit is None or len(blocks) + len(slab) <= limit
+                for vectors in slab:
+                    where = np.array(vectors)
+                    r = where.shape[1]
+                    fisher = np.zeros((r, r) if dense else where.shape)
+                    blocks.append(Block(where, position + len(blocks), dense, fisher, np.zeros(len(where))))
             self.params.append(np.array(theta, dtype=np.float64))
             self.settings.append(setting)
             self.states.append(State(np.zeros(np.size(theta)), blocks))
@@ -137,7 +161,7 @@ class Oracle:
         for g, state in zip(grads, self.states, strict=True):
             for block in state.blocks if g is not None else []:
                 with np.errstate(over="ignore", invalid="ignore"):
-                    squares = np.sum(g[block.start : block.stop] ** 2)
+                    squares = np.sum(g[block.where] ** 2)
                 if not squares <= self.largest:  # so worded that NaN is too large as well
                     return True
         return False
@@ -151,9 +175,10 @@ class Oracle:
         if (state.t - 1) % h["fisher_update_freq"] == 0:
             state.k += 1
             for block in state.blocks:
-                part = g[block.start : block.stop]
-                square = np.outer(part, part) if block.dense else part**2
+                part = g[block.where]
+                square = part.T @ part / len(part) if block.dense else part**2
                 block.fisher = rho * block.fisher + (1 - rho) * square
+                block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
 
         m_hat = state.m / (1 - mu**state.t) if h["bias_correction"] else state.m
         if h["nesterov"]:
@@ -161,14 +186,14 @@ class Oracle:
         n = refresh_interval(rho, state.k, h["inverse_update_freq"])
         u = np.zeros_like(g)
         for block in state.blocks:
-            f_hat = block.fisher / (1 - rho**state.k) if h["bias_correction"] else block.fisher
-            part = m_hat[block.start : block.stop]
+            unbias = 1 / (1 - rho**state.k) if h["bias_correction"] else 1
+            f_hat, part = block.fisher * unbias, m_hat[block.where]
             if block.dense:
                 if state.t == 1 or (block.number + state.t) % n == 0:
                     refresh(block, f_hat, h)
-                u[block.start : block.stop] = dense_direction(block, f_hat, part, h)
+                u[block.where] = dense_direction(block, f_hat, block.square * unbias, part, h)
             else:
-                u[block.start : block.stop] = part / (np.sqrt(f_hat) + h["eps"])
+                u[block.where] = part / (np.sqrt(f_hat) + h["eps"])
         return u
 
 
@@ -192,13 +217,18 @@ def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
     assert np.abs(unit - np.eye(r)).max() < 1e-4, "the block is singular: nothing to compare with"
 
 
-def dense_direction(block: Block, f_hat: np.ndarray, m_hat: np.ndarray, h: Mapping[str, Any]) -> np.ndarray:
-    """The u of a dense block."""
-    s = block.inverse @ m_hat
-    if h["grafting"] == "none":
-        return block.d ** -h["exponent"] * s if block.d > 0 else np.zeros_like(s)
-    assert h["grafting"] == "rms", h["grafting"]
-    diagonal = np.diag(f_hat)
-    if not diagonal.any() or not s.any():
-        return np.zeros_like(s)
-    return s * np.linalg.norm(m_hat / (np.sqrt(diagonal) + h["eps"])) / np.linalg.norm(s)
+def dense_direction(
+    block: Block, f_hat: np.ndarray, square: np.ndarray, m_hat: np.ndarray, h: Mapping[str, Any]
+) -> np.ndarray:
+    """The u of a dense block, (vectors, r)."""
+    diagonal, u = np.diag(f_hat), np.zeros_like(m_hat)
+    for i, m in enumerate(m_hat):
+        s = block.inverse @ m
+        if h["grafting"] == "none":
+            u[i] = block.d ** -h["exponent"] * s if block.d > 0 else 0
+            continue
+        assert h["grafting"] == "rms", h["grafting"]
+        if square[i] > 0 and s.any():
+            moment = diagonal * (square[i] / np.mean(diagonal))
+            u[i] = s * np.linalg.norm(m / (np.sqrt(moment) + h["eps"])) / np.linalg.norm(s)
+    return u

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEFAULTS, Oracle, block_ranges, refresh_interval
+from oracle import DEFAULTS, Oracle, blocks_of, refresh_interval
 from torch import nn
 
 from adafisher_dist import AdaFisher
@@ -55,16 +55,17 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 def assert_blocks_agree(
     got: np.ndarray, want: np.ndarray, scale: np.ndarray, floor: np.ndarray, where: str, setting: Settings
 ) -> None:
-    """|got − want| ≤ the block's largest `scale` + `floor`, in each block."""
+    """|got − want| ≤ the vector's largest `scale` + `floor`, in each vector of each block."""
     assert np.isfinite(got).all(), where
     shape = want.shape
     got, want, scale, floor = (a.reshape(-1) for a in (got, want, scale, floor))
-    for start, stop in block_ranges(shape, setting["block_size"], setting["block_grid"]):
-        block = slice(start, stop)
-        error, bound = np.abs(got - want)[block], scale[block].max() + floor[block]
+    cuts = [setting[name] for name in ("block_size", "block_grid", "rows_per_block")]
+    for start, stop in itertools.chain.from_iterable(blocks_of(shape, *cuts)):
+        vector = slice(start, stop)
+        error, bound = np.abs(got - want)[vector], scale[vector].max() + floor[vector]
         assert (error <= bound).all(), (
             f"{where}, elements [{start}, {stop}): error {error.max():.3g} > {bound.max():.3g}, "
-            f"largest expected {np.abs(want[block]).max():.3g}"
+            f"largest expected {np.abs(want[vector]).max():.3g}"
         )
 
 
@@ -137,13 +138,19 @@ def compare(
 
 
 @pytest.mark.parametrize("grid", ["rows", "flat"])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 64, 1000])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_oracle_blocks_are_a_partition(shape: tuple[int, ...], size: int, grid: str) -> None:
-    ranges = block_ranges(shape, size, grid)
+def test_oracle_blocks_are_a_partition(shape: tuple[int, ...], size: int, rows: int, grid: str) -> None:
+    blocks = blocks_of(shape, size, grid, rows)
+    ranges = list(itertools.chain.from_iterable(blocks))
     covered = [element for start, stop in ranges for element in range(start, stop)]
-    assert covered == list(range(int(np.prod(shape))))
+    assert sorted(covered) == list(range(int(np.prod(shape))))
     assert all(0 < stop - start <= size for start, stop in ranges)
+    for block in blocks:
+        assert len(block) <= rows and len({stop - start for start, stop in block}) == 1
+        steps = {after - before for (before, _), (after, _) in itertools.pairwise(block)}
+        assert steps <= {int(np.prod(shape)) // shape[0] if shape else 0}, "the same columns of consecutive rows"
     if grid == "rows" and len(shape) >= 2 and covered:
         length = len(covered) // shape[0]
         for start, stop in ranges:
@@ -153,13 +160,18 @@ def test_oracle_blocks_are_a_partition(shape: tuple[int, ...], size: int, grid: 
 
 
 def test_oracle_blocks_by_hand() -> None:
-    assert block_ranges((2, 10), 4) == [(0, 4), (4, 7), (7, 10), (10, 14), (14, 17), (17, 20)]
-    assert block_ranges((2, 10), 4, "flat") == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
-    assert block_ranges((5, 3), 7) == [(0, 6), (6, 12), (12, 15)]
-    assert block_ranges((5, 3), 7, "flat") == [(0, 7), (7, 14), (14, 15)]
-    assert block_ranges((), 64) == block_ranges((), 1, "flat") == [(0, 1)]
-    assert block_ranges((7,), 3) == [(0, 3), (3, 5), (5, 7)]
-    assert block_ranges((2, 8), 4) == block_ranges((2, 8), 4, "flat")
+    def alone(*ranges: tuple[int, int]) -> list[list[tuple[int, int]]]:
+        return [[pair] for pair in ranges]
+
+    assert blocks_of((2, 10), 4) == alone((0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20))
+    assert blocks_of((2, 10), 4, "flat") == alone((0, 4), (4, 8), (8, 12), (12, 16), (16, 20))
+    assert blocks_of((2, 10), 6, rows_per_block=2) == [[(0, 5), (10, 15)], [(5, 10), (15, 20)]]
+    assert blocks_of((5, 3), 7) == alone((0, 6), (6, 12), (12, 15))
+    assert blocks_of((5, 3), 7, rows_per_block=4) == [[(0, 3), (3, 6), (6, 9)], [(9, 12), (12, 15)]]
+    assert blocks_of((5, 3), 7, "flat", 4) == alone((0, 7), (7, 14), (14, 15))
+    assert blocks_of((), 64) == blocks_of((), 1, "flat", 16) == alone((0, 1))
+    assert blocks_of((7,), 3) == blocks_of((1, 7), 3, rows_per_block=16) == alone((0, 3), (3, 6), (6, 7))
+    assert blocks_of((2, 8), 4) == blocks_of((2, 8), 4, "flat")
 
 
 def test_oracle_refresh_intervals_by_hand() -> None:
@@ -550,7 +562,9 @@ def test_blocks_of_one_are_adamw(dtype: torch.dtype, tolerance: float, setting: 
 def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
     setting = {"lr": 0.1, "momentum": 0.0, "nesterov": False, "bias_correction": False, "weight_decay": 0.0}
     parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    optimizer = AdaFisher([parameter], grafting="none", block_size=12, fisher_dtype=torch.float64, **setting)
+    optimizer = AdaFisher(
+        [parameter], grafting="none", block_size=12, rows_per_block=1, fisher_dtype=torch.float64, **setting
+    )
     seen: list[np.ndarray] = []
     for (g,) in gradients([shape], 12):
         seen.append(g.reshape(-1))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 2  # 1 had whole Fisher blocks
+FORMAT = 3  # 1 had whole Fisher blocks, 2 no rows_per_block
 MANIFEST = "manifest.json"
 
 _NAMES = {

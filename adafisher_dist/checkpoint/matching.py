@@ -152,7 +152,11 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
                 there = saved["state"][old]["structure"]
-                changed = [key for key in ("block_size", "block_grid", "max_blocks") if own[key] != there[key]]
+                changed = [
+                    key
+                    for key in ("block_size", "rows_per_block", "block_grid", "max_blocks")
+                    if own[key] != there[key]
+                ]
                 if changed:
                     settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
                     found.problems.append(f"the Fisher blocks of {name} were made with {settings}")

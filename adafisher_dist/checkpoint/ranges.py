@@ -3,14 +3,14 @@
 A parameter's momentum is the 1-d tensor of its elements, its Fisher that of its blocks, one after the other in the
 order of the grid. A rank owns consecutive blocks, so that its state is a range of either, whatever the batches are that
 hold it. That is what makes a checkpoint independent of ranks. A dense block of the Fisher is its lower triangle there,
-whether the optimizer stores it so (`packed`) or not.
+whether the optimizer stores it so (`packed`) or not. Blocks that vectors share also have those vectors' mean squares,
+block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from math import prod
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch
-from adafisher_dist.grid import Grid, Strip
+from adafisher_dist.grid import Grid, Kind, Strip
 from adafisher_dist.shard import Shard
 from adafisher_dist.span import Span
 
@@ -41,6 +41,13 @@ class Piece:
     offset: int
     strides: tuple[int, ...]
     symmetric: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the elements lie in memory as they do in the range."""
+        places = zip(self.memory.shape, self.memory.stride(), self.strides, strict=not self.symmetric)
+        alike = all(length == 1 or here == there for length, here, there in places)
+        return alike and self.memory.is_contiguous() and not self.symmetric
 
     def pack_into(self, packed: Tensor) -> None:
         """Copy the elements to their places in the packed range."""
@@ -80,8 +87,7 @@ class Range:
     def in_place(self) -> Tensor | None:
         """The elements as a 1-d view of this rank's memory, where they lie in a row there."""
         first = self.pieces[0]
-        lying = len(self.pieces) == 1 and first.memory.is_contiguous() and not first.symmetric
-        return first.memory.view(-1) if lying else None
+        return first.memory.view(-1) if len(self.pieces) == 1 and first.in_order else None
 
     def room(self) -> Tensor:
         """An uninitialised 1-d tensor to pack into."""
@@ -127,14 +133,14 @@ def share(values: Tensor, number: int, rank: int, ranks: int) -> tuple[int, int]
 
 
 def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
-    """The state of the blocks that this rank owns: keys momentum/NAME, fisher/NAME and, where kept, factor/NAME and
-    curvature/NAME.
+    """The state of the blocks that this rank owns: keys momentum/NAME, fisher/NAME, where vectors share blocks
+    square/NAME, and where factors are kept factor/NAME and curvature/NAME.
 
     Args:
         shard: the shard.
         names: for each parameter of the shard that takes part, its name in the checkpoint.
     """  # noqa: D205
-    places: dict[int, dict[str, tuple[Batch, int]]] = {}
+    places: dict[int, dict[Kind, tuple[Batch, int]]] = {}
     for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
         for segment in segments:
             places.setdefault(segment.owner, {})[batch.kind] = batch, segment.start
@@ -147,52 +153,52 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
 
 
 def _of_blocks(
-    name: str, grid: Grid, owned: Span, part: Span, places: Mapping[str, tuple[Batch, int]]
+    name: str, grid: Grid, owned: Span, part: Span, places: Mapping[Kind, tuple[Batch, int]]
 ) -> Iterator[Range]:
     """The state of the blocks of `part`, a part of the owned span, whose rows `places` tells by their kind."""
     before = grid.rows_by_kind(owned.start)
     upto = grid.rows_by_kind(part.start)
-    first, last = grid.block_from(part.start), grid.block_from(part.stop)
-    dense_first, dense_last = min(first, grid.dense_blocks), min(last, grid.dense_blocks)
-    fields: dict[str, list[tuple[Strip, Tensor]]] = {"momentum": [], "fisher": [], "factor": [], "curvature": []}
+    slabs = grid.slab_from(part.start), grid.slab_from(part.stop), grid.slabs
+    fields: dict[str, list[tuple[Strip, Tensor]]] = {field: [] for field in FIELDS}
     for strip in grid.strips(part.start, part.stop):
         batch, row = places[strip.kind]
         row += upto[strip.kind] - before[strip.kind]
         upto[strip.kind] += strip.rows
         for field, tensor in batch.tensors().items():
             fields[field].append((strip, tensor[row : row + strip.rows]))
-    triangle, square = grid.triangle_numel, grid.fisher_numel
-    ends = {
-        "momentum": (part.start, part.stop, grid.numel),
-        "fisher": (triangle(first), triangle(last), triangle(grid.num_blocks)),
-        "factor": (square(dense_first), square(dense_last), square(grid.dense_blocks)),
-        "curvature": (dense_first, dense_last, grid.dense_blocks),
-    }
     for field, members in fields.items():
         if members:
-            start, stop, total = ends[field]
-            index = partial(_index, grid, field)
-            symmetric = field == "fisher"
-            pieces = [_piece(strip, rows, start, index, symmetric and rows.dim() == 3) for strip, rows in members]
+            start, stop, total = (FIELDS[field](grid, slab) for slab in slabs)
+            pieces = [_piece(field, grid, strip, rows, start) for strip, rows in members]
             yield Range(f"{field}/{name}", start, stop - start, total, members[0][1].dtype, pieces)
 
 
-def _index(grid: Grid, field: str, block: int) -> int:
-    """The first element of a block in the 1-d tensor of a field."""
-    places = {"momentum": grid.start, "fisher": grid.triangle_numel, "factor": grid.fisher_numel}
-    return block if field == "curvature" else places[field](block)
+# For each field of the state, where in its 1-d tensor a slab begins.
+FIELDS: dict[str, Callable[[Grid, int], int]] = {
+    "momentum": Grid.start,
+    "fisher": Grid.triangle_numel,
+    "square": lambda grid, slab: min(slab, grid.dense_slabs) * grid.pieces * grid.depth,
+    "factor": lambda grid, slab: grid.fisher_numel(min(slab, grid.dense_slabs)),
+    "curvature": lambda grid, slab: min(slab, grid.dense_slabs) * grid.pieces,
+}
 
 
-def _piece(strip: Strip, rows: Tensor, start: int, index: partial[int], symmetric: bool) -> Piece:
-    """The rows of a strip, a period after the other; those of one period lie in a row."""
-    offset = index(strip.block) - start
-    if symmetric:
-        size = strip.size
-        stride = index(strip.block + strip.blocks_per_period) - index(strip.block) if strip.periods > 1 else 0
-        strides = (stride, fisher.packed_numel(size), 1)
-        return Piece(rows.view(strip.periods, strip.count, size, size), offset, strides, symmetric=True)
-    periodic = rows.view(strip.periods, -1)
-    stride = index(strip.block + strip.blocks_per_period) - index(strip.block) if strip.periods > 1 else 0
-    if stride == periodic.shape[1] or strip.periods == 1:
-        return Piece(rows.view(-1), offset, (1,))
-    return Piece(periodic, offset, (stride, 1))
+def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> Piece:
+    """The rows of a strip, a slab after the other, and their places in the range that begins at `start`."""
+    size, depth = strip.size, strip.depth
+    slab, before = divmod(strip.block, grid.pieces)  # blocks before it in its slab: all of the size `cut`
+    symmetric = field == "fisher" and rows.dim() == 3
+    shape: tuple[int, ...] = (rows[0].numel(),)
+    if field == "momentum":
+        shape, strides, offset = (depth, size), (size, strip.row, 1), before * grid.cut
+    elif field == "fisher" and strip.dense:
+        triangle = fisher.packed_numel(size)
+        shape = (size, size) if symmetric else shape
+        strides, offset = (triangle, 1), before * fisher.packed_numel(grid.cut)
+    elif field == "factor":
+        strides, offset = (size**2, 1), before * grid.cut**2
+    else:  # as much for each block, whatever its size
+        strides, offset = (*shape, 1), before * shape[0]
+    first, second = FIELDS[field](grid, slab), FIELDS[field](grid, slab + 1)
+    stride = second - first if strip.slabs > 1 else 0
+    return Piece(rows.view(strip.slabs, strip.count, *shape), first + offset - start, (stride, *strides), symmetric)

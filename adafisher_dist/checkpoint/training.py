@@ -22,8 +22,8 @@ from adafisher_dist.shard import Shard
 
 # What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
 OWN_SETTINGS = (
-    *("block_size", "block_grid", "max_blocks", "fisher_dtype", "exponent", "inverse_update_freq", "packed"),
-    *("backend", "memory_budget_gb"),
+    *("block_size", "rows_per_block", "block_grid", "max_blocks"),
+    *("fisher_dtype", "exponent", "inverse_update_freq", "packed", "backend", "memory_budget_gb"),
 )
 
 # What torch puts into the names of parameters when it wraps a module in place.
@@ -287,6 +287,7 @@ def structure_of(structure: Structure) -> dict[str, Any]:
     """What state was built for, as JSON."""
     return {
         "block_size": structure.block_size,
+        "rows_per_block": structure.rows_per_block,
         "block_grid": structure.block_grid,
         "max_blocks": structure.max_blocks,
         "exponent": structure.exponent,
