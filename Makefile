@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 venv: $(STAMP)  ## create .venv with the pinned versions
 
@@ -37,7 +37,7 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 	@$(BIN)/python benchmarks/convergence.py --quick
 
-bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers on five small models (hours; goes on where it was stopped)
+bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped
 	@$(BIN)/python benchmarks/convergence.py
 
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md

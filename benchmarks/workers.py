@@ -64,7 +64,10 @@ def carry_out(wanted: Wanted, done: dict[Run, Curve], path: Path, workers: int) 
 def perform(run: Run, path: Path) -> tuple[Curve, float]:
     """In a worker: train, and keep it; also the seconds, for the estimate of those that remain."""
     began = time.monotonic()
-    curve = train(run)
+    try:
+        curve = train(run)
+    except Exception as error:
+        raise RuntimeError(f"This training failed: {run}") from error
     append(path, run, curve)
     return curve, time.monotonic() - began
 
