@@ -180,6 +180,7 @@ def write(plan: Plan, done: Done, ratios: Mapping[str, Any], quick: bool, shown:
         if curves := finished(plan, task, done):
             steps = plan.steps or TASKS[task].steps
             reports[task] = task_report(TASKS[task], steps, curves, plan.lrs, ratios.get(task, {}))
+            reports[task]["left_out"] = [name for name in CONTENDERS if not CONTENDERS[name].suits(TASKS[task])]
             reports[task]["runs_missing"] = len(wanted(plan, pairs_of([task], list(CONTENDERS)), done))
     for task in shown:
         if task in reports:

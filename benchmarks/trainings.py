@@ -121,7 +121,8 @@ def schedule(step: int, steps: int) -> float:
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    done = (step - warm) / max(1, steps - warm)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---- the file ----

@@ -90,7 +90,7 @@ class Board:
 
     def __init__(self, workers: int) -> None:
         console = Console(width=None if sys.stdout.isatty() else 150)
-        columns = (TextColumn("Trainings"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("Trainings"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         more = TextColumn("{task.description}")
         self.progress = Progress(*columns, more, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("", total=None)
