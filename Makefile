@@ -6,11 +6,11 @@ PYTEST ?=
 QUICK ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all bench lint format type clean
+.PHONY: help venv demo test test-all bench bench-convergence lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 venv: $(STAMP)  ## create .venv with the pinned versions
 
@@ -27,7 +27,7 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
-bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: two minutes, into runs/bench
+bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen minutes); QUICK=--quick: five, into runs/bench
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
@@ -35,6 +35,10 @@ bench: $(STAMP)  ## all figures of docs/ (about twelve minutes); QUICK=--quick: 
 	@$(BIN)/python benchmarks/share.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
+	@$(BIN)/python benchmarks/convergence.py --quick
+
+bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped
+	@$(BIN)/python benchmarks/convergence.py
 
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md
 	@$(BIN)/ruff check --quiet .

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import corpus as texts
 import torch
@@ -74,7 +75,7 @@ class AutoEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (*self.WIDTHS, *self.WIDTHS[-2::-1])
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, images_N1HW: Tensor) -> Tensor:
         x = images_N1HW.flatten(1)
@@ -93,9 +94,11 @@ class DigitsViT(nn.Module):
         self.patches = nn.Conv2d(1, width, 2, stride=2)
         self.positions = nn.Parameter(0.02 * torch.randn(16, width))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
             for _ in range(layers)
-        )  # fmt: skip
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 

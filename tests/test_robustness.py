@@ -131,11 +131,11 @@ def test_a_block_that_never_saw_a_gradient_does_not_move(settings: dict[str, obj
 
 def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "adafisher_dist"):
-        run([torch.ones(10, 10)] * 3, max_blocks=1)
+        run([torch.ones(10, 10)] * 3, max_blocks=1, rows_per_block=6)
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
     assert (
-        "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 60.0 % of the elements on dense"
+        "layout one process, 1 rank(s), 1 parameters, 100 elements in 2 blocks, 50.0 % of the elements on dense"
         in message
     )
 
@@ -185,12 +185,13 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("settings", [{}, {"inverse_update_freq": 3}, {"packed": True}], ids=str)
-def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any]) -> None:
+def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any], rows: int) -> None:
     """After the first step, temporaries are those of a tile: 2 MiB, whatever the model."""
-    layer = nn.Linear(1024, 256, bias=False)
-    optimizer = AdaFisher(layer.parameters(), block_size=64, **settings)
-    layer.weight.grad = torch.randn(256, 1024)
+    layer = nn.Linear(1024, 256 * rows, bias=False)
+    optimizer = AdaFisher(layer.parameters(), block_size=64, rows_per_block=rows, **settings)
+    layer.weight.grad = torch.randn_like(layer.weight)
     optimizer.step()
     with Allocations() as noted:
         optimizer.step()

@@ -45,7 +45,7 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
-        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
+        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, 16, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
         *(False, "auto", None, None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
@@ -81,8 +81,9 @@ def test_loading_copies() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     other = AdaFisher(module.parameters())
     other.load_state_dict(saved)
-    saved["state"][2]["momentum_55"].fill_(7)
-    assert not (other.state_dict()["state"][2]["momentum_55"] == 7).any()
+    (key,) = (key for key in saved["state"][2] if key.startswith("momentum"))
+    saved["state"][2][key].fill_(7)
+    assert not (other.state_dict()["state"][2][key] == 7).any()
     steps(module, other, 2, 3)
     assert saved["state"][2]["step"] == 2
 
@@ -94,7 +95,9 @@ def test_state_shows_in_the_state_attribute() -> None:
     steps(module, optimizer, 0, 3)
     state = optimizer.state[module.mix.weight]
     assert state["step"] == 3 and state["fisher_updates"] == 3
-    assert state["momentum_13"].shape == (5, 13) and state["fisher_12"].shape == (10, 12, 12)  # rows of 37: 13, 12, 12
+    # 5 rows of 37, cut into 13, 13 and 11
+    assert state["momentum_13x5"].shape == (2, 5, 13) and state["fisher_11x5"].shape == (1, 11, 11)
+    assert state["square_13x5"].shape == (2, 5)
     assert module.frozen not in optimizer.state
 
 
@@ -242,13 +245,14 @@ def test_memory_usage_counts_the_tensors(packed: bool) -> None:
     module = model()
     optimizer = AdaFisher(module.parameters(), block_size=8, inverse_update_freq=2, max_blocks=7, packed=packed)
     steps(module, optimizer, 0, 1)
-    bytes_of = {"fisher": 0, "momentum": 0, "factor": 0, "curvature": 0}
+    bytes_of = {"fisher": 0, "square": 0, "momentum": 0, "factor": 0, "curvature": 0}
     for entry in optimizer.state_dict()["state"].values():
         for key, value in entry.items():
             if key.partition("_")[0] in bytes_of and value.dim():
                 bytes_of[key.partition("_")[0]] += value.numel() * value.element_size()
     usage = optimizer.memory_usage()["rank"]
-    assert usage["fisher"] == bytes_of["fisher"] and usage["momentum"] == bytes_of["momentum"]
+    assert usage["fisher"] == bytes_of["fisher"] + bytes_of["square"] and bytes_of["square"]
+    assert usage["momentum"] == bytes_of["momentum"]
     assert usage["factors"] == bytes_of["factor"] + bytes_of["curvature"]
     assert usage["total"] == sum(value for key, value in usage.items() if key != "total")
 
@@ -370,9 +374,9 @@ def test_replaced_state_is_taken_over() -> None:
         steps(m, o, 3, 6)
     assert same_state(optimizer.state_dict(), reference.state_dict())
     assert distance(weights(module), weights(twin)) == 0
-    optimizer.state[module.mix.weight]["momentum_8"].zero_()  # in place
+    optimizer.state[module.mix.weight]["momentum_8x5"].zero_()  # in place
     number = [id(p) for p in module.parameters()].index(id(module.mix.weight))
-    assert not optimizer.state_dict()["state"][number]["momentum_8"].any()
+    assert not optimizer.state_dict()["state"][number]["momentum_8x5"].any()
 
 
 @pytest.mark.parametrize("how", ["clear", "new dict", "one entry"])

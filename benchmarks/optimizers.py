@@ -1,0 +1,116 @@
+"""The optimizers that convergence.py compares, and what each is given besides the learning rate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tasks import Task
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from adafisher_dist import AdaFisher
+from adafisher_dist.settings import DEFAULTS
+
+# A row of its own for each of these settings: add, for instance, "AdaFisher, every 10": {"inverse_update_freq": 10}.
+ADAFISHERS: dict[str, dict[str, Any]] = {"AdaFisher": {}}
+# The others are compared with the better of these; times are relative to the first.
+ADAMWS: dict[str, tuple[float, float]] = {"AdamW": (0.9, 0.999), "AdamW, β₂ = 0.95": (0.9, 0.95)}
+BASE = "AdamW"
+
+Build = Callable[[nn.Module, Task, float], list[Optimizer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An optimizer with its settings.
+
+    Attributes:
+        build: what trains a task's model at a learning rate: one optimizer, or two with a part of the parameters each.
+        settings: besides the learning rate, as JSON has them. Runs with other settings are other runs.
+        missing: why it cannot be built here; None where it can.
+        suits: whether it is for a task.
+        slow_start: whether its step grows dearer, or cheaper, for dozens of steps.
+    """
+
+    build: Build
+    settings: dict[str, Any]
+    missing: str | None = None
+    suits: Callable[[Task], bool] = lambda task: True
+    slow_start: bool = False
+
+
+def contenders() -> dict[str, Contender]:
+    """All by name, those too that cannot be built here."""
+    return {
+        **{name: _adafisher(settings) for name, settings in ADAFISHERS.items()},
+        **{name: _adamw(betas) for name, betas in ADAMWS.items()},
+        "SGD": Contender(_sgd, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),
+        "Muon": _muon(),
+        "SOAP": _soap(),
+    }
+
+
+def _adafisher(settings: dict[str, Any]) -> Contender:
+    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+        return [AdaFisher(model.named_parameters(), lr=lr, **settings)]
+
+    # The defaults too, so that runs from before a default changed are not taken for today's.
+    everything = {name: value for name, value in {**DEFAULTS, **settings}.items() if name != "lr"}
+    written = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in everything.items()
+    }
+    return Contender(build, written, slow_start=everything["inverse_update_freq"] > 1)
+
+
+def _adamw(betas: tuple[float, float]) -> Contender:
+    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+        return [AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.01, foreach=True)]
+
+    return Contender(build, {"betas": list(betas), "weight_decay": 0.01})
+
+
+def _sgd(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+    return [SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=0.0, foreach=True)]
+
+
+def _muon() -> Contender:
+    """Muon for the hidden matrices, AdamW for the rest; scaled so that both may have one learning rate."""
+    betas = (0.9, 0.95)
+
+    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+        hidden, rest = [], []
+        for name, parameter in model.named_parameters():
+            (hidden if task.hidden(name, parameter) else rest).append(parameter)
+        made: list[Optimizer] = [torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+        if rest:
+            made.append(AdamW(rest, lr=lr, betas=betas, weight_decay=0.01, foreach=True))
+        return made
+
+    def suits(task: Task) -> bool:
+        return any(task.hidden(name, parameter) for name, parameter in task.build().named_parameters())
+
+    settings = {
+        "adjust_lr_fn": "match_rms_adamw",
+        "weight_decay": 0.01,
+        "rest": {"betas": list(betas), "weight_decay": 0.01},
+    }
+    missing = None if hasattr(torch.optim, "Muon") else f"torch {torch.__version__} has no Muon, 2.9 has"
+    return Contender(build, settings, missing, suits)
+
+
+def _soap() -> Contender:
+    """With its defaults: eigenbases of all dimensions up to 10,000, refreshed every 10 steps; Adam for vectors."""
+
+    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+        from pytorch_optimizer import SOAP
+
+        return [SOAP(model.parameters(), lr=lr, weight_decay=0.01)]
+
+    found = importlib.util.find_spec("pytorch_optimizer") is not None
+    missing = None if found else "pytorch_optimizer is not installed: pip install '.[bench]'"
+    return Contender(build, {"weight_decay": 0.01}, missing)
