@@ -134,6 +134,14 @@ class Grid:
         sizes = min(dense * self.row, self.numel) if self.depth == 1 else dense * self.row
         return (self.fisher_numel(slab) - diagonal + sizes) // 2 + diagonal
 
+    def sharing(self, slab: int) -> int:
+        """Vectors in the slabs before `slab` that share a dense block with another."""
+        rows = self.start(min(slab, self.dense_slabs)) // self.row
+        if self.depth == 1:
+            return 0
+        alone = 1 if rows % self.depth == 1 else 0  # a last slab of one row
+        return (rows - alone) * self.pieces
+
     def slab_of_fisher_numel(self, amount: int) -> int:
         """The first slab whose predecessors hold at least `amount` elements of the Fisher."""
         return bisect_left(range(self.slabs), amount, key=self.fisher_numel)

@@ -84,6 +84,7 @@ def test_closed_forms_count_what_strips_have(
         strips = list(grid.strips(0, grid.start(slab)))
         assert grid.slab_from(grid.start(slab)) == slab
         assert grid.fisher_numel(slab) == sum(s.rows * (s.size**2 if s.dense else 1) for s in strips)
+        assert grid.sharing(slab) == sum(s.rows * s.depth for s in strips if s.depth > 1)
         assert grid.triangle_numel(slab) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in strips)
 
 

@@ -177,7 +177,7 @@ def _of_blocks(
 FIELDS: dict[str, Callable[[Grid, int], int]] = {
     "momentum": Grid.start,
     "fisher": Grid.triangle_numel,
-    "square": lambda grid, slab: min(slab, grid.dense_slabs) * grid.pieces * grid.depth,
+    "square": Grid.sharing,
     "factor": lambda grid, slab: grid.fisher_numel(min(slab, grid.dense_slabs)),
     "curvature": lambda grid, slab: min(slab, grid.dense_slabs) * grid.pieces,
 }
