@@ -333,7 +333,10 @@ def _fresh(
     batch: Batch, fisher_NBB: Tensor, rows: Numbers, unbias: float, settings: Mapping[str, Any]
 ) -> fisher.Factor:
     """The factor of these rows of the batch; counts where the ladder was needed."""
-    damping, structure = settings["damping"] + settings["eps"], batch.structure
+    structure = batch.structure
+    damping = fisher.damping(
+        settings["damping"], settings["eps"], settings["fisher_decay"], batch.size, structure.fisher_dtype
+    )
     factor = fisher.factorize(fisher_NBB, unbias, damping, structure.exponent, structure.compute_dtype)
     if factor.rungs_N is not None:
         _count(batch.rungs, rows, factor.rungs_N)

@@ -87,14 +87,14 @@ def traffic(outline: Outline, rank: int) -> dict[str, int]:
 def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int:
     """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
 
-    For a block of r elements: 3r² for F, r² + r³/3 for A and its Cholesky factor, 2r² for the solution; for an inverse
-    that is kept 3r³ more, and for A^(−1/2), by its eigenvectors, 11r³ in place of r³/3.
+    For a block of D vectors of r elements: (2D + 1) r² for F, r² + r³/3 for A and its Cholesky factor, 2D r² for the
+    solutions; for an inverse that is kept 3r³ more, and for A^(−1/2), by its eigenvectors, 11r³ in place of r³/3.
     """
     total = 0.0
     for span, strip in _strips(outline, rank):
         r, structure = strip.size, outline.structures[span.parameter]
         cubed = r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0) if structure.exponent == 1.0 else 11 * r**3
-        each = 5 * r**2 + (r**2 + cubed) / inverse_update_freq if strip.dense else 8
+        each = (4 * strip.depth + 1) * r**2 + (r**2 + cubed) / inverse_update_freq if strip.dense else 8
         total += strip.rows * each
     return round(total)
 

@@ -31,13 +31,16 @@ logger = logging.getLogger("adafisher_dist")
 class AdaFisher(Optimizer):
     r"""Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
 
-    For a block with gradient :math:`g`, at step :math:`t`, after :math:`k` Fisher updates (DESIGN.md, section 2):
+    Each row of a parameter (all that feeds one output) is cut into vectors, and consecutive rows share their blocks.
+    For a vector with gradient :math:`g`, at step :math:`t`, after :math:`k` Fisher updates, with means over the vectors
+    of a block (DESIGN.md, section 2):
 
     .. math::
         m &\leftarrow \mu m + (1-\mu) g, \qquad \hat m = \mu m / (1-\mu^t) + (1-\mu) g \quad\text{(Nesterov)} \\
-        F &\leftarrow \rho F + (1-\rho) g g^\top, \qquad \hat F = F / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
-        s &= \left(\hat F / d + (\delta + \epsilon) I\right)^{-p} \hat m \\
-        u &= s \, \lVert \hat m / (\sqrt{\mathrm{diag} \hat F} + \epsilon) \rVert / \lVert s \rVert \\
+        F &\leftarrow \rho F + (1-\rho)\,\mathrm{mean}(g g^\top), \qquad w \leftarrow \rho w + (1-\rho) g^\top g/r \\
+        \hat F &= F / (1-\rho^k), \qquad \hat w = w / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
+        s &= (\hat F / d + (\delta + \epsilon) I)^{-p} \hat m, \qquad v = \hat w\,\mathrm{diag}(\hat F) / d \\
+        u &= s \, \lVert \hat m / (\sqrt v + \epsilon) \rVert / \lVert s \rVert \\
         \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
@@ -56,9 +59,11 @@ class AdaFisher(Optimizer):
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
         eps: ε, keeps the diagonal's length finite.
-        block_size: largest block b. The state takes about 4·b bytes an element, shared by all ranks. "auto": the
-            largest that memory_budget_gb allows on these ranks, chosen at the first step.
-        block_grid: "rows" cuts each row (all that feeds one output) into equal pieces; "flat" every b elements.
+        block_size: largest vector b. The state takes about 4·b/rows_per_block + 12 bytes an element, shared by all
+            ranks. "auto": the largest that memory_budget_gb allows on these ranks, chosen at the first step.
+        rows_per_block: consecutive rows that share a block of the Fisher, at most. More rows cost less, and tell more
+            of a block in as many steps; fewer follow each row's own curvature.
+        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and nothing is shared.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
         max_blocks: dense blocks a parameter may have; the rest of its elements keep a diagonal Fisher. None: no limit.
@@ -88,13 +93,13 @@ class AdaFisher(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
+        momentum: float = 0.85,
         nesterov: bool = True,
         fisher_decay: float = 0.95,
-        damping: float = 0.1,
+        damping: float = 0.01,
         eps: float = 1e-8,
-        block_size: int | str = 64,
-        rows_per_block: int = 16,
+        block_size: int | str = 128,
+        rows_per_block: int = 64,
         block_grid: str = "rows",
         weight_decay: float = 0.01,
         bias_correction: bool = True,
@@ -121,12 +126,12 @@ class AdaFisher(Optimizer):
 
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
-        """The preset for language models: lr 3e-4, fisher_decay 0.99, block_size 128, weight_decay 0.1."""
+        """The preset for language models: lr 3e-3, weight_decay 0.1."""
         return cls(params, **{**preset("language_models"), **_known(overrides)})
 
     @classmethod
     def for_image_classification(cls, params: ParamsT, **overrides: Any) -> Self:
-        """The preset for image classification: lr 1e-3, fisher_decay 0.95, block_size 64, weight_decay 1e-4."""
+        """The preset for image classification: lr 1e-2, weight_decay 1e-4."""
         return cls(params, **{**preset("image_classification"), **_known(overrides)})
 
     def _reset(self) -> None:

@@ -13,13 +13,13 @@ from adafisher_dist.grid import Grid, make_grid
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
-    "momentum": 0.9,
+    "momentum": 0.85,
     "nesterov": True,
     "fisher_decay": 0.95,
-    "damping": 0.1,
+    "damping": 0.01,
     "eps": 1e-8,
-    "block_size": 64,
-    "rows_per_block": 16,
+    "block_size": 128,
+    "rows_per_block": 64,
     "block_grid": "rows",
     "weight_decay": 0.01,
     "bias_correction": True,
@@ -38,8 +38,8 @@ DEFAULTS: dict[str, Any] = {
 OF_ALL_GROUPS = ("fisher_dtype", "memory_budget_gb")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "language_models": {"lr": 3e-4, "fisher_decay": 0.99, "block_size": 128, "weight_decay": 0.1},
-    "image_classification": {"lr": 1e-3, "fisher_decay": 0.95, "block_size": 64, "weight_decay": 1e-4},
+    "language_models": {"lr": 3e-3, "weight_decay": 0.1},
+    "image_classification": {"lr": 1e-2, "weight_decay": 1e-4},
 }
 
 FISHER_DTYPES: dict[str, torch.dtype] = {

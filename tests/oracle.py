@@ -15,13 +15,13 @@ import numpy as np
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,  # α
-    "momentum": 0.9,  # μ
+    "momentum": 0.85,  # μ
     "nesterov": True,
     "fisher_decay": 0.95,  # ρ
-    "damping": 0.1,  # δ
+    "damping": 0.01,  # δ
     "eps": 1e-8,  # ε
-    "block_size": 64,  # b
-    "rows_per_block": 16,
+    "block_size": 128,  # b
+    "rows_per_block": 64,
     "block_grid": "rows",
     "weight_decay": 0.01,  # λ
     "bias_correction": True,

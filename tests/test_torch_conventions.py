@@ -45,7 +45,7 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
-        *(1e-3, 0.9, True, 0.95, 0.1, 1e-8, 64, 16, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
+        *(1e-3, 0.85, True, 0.95, 0.01, 1e-8, 128, 64, "rows", 0.01, True, None, 1, 1, 1.0, "rms", torch.float32),
         *(False, "auto", None, None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
@@ -232,10 +232,10 @@ def test_reset_state() -> None:
 
 def test_presets() -> None:
     language = AdaFisher.for_language_models(model().parameters(), damping=0.2).param_groups[0]
-    assert (language["lr"], language["fisher_decay"], language["block_size"]) == (3e-4, 0.99, 128)
+    assert (language["lr"], language["fisher_decay"], language["block_size"]) == (3e-3, 0.95, 128)
     assert (language["weight_decay"], language["damping"]) == (0.1, 0.2)
     image = AdaFisher.for_image_classification(model().parameters(), lr=0.5).param_groups[0]
-    assert (image["lr"], image["fisher_decay"], image["block_size"], image["weight_decay"]) == (0.5, 0.95, 64, 1e-4)
+    assert (image["lr"], image["fisher_decay"], image["block_size"], image["weight_decay"]) == (0.5, 0.95, 128, 1e-4)
     with pytest.raises(TypeError, match="Did you mean 'damping'"):
         AdaFisher.for_language_models(model().parameters(), dampening=1)
 

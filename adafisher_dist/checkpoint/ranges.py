@@ -189,6 +189,7 @@ def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> Pi
     slab, before = divmod(strip.block, grid.pieces)  # blocks before it in its slab: all of the size `cut`
     symmetric = field == "fisher" and rows.dim() == 3
     shape: tuple[int, ...] = (rows[0].numel(),)
+    strides: tuple[int, ...]
     if field == "momentum":
         shape, strides, offset = (depth, size), (size, strip.row, 1), before * grid.cut
     elif field == "fisher" and strip.dense:
