@@ -1,6 +1,7 @@
 """A step of dense blocks as one Triton kernel (`fused_kernel`), where `fisher` and torch would pass over F five times.
 
-For p = 1, roots made at every step, a float32 or bfloat16 Fisher, and blocks of up to 128; the rest is torch's.
+For p = 1, roots made at every step, a float32 or bfloat16 Fisher, and blocks of up to 128 that up to 64 rows share; the
+rest is torch's.
 This module can be imported without Triton, which is imported with the first kernel.
 
 **The ladder** is climbed in the kernel (`fisher.factorize`'s, without float64). A host that looked at flags would have
@@ -25,7 +26,7 @@ from adafisher_dist.settings import Structure
 if TYPE_CHECKING:
     from adafisher_dist.batch import Batch
 
-LARGEST_BLOCK = 128
+LARGEST_BLOCK, LARGEST_DEPTH = 128, 64
 
 
 def misfit(structure: Structure) -> str | None:
@@ -35,10 +36,10 @@ def misfit(structure: Structure) -> str | None:
             f"block_size is {structure.block_size}, and the kernel holds a block in registers, which hold up to"
             f" {LARGEST_BLOCK}. Use block_size={LARGEST_BLOCK}"
         )
-    if structure.rows_per_block > 1:
+    if structure.rows_per_block > LARGEST_DEPTH:
         return (
-            f"rows_per_block is {structure.rows_per_block}, and the kernel solves for one row a block. Use"
-            " rows_per_block=1"
+            f"rows_per_block is {structure.rows_per_block}, and the kernel holds a block's rows in registers, which"
+            f" hold up to {LARGEST_DEPTH}. Use rows_per_block={LARGEST_DEPTH}"
         )
     if structure.exponent != 1.0:
         return f"exponent is {structure.exponent}, and the kernel solves by elimination. Use exponent=1.0"
@@ -81,28 +82,44 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-def constants(size: int) -> dict[str, int]:
-    """How blocks of this size are worked on; chosen by what ptxas makes of them for sm_90, as `fused_kernel` tells."""
-    width = 1 << (size - 1).bit_length()
+def constants(size: int, depth: int) -> dict[str, int]:
+    """How blocks of this kind are worked on; chosen by what ptxas makes of them for sm_90, as `fused_kernel` tells."""
+    width = _padded(size)
     return {
         "SIZE": size,
         "WIDTH": width,
-        # Where blocks are small, some of them a thread, to have work between the steps of a chain.
-        "NUMBER": max(1, min(1024 // width**2, 128 // width)),
+        "DEPTH": depth,
+        "DEEP": _padded(depth),
+        # Where blocks are small, some of them a thread, to have work between the steps of a chain; or, where vectors
+        # are that work, as many as fill a warp.
+        "NUMBER": max(1, min(1024 // width**2, 128 // width) if depth == 1 else 32 // width),
         "PANEL": 8 if width >= 64 else 4,
     }
 
 
-def options(size: int) -> dict[str, Any]:
+def options(size: int, depth: int) -> dict[str, Any]:
     """What the compiler is told."""
-    limits = ((16, 96), (32, 128), (48, 168), (64, 200), (128, 255))
-    return {
-        "num_warps": 4 if size > 64 else 1,
+    known = constants(size, depth)
+    num_warps = 4 if size > 64 else 2 if size > 32 and depth > 16 else 1
+    if depth == 1 or size > 64:
+        limits = ((16, 96), (32, 128), (48, 168), (64, 200), (128, 255))
         # 21, 16, 12, 10 or 8 warps an SM, which hide each other's latencies. As few registers as cost hardly a spill
         # (at most some 50 instructions of thousands; packed, whose addresses need registers, some 300).
-        "maxnreg": next(registers for largest, registers in limits if size <= largest),
+        maxnreg = next(registers for largest, registers in limits if size <= largest)
+    else:
+        # By the same measure: a thread's part of A, of the right-hand sides and of m̂, and 64.
+        numel = known["NUMBER"] * known["WIDTH"] * (size + 2 * known["DEEP"])
+        maxnreg = min(255, 64 + numel // (32 * num_warps))
+    return {
+        "num_warps": num_warps,
+        "maxnreg": maxnreg,
         "enable_fp_fusion": False,  # the same bits as elsewhere; fused where the kernel says so
     }
+
+
+def _padded(length: int) -> int:
+    """The next power of two."""
+    return 1 << (length - 1).bit_length()
 
 
 def compute(
@@ -122,13 +139,14 @@ def compute(
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
     unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
     damping = settings["damping"] + eps
-    known = constants(batch.size)
+    known = constants(batch.size, batch.kind.depth)
     # Triton starts on the current device. (On a CPU this does nothing.)
     with torch.cuda.device_of(batch.fisher):  # type: ignore[no-untyped-call]
         step_kernel[(-(-(stop - start) // known["NUMBER"]),)](
             batch.fisher,
             batch.momentum_NDB,
             batch.gradient_NDB,
+            batch.momentum_NDB if batch.square_ND is None else batch.square_ND,  # not read of blocks of one vector
             batch.rungs_N3 if batch.seeding_N is None else batch.seeding_N,  # not read in float32
             batch.rungs_N3,
             batch.rungs_N3 if go is None else go,  # not read without a gate
@@ -136,7 +154,8 @@ def compute(
             stop,
             updates * 0x5851F42 % (1 << 31),  # as fisher.seeds
             decay,
-            (1 - decay) ** 0.5,
+            ((1 - decay) / batch.kind.depth) ** 0.5,
+            1 - decay,
             1 - mu,
             mu * unbias_m if settings["nesterov"] else unbias_m,
             1 - mu if settings["nesterov"] else 0.0,
@@ -150,5 +169,5 @@ def compute(
             PACKED=batch.structure.packed,
             BY_DIAGONAL=settings["grafting"] == "rms",
             **known,
-            **options(batch.size),
+            **options(batch.size, batch.kind.depth),
         )
