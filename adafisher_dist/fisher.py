@@ -18,6 +18,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 RUNGS = ("more damping", "float64", "diagonal")
 
+# How many times as long as the diagonal's an update may be, to make as much progress along the gradient.
+LARGEST_STRETCH = 4.0
+
 
 class Factor(NamedTuple):
     """What preconditions a stack of blocks: made once by `factorize`, applied often by `solve`.
@@ -219,7 +222,8 @@ def graft(
         moment_NDB: by `second_moment`.
         eps: ε of the diagonal's update, from which "rms" takes the length.
         exponent: p.
-        grafting: "rms": direction from F, the length of each vector from the diagonal; "none": d^(−p) A^(−p) m̂.
+        grafting: "rms": direction from F, the length of each vector from the diagonal's update; "none":
+            d^(−p) A^(−p) m̂.
 
     Returns:
         u_NDB. A vector whose second moment is zero gets zeros; one whose direction is not representable (an underflow,
@@ -231,7 +235,13 @@ def graft(
     usable_ND = (norm_ND > 0) & (norm_ND < torch.inf)
     if grafting == "rms":
         seen_ND = moment_NDB.sum(dim=2) > 0
-        scale_ND = torch.linalg.vector_norm(by_diagonal_NDB, dim=2) / norm_ND
+        length_ND = torch.linalg.vector_norm(by_diagonal_NDB, dim=2)
+        # Without units, so that no product leaves the dtype's range before its norm does.
+        unitless_NDB = momentum_NDB * _unit(d_N)[:, None, None]
+        progress_ND = (unitless_NDB * s_NDB).sum(dim=2) / norm_ND
+        wanted_ND = (unitless_NDB * by_diagonal_NDB).sum(dim=2) / length_ND
+        stretch_ND = (wanted_ND / progress_ND).clamp_(1.0, LARGEST_STRETCH).nan_to_num_(1.0)
+        scale_ND = length_ND / norm_ND * stretch_ND
     else:
         seen_ND = (d_N > 0).unsqueeze(1)
         scale_ND = (_unit(d_N) ** (2 * exponent - 1)).unsqueeze(1)  # d^(−p) √d

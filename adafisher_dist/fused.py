@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adafisher_dist import fisher
 from adafisher_dist.settings import Structure
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def compute(
     decay, mu, eps = settings["fisher_decay"], settings["momentum"], settings["eps"]  # ρ, μ, ε
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
     unbias_f = 1 / (1 - decay**updates) if settings["bias_correction"] else 1.0
-    damping = settings["damping"] + eps
+    damping = fisher.damping(settings["damping"], eps, decay, batch.size, batch.structure.fisher_dtype)
     known = constants(batch.size, batch.kind.depth)
     # Triton starts on the current device. (On a CPU this does nothing.)
     with torch.cuda.device_of(batch.fisher):  # type: ignore[no-untyped-call]
@@ -163,6 +164,7 @@ def compute(
             damping,
             max(10 * damping, 1e-2),
             eps,
+            fisher.LARGEST_STRETCH,
             GATED=go is not None,
             UPDATES=(step - 1) % settings["fisher_update_freq"] == 0,  # as batch.updates_fisher
             ROUNDED=batch.seeding_N is not None,

@@ -146,6 +146,7 @@ def step_kernel(
     damping,  # δ + ε
     more_damping,  # of the ladder
     eps,  # ε
+    LARGEST_STRETCH: tl.constexpr,  # fisher.LARGEST_STRETCH
     SIZE: tl.constexpr,  # r
     WIDTH: tl.constexpr,  # the power of two that r is padded to
     DEPTH: tl.constexpr,  # D
@@ -265,7 +266,10 @@ def step_kernel(
     usable_DN1 = (norm_DN1 > 0) & (norm_DN1 < float("inf"))
     if BY_DIAGONAL:
         length_DN1 = tl.sqrt_rn(tl.sum(by_diagonal_DNJ * by_diagonal_DNJ, axis=-1, keep_dims=True))
-        u_DNJ = s_DNJ * tl.div_rn(length_DN1, norm_DN1)
+        progress_DN1 = tl.div_rn(tl.sum(right_DNJ * s_DNJ, axis=-1, keep_dims=True), norm_DN1)
+        wanted_DN1 = tl.div_rn(tl.sum(right_DNJ * by_diagonal_DNJ, axis=-1, keep_dims=True), length_DN1)
+        stretch_DN1 = tl.minimum(tl.maximum(tl.div_rn(wanted_DN1, progress_DN1), 1.0), LARGEST_STRETCH)
+        u_DNJ = s_DNJ * (tl.div_rn(length_DN1, norm_DN1) * stretch_DN1)
     else:
         seen_DN1 = d_N1 > 0
         u_DNJ = s_DNJ * unit_N1

@@ -230,5 +230,7 @@ def dense_direction(
         assert h["grafting"] == "rms", h["grafting"]
         if square[i] > 0 and s.any():
             moment = diagonal * (square[i] / np.mean(diagonal))
-            u[i] = s * np.linalg.norm(m / (np.sqrt(moment) + h["eps"])) / np.linalg.norm(s)
+            by_diagonal = m / (np.sqrt(moment) + h["eps"])
+            length = np.linalg.norm(by_diagonal) / np.linalg.norm(s)
+            u[i] = s * length * np.clip((m @ by_diagonal) / (m @ s * length), 1, 4)
     return u
