@@ -125,7 +125,18 @@ def test_inspect_shows_tables(checkpoint: Path) -> None:
     assert ["=", "again.weight"] in lines
     assert ["frozen", "(frozen)", "5", "bfloat16", "bfloat16", "–", "–", "–"] in lines
     kinds = [line[0] for line in lines if len(line) > 4 and line[-1] in ("bytes", "kB")]
-    assert kinds == ["weight", "weight", "buffer", "buffer", "momentum", "fisher", "factor", "curvature", "random"]
+    assert kinds == [
+        "weight",
+        "weight",
+        "buffer",
+        "buffer",
+        "momentum",
+        "fisher",
+        "square",
+        "factor",
+        "curvature",
+        "random",
+    ]
     file = manifest.files[SHARD]
     assert [SHARD, f"{file.nbytes:,}", f"{file.crc32:08x}"] in lines
 

@@ -155,14 +155,17 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
-        whole = args and isinstance(args[0], Tensor) and args[0].dim() == 3  # stacked blocks
+        stacked = args and isinstance(args[0], Tensor) and args[0].dim() == 3
+        whole = stacked and args[0].shape[1] == args[0].shape[2]  # blocks, not their vectors
         if name.startswith("linalg_cholesky_ex"):
             self.flops += args[0].numel() * args[0].shape[-1] / 3
         elif name == "linalg_solve_triangular":
-            self.flops += args[0].numel() * args[1].shape[-1]
+            self.flops += args[0].numel() * args[1].shape[-1 if (kwargs or {}).get("left", True) else -2]
         elif name == "bmm":
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
-        elif name == "addcmul_":
+        elif name == "baddbmm_":
+            self.flops += args[0].numel() + 2 * args[1].numel() * args[2].shape[-1]
+        elif name == "addcmul_" and whole:
             self.flops += 2 * args[0].numel()
         elif name in ("mul", "mul_") and whole:
             self.flops += args[0].numel()
@@ -171,9 +174,10 @@ class Count(TorchDispatchMode):
 
 @pytest.mark.parametrize("freq", [1, 4])
 @pytest.mark.parametrize("size", [16, 64])
-def test_arithmetic(size: int, freq: int) -> None:
+@pytest.mark.parametrize("rows", [1, 12])
+def test_arithmetic(rows: int, size: int, freq: int) -> None:
     layer = nn.Linear(256, 128, bias=False)
-    settings = {"block_size": size, "inverse_update_freq": freq}
+    settings = {"block_size": size, "rows_per_block": rows, "inverse_update_freq": freq}
     optimizer = AdaFisher(layer.parameters(), **settings)
     layer(torch.randn(8, 256)).pow(2).mean().backward()
     for _ in range(40 if freq > 1 else 1):  # until the Fisher is full
@@ -195,7 +199,7 @@ def test_a_transformer_that_is_made_up(parameters: int) -> None:
 
 
 def automatic(rank: int, world: int, stage: int, budget: float):
-    params = {"lr": 1e-2, "block_size": "auto", "memory_budget_gb": budget}
+    params = {"lr": 1e-2, "block_size": "auto", "rows_per_block": 1, "memory_budget_gb": budget}
     engine = engine_of(config(stage, world, params), groups=True)
     train(engine, 0, 2, rank, world)
     optimizer = engine.basic_optimizer
@@ -229,14 +233,14 @@ def step(module: Odd, optimizer: AdaFisher, number: int) -> None:
 def test_auto_is_the_largest_that_fits() -> None:
     for budget in (12e-6, 20e-6, 1.0):
         module = model()
-        optimizer = AdaFisher(module.parameters(), block_size="auto", memory_budget_gb=budget)
+        optimizer = AdaFisher(module.parameters(), block_size="auto", rows_per_block=1, memory_budget_gb=budget)
         assert optimizer.param_groups[0]["block_size"] == "auto"
         step(module, optimizer, 0)
         chosen = optimizer.param_groups[0]["block_size"]
         assert optimizer.memory_usage()["rank"]["total"] <= budget * 1e9
         larger = [size for size in AUTO_BLOCK_SIZES if size > chosen]
         if larger:
-            kind = kind_of({"block_size": larger[-1]})
+            kind = kind_of({"block_size": larger[-1], "rows_per_block": 1})
             assert estimate.estimate(SHAPES, "ddp", 1, kind).memory["total"] > budget * 1e9
         else:
             assert chosen == 128
@@ -253,7 +257,7 @@ def test_a_budget_that_nothing_fits() -> None:
     ("settings", "words"),
     [
         ({"block_size": "auto"}, "needs memory_budget_gb"),
-        ({"memory_budget_gb": 1.0}, 'is for block_size="auto", and block_size is 64'),
+        ({"memory_budget_gb": 1.0}, 'is for block_size="auto", and block_size is 128'),
         ({"block_size": "auto", "memory_budget_gb": -1.0}, "memory_budget_gb should be at least 0"),
         ({"block_size": "large"}, "block_size should be an integer, got 'large'"),
     ],

@@ -514,7 +514,7 @@ from adafisher_dist.fused_kernel import step_kernel
 
 size, depth, dtype, packed, gated = *map(int, sys.argv[1:3]), sys.argv[3], sys.argv[4] == "True", sys.argv[5] == "True"
 constants = fused.constants(size, depth) | dict(
-    GATED=gated, UPDATES=True, ROUNDED=dtype == "bf16", PACKED=packed, BY_DIAGONAL=True
+    GATED=gated, UPDATES=True, ROUNDED=dtype == "bf16", PACKED=packed, BY_DIAGONAL=True, LARGEST_STRETCH=4.0
 )
 types = dict(fisher_ptr="*" + dtype, momentum_ptr="*fp32", gradient_ptr="*fp32", square_ptr="*fp32", number_ptr="*i32",
              rungs_ptr="*i32", go_ptr="*i32", start="i32", stop="i32", offset="i32")

@@ -269,7 +269,12 @@ def test_every_combination(setting: Settings) -> None:
 )
 def test_packed(setting: Settings, dtype: torch.dtype) -> None:
     shapes = [*FEW, *SMALL, (65,)]
-    own = {"dtype": dtype, "fisher_dtype": dtype, "tolerance": 2e-4 if dtype == torch.float32 else 1e-10}
+    own = {
+        "dtype": dtype,
+        "fisher_dtype": dtype,
+        "tolerance": 2e-4 if dtype == torch.float32 else 1e-10,
+        "damping": 0.1,
+    }
     compare(values(shapes), gradients(shapes, 16), packed=True, block_size=16, fisher_decay=0.8, **own, **setting)
 
 
@@ -280,13 +285,13 @@ def test_shapes_and_block_sizes(block_size: int, block_grid: str) -> None:
     shapes = [s for s in SHAPES if block_size > 3 or s != (10, 130)]
     if block_size == 2000:
         shapes = [s for s in shapes if np.prod(s) <= 130]
-    compare(values(shapes), gradients(shapes, 6), block_size=block_size, block_grid=block_grid)
+    compare(values(shapes), gradients(shapes, 6), block_size=block_size, block_grid=block_grid, damping=0.1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_shape_alone(shape: tuple[int, ...]) -> None:
     # Alone, so that a parameter without elements or blocks is all that the optimizer has.
-    compare(values([shape]), gradients([shape], 12), grafting="none", max_blocks=5)
+    compare(values([shape]), gradients([shape], 12), grafting="none", max_blocks=5, damping=0.1)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +581,13 @@ def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
     setting = {"lr": 0.1, "momentum": 0.0, "nesterov": False, "bias_correction": False, "weight_decay": 0.0}
     parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     optimizer = AdaFisher(
-        [parameter], grafting="none", block_size=12, rows_per_block=1, fisher_dtype=torch.float64, **setting
+        [parameter],
+        grafting="none",
+        block_size=12,
+        rows_per_block=1,
+        damping=0.1,
+        fisher_dtype=torch.float64,
+        **setting,
     )
     seen: list[np.ndarray] = []
     for (g,) in gradients([shape], 12):
@@ -612,7 +623,13 @@ def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
 def test_float32(scale: float, setting: Settings) -> None:
     shapes = [*FEW, (65,), (4, 130)]
     # Rounding times the condition number: up to block_size/damping = 640; an inverse that is kept has most of it.
-    float32 = {"dtype": torch.float32, "fisher_dtype": torch.float32, "tolerance": 3e-4}
+    float32 = {
+        "dtype": torch.float32,
+        "fisher_dtype": torch.float32,
+        "tolerance": 3e-4,
+        "damping": 0.1,
+        "block_size": 64,
+    }
     start = values(shapes, scale=0.0 if scale < 1e-6 else 1e-2)
     compare(start, gradients(shapes, 12, scale=scale), **float32, **setting)
 
@@ -624,7 +641,7 @@ def test_float32(scale: float, setting: Settings) -> None:
 def test_low_precision_parameters_are_rounded_once(dtype: torch.dtype, setting: Settings) -> None:
     shapes = [*FEW, (65,)]
     parameters = [nn.Parameter(to_torch(v, dtype)) for v in values(shapes)]
-    hyper = {"lr": 0.05, "block_size": 16, **setting}
+    hyper = {"lr": 0.05, "block_size": 16, "damping": 0.1, **setting}
     optimizer = AdaFisher(parameters, **hyper)
     oracle = Oracle([to_numpy(p) for p in parameters], arithmetic=np.float32, **hyper)
     for step, row in enumerate(gradients(shapes, 12)):

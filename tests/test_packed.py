@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adafisher_dist import AdaFisher, fisher
 from adafisher_dist import batch as stacked
 from adafisher_dist.batch import Batch
+from adafisher_dist.grid import Kind
 from adafisher_dist.settings import DEFAULTS, Structure
 
 SIZES = (1, 2, 7, 16, 33, 64, 101)
@@ -39,9 +40,10 @@ def test_the_fisher_is_symmetric_to_the_last_bit(size: int, dtype: torch.dtype) 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fisher_NBB = torch.zeros(4, size, size, dtype=dtype)
     for update in range(1, 6):
-        gradient_NB = torch.tensor(rng.standard_normal((4, size)) * np.exp(3 * rng.standard_normal(size)), dtype=wide)
+        values = rng.standard_normal((4, 1, size)) * np.exp(3 * rng.standard_normal(size))
+        gradient_NDB = torch.tensor(values, dtype=wide)
         seeds = fisher.seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
-        fisher.update(fisher_NBB, gradient_NB, 0.95, seeds)
+        fisher.update(fisher_NBB, gradient_NDB, 0.95, seeds)
         assert torch.equal(fisher_NBB, fisher_NBB.mT)
 
 
@@ -87,19 +89,19 @@ def test_with_other_settings(setting: dict[str, Any]) -> None:
 
 def test_the_ladder() -> None:
     def run(packed: bool) -> Batch:
-        structure = Structure(7, "rows", None, torch.float32, 1.0, False, packed)
-        batch = stacked.allocate(0, 7, True, structure, np.arange(5), 5, torch.device("cpu"))
+        structure = Structure(7, 1, "rows", None, torch.float32, 1.0, False, packed)
+        batch = stacked.allocate(0, Kind(7, 1, True), structure, np.arange(5), 5, torch.device("cpu"))
         whole_NBB = torch.eye(7).repeat(5, 1, 1)
         whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05
         whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
         batch.fisher.copy_(fisher.pack(whole_NBB) if packed else whole_NBB)
-        batch.gradient_NB.copy_(torch.arange(35).view(5, 7))
+        batch.gradient_NDB.copy_(torch.arange(35).view(5, 1, 7))
         stacked.compute(batch, 0, 5, 2, 1, {**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
         return batch
 
     dense, packed = run(False), run(True)
     assert dense.counted() == packed.counted() == {1: [1, 0, 0], 3: [0, 0, 1]}
-    assert torch.equal(dense.gradient_NB, packed.gradient_NB)
+    assert torch.equal(dense.gradient_NDB, packed.gradient_NDB)
 
 
 def test_memory() -> None:
@@ -107,7 +109,8 @@ def test_memory() -> None:
     usages = []
     for packed in (False, True):
         parameter = nn.Parameter(torch.ones(4, 10))
-        optimizer = AdaFisher([parameter], block_size=10, packed=packed, inverse_update_freq=2, max_blocks=3)
+        settings = {"block_size": 10, "rows_per_block": 1, "inverse_update_freq": 2, "max_blocks": 3}
+        optimizer = AdaFisher([parameter], packed=packed, **settings)
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         usages.append(optimizer.memory_usage()["rank"])

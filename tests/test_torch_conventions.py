@@ -349,7 +349,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 def test_repr_and_add_param_group() -> None:
     module = model()
     optimizer = AdaFisher(module.mix.parameters(), lr=1e-2)
-    assert "block_size: 64" in repr(optimizer)
+    assert "block_size: 128" in repr(optimizer)
     steps(module, optimizer, 0, 2)
     optimizer.add_param_group({"params": list(module.out.parameters()), "damping": 0.5})
     steps(module, optimizer, 2, 4)
