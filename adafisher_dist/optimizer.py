@@ -40,7 +40,8 @@ class AdaFisher(Optimizer):
         F &\leftarrow \rho F + (1-\rho)\,\mathrm{mean}(g g^\top), \qquad w \leftarrow \rho w + (1-\rho) g^\top g/r \\
         \hat F &= F / (1-\rho^k), \qquad \hat w = w / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
         s &= (\hat F / d + (\delta + \epsilon) I)^{-p} \hat m, \qquad v = \hat w\,\mathrm{diag}(\hat F) / d \\
-        u &= s \, \lVert \hat m / (\sqrt v + \epsilon) \rVert / \lVert s \rVert \\
+        a &= \hat m / (\sqrt v + \epsilon), \qquad \kappa = \min(4, \max(1, \cos(\hat m, a) / \cos(\hat m, s))) \\
+        u &= \kappa \, s \, \lVert a \rVert / \lVert s \rVert \\
         \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
@@ -70,7 +71,8 @@ class AdaFisher(Optimizer):
         fisher_update_freq: steps between updates of F.
         inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
         exponent: p, 1.0 (natural gradient) or 0.5.
-        grafting: "rms": the update's length is that of the diagonal method; "none": plain F^(−p) m̂.
+        grafting: "rms": the update's length is that of the diagonal method, Adam's, or up to four times that, where the
+            direction needs it to make as much first-order progress; "none": plain F^(−p) m̂.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64).
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
@@ -131,7 +133,7 @@ class AdaFisher(Optimizer):
 
     @classmethod
     def for_image_classification(cls, params: ParamsT, **overrides: Any) -> Self:
-        """The preset for image classification: lr 1e-2, weight_decay 1e-4."""
+        """The preset for image classification: lr 3e-3, weight_decay 1e-4."""
         return cls(params, **{**preset("image_classification"), **_known(overrides)})
 
     def _reset(self) -> None:

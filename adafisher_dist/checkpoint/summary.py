@@ -258,6 +258,6 @@ def _kinds(manifest: Manifest) -> tuple[KindFacts, ...]:
         kind = key.partition("/")[0]
         sums = kinds.setdefault((kind, short(tensor.dtype)), [0, 0, 0])
         sums[:] = sums[0] + 1, sums[1] + tensor.numel, sums[2] + tensor.nbytes
-    order = ["weight", "buffer", "momentum", "fisher", "factor", "curvature", "random", "value"]
+    order = ["weight", "buffer", "momentum", "fisher", "square", "factor", "curvature", "random", "value"]
     ranked = sorted(kinds.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order))
     return tuple(KindFacts(kind, dtype, *sums) for (kind, dtype), sums in ranked)
