@@ -1,8 +1,7 @@
 """A step of dense blocks as one Triton kernel (`fused_kernel`), where `fisher` and torch would pass over F five times.
 
 For p = 1, roots made at every step, a float32 or bfloat16 Fisher, and blocks of up to 128 that up to 64 rows share; the
-rest is torch's.
-This module can be imported without Triton, which is imported with the first kernel.
+rest is torch's. This module can be imported without Triton, which is imported with the first kernel.
 
 **The ladder** is climbed in the kernel (`fisher.factorize`'s, without float64). A host that looked at flags would have
 to wait for the device at each step; one that looked a step later would take the update of a failed block from a rule

@@ -81,7 +81,8 @@ def _row(a_INJ, i_I11, k, FIRST: tl.constexpr, STOP: tl.constexpr):
 @triton.jit
 def _element(x_DNJ, k):
     """Element k of each vector, (D, N, 1)."""
-    return tl.gather(x_DNJ, tl.zeros(x_DNJ.shape[:-1] + (1,), tl.int32) + k, axis=-1)  # noqa: RUF005 (Triton knows no star)
+    first_DN1 = tl.zeros(x_DNJ.shape[:-1] + (1,), tl.int32)  # noqa: RUF005 (Triton cannot unpack)
+    return tl.gather(x_DNJ, first_DN1 + k, axis=-1)
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def step_kernel(
     PACKED: tl.constexpr,  # F is stored as lower triangles
     BY_DIAGONAL: tl.constexpr,  # grafting="rms"
 ):
-    """One step of the rows [start, stop): F, m and g are read once; F, m and u written once.
+    """One step of the rows [start, stop): F, m, w and g are read once; F, m, w and u written once.
 
     A packed block is read as a whole one: element (i, j) of the tile from where (max, min) is stored. The half above
     the diagonal is not coalesced then, but comes from the cache, and the tile has its layout without a transposition.

@@ -4,6 +4,7 @@
 
 Forward and backward of the whole model (bfloat16 autocast, 16 sequences of 1,024), and the optimizer's step on an
 eighth of its parameters, whole layers of it: what a rank of eight owns. What travels between ranks is not in it.
+Blocks of one row and blocks that 16 rows share: b=64×16 are those of block_size=64, rows_per_block=16.
 Without a CUDA device --quick runs a tiny model on the CPU, which says whether the script works and nothing else.
 """
 
@@ -29,9 +30,10 @@ LARGE = {"width": 1024, "layers": 28, "heads": 16, "seq_len": 1024, "batch": 16}
 TINY = {"width": 64, "layers": 8, "heads": 4, "seq_len": 32, "batch": 2}
 ROUNDS, WARM_UP = 20, 5
 CASES: dict[str, dict[str, Any]] = {
-    f"b={size}{', bf16' if dtype == torch.bfloat16 else ''}{', packed' if packed else ''}": {
-        "block_size": size, "fisher_dtype": dtype, "packed": packed,
+    f"b={size}×{rows}{', bf16' if dtype == torch.bfloat16 else ''}{', packed' if packed else ''}": {
+        "block_size": size, "rows_per_block": rows, "fisher_dtype": dtype, "packed": packed,
     }
+    for rows in (1, 16)
     for size in (32, 64, 128)
     for dtype in (torch.float32, torch.bfloat16)
     for packed in (False, True)
@@ -96,7 +98,7 @@ def report(whole: float, steps: dict[str, float], parameters: int, own: int, on_
         absolute = [f"{1e3 * step:.2f}"] if on_gpu else []
         table.add_row(name, f"{100 * shares[name]:.1f} %", f"{step / whole:.3f}", *absolute)
     common.show(table)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 9), layout="constrained")
     axes.barh(list(shares), [100 * share for share in shares.values()])
     axes.axvline(10, color="black", linestyle="--", label="target")
     axes.invert_yaxis()

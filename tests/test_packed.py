@@ -35,7 +35,7 @@ def test_row_major_lower_triangles(size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_fisher_is_symmetric_to_the_last_bit(size: int, dtype: torch.dtype) -> None:
+def test_the_fisher_of_one_vector_is_symmetric_to_the_last_bit(size: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(size)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fisher_NBB = torch.zeros(4, size, size, dtype=dtype)
@@ -48,7 +48,7 @@ def test_the_fisher_is_symmetric_to_the_last_bit(size: int, dtype: torch.dtype) 
 
 
 def trained(size: int, steps: int, packed: bool, **settings: Any) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Parameters whose blocks have the size, size − 1 and what is left over, and their state."""
+    """Parameters whose rows are one block or two, a vector and a number, and their state."""
     rng = np.random.default_rng(size)
     shapes = [(3, size), (2, 2 * size - 1), (size,), ()]
     parameters = [nn.Parameter(torch.tensor(rng.standard_normal(shape), dtype=torch.float32)) for shape in shapes]
@@ -65,11 +65,12 @@ def trained(size: int, steps: int, packed: bool, **settings: Any) -> tuple[list[
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("inverse_update_freq", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "rows"), [*((size, 1) for size in SIZES), (1, 2), (7, 2), (16, 16), (64, 16)])
 def test_packed_training_is_dense_training(
-    size: int, dtype: torch.dtype, inverse_update_freq: int, exponent: float
+    size: int, rows: int, dtype: torch.dtype, inverse_update_freq: int, exponent: float
 ) -> None:
     settings = {"fisher_dtype": dtype, "inverse_update_freq": inverse_update_freq, "exponent": exponent, "damping": 0.3}
+    settings["rows_per_block"] = rows
     steps = 4 if size > 64 else 8
     dense, dense_states = trained(size, steps, False, fisher_decay=0.6, **settings)
     packed, packed_states = trained(size, steps, True, fisher_decay=0.6, **settings)
@@ -81,21 +82,25 @@ def test_packed_training_is_dense_training(
             assert torch.equal(fisher.pack(value) if whole else value, b[key]), key
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("setting", [{"fisher_update_freq": 2, "grafting": "none"}, {"max_blocks": 2}], ids=str)
-def test_with_other_settings(setting: dict[str, Any]) -> None:
-    for a, b in zip(trained(7, 6, False, **setting)[0], trained(7, 6, True, **setting)[0], strict=True):
-        assert torch.equal(a, b)
+def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
+    dense, packed = (trained(7, 6, packed, rows_per_block=rows, **setting)[0] for packed in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(dense, packed, strict=True))
 
 
-def test_the_ladder() -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_ladder(depth: int) -> None:
     def run(packed: bool) -> Batch:
-        structure = Structure(7, 1, "rows", None, torch.float32, 1.0, False, packed)
-        batch = stacked.allocate(0, Kind(7, 1, True), structure, np.arange(5), 5, torch.device("cpu"))
+        structure = Structure(7, depth, "rows", None, torch.float32, 1.0, False, packed)
+        batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), 5, torch.device("cpu"))
+        if batch.square_ND is not None:
+            batch.square_ND.fill_(1.0)
         whole_NBB = torch.eye(7).repeat(5, 1, 1)
         whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05
         whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
         batch.fisher.copy_(fisher.pack(whole_NBB) if packed else whole_NBB)
-        batch.gradient_NDB.copy_(torch.arange(35).view(5, 1, 7))
+        batch.gradient_NDB.copy_(torch.arange(35 * depth).view(5, depth, 7))
         stacked.compute(batch, 0, 5, 2, 1, {**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
         return batch
 
@@ -104,20 +109,20 @@ def test_the_ladder() -> None:
     assert torch.equal(dense.gradient_NDB, packed.gradient_NDB)
 
 
-def test_memory() -> None:
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 3), (2, 2)])
+def test_memory(rows: int, blocks: int) -> None:
     """Half of F, and the factors and the rest as they were."""
     usages = []
     for packed in (False, True):
         parameter = nn.Parameter(torch.ones(4, 10))
-        settings = {"block_size": 10, "rows_per_block": 1, "inverse_update_freq": 2, "max_blocks": 3}
+        settings = {"block_size": 10, "rows_per_block": rows, "inverse_update_freq": 2, "max_blocks": 3}
         optimizer = AdaFisher([parameter], packed=packed, **settings)
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         usages.append(optimizer.memory_usage()["rank"])
-        assert usages[-1]["fisher"] == sum(
-            value.numel() * 4
-            for key, value in optimizer.state[parameter].items()
-            if key.startswith("fisher_") and key != "fisher_updates"
-        )
-    assert usages[0]["fisher"] == 4 * (3 * 100 + 10) and usages[1]["fisher"] == 4 * (3 * 55 + 10)
+        state = optimizer.state[parameter]
+        held = [state[key] for key in state if key.startswith(("fisher_1", "fisher_d", "square_"))]
+        assert usages[-1]["fisher"] == sum(value.nbytes for value in held)
+    more = 40 if rows == 1 else 4 * 4  # a row past max_blocks; the squares of rows
+    assert usages[0]["fisher"] == 4 * blocks * 100 + more and usages[1]["fisher"] == 4 * blocks * 55 + more
     assert all(usages[0][kind] == usages[1][kind] for kind in ("momentum", "factors", "buffers"))

@@ -38,18 +38,22 @@ def state_of(optimizer: AdaFisher) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("bad", "max_blocks", "fisher_dtype"),
+    ("bad", "rows_per_block", "max_blocks", "fisher_dtype"),
     [
-        (float("nan"), None, torch.float32),
-        (float("inf"), 3, torch.float32),
-        (3e19, None, torch.float32),
-        (float("nan"), 3, torch.bfloat16),
+        (float("nan"), 16, None, torch.float32),
+        (float("nan"), 1, None, torch.float32),
+        (float("inf"), 2, 3, torch.float32),
+        (3e19, 16, None, torch.float32),
+        (float("nan"), 16, 3, torch.bfloat16),
     ],
 )
-def test_a_bad_gradient_leaves_no_trace(bad: float, max_blocks: int | None, fisher_dtype: torch.dtype) -> None:
+def test_a_bad_gradient_leaves_no_trace(
+    bad: float, rows_per_block: int, max_blocks: int | None, fisher_dtype: torch.dtype
+) -> None:
     """Weights, state and counters are those of a twin that never saw it, whenever the host comes to know."""
     module, twin = model(), model()
-    more = {**SETTINGS, "max_blocks": max_blocks, "fisher_dtype": fisher_dtype, "fisher_update_freq": 2}
+    more = {**SETTINGS, "rows_per_block": rows_per_block, "max_blocks": max_blocks, "fisher_dtype": fisher_dtype}
+    more["fisher_update_freq"] = 2
     optimizer = AdaFisher(param_groups(module), **more)
     other = AdaFisher(param_groups(twin), **more)
     for step, poison in enumerate([None, bad, None, None, bad, bad, None]):
