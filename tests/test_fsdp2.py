@@ -165,16 +165,16 @@ def test_settings(settings: dict[str, Any]) -> None:
 
 
 def rows_stay(rank: int, world: int) -> list[bool]:
-    """Shards of whole rows that are longer than a block: nothing travels."""
-    module = nn.Sequential(nn.Linear(20, 7, bias=False), nn.Linear(7, 3, bias=False))
+    """Shards of whole slabs, here of three rows and a last one of one: nothing travels."""
+    module = nn.Sequential(nn.Linear(20, 7, bias=False), nn.Linear(7, 9, bias=False))
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
-    optimizer = AdaFisher(module.parameters(), block_size=7)
+    optimizer = AdaFisher(module.parameters(), block_size=7, rows_per_block=3)
     module(torch.ones(2, 20)).square().sum().backward()
     optimizer.step()
     return [way.crossing for way in optimizer._roster.engine._transfers]
 
 
-def test_shards_of_whole_rows_cut_no_block() -> None:
+def test_shards_of_whole_slabs_cut_none() -> None:
     assert run_ranks(rows_stay, 3) == [[False]] * 3
     assert all(travels for *_, travels in follow(3))  # the small parameters of the test model do
 
