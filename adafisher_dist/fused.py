@@ -36,7 +36,7 @@ def misfit(structure: Structure) -> str | None:
             f"block_size is {structure.block_size}, and the kernel holds a block in registers, which hold up to"
             f" {LARGEST_BLOCK}. Use block_size={LARGEST_BLOCK}"
         )
-    if structure.rows_per_block > LARGEST_DEPTH:
+    if structure.block_grid == "rows" and structure.rows_per_block > LARGEST_DEPTH:
         return (
             f"rows_per_block is {structure.rows_per_block}, and the kernel holds a block's rows in registers, which"
             f" hold up to {LARGEST_DEPTH}. Use rows_per_block={LARGEST_DEPTH}"

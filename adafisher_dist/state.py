@@ -108,6 +108,11 @@ def check_format(saved: Mapping[str, Any]) -> None:
             f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {FORMAT};"
             " update adafisher_dist."
         )
+    if meta.get("format", FORMAT) < FORMAT:
+        raise ValueError(
+            f"This state dict has format {meta['format']}, whose rows share no blocks, and this version of adafisher_dist"
+            f" reads {FORMAT}. Load it with the version that saved it, an older one."
+        )
     if meta.get("part") == "beside":
         raise ValueError(
             "This state dict of DeepSpeed's has no optimizer state: that is in the folder adafisher_dist beside its"
