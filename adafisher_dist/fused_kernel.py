@@ -19,7 +19,8 @@ program has several warps, each solves for vectors of its own.) Where D is 1, ti
 What Triton 3.9 makes of it for sm_90, counted in its code and by executing its PTX in an emulator; never measured on a
 GPU. Warp instructions a block, beside what an H100's SM can issue while the block's bytes (F, m, g in; F, m, u out)
 pass at 3 TB/s. The ladder is not counted, nor are the gate (a load and a branch) and packed blocks, which were added
-later and make the code up to 8 % longer, nor the stretch of an update (three sums a vector). Triton 3.3 to 3.6 make slower code for sizes up to 16.
+later and make the code up to 8 % longer, nor the stretch of
+an update (three sums a vector). Triton 3.3 to 3.6 make slower code for sizes up to 16.
 
     block  registers  warps an SM  instructions (fp32, bf16)  budget (fp32, bf16)  compiled in
         8         96           21         160,     200             200,     120            1 s

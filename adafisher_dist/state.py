@@ -110,7 +110,7 @@ def check_format(saved: Mapping[str, Any]) -> None:
         )
     if meta.get("format", FORMAT) < FORMAT:
         raise ValueError(
-            f"This state dict has format {meta['format']}, whose rows share no blocks, and this version of adafisher_dist"
+            f"This state dict has format {meta['format']}, whose rows share no blocks; this version of adafisher_dist"
             f" reads {FORMAT}. Load it with the version that saved it, an older one."
         )
     if meta.get("part") == "beside":
