@@ -35,6 +35,7 @@ class Batch:
         square_ND: ‖g‖² / B of each vector, averaged like F; None where a block has one vector, whose F tells.
         factor_NBB: A^(−p) that is kept between refreshes; None where a factor is made at every step.
         curvature_N: d of the kept roots.
+        length_N: elements of the rows that each dense block lies in, which bound its stretch.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
         rungs: for each block, how often its factorisation needed each rung of the ladder.
@@ -50,6 +51,7 @@ class Batch:
     square_ND: Tensor | None
     factor_NBB: Tensor | None
     curvature_N: Tensor | None
+    length_N: Tensor | None
     number_N: Numbers
     seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
@@ -90,12 +92,17 @@ class Batch:
 
 
 def allocate(
-    group: int, kind: Kind, structure: Structure, number: Numbers, rows: int, device: torch.device, zeroed: bool = True
+    group: int, kind: Kind, structure: Structure, number: Numbers, length: Numbers, device: torch.device,
+    zeroed: bool = True,
 ) -> Batch:  # fmt: skip
-    """A batch of `rows` blocks that have seen no gradient; or, not zeroed, whose whole state will be read."""
+    """A batch of blocks of these numbers, in rows of these lengths, that have seen no gradient.
+
+    Or, not zeroed, whose whole state will be read.
+    """
     new = torch.zeros if zeroed else torch.empty
     wide = structure.compute_dtype
     size, depth, dense = kind
+    rows = len(number)
     keeps = dense and structure.keeps_factors
     rounded = structure.fisher_dtype == torch.bfloat16
     return Batch(
@@ -108,6 +115,7 @@ def allocate(
         square_ND=new(rows, depth, dtype=wide, device=device) if depth > 1 else None,
         factor_NBB=new(rows, size, size, dtype=wide, device=device) if keeps else None,
         curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
+        length_N=torch.from_numpy(length).to(device, wide) if dense else None,
         number_N=number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
     )
@@ -219,8 +227,10 @@ def _compute_rows(batch: Batch, start: int, stop: int, step: int, updates: int, 
     if batch.dense:
         solution = _solve(batch, start, hat_NDB, step, updates, settings)
         moment_NDB = fisher.second_moment(solution.diagonal_NB, _squares(batch, start, stop, step, updates, settings))
+        assert batch.length_N is not None
+        stretch_N = fisher.largest_stretch(batch.length_N[start:stop], float(settings["lr"]))
         grafting, exponent = settings["grafting"], batch.structure.exponent
-        gradient_NDB.copy_(fisher.graft(solution, hat_NDB, moment_NDB, eps, exponent, grafting))
+        gradient_NDB.copy_(fisher.graft(solution, hat_NDB, moment_NDB, stretch_N, eps, exponent, grafting))
     else:
         _update_fisher(batch, batch.fisher[start:stop], start, step, updates, settings)
         moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)

@@ -18,8 +18,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 RUNGS = ("more damping", "float64", "diagonal")
 
-# How many times as long as the diagonal's an update may be, to make as much progress along the gradient.
-LARGEST_STRETCH = 4.0
+# How many times as long as the diagonal's an update may be, to make as much progress along the gradient; and how far a
+# stretched step may take an element, as a part of 1/√L, about the size of a weight of a unit with L inputs.
+LARGEST_STRETCH = 16.0
+TRUST_RADIUS = 1 / 8
 
 
 class Factor(NamedTuple):
@@ -211,8 +213,24 @@ def second_moment(diagonal_NB: Tensor, square_ND: Tensor | None) -> Tensor:
     return (square_ND / d_N1).unsqueeze(2) * diagonal_NB.unsqueeze(1)
 
 
+def reach(lr: float) -> float:
+    """The stretch that takes a step of this learning rate to the trust radius of rows of one element."""
+    return TRUST_RADIUS / lr if lr > 0 else float("inf")
+
+
+def largest_stretch(length_N: Tensor, lr: float) -> Tensor:
+    """The bound of κ for blocks in rows of these lengths L, (N,): 1/(8 η √L), but at least 1 and at most 16."""
+    return (reach(lr) / length_N.sqrt()).clamp_(1.0, LARGEST_STRETCH)
+
+
 def graft(
-    solution: Solution, momentum_NDB: Tensor, moment_NDB: Tensor, eps: float, exponent: float, grafting: str
+    solution: Solution,
+    momentum_NDB: Tensor,
+    moment_NDB: Tensor,
+    stretch_N: Tensor,
+    eps: float,
+    exponent: float,
+    grafting: str,
 ) -> Tensor:
     """The update u_NDB of a stack of blocks.
 
@@ -220,6 +238,7 @@ def graft(
         solution: by `solve`; changed.
         momentum_NDB: m̂.
         moment_NDB: by `second_moment`.
+        stretch_N: by `largest_stretch`.
         eps: ε of the diagonal's update, from which "rms" takes the length.
         exponent: p.
         grafting: "rms": direction from F, the length of each vector from the diagonal's update; "none":
@@ -240,7 +259,7 @@ def graft(
         unitless_NDB = momentum_NDB * _unit(d_N)[:, None, None]
         progress_ND = (unitless_NDB * s_NDB).sum(dim=2) / norm_ND
         wanted_ND = (unitless_NDB * by_diagonal_NDB).sum(dim=2) / length_ND
-        stretch_ND = (wanted_ND / progress_ND).clamp_(1.0, LARGEST_STRETCH).nan_to_num_(1.0)
+        stretch_ND = (wanted_ND / progress_ND).clamp_(min=1.0).minimum(stretch_N.unsqueeze(1)).nan_to_num_(1.0)
         scale_ND = length_ND / norm_ND * stretch_ND
     else:
         seen_ND = (d_N > 0).unsqueeze(1)

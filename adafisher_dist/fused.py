@@ -147,6 +147,7 @@ def compute(
             batch.momentum_NDB,
             batch.gradient_NDB,
             batch.momentum_NDB if batch.square_ND is None else batch.square_ND,  # not read of blocks of one vector
+            batch.length_N,
             batch.rungs_N3 if batch.seeding_N is None else batch.seeding_N,  # not read in float32
             batch.rungs_N3,
             batch.rungs_N3 if go is None else go,  # not read without a gate
@@ -163,6 +164,7 @@ def compute(
             damping,
             max(10 * damping, 1e-2),
             eps,
+            fisher.reach(float(settings["lr"])),
             fisher.LARGEST_STRETCH,
             GATED=go is not None,
             UPDATES=(step - 1) % settings["fisher_update_freq"] == 0,  # as batch.updates_fisher

@@ -132,6 +132,7 @@ def step_kernel(
     momentum_ptr,  # m, (rows, DEPTH, SIZE), float32
     gradient_ptr,  # g, and then u, (rows, DEPTH, SIZE), float32
     square_ptr,  # w, (rows, DEPTH), float32; read where DEPTH > 1
+    length_ptr,  # L, (rows,), float32
     number_ptr,  # (rows,) int32, the blocks' numbers; read where ROUNDED
     rungs_ptr,  # (rows, 3) int32, how often a block needed each rung of the ladder
     go_ptr,  # one int32; read where GATED
@@ -148,6 +149,7 @@ def step_kernel(
     damping,  # δ + ε
     more_damping,  # of the ladder
     eps,  # ε
+    reach,  # fisher.reach
     LARGEST_STRETCH: tl.constexpr,  # fisher.LARGEST_STRETCH
     SIZE: tl.constexpr,  # r
     WIDTH: tl.constexpr,  # the power of two that r is padded to
@@ -270,7 +272,9 @@ def step_kernel(
         length_DN1 = tl.sqrt_rn(tl.sum(by_diagonal_DNJ * by_diagonal_DNJ, axis=-1, keep_dims=True))
         progress_DN1 = tl.div_rn(tl.sum(right_DNJ * s_DNJ, axis=-1, keep_dims=True), norm_DN1)
         wanted_DN1 = tl.div_rn(tl.sum(right_DNJ * by_diagonal_DNJ, axis=-1, keep_dims=True), length_DN1)
-        stretch_DN1 = tl.minimum(tl.maximum(tl.div_rn(wanted_DN1, progress_DN1), 1.0), LARGEST_STRETCH)
+        length_N = tl.load(length_ptr + row_N, mask=there_N, other=1.0)
+        most_N = tl.minimum(tl.maximum(tl.div_rn(reach, tl.sqrt_rn(length_N)), 1.0), LARGEST_STRETCH)
+        stretch_DN1 = tl.minimum(tl.maximum(tl.div_rn(wanted_DN1, progress_DN1), 1.0), most_N[:, None])
         u_DNJ = s_DNJ * (tl.div_rn(length_DN1, norm_DN1) * stretch_DN1)
     else:
         seen_DN1 = d_N1 > 0

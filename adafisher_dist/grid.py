@@ -198,9 +198,8 @@ def make_grid(
     max_blocks: int | None = None,
 ) -> Grid:
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
-    numel = prod(shape)
-    rows = shape[0] if len(shape) >= 2 and numel else 1
-    row = numel // rows
+    numel, row = prod(shape), row_length(shape)
+    rows = numel // max(1, row)
     depth = 1
     if block_grid == "flat" or numel == 0:
         row = cut = block_size
@@ -213,6 +212,11 @@ def make_grid(
     slabs = Grid(numel, row, cut, depth, 0).slabs
     dense = slabs if max_blocks is None else min(slabs, max_blocks // -(-row // cut))
     return Grid(numel, row, cut, depth, dense)
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Elements of a parameter for each index of its first dimension: a unit's inputs; of a vector, all of them."""
+    return prod(shape[1:]) if len(shape) >= 2 else prod(shape)
 
 
 def _even(total: int, most: int) -> int:

@@ -74,7 +74,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def make(kind: Kind, dtype: torch.dtype, packed: bool, count: int, device: torch.device) -> Batch:
     """Blocks that have seen many gradients of unit covariance: F is the identity."""
     structure = Structure(kind.size, kind.depth, "rows", None, dtype, 1.0, False, packed)
-    batch = stacked.allocate(0, kind, structure, np.arange(count), count, device)
+    batch = stacked.allocate(0, kind, structure, np.arange(count), np.full(count, kind.size), device)
     identity = torch.eye(kind.size, dtype=dtype, device=device).unsqueeze(0)
     batch.fisher.copy_(fisher.pack(identity) if packed else identity)
     if batch.square_ND is not None:

@@ -86,6 +86,7 @@ class Block:
     where: np.ndarray  # (vectors, r), elements of the flattened parameter
     number: int  # q: its index, plus the position of its parameter
     dense: bool
+    length: int  # L: elements of a row of the parameter
     fisher: np.ndarray
     square: np.ndarray  # of each vector, mean g², averaged as F is
     inverse: np.ndarray | None = None  # A^(−p), as it was at the last refresh
@@ -135,7 +136,8 @@ class Oracle:
                     where = np.array(vectors)
                     r = where.shape[1]
                     fisher = np.zeros((r, r) if dense else where.shape)
-                    blocks.append(Block(where, position + len(blocks), dense, fisher, np.zeros(len(where))))
+                    number, length = position + len(blocks), math.prod(shape[1:] if len(shape) > 1 else shape)
+                    blocks.append(Block(where, number, dense, length, fisher, np.zeros(len(where))))
             self.params.append(np.array(theta, dtype=np.float64))
             self.settings.append(setting)
             self.states.append(State(np.zeros(np.size(theta)), blocks))
@@ -232,5 +234,6 @@ def dense_direction(
             moment = diagonal * (square[i] / np.mean(diagonal))
             by_diagonal = m / (np.sqrt(moment) + h["eps"])
             length = np.linalg.norm(by_diagonal) / np.linalg.norm(s)
-            u[i] = s * length * np.clip((m @ by_diagonal) / (m @ s * length), 1, 4)
+            most = 1 / (8 * h["lr"] * math.sqrt(block.length)) if h["lr"] > 0 else math.inf
+            u[i] = s * length * np.clip((m @ by_diagonal) / (m @ s * length), 1, np.clip(most, 1, 16))
     return u
