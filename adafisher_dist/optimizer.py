@@ -71,9 +71,9 @@ class AdaFisher(Optimizer):
         fisher_update_freq: steps between updates of F.
         inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
         exponent: p, 1.0 (natural gradient) or 0.5.
-        grafting: "rms": the update's length is that of the diagonal method, Adam's, or more where the direction needs it
-            to make as much first-order progress: up to 16 times, and as far as η times it is below 1/(8 √L), of rows of
-            L elements; "none": plain F^(−p) m̂.
+        grafting: "rms": the update's length is that of the diagonal method, Adam's, or more where the direction needs
+            it to make as much first-order progress: at most 16 times, and only while η times that is below 1/(8 √L), L
+            being the length of the parameter's rows; "none": plain F^(−p) m̂.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64).
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it

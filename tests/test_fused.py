@@ -520,7 +520,8 @@ constants = fused.constants(size, depth) | dict(
     GATED=gated, UPDATES=True, ROUNDED=dtype == "bf16", PACKED=packed, BY_DIAGONAL=True, LARGEST_STRETCH=16.0
 )
 types = dict(fisher_ptr="*" + dtype, momentum_ptr="*fp32", gradient_ptr="*fp32", square_ptr="*fp32",
-             length_ptr="*fp32", number_ptr="*i32", rungs_ptr="*i32", go_ptr="*i32", start="i32", stop="i32", offset="i32")
+             length_ptr="*fp32", number_ptr="*i32", rungs_ptr="*i32", go_ptr="*i32", start="i32", stop="i32",
+             offset="i32")
 names = step_kernel.arg_names
 source = ASTSource(
     fn=step_kernel, signature={name: "constexpr" if name in constants else types.get(name, "fp32") for name in names},

@@ -208,6 +208,42 @@ def test_oracle_of_two_rows_that_share_a_block_by_hand() -> None:
     np.testing.assert_allclose(oracle.params[0], -np.array([[3 / 0.82, 0], [0, 4 / 1.38]]) / 6.25, rtol=1e-13)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_how_long_an_update_is(rows: int) -> None:
+    """As long as makes Adam's progress; no longer than 16 times Adam's, and than the trust radius allows."""
+    length = 6
+    g = np.random.default_rng(1).standard_normal((rows, 40, length)) * [1, 1, 1, 1, 5, 25]
+
+    def norms_and_progress(**hyper: Any) -> tuple[np.ndarray, np.ndarray]:
+        parameter = torch.nn.Parameter(torch.zeros(rows, length, dtype=torch.float64))
+        settings = {"momentum": 0.0, "weight_decay": 0.0, "fisher_dtype": torch.float64, "damping": 1e-6, **hyper}
+        optimizer = AdaFisher([parameter], **settings)
+        for step in range(g.shape[1]):
+            before = to_numpy(parameter)
+            parameter.grad = torch.from_numpy(g[:, step])
+            optimizer.step()
+        u = (before - to_numpy(parameter)) / hyper["lr"]
+        return np.linalg.norm(u, axis=1), (u * g[:, -1]).sum(axis=1)
+
+    small, some, large = (norms_and_progress(lr=lr) for lr in (1e-9, 0.03, 1.0))
+    adams = np.array([adams_update(g, row) for row in range(rows)])
+    progress = (adams * g[:, -1]).sum(axis=1)
+    norm = np.linalg.norm(adams, axis=1)
+    stretch = small[0] / norm
+    assert (stretch > 2).any() and (stretch < 16).all()
+    np.testing.assert_allclose(small[1][stretch > 1], progress[stretch > 1], rtol=1e-6)
+    np.testing.assert_allclose(large[0], norm, rtol=1e-6)
+    np.testing.assert_allclose(some[0], norm * np.minimum(stretch, 1 / (8 * 0.03 * length**0.5)), rtol=1e-6)
+
+
+def adams_update(g: np.ndarray, row: int) -> np.ndarray:
+    """Of the last step, without momentum, with Adafactor's second moment; g is (rows, steps, length)."""
+    weight = 0.95 ** np.arange(g.shape[1])[::-1]
+    squares = np.average(g**2, axis=1, weights=weight)  # hats included
+    columns, own = squares.mean(axis=0), squares[row].mean()
+    return g[row, -1] / np.sqrt(columns * own / columns.mean())
+
+
 def adamw_in_numpy(theta: np.ndarray, grads: Sequence[np.ndarray], h: Settings) -> np.ndarray:
     m = v = np.zeros_like(theta)
     for t, g in enumerate(grads, 1):

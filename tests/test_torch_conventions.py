@@ -34,6 +34,17 @@ def steps(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last:
         optimizer.step()
 
 
+def test_a_state_dict_of_an_older_format_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, 2))
+    parameter.grad = torch.ones(3, 2)
+    optimizer = AdaFisher([parameter])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["adafisher_dist"]["format"] = 1
+    with pytest.raises(ValueError, match="format 1, whose rows share no blocks; .* reads 2"):
+        AdaFisher([parameter]).load_state_dict(saved)
+
+
 def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["state"].keys() == b["state"].keys() and all(
         torch.equal(value, b["state"][i][key]) and value.dtype == b["state"][i][key].dtype
