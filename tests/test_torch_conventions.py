@@ -41,7 +41,7 @@ def test_a_state_dict_of_an_older_format_is_refused() -> None:
     optimizer.step()
     saved = optimizer.state_dict()
     saved["adafisher_dist"]["format"] = 1
-    with pytest.raises(ValueError, match="format 1, whose rows share no blocks; .* reads 2"):
+    with pytest.raises(ValueError, match=r"format 1, whose rows share no blocks; .* reads 2"):
         AdaFisher([parameter]).load_state_dict(saved)
 
 
