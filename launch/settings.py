@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEFAULT_LR = {"adafisher": 5e-3, "adamw": 3e-3}
+DEFAULT_LR = {"adafisher": 1e-2, "adamw": 3e-3}
 TYPES = {"adafisher": "AdaFisher", "adamw": "AdamW"}
 
 

@@ -46,7 +46,7 @@ def main(
     optimizer: Annotated[OptimizerName, Option(help="Written into the DeepSpeed config.")] = OptimizerName.adafisher,
     config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = ROOT / "configs" / "zero1.json",
     lr: Annotated[
-        float | None, Option(min=0, help="Peak learning rate.  [default: the config's, or 0.005, and 0.003 for adamw]")
+        float | None, Option(min=0, help="Peak learning rate.  [default: the config's, or 0.01, and 0.003 for adamw]")
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -106,7 +106,7 @@ def by_oracle(batch: Batch, gradient_NDB: torch.Tensor, t: int, k: int, h: dict[
         square_ND = double(batch.square_ND) * unbias
     u_NDB = np.zeros_like(hat_NDB)
     for row, (f_hat, square) in enumerate(zip(f_hat_NBB, square_ND, strict=True)):
-        block = Block(np.empty(0), 0, True, f_hat, square)
+        block = Block(np.empty(0), 0, True, int(batch.length_N[row]), f_hat, square)
         refresh(block, f_hat, h)
         u_NDB[row] = dense_direction(block, f_hat, square, hat_NDB[row], h)
     return u_NDB
