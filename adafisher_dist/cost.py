@@ -48,7 +48,8 @@ class Outline:
 def memory(outline: Outline, rank: int) -> dict[str, int]:
     """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
 
-    "buffers" are the stacked gradients, the arena, what is sent and received, and where F is bfloat16 the seeds.
+    "buffers" are the stacked gradients, the arena, what is sent and received, the length of each block's rows, and
+    where F is bfloat16 the seeds.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
     wide = _wide(outline)
@@ -60,6 +61,8 @@ def memory(outline: Outline, rank: int) -> dict[str, int]:
             sums["fisher"] += strip.rows * strip.depth * wide  # the mean square of each vector
         if structure.keeps_factors and strip.dense:
             sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
+        if strip.dense:
+            sums["buffers"] += strip.rows * wide  # the lengths of rows
         if structure.fisher_dtype.itemsize < wide:
             sums["buffers"] += 4 * strip.rows
     elements = plan.count(outline.assignment.owned[rank])
