@@ -12,7 +12,7 @@ from tasks import Task
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, fisher
 from adafisher_dist.settings import DEFAULTS
 
 # A row of its own for each of these settings: add, for instance, "AdaFisher, every 10": {"inverse_update_freq": 10}.
@@ -58,8 +58,9 @@ def _adafisher(settings: dict[str, Any]) -> Contender:
     def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
         return [AdaFisher(model.named_parameters(), lr=lr, **settings)]
 
-    # The defaults too, so that runs from before a default changed are not taken for today's.
-    everything = {name: value for name, value in {**DEFAULTS, **settings}.items() if name != "lr"}
+    # The defaults and constants too, so that runs from before one of them changed are not taken for today's.
+    constants = {"largest_stretch": fisher.LARGEST_STRETCH, "trust_radius": fisher.TRUST_RADIUS}
+    everything = {name: value for name, value in {**DEFAULTS, **settings, **constants}.items() if name != "lr"}
     written = {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in everything.items()

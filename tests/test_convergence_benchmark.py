@@ -18,6 +18,7 @@ for folder in ("benchmarks", "launch"):
 
 import convergence  # noqa: E402
 import convergence_report as report  # noqa: E402
+import optimizers  # noqa: E402
 import trainings  # noqa: E402
 import turns  # noqa: E402
 from convergence import CONTENDERS, Plan, grid, pairs_of, wanted  # noqa: E402
@@ -217,3 +218,9 @@ def test_ratios_of_cycles() -> None:
     own = [2.0] * 10 + [4.0] * 9 + [14.0] + [8.0] * 10
     assert turns.ratios(own, base) == {"min": 2.0, "median": 2.0, "max": 2.5}
     assert convergence.FULL.file.name == convergence.QUICK.file.name == "convergence.jsonl"
+
+
+def test_trainings_of_other_constants_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = optimizers.contenders()["AdaFisher"].settings
+    monkeypatch.setattr("adafisher_dist.fisher.TRUST_RADIUS", 0.5)
+    assert optimizers.contenders()["AdaFisher"].settings != before
