@@ -19,9 +19,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 RUNGS = ("more damping", "float64", "diagonal")
 
 # How many times as long as the diagonal's an update may be, to make as much progress along the gradient; and how far a
-# stretched step may take an element, as a part of 1/√L, about the size of a weight of a unit with L inputs.
+# step may move the output of a unit, in units of its inputs: each of its L weights by as much over L.
 LARGEST_STRETCH = 16.0
-TRUST_RADIUS = 1 / 8
+TRUST_RADIUS = 1.0
 
 
 class Factor(NamedTuple):
@@ -214,13 +214,13 @@ def second_moment(diagonal_NB: Tensor, square_ND: Tensor | None) -> Tensor:
 
 
 def reach(lr: float) -> float:
-    """The stretch that takes a step of this learning rate to the trust radius of rows of one element."""
+    """The stretch that takes a step of this learning rate to the trust radius, in rows of one element."""
     return TRUST_RADIUS / lr if lr > 0 else float("inf")
 
 
 def largest_stretch(length_N: Tensor, lr: float) -> Tensor:
-    """The bound of κ for blocks in rows of these lengths L, (N,): 1/(8 η √L), but at least 1 and at most 16."""
-    return (reach(lr) / length_N.sqrt()).clamp_(1.0, LARGEST_STRETCH)
+    """The bound of κ for blocks in rows of these lengths L, (N,): 1/(η L), but at most 16."""
+    return (reach(lr) / length_N).clamp_(max=LARGEST_STRETCH)
 
 
 def graft(

@@ -273,7 +273,7 @@ def step_kernel(
         progress_DN1 = tl.div_rn(tl.sum(right_DNJ * s_DNJ, axis=-1, keep_dims=True), norm_DN1)
         wanted_DN1 = tl.div_rn(tl.sum(right_DNJ * by_diagonal_DNJ, axis=-1, keep_dims=True), length_DN1)
         length_N = tl.load(length_ptr + row_N, mask=there_N, other=1.0)
-        most_N = tl.minimum(tl.maximum(tl.div_rn(reach, tl.sqrt_rn(length_N)), 1.0), LARGEST_STRETCH)
+        most_N = tl.minimum(tl.div_rn(reach, length_N), LARGEST_STRETCH)
         stretch_DN1 = tl.minimum(tl.maximum(tl.div_rn(wanted_DN1, progress_DN1), 1.0), most_N[:, None])
         u_DNJ = s_DNJ * (tl.div_rn(length_DN1, norm_DN1) * stretch_DN1)
     else:

@@ -234,6 +234,6 @@ def dense_direction(
             moment = diagonal * (square[i] / np.mean(diagonal))
             by_diagonal = m / (np.sqrt(moment) + h["eps"])
             length = np.linalg.norm(by_diagonal) / np.linalg.norm(s)
-            most = 1 / (8 * h["lr"] * math.sqrt(block.length)) if h["lr"] > 0 else math.inf
-            u[i] = s * length * np.clip((m @ by_diagonal) / (m @ s * length), 1, np.clip(most, 1, 16))
+            most = min(1 / (h["lr"] * block.length), 16) if h["lr"] > 0 else 16
+            u[i] = s * length * min(max((m @ by_diagonal) / (m @ s * length), 1), most)
     return u

@@ -41,7 +41,7 @@ def make(
     size: int, rows: int, dtype: torch.dtype, fill: float = 0.0, packed: bool = False, depth: int = 1
 ) -> Batch:  # fmt: skip
     structure = Structure(size, depth, "rows", None, dtype, 1.0, False, packed)
-    lengths = size * 10 ** (np.arange(rows) % 5)  # at lr 1e-3 the stretch is bounded by 16, by less, and by 1
+    lengths = size * 10 ** (np.arange(rows) % 5)  # at lr 1e-3 the stretch is bounded by 16 down to less than 1
     batch = stacked.allocate(0, Kind(size, depth, True), structure, np.arange(11, 11 + rows), lengths, DEVICE)
     for tensor in batch.tensors().values():
         tensor.fill_(fill)
