@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
         tasks: names of the tasks, unless --task chooses.
-        lrs: the base grid of learning rates, the smallest first.
+        lrs: the base grid of learning rates, the smallest first, of tasks that have none of their own.
         seeds: of initial weights and batches.
         steps: of a training; None: the task's own.
         extensions: how often the grid may grow by a factor of two.
@@ -58,6 +58,9 @@ class Plan:
     @property
     def file(self) -> Path:
         return self.folder / "convergence.jsonl"
+
+    def base_lrs(self, task: str) -> tuple[float, ...]:
+        return TASKS[task].lrs or self.lrs
 
     def run(self, pair: Pair, lr: float, seed: int) -> Run:
         task, optimizer = pair
@@ -114,7 +117,7 @@ def wanted(plan: Plan, pairs: Sequence[Pair], done: Done) -> list[Run]:
             finals = [curve.final for curve in curves if curve is not None]
             return statistics.fmean(finals) if len(finals) == len(curves) else None
 
-        runs = [plan.run(pair, lr, seed) for lr in grid(plan.lrs, loss, plan.extensions) for seed in plan.seeds]
+        runs = [plan.run(pair, lr, seed) for lr in grid(plan.base_lrs(pair[0]), loss, plan.extensions) for seed in plan.seeds]
         missing += [run for run in runs if run not in done]
     return sorted(missing, key=lambda run: (run.seed, list(TASKS).index(run.task)))
 
@@ -179,7 +182,7 @@ def write(plan: Plan, done: Done, ratios: Mapping[str, Any], quick: bool, shown:
     for task in TASKS:
         if curves := finished(plan, task, done):
             steps = plan.steps or TASKS[task].steps
-            reports[task] = task_report(TASKS[task], steps, curves, plan.lrs, ratios.get(task, {}))
+            reports[task] = task_report(TASKS[task], steps, curves, plan.base_lrs(task), ratios.get(task, {}))
             reports[task]["left_out"] = [name for name in CONTENDERS if not CONTENDERS[name].suits(TASKS[task])]
             reports[task]["runs_missing"] = len(wanted(plan, pairs_of([task], list(CONTENDERS)), done))
     for task in shown:

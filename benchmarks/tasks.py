@@ -7,7 +7,7 @@ given the same seed see the same batches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
@@ -38,6 +38,7 @@ class Task:
         validate: the loss on held-out data.
         hidden: whether a parameter of this name and these dimensions is one of the matrices that Muon is for, as its
             authors use it: not embeddings, heads, biases and gains.
+        lrs: a grid of learning rates of its own, coarser since it is long.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Task:
     loss: Loss
     validate: Callable[[nn.Module], float]
     hidden: Callable[[str, nn.Parameter], bool]
+    lrs: tuple[float, ...] | None = None
 
 
 class DigitsCNN(nn.Module):
@@ -114,6 +116,9 @@ def tasks() -> dict[str, Task]:
     return {
         "transformer_64": _transformer(64),
         "transformer_96": _transformer(96),
+        "transformer_64_long": replace(
+            _transformer(64), title="Byte-level transformer, width 64, 800 steps", steps=800, lrs=(2.5e-3, 1e-2, 4e-2)
+        ),
         "cnn": Task(
             "CNN on digits", "nats", 300, DigitsCNN, _classify, _validate(functional.cross_entropy), _inner_matrix
         ),
