@@ -117,7 +117,8 @@ def wanted(plan: Plan, pairs: Sequence[Pair], done: Done) -> list[Run]:
             finals = [curve.final for curve in curves if curve is not None]
             return statistics.fmean(finals) if len(finals) == len(curves) else None
 
-        runs = [plan.run(pair, lr, seed) for lr in grid(plan.base_lrs(pair[0]), loss, plan.extensions) for seed in plan.seeds]
+        lrs = grid(plan.base_lrs(pair[0]), loss, plan.extensions)
+        runs = [plan.run(pair, lr, seed) for lr in lrs for seed in plan.seeds]
         missing += [run for run in runs if run not in done]
     return sorted(missing, key=lambda run: (run.seed, list(TASKS).index(run.task)))
 

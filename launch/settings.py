@@ -41,6 +41,7 @@ class Settings:
     out: Path | None
     overwrite: bool
     resume: Path | None
+    restartable: bool
     device: str
 
     def check(self) -> None:
@@ -57,8 +58,14 @@ class Settings:
             raise ValueError(f"--corpus-mb should be above 0 and below 1,000,000, got {self.corpus_mb:g}.")
         if self.lr is not None and any(item.partition("=")[0].strip() == "lr" for item in self.overrides):
             raise ValueError("The learning rate is given twice, by --lr and by --set lr=…; leave one out.")
-        if self.folder.joinpath("log.csv").exists() and not self.overwrite and not self.continues_in_place:
-            raise ValueError(f"{self.folder} already holds a run. Choose another --out, or add --overwrite.")
+        if self.restartable and self.overwrite:
+            raise ValueError("--restartable goes on with a run, and --overwrite replaces it; leave one out.")
+        kept = not self.overwrite and not self.restartable and not self.continues_in_place
+        if kept and self.folder.joinpath("log.csv").exists():
+            raise ValueError(
+                f"{self.folder} already holds a run. Choose another --out, or add --overwrite to replace it, or"
+                " --restartable to go on with it."
+            )
 
     @property
     def folder(self) -> Path:

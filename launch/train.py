@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from settings import Settings, UsageError, deepspeed_config
-from trainer import Trainer, build, find_checkpoint
+from trainer import Trainer, build, find_checkpoint, from_checkpoint
 from typer import Option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,13 +75,16 @@ def main(
     out: Annotated[Path | None, Option(help="Folder of this run.  [default: runs/OPTIMIZER-CONFIG]")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a run that is in that folder.")] = False,
     resume: Annotated[Path | None, Option(help="Go on from this run's checkpoint, on any ranks (AdaFisher).")] = None,
+    restartable: Annotated[
+        bool, Option("--restartable", help="Go on from the newest checkpoint in --out; begin where there is none.")
+    ] = False,
     device: Annotated[Device, Option(help="GPUs where there are any, unless told.")] = Device.auto,
 ) -> None:
     """Train a byte-level transformer language model with DeepSpeed; see configs/README.md for the configs."""
     settings = Settings(
         optimizer.value, config, lr, overrides or [], steps, batch_size, global_batch, seq_len, width, layers, heads,
         data, corpus_mb, seed, warmup, validate_every, log_every, save_every, held_out, out, overwrite, resume,
-        device.value,
+        restartable, device.value,
     )  # fmt: skip
     console = Console(quiet=ranks.rank() != 0, width=None if sys.stdout.isatty() else 120)
     try:
@@ -106,6 +109,7 @@ def run(settings: Settings, console: Console) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(RichHandler(console=console, show_path=False, show_time=False, show_level=False))
     place = ranks.start(settings.device)
+    settings = ranks.gather(ranks.together(lambda: from_checkpoint(settings)))[0]  # as rank 0 sees the files
     config, corpus = ranks.together(lambda: _prepare(settings, place))
     if len(set(ranks.gather(corpus.digest))) > 1:
         raise UsageError("The ranks read different texts; give all machines the same files with --data.")
@@ -114,6 +118,9 @@ def run(settings: Settings, console: Console) -> None:
     trainer = Trainer(engine, settings, config, corpus, place)
     if settings.resume:
         trainer.resume()
+        if settings.restartable and trainer.step >= settings.steps:
+            console.print(f"{settings.folder} is complete: {trainer.step} steps.", highlight=False, soft_wrap=True)
+            return
     settings.folder.mkdir(parents=True, exist_ok=True)
     if settings.overwrite and not settings.continues_in_place and place.is_main:
         shutil.rmtree(settings.folder / "checkpoint", ignore_errors=True)  # else --resume could find the replaced run's
@@ -137,11 +144,11 @@ def _prepare(settings: Settings, place: Place) -> tuple[dict, Corpus]:
 
 def _finish(trainer: Trainer, console: Console) -> None:
     folder = trainer.settings.folder
-    checkpoint = trainer.save()
     summary = trainer.summary()
     if trainer.place.is_main:
         folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         draw_curves({summary["optimizer"]["type"]: folder / "log.csv"}, folder / "loss.png")
+    checkpoint = trainer.save()  # last: with --restartable, a run that has it is complete
     console.print(
         f"Curve: {folder / 'loss.png'} · log: {folder / 'log.csv'} · checkpoint: {checkpoint}", soft_wrap=True
     )

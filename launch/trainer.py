@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,25 +193,27 @@ class Trainer:
         """Write a checkpoint of the current step. A collective."""
         folder = self.settings.folder / "checkpoint"
         progress = {"step": self.step, "spent": asdict(self.spent)}
-        self.engine.save_checkpoint(str(folder), tag=f"step{self.step}", client_state=progress)
         if self.place.is_main:
-            folder.joinpath("run.json").write_text(
-                json.dumps(_identity(self.settings, self.config, self.corpus, self.place), indent=2)
-            )
+            # Before the checkpoint, and in one go: whenever the run is killed, what it has saved can be gone on with.
+            folder.mkdir(parents=True, exist_ok=True)
+            identity = _identity(self.settings, self.config, self.corpus, self.place)
+            folder.joinpath("run.json.new").write_text(json.dumps(identity, indent=2))
+            folder.joinpath("run.json.new").replace(folder / "run.json")
+        self.engine.save_checkpoint(str(folder), tag=f"step{self.step}", client_state=progress)
         return folder
 
     def resume(self) -> None:
         """Go on from the checkpoint that `find_checkpoint` accepted.
 
         Raises:
-            UsageError: it has no steps left.
+            UsageError: it has no steps left, and the run is not restartable.
         """
         folder = find_checkpoint(self.settings, self.config, self.corpus, self.place)
         path, progress = self.engine.load_checkpoint(str(folder))
         if path is None:
             raise UsageError(f"DeepSpeed could not load the checkpoint in {folder}.")
         self.step, self.spent = progress["step"], Spent(**progress["spent"])
-        if self.step >= self.settings.steps:
+        if self.step >= self.settings.steps and not self.settings.restartable:
             raise UsageError(
                 f"The checkpoint in {folder} has done {self.step} steps already; give more than that with --steps, not"
                 f" {self.settings.steps}."
@@ -255,6 +257,30 @@ def _identity(settings: Settings, config: dict[str, Any], corpus: Corpus, place:
     }
 
 
+def from_checkpoint(settings: Settings) -> Settings:
+    """What follows from the checkpoint that there is: whether a restartable run goes on, and with which batch size.
+
+    Raises:
+        ValueError: a restartable run is told to --resume another.
+    """
+    if settings.restartable:
+        if settings.resume:
+            raise ValueError("--restartable goes on from the run's own checkpoint; leave --resume out.")
+        own = settings.folder / "checkpoint"
+        if (own / "latest").is_file() and (own / "run.json").is_file():
+            settings = replace(settings, resume=settings.folder)
+    if settings.resume and not settings.batch_size and not settings.global_batch:
+        saved = checkpoint_folder(settings.resume) / "run.json"
+        if saved.is_file():
+            settings = replace(settings, global_batch=json.loads(saved.read_text())["global_batch"])
+    return settings
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Of a run's folder, or the folder itself."""
+    return run / "checkpoint" if (run / "checkpoint").is_dir() else run
+
+
 def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> Path:
     """The checkpoint folder that --resume names, if it fits this run.
 
@@ -263,7 +289,7 @@ def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, 
             seed or text.
     """
     assert settings.resume is not None
-    folder = settings.resume / "checkpoint" if (settings.resume / "checkpoint").is_dir() else settings.resume
+    folder = checkpoint_folder(settings.resume)
     if not (folder / "latest").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"--resume {settings.resume}: no checkpoint of launch/train.py there; give a run's folder.")
     saved, here = json.loads((folder / "run.json").read_text()), _identity(settings, config, corpus, place)

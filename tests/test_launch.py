@@ -161,7 +161,7 @@ def arguments(**changed: Any) -> Settings:
         optimizer="adafisher", config=LAUNCH.parent / "configs/zero1.json", lr=None, overrides=[], steps=1,
         batch_size=None, global_batch=None, seq_len=8, width=8, layers=1, heads=2, data=None, corpus_mb=1.0, seed=0,
         warmup=0.1, validate_every=None, log_every=1, save_every=None, held_out=1, out=None, overwrite=False,
-        resume=None, device="cpu",
+        resume=None, restartable=False, device="cpu",
     )  # fmt: skip
     return Settings(**{**default, **changed})
 

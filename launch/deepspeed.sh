@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Runs a script on one node or several with DeepSpeed's launcher. Start it on one node: it reaches the others by ssh.
+#
+#   launch/deepspeed.sh --ranks 2 launch/train.py --config configs/zero2.json
+#   launch/deepspeed.sh --hostfile hosts launch/train.py --config configs/zero2.json
+#
+#   --ranks N         ranks on each node (default: the slots of the hostfile, or this node's GPUs, or 1)
+#   --hostfile FILE   a line a node: HOST slots=N. All need the project and its Python at the same paths, ssh without a
+#                     password, and this node pdsh
+#   --port N          where the ranks meet on the first node (default: 29500)
+#   --interface NAME  network interface (default: as gloo and NCCL choose)
+#   --dry-run         only tell what would be run
+
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+ranks="" hostfile="" port=29500 interface=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --ranks) need_count "${@:1:2}"; ranks=$2; shift 2 ;;
+        --hostfile) need "$@"; hostfile=$2; shift 2 ;;
+        --port) need_count "${@:1:2}"; port=$2; shift 2 ;;
+        --interface) need "$@"; interface=$2; shift 2 ;;
+        --dry-run) dry_run=yes; shift ;;
+        --help | -h) usage; exit ;;
+        --*) die "there is no option $1." "See $launcher --help; options of the script come after it." ;;
+        *) break ;;
+    esac
+done
+need_script "$@"
+find_python
+need_module deepspeed "'.[deepspeed]'"
+[ -z "$interface" ] || use_interface "$interface"
+set_threads
+
+# The script gets its local rank by LOCAL_RANK, and no argument for it.
+command=("$python" -m deepspeed.launcher.runner --no_local_rank --master_port "$port")
+if [ -n "$hostfile" ]; then
+    check_hostfile "$hostfile"
+    command -v pdsh >/dev/null || die "there is no pdsh, by which DeepSpeed reaches the nodes." \
+        "Install it (on Debian: apt-get install pdsh), or start $here/torchrun.sh on each node."
+    command+=(--hostfile "$hostfile" --force_multi ${ranks:+--num_gpus "$ranks"})
+    # DeepSpeed takes few variables along by itself; the others have to be in a file.
+    if [ -z "${DS_ENV_FILE:-}" ] && [ -z "$dry_run" ]; then
+        DS_ENV_FILE=$(mktemp --tmpdir adafisher_env.XXXXXX) # read after this script is gone, so it stays there
+        for name in "${told[@]}"; do
+            [ -z "${!name:-}" ] || echo "$name=${!name}"
+        done >"$DS_ENV_FILE"
+        export DS_ENV_FILE
+    fi
+else
+    # No file of nodes that lies at DeepSpeed's usual place is meant here.
+    command+=(--hostfile /dev/null --num_gpus "${ranks:-$(ranks_here)}")
+fi
+launch "${command[@]}" "$@"
