@@ -35,6 +35,7 @@ class Batch:
         square_ND: ‖g‖² / B of each vector, averaged like F; None where a block has one vector, whose F tells.
         factor_NBB: A^(−p) that is kept between refreshes; None where a factor is made at every step.
         curvature_N: d of the kept roots.
+        made_N: for each kept root, the step t at which it was made; -1 where that is not known.
         length_N: elements of the rows that each dense block lies in, which bound its stretch.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
@@ -51,6 +52,7 @@ class Batch:
     square_ND: Tensor | None
     factor_NBB: Tensor | None
     curvature_N: Tensor | None
+    made_N: Numbers | None
     length_N: Tensor | None
     number_N: Numbers
     seeding_N: Tensor | None
@@ -79,6 +81,12 @@ class Batch:
     def state(self, start: int, stop: int) -> dict[str, Tensor]:
         """Views of the state of rows [start, stop), by the names that they have in a state dict."""
         return {f"{name}_{self.kind.name}": tensor[start:stop] for name, tensor in self.tensors().items()}
+
+    def ages(self, step: int) -> list[int]:
+        """Steps since the blocks' factors were made, of those of which it is known: 0 where none is kept."""
+        if self.made_N is None:
+            return [0] * len(self.number_N)
+        return [int(step - made) for made in self.made_N if made >= 0]
 
     def counted(self) -> dict[int, list[int]]:
         """`rungs` with the kernel's counts; waits for the device where there are any."""
@@ -115,6 +123,7 @@ def allocate(
         square_ND=new(rows, depth, dtype=wide, device=device) if depth > 1 else None,
         factor_NBB=new(rows, size, size, dtype=wide, device=device) if keeps else None,
         curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
+        made_N=np.full(rows, -1) if keeps else None,
         length_N=torch.from_numpy(length).to(device, wide) if dense else None,
         number_N=number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
@@ -262,7 +271,7 @@ def _solve(
     for begin in range(0, count, tile):
         part = slice(begin, begin + tile)
         stored = batch.fisher[start:][part][: count - begin]
-        whole_NBB = _whole(batch, stored)
+        whole_NBB = whole(batch, stored)
         if _update_fisher(batch, whole_NBB, start + begin, step, updates, settings) and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
         solution.diagonal_NB[part] = whole_NBB.diagonal(dim1=1, dim2=2)
@@ -278,23 +287,23 @@ def _solve(
     return solution
 
 
-def _whole(batch: Batch, stored: Tensor) -> Tensor:
+def whole(batch: Batch, stored: Tensor) -> Tensor:
     """Rows of a batch's F as whole blocks."""
     return fisher.unpack(stored, batch.size) if batch.structure.packed else stored
 
 
 def _update_fisher(
-    batch: Batch, whole: Tensor, start: int, step: int, updates: int, settings: Mapping[str, Any]
+    batch: Batch, blocks: Tensor, start: int, step: int, updates: int, settings: Mapping[str, Any]
 ) -> bool:
-    """Update F of the rows from `start` on, whose blocks are `whole`, if it is time; returns whether it was."""
+    """Update F of the rows from `start` on, which are `blocks`, if it is time; returns whether it was."""
     if not updates_fisher(step, settings):
         return False
-    rows = slice(start, start + len(whole))
+    rows = slice(start, start + len(blocks))
     seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[rows], updates)
     if batch.dense:
-        fisher.update(whole, batch.gradient_NDB[rows], settings["fisher_decay"], seeds)
+        fisher.update(blocks, batch.gradient_NDB[rows], settings["fisher_decay"], seeds)
     else:
-        fisher.update_diagonal(whole, batch.gradient_NDB[rows, 0], settings["fisher_decay"], seeds)
+        fisher.update_diagonal(blocks, batch.gradient_NDB[rows, 0], settings["fisher_decay"], seeds)
     return True
 
 
@@ -323,6 +332,8 @@ def _kept(batch: Batch, start: int, stop: int, step: int, updates: int, settings
     else:
         due = start + np.flatnonzero((batch.number_N[start:stop] + step) % interval == 0)
     _refresh(batch, due, updates, settings)
+    assert batch.made_N is not None
+    batch.made_N[due] = step
     return fisher.Factor(batch.factor_NBB[start:stop], batch.curvature_N[start:stop], None, triangular=False)
 
 
@@ -333,10 +344,16 @@ def _refresh(batch: Batch, due: Numbers, updates: int, settings: Mapping[str, An
     for begin in range(0, len(due), tile):
         numbers = due[begin : begin + tile]
         rows = torch.from_numpy(numbers).to(batch.fisher.device)
-        whole_NBB = _whole(batch, batch.fisher.index_select(0, rows))
+        whole_NBB = whole(batch, batch.fisher.index_select(0, rows))
         factor = fisher.inverted(_fresh(batch, whole_NBB, numbers, _unbias(updates, settings), settings))
         batch.factor_NBB.index_copy_(0, rows, factor.root_NBB)
         batch.curvature_N.index_copy_(0, rows, factor.d_N)
+
+
+def damping(batch: Batch, settings: Mapping[str, Any]) -> float:
+    """δ + ε in A."""
+    stored = batch.structure.fisher_dtype
+    return fisher.damping(settings["damping"], settings["eps"], settings["fisher_decay"], batch.size, stored)
 
 
 def _fresh(
@@ -344,10 +361,7 @@ def _fresh(
 ) -> fisher.Factor:
     """The factor of these rows of the batch; counts where the ladder was needed."""
     structure = batch.structure
-    damping = fisher.damping(
-        settings["damping"], settings["eps"], settings["fisher_decay"], batch.size, structure.fisher_dtype
-    )
-    factor = fisher.factorize(fisher_NBB, unbias, damping, structure.exponent, structure.compute_dtype)
+    factor = fisher.factorize(fisher_NBB, unbias, damping(batch, settings), structure.exponent, structure.compute_dtype)
     if factor.rungs_N is not None:
         _count(batch.rungs, rows, factor.rungs_N)
     return factor

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from typer import Argument, Option
 
+from adafisher_dist import curves
 from adafisher_dist.checkpoint import CheckpointError, Place, place_of
 from adafisher_dist.checkpoint.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.checkpoint.manifest import Manifest, read
@@ -29,7 +30,7 @@ from adafisher_dist.estimate import LAYOUTS, forecast_of, shapes_of, transformer
 from adafisher_dist.tables import forecast_table, tables_of
 
 app = typer.Typer(
-    help="Foretell what AdaFisher costs; look into its checkpoints, and make something of them.",
+    help="Foretell what AdaFisher costs, draw its metrics, look into its checkpoints and make something of them.",
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -162,6 +163,28 @@ def estimate(
         print(json.dumps(forecast.as_json()))
     else:
         _console().print(forecast_table(forecast))
+
+
+@app.command()
+def plot(
+    log: Annotated[Path, Argument(help="A file of metrics.CsvLog, or the folder of DeepSpeed's csv_monitor.")],
+    out: Annotated[Path | None, Option(help="The picture: .png, .svg or .pdf.  [default: LOG.png]")] = None,
+) -> None:
+    """Draw metrics that were logged in training."""
+    out = out or log.with_name(f"{log.name.removesuffix('.csv')}.png")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        fail(f"--out should end in .png, .svg or .pdf, got {out}.", WRONG)
+    try:
+        axis, found = curves.read(log)
+    except (OSError, ValueError) as error:
+        fail(error, WRONG)
+    try:
+        curves.draw(axis, found, out)
+    except ImportError:
+        fail("Drawing needs matplotlib: pip install matplotlib", WRONG)
+    except OSError as error:
+        fail(error, DAMAGED)
+    print(out)
 
 
 def _shapes(params: str | None, model: str | None) -> list[tuple[int, ...]]:

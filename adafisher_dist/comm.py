@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,46 @@ T = TypeVar("T")
 
 sent: Counter[str] = Counter()
 """Bytes that this process has sent for steps, by what they were (DESIGN.md, "Bytes"): weights, blocks, verdicts."""
+
+
+class Waits:
+    """How long a step waits for other ranks: on the host, and on an accelerator, whose stream waits instead."""
+
+    def __init__(self) -> None:
+        self._on_host = 0.0
+        self._on_device: list[tuple[torch.Event, torch.Event]] = []
+
+    def wait(self, work: Any, device: torch.device) -> None:
+        """Wait for a collective that has been started."""
+        if device.type == "cpu":
+            began = perf_counter()
+            work.wait()
+            self._on_host += perf_counter() - began
+            return
+        events = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+        events[0].record()
+        work.wait()
+        events[1].record()
+        self._on_device.append(events)
+
+    def seconds(self) -> float:
+        """All together; waits for what the accelerator has not done yet."""
+        total = self._on_host
+        for before, after in self._on_device:
+            after.synchronize()
+            total += before.elapsed_time(after) / 1e3
+        return total
+
+
+_measuring: Waits | None = None
+
+
+def measure_waits(on: bool = True) -> Waits:
+    """From now on measure how long steps wait, or no longer."""
+    global _measuring
+    waits = Waits()
+    _measuring = waits if on else None
+    return waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +209,7 @@ def minimum_on_device(group: Group, value: Wire) -> None:
 
 
 def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None) -> None:
-    dist.all_reduce(values, dist.ReduceOp.MIN, handle)
+    _wait(dist.all_reduce(values, dist.ReduceOp.MIN, handle, async_op=True), values.device)
     sent["verdicts"] += values.nbytes
 
 
@@ -200,10 +241,17 @@ def exchange(
 
 def _waiting(work: Any, received: Wire) -> Callable[[], None]:
     def wait() -> None:
-        work.wait()
+        _wait(work, received.sent.device)
         received.unload()
 
     return wait
+
+
+def _wait(work: Any, device: torch.device) -> None:
+    if _measuring is None:
+        work.wait()
+    else:
+        _measuring.wait(work, device)
 
 
 def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from adafisher_dist.layouts import when_deepspeed_is_loaded
+from adafisher_dist.layouts import engine_that_builds, when_deepspeed_is_loaded
+from adafisher_dist.metrics import Callback
 from adafisher_dist.optimizer import AdaFisher
 from adafisher_dist.settings import DEFAULTS, check_names, fisher_dtype, preset
 
@@ -23,19 +25,59 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
 
     Args:
         params: what DeepSpeed passes on: the model's parameters or param groups.
-        config: AdaFisher's arguments; fisher_dtype by name ("bfloat16"); and "preset", "language_models" or
-            "image_classification", which the other keys override.
+        config: AdaFisher's arguments; fisher_dtype by name ("bfloat16"); "preset", "language_models" or
+            "image_classification", which the other keys override; and "metrics_every": every how many steps the
+            engine's monitors (TensorBoard, W&B, Comet, CSV) are told `metrics.NAMES`.
 
     Raises:
         TypeError: a key is unknown; the message names the nearest valid one and lists all.
         ValueError: a value is out of bounds, or the preset is unknown.
     """
-    check_names(config, [*DEFAULTS, "preset"])
-    name = config.pop("preset", None)
+    check_names(config, [*DEFAULTS, "preset", "metrics_every"])
+    name, every = config.pop("preset", None), config.pop("metrics_every", None)
     settings = {**(preset(name) if name is not None else {}), **config}
     if "fisher_dtype" in settings:
         settings["fisher_dtype"] = fisher_dtype(settings["fisher_dtype"])
-    return AdaFisher(params, **settings)
+    optimizer = AdaFisher(params, **settings)
+    if every is not None:
+        engine = engine_that_builds()
+        if engine is None:
+            raise ValueError("metrics_every is for DeepSpeed's monitors; elsewhere use optimizer.report_metrics().")
+        optimizer.report_metrics(_to_monitor(engine), every)
+    return optimizer
+
+
+def report_metrics(engine: Any, every: int = 100) -> None:
+    """Tell an engine's monitors (TensorBoard, W&B, Comet, CSV) of every n-th step; all ranks call it.
+
+    The events are called AdaFisher/NAME, by `metrics.NAMES`, over the number of samples, as DeepSpeed's own are.
+    `"metrics_every"` in the config's params does the same.
+
+    Raises:
+        ValueError: the engine's optimizer is not AdaFisher, no monitor is on, or `every` is not a whole number from
+            1 on.
+    """
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, AdaFisher):
+        raise ValueError(f"The engine's optimizer is {type(optimizer).__name__}, not AdaFisher.")
+    optimizer.report_metrics(_to_monitor(engine), every)
+
+
+def _to_monitor(engine: Any) -> Callback:
+    if not engine.monitor.enabled:
+        raise ValueError(
+            "AdaFisher's metrics are asked for, and DeepSpeed has no monitor on. Switch one on in its config:"
+            ' "csv_monitor", "tensorboard", "wandb" or "comet".'
+        )
+    held = weakref.ref(engine)  # the engine holds the optimizer
+
+    def tell(step: int, metrics: dict[str, float]) -> None:
+        engine = held()
+        if engine is not None:
+            samples = step * engine.train_batch_size()
+            engine.monitor.write_events([(f"AdaFisher/{name}", value, samples) for name, value in metrics.items()])
+
+    return tell
 
 
 def save_checkpoint(

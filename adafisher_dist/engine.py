@@ -17,6 +17,7 @@ from adafisher_dist.agreement import agree, settle
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.layouts import UnsupportedLayoutError
+from adafisher_dist.metrics import Meter
 from adafisher_dist.settings import DEFAULTS, normalize, structure
 from adafisher_dist.shard import Shard, Time, compute, in_kernels, largest_gradient
 from adafisher_dist.transfer import Inputs, Transfer, transfer
@@ -46,6 +47,8 @@ class Engine:
         """Steps that changed nothing, of those whose verdict is known."""
         self.sent: Counter[str] = Counter()
         """Bytes that this rank sent in the last step."""
+        self.meter: Meter | None = None
+        """What measures some of the steps."""
         self._calls = 0
         self._verdicts: dict[tuple[int, ...], Verdict] = {}  # by the ids of the shards of a call
         self._pending: list[_Pending] = []
@@ -150,6 +153,8 @@ class Engine:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
         self.incomplete = True  # until all ranks have done their part
+        if self.meter is not None:
+            self.meter.begin(_step(shards, inputs), group, self.skipped)
         go = verdicts[0].decide(largest, limits, faults) if verdicts else None
         counters = [shard.counters.clone() for shard in shards]
         for way, own in zip(transfers, inputs, strict=True):
@@ -160,6 +165,8 @@ class Engine:
         settle(group, faults)
         self.incomplete = False
         self.sent = comm.sent - before
+        if self.meter is not None:
+            self.meter.end(list(zip(transfers, inputs, strict=True)), self.sent)
         if verdicts:
             self._pending.append(_Pending(verdicts[0], shards, counters))
 
@@ -259,10 +266,22 @@ def _check_tensor(shard: Shard, index: int, weight: Tensor, gradient: Tensor) ->
     raise RuntimeError(f"The parameter {name} {problem}")
 
 
+def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """For each parameter, whether it has a gradient."""
+    tensors = [parameter.tensor for parameter in shard.storage.parameters]
+    return np.array([gradient is not None for gradient in inputs.gradients], dtype=bool)[tensors]
+
+
+def _step(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> int:
+    """The step t that is about to be taken: of the parameter that has taken most."""
+    counts = [shard.counters.numpy()[_active(shard, own), 0] for shard, own in zip(shards, inputs, strict=True)]
+    return 1 + max((int(steps.max()) for steps in counts if steps.size), default=-1)
+
+
 def _advance(shard: Shard, inputs: Inputs, times: list[Time]) -> None:
     """Count the step of the active tensors' parameters; appends each one's t and k to `times`, or None."""
     tensors = [parameter.tensor for parameter in shard.storage.parameters]
-    active = np.array([gradient is not None for gradient in inputs.gradients], dtype=bool)[tensors]
+    active = _active(shard, inputs)
     every = np.array([settings.get("fisher_update_freq", 1) for settings in inputs.settings])
     counts = shard.counters.numpy()
     counts[:, 0] += active

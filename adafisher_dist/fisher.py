@@ -173,6 +173,19 @@ def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: f
     return Factor(root_NBB, d_N, rungs_N, triangular=exponent == 1.0)
 
 
+def condition_number(fisher_NBB: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """‖A‖₁ ‖A⁻¹‖₁ of each block, (N,), at most B times the ratio of its eigenvalues; NaN or ∞ where A has no factor."""
+    mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
+    a_NBB = fisher_NBB.to(dtype) / mean_N.clamp_min(torch.finfo(dtype).tiny)[:, None, None]
+    a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts
+    a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
+    eye_NBB = torch.eye(a_NBB.shape[1], dtype=dtype, device=a_NBB.device).expand_as(a_NBB)
+    root_NBB = torch.linalg.cholesky_ex(a_NBB).L  # where there is none, no error, which would wait for the device
+    half_NBB = torch.linalg.solve_triangular(root_NBB, eye_NBB, upper=False)
+    norms = [matrix_NBB.abs().sum(dim=1).amax(dim=1) for matrix_NBB in (a_NBB, half_NBB.mT @ half_NBB)]
+    return norms[0] * norms[1]
+
+
 class Solution(NamedTuple):
     """What `graft` needs of a stack of blocks.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist import layouts, report, state
+from adafisher_dist import layouts, metrics, report, state
 from adafisher_dist.agreement import settle
 from adafisher_dist.engine import Engine
 from adafisher_dist.faults import Faults
@@ -40,7 +40,8 @@ class AdaFisher(Optimizer):
         F &\leftarrow \rho F + (1-\rho)\,\mathrm{mean}(g g^\top), \qquad w \leftarrow \rho w + (1-\rho) g^\top g/r \\
         \hat F &= F / (1-\rho^k), \qquad \hat w = w / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
         s &= (\hat F / d + (\delta + \epsilon) I)^{-p} \hat m, \qquad v = \hat w\,\mathrm{diag}(\hat F) / d \\
-        a &= \hat m / (\sqrt v + \epsilon), \qquad \kappa = \min(4, \max(1, \cos(\hat m, a) / \cos(\hat m, s))) \\
+        a &= \hat m / (\sqrt v + \epsilon), \qquad
+        \kappa = \min(16, 1/(\eta L), \max(1, \cos(\hat m, a) / \cos(\hat m, s))) \\
         u &= \kappa \, s \, \lVert a \rVert / \lVert s \rVert \\
         \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
 
@@ -72,8 +73,9 @@ class AdaFisher(Optimizer):
         inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
         exponent: p, 1.0 (natural gradient) or 0.5.
         grafting: "rms": the update's length is that of the diagonal method, Adam's, or more where the direction needs
-            it to make as much first-order progress: at most 16 times, and only while η times that is below 1/(8 √L), L
-            being the length of the parameter's rows; "none": plain F^(−p) m̂.
+            it to make as much first-order progress: at most 16 times, and η times that is at most 1/L, L being the
+            length of the parameter's rows, so that no step changes what a row gives by more than the size of its
+            inputs, however large η is; "none": plain F^(−p) m̂.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64).
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
@@ -138,7 +140,9 @@ class AdaFisher(Optimizer):
         return cls(params, **{**preset("image_classification"), **_known(overrides)})
 
     def _reset(self) -> None:
+        meter = self._roster.engine.meter
         self._roster.engine = Engine()
+        self._roster.engine.meter = meter
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
@@ -390,6 +394,28 @@ class AdaFisher(Optimizer):
         engine = self._roster.engine
         last = {kind: engine.sent[kind] for kind in ("weights", "blocks", "verdicts")}
         return {**report.traffic(engine.shards), "last_step": {**last, "total": sum(last.values())}}
+
+    def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
+        """Have every n-th step measured: how well conditioned the blocks are, how far it went, what was sent.
+
+        The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells what they are), on the
+        first rank alone, when the next step is taken; `flush_metrics` tells of the last. An error on a rank is logged,
+        and stops nothing. All ranks have to call this, with the same `every`; None ends it.
+
+        Args:
+            callback: for example `adafisher_dist.metrics.CsvLog("metrics.csv")`.
+            every: steps.
+
+        Raises:
+            ValueError: `every` is not a whole number from 1 on.
+        """
+        self._roster.engine.meter = None if callback is None else metrics.Meter(callback, every)
+
+    def flush_metrics(self) -> None:
+        """Tell of a measured step that no other has come after. A collective."""
+        engine = self._roster.engine
+        if engine.meter is not None:
+            engine.meter.deliver(self._roster.ranks(), engine.skipped)
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""

@@ -6,7 +6,7 @@ gradients to the owners, computes the chunks, and brings back what changes the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -72,6 +72,12 @@ class Transfer(Protocol):
             faults: of this rank.
         """
 
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """After `run`: weights, and by how much each was changed, in lists that belong together. Local.
+
+        Of all ranks together these are all weights that have a gradient, each once.
+        """
+
 
 def transfer(shard: Shard) -> Transfer:
     """The way of the shard's layout."""
@@ -98,6 +104,10 @@ class Alone:
         for chunk in self.shard.chunks:
             _compute(self.shard, chunk, compute, faults)
         faults.attempt(partial(_change_weights, self.shard, self.own, inputs, go))
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The arena has been scaled."""
+        yield self.own.of(inputs.weights)
 
 
 class Gathered:
@@ -175,6 +185,11 @@ class Gathered:
         weights, new = self.chunks[number][2].of(inputs.weights)
         faults.attempt(lambda: _copy(weights, new))
 
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The arena has been scaled; it holds this rank's part."""
+        for in_arena, _, _ in self.chunks:
+            yield in_arena.of(inputs.weights)
+
 
 class Routed:
     """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
@@ -227,6 +242,11 @@ class Routed:
         faults.attempt(partial(_change_weights, self.shard, self.local, inputs, go))
         wait()
         faults.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, go))
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """What is stored here: its updates stand in the arena, or came home into the buffer of cut blocks."""
+        yield self.local.of(inputs.weights)
+        yield self.owned_elsewhere.of(inputs.weights)
 
     def _exchange(self, send: Wire, counts: list[int], receive: Wire, expected: list[int]) -> Callable[[], None]:
         if not self.crossing:

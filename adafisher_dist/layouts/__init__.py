@@ -11,7 +11,13 @@ from torch import Tensor
 
 from adafisher_dist.comm import Control, Group, control, join
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed import calling_wrapper, meet_deepspeed, unexpected, when_deepspeed_is_loaded
+from adafisher_dist.layouts.deepspeed import (
+    calling_wrapper,
+    engine_that_builds,
+    meet_deepspeed,
+    unexpected,
+    when_deepspeed_is_loaded,
+)
 from adafisher_dist.layouts.storage import (
     Given,
     Held,
@@ -34,6 +40,7 @@ __all__ = [
     "UnsupportedLayoutError",
     "check_parameter",
     "control_of",
+    "engine_that_builds",
     "is_called_by_deepspeed",
     "is_rehearsal",
     "locate",

@@ -29,6 +29,17 @@ def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
     return None, ""
 
 
+def engine_that_builds() -> Any:
+    """The DeepSpeed engine on the call stack, which is building its optimizer from its config; None where none is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__module__.startswith("deepspeed.") and hasattr(owner, "train_batch_size"):
+            return owner
+        frame = frame.f_back
+    return None
+
+
 _callbacks: list[Callable[[], None]] = []
 
 

@@ -1,0 +1,308 @@
+"""Metrics: beside numpy, alike on any number of ranks and in every layout, to callbacks, DeepSpeed and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import PARAMS, config, engine_of
+from engines import train as train_engine
+from models import batch, model, weights
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from typer.testing import CliRunner
+
+from adafisher_dist import AdaFisher, comm, ds, fisher, metrics
+from adafisher_dist.cli import app
+from adafisher_dist.metrics import NAMES, CsvLog
+
+Told = list[tuple[int, dict[str, float]]]
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}
+KEPT: dict[str, Any] = {**SETTINGS, "inverse_update_freq": 4}
+
+
+def train(
+    rank: int, world: int, settings: dict[str, Any], steps: int = 7, every: int = 3, dtype: torch.dtype = torch.float64,
+    before: Callable[[AdaFisher], object] | None = None,
+) -> tuple[Told, list[dict[str, np.ndarray]]]:  # fmt: skip
+    """What was told, and the weights after each step, those before the first included."""
+    module = model(dtype)
+    wrapped = DistributedDataParallel(module) if world > 1 else module
+    optimizer = AdaFisher(module.parameters(), **settings)
+    told: Told = []
+    optimizer.report_metrics(lambda step, found: told.append((step, found)), every)
+    history = [weights(module)]
+    for step in range(steps):
+        x, y = batch(step, rank, world, dtype=dtype)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        if before is not None and step == 3:
+            before(optimizer)
+        optimizer.step()
+        history.append(weights(module))
+    optimizer.flush_metrics()
+    return told, history
+
+
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum((value**2).sum() for name, value in tensors.items() if name != "frozen")))
+
+
+# ---- what they are ----
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_condition_numbers_are_numpys(packed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(5, 6, 9, generator=generator, dtype=torch.float64)
+    f = half.mT @ half
+    f[2] = 0  # has seen no gradient
+    stored = fisher.unpack(fisher.pack(f), 9) if packed else f.triu(1) * 7 + f.tril()  # only the lower triangle counts
+    found = fisher.condition_number(stored, 0.01, torch.float64)
+    for block, number in zip(f.numpy(), found.tolist(), strict=True):
+        mean = np.trace(block) / 9
+        a = block / (mean if mean else 1) + 0.01 * np.eye(9)
+        assert number == pytest.approx(np.linalg.cond(a, 1), rel=1e-9)
+
+
+def test_each_metric_of_one_process() -> None:
+    told, history = train(0, 1, {**KEPT, "damping": 0.2, "fisher_dtype": torch.float64})
+    assert [step for step, _ in told] == [3, 6]
+    for step, found in told:
+        assert list(found) == list(NAMES)
+        change = {name: value - history[step - 1][name] for name, value in history[step].items()}
+        assert found["update_to_weight"] == pytest.approx(norm(change) / norm(history[step]), rel=1e-9)
+        assert found["damping_min"] == found["damping_max"] == 0.2 + 1e-8
+        assert found["communication_bytes"] == found["communication_ms"] == found["skipped_steps"] == 0
+        assert 1 < found["condition_number_median"] <= found["condition_number_max"] < 9 * 9 / 0.2
+    # All factors are new at steps 1 to 8, when the Fisher is filling: its interval is round(4 (1 - 0.95^k)).
+    assert told[0][1]["factor_age_max"] == 0
+
+
+def test_the_age_of_factors() -> None:
+    """With an interval of 4 that is reached at once, a quarter of the blocks each is 0, 1, 2 and 3 steps old."""
+    settings = {**KEPT, "fisher_decay": 0.1, "bias_correction": False, "damping": 1.0}
+    told, _ = train(0, 1, settings, steps=24, every=12)
+    for _, found in told:
+        assert found["factor_age_max"] == 3 and found["factor_age_mean"] == pytest.approx(1.5, abs=0.3)
+
+
+def test_a_bfloat16_fishers_damping_and_two_groups() -> None:
+    module = model(torch.float32)
+    first, *rest = module.parameters()
+    groups = [{"params": [first], "damping": 0.5}, {"params": rest}]
+    optimizer = AdaFisher(groups, **SETTINGS, damping=1e-3, fisher_dtype=torch.bfloat16)
+    told: Told = []
+    optimizer.report_metrics(lambda step, found: told.append((step, found)), 1)
+    x, y = batch(0, 0, 1, dtype=torch.float32)
+    nn.functional.mse_loss(module(x), y).backward()
+    optimizer.step()
+    optimizer.flush_metrics()
+    assert told[0][1]["damping_max"] == 0.5 + 1e-8
+    assert 1e-3 < told[0][1]["damping_min"] < 0.5, "more than was asked for, to outweigh the rounding"
+
+
+def test_the_ladder_is_counted() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdaFisher([parameter], rows_per_block=1, damping=0.0, block_size=2)
+    told: Told = []
+    optimizer.report_metrics(lambda step, found: told.append((step, found)), 2)
+    for _ in range(4):
+        parameter.grad = torch.ones(2, 2)  # F has rank 1
+        optimizer.step()
+    optimizer.flush_metrics()
+    needed = sum(stats.ladder["more damping"] for stats in optimizer.fisher_stats().values())
+    assert needed > 0 and told[-1][1]["ladder_more_damping"] == needed >= told[0][1]["ladder_more_damping"] > 0
+
+
+# ---- on several ranks ----
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_tell_what_one_process_does(world: int) -> None:
+    settings = {**KEPT, "fisher_dtype": torch.float64}
+    alone, _ = train(0, 1, settings)
+    results = run_ranks(train, world, settings)
+    assert all(told == [] for told, _ in results[1:]), "only the first rank tells"
+    compare(results[0][0], alone)
+    assert results[0][0][0][1]["communication_bytes"] > 0 and results[0][0][0][1]["communication_ms"] > 0
+
+
+def compare(found: Told, expected: Told, rel: float = 1e-9) -> None:
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        for name in NAMES:
+            if not name.startswith("communication"):
+                assert ours[name] == pytest.approx(theirs[name], rel=rel), name
+
+
+def broken(rank: int, world: int) -> tuple[Told, str]:
+    """One rank fails while it measures."""
+    log = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("adafisher_dist").addHandler(handler)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no room")
+
+    def breaks(_: AdaFisher) -> None:
+        if rank == 1:
+            metrics._conditions = fail
+
+    told, _ = train(rank, world, SETTINGS, before=breaks)
+    return told, "\n".join(log)
+
+
+@pytest.mark.dist
+def test_an_error_on_a_rank_stops_nobody() -> None:
+    (told, log), _ = run_ranks(broken, 2)
+    assert [step for step, _ in told] == [3]
+    assert "metrics of step 6 are left out; rank 1: RuntimeError: no room" in log
+
+
+def collectives(rank: int, world: int) -> list[int]:
+    """How many collectives of the control group each step makes."""
+    count = [0]
+    gather = comm.Control.gather
+
+    def counted(self: comm.Control, value: Any) -> Any:
+        count[0] += 1
+        return gather(self, value)
+
+    comm.Control.gather = counted  # type: ignore[method-assign]
+    module = model(torch.float32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    optimizer.report_metrics(lambda step, found: None, 3)
+    seen = []
+    for step in range(8):
+        x, y = batch(step, rank, world, dtype=torch.float32)
+        nn.functional.mse_loss(module(x), y).backward()
+        for p in module.parameters():
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(count[0])
+        assert (comm._measuring is None) or (step + 1) % 3 == 0
+    return seen
+
+
+@pytest.mark.dist
+def test_between_measured_steps_nothing_is_done() -> None:
+    for seen in run_ranks(collectives, 2):
+        assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+# ---- DeepSpeed ----
+
+
+def monitored(rank: int, world: int, stage: int, folder: str, zero: dict[str, Any], accumulate: int) -> Told:
+    """From the config alone, and from report_metrics; two param groups, so that a step is several calls."""
+    monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"}}
+    params = {**PARAMS, "metrics_every": 2}
+    engine = engine_of(config(stage, world, params, zero=zero, accumulate=accumulate, **monitor), groups=True)
+    train_engine(engine, 0, 5, rank, world)
+    told: Told = []
+    engine.basic_optimizer.report_metrics(lambda step, found: told.append((step, found)), 2)
+    train_engine(engine, 5, 8, rank, world)
+    engine.basic_optimizer.flush_metrics()
+    ds.report_metrics(engine, 1)
+    with contextlib.suppress(ValueError):
+        ds.report_metrics(engine, 0)
+        raise AssertionError("0 was accepted")
+    return told
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    ("stage", "zero"), [(0, {}), (1, {}), (2, {}), (3, {"sub_group_size": 60, "stage3_param_persistence_threshold": 0})]
+)
+def test_deepspeeds_monitor(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
+    (told, other) = run_ranks(monitored, 2, stage, str(tmp_path), zero, 2, deepspeed=True)
+    assert [step for step, _ in told] == [6, 8] and other == []
+    for name in NAMES:
+        heading, *lines = (tmp_path / "job" / f"AdaFisher_{name}.csv").read_text().split()
+        assert heading == f"step,{name}"
+        assert [line.split(",")[0] for line in lines] == ["48", "96"], "steps 2 and 4 of 24 samples"
+    # Stages differ in what they hold where, and not in what they compute.
+    expected = run_ranks(monitored, 1, 0, str(tmp_path / "alone"), {}, 2, deepspeed=True)[0]
+    compare(told, expected, rel=2e-3)
+
+
+def refused(rank: int, world: int) -> str:
+    try:
+        engine_of(config(1, world, {**PARAMS, "metrics_every": 2}))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+def test_no_monitor_is_an_error() -> None:
+    assert "DeepSpeed has no monitor on" in run_ranks(refused, 1, deepspeed=True)[0]
+
+
+def test_metrics_every_is_deepspeeds() -> None:
+    with pytest.raises(ValueError, match=r"use optimizer\.report_metrics"):
+        ds.from_config(model().parameters(), metrics_every=3)
+    with pytest.raises(ValueError, match="a whole number from 1 on, and not 0"):
+        AdaFisher(model().parameters()).report_metrics(print, 0)
+
+
+# ---- logs and pictures ----
+
+
+def test_a_log_is_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "metrics.csv"
+    for _ in range(2):  # a second run appends
+        log = CsvLog(path)
+        for step, found in train(0, 1, KEPT, dtype=torch.float32)[0]:
+            log(step, found)
+    assert len(path.read_text().splitlines()) == 5
+    done = CliRunner().invoke(app, ["plot", str(path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    done = CliRunner().invoke(app, ["plot", str(path), "--out", str(tmp_path / "a.svg")])
+    drawn = (tmp_path / "a.svg").read_text()
+    assert done.exit_code == 0 and "<svg" in drawn
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "holds no metrics of AdaFisher"),
+        ("step,loss\n1,2\n", "holds no metrics of AdaFisher"),
+        ("step,damping_min\n1,x\n", "line 2, is not a step with 1 numbers"),
+        ("step,damping_min\n1,2,3\n", "line 2, is not a step with 1 numbers"),
+    ],
+)
+def test_what_is_no_log_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    if content is not None:
+        path.write_text(content)
+    done = CliRunner().invoke(app, ["plot", str(path)])
+    assert done.exit_code == 2 and message in done.output
+    done = CliRunner().invoke(app, ["plot", str(tmp_path)])
+    assert done.exit_code == 2 and "holds no metrics of AdaFisher" in done.output
+    done = CliRunner().invoke(app, ["plot", str(path), "--out", "x.csv"])
+    assert done.exit_code == 2 and "should end in .png" in done.output
+
+
+def test_deepspeeds_folder_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "AdaFisher_update_to_weight.csv").write_text(
+        "step,update_to_weight\n24,0.1\nstep,update_to_weight\n48,0.2\n"
+    )
+    done = CliRunner().invoke(app, ["plot", str(tmp_path), "--out", str(tmp_path / "x.png")])
+    assert done.exit_code == 0 and (tmp_path / "x.png").exists()
