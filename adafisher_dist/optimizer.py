@@ -29,21 +29,22 @@ logger = logging.getLogger("adafisher_dist")
 
 
 class AdaFisher(Optimizer):
-    r"""Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
+    """Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
 
     Each row of a parameter (all that feeds one output) is cut into vectors, and consecutive rows share their blocks.
-    For a vector with gradient :math:`g`, at step :math:`t`, after :math:`k` Fisher updates, with means over the vectors
-    of a block (DESIGN.md, section 2):
+    For a vector with gradient g, at step t, after k Fisher updates, with means over the vectors of a block (DESIGN.md,
+    section 2):
 
-    .. math::
-        m &\leftarrow \mu m + (1-\mu) g, \qquad \hat m = \mu m / (1-\mu^t) + (1-\mu) g \quad\text{(Nesterov)} \\
-        F &\leftarrow \rho F + (1-\rho)\,\mathrm{mean}(g g^\top), \qquad w \leftarrow \rho w + (1-\rho) g^\top g/r \\
-        \hat F &= F / (1-\rho^k), \qquad \hat w = w / (1-\rho^k), \qquad d = \mathrm{tr}(\hat F)/r \\
-        s &= (\hat F / d + (\delta + \epsilon) I)^{-p} \hat m, \qquad v = \hat w\,\mathrm{diag}(\hat F) / d \\
-        a &= \hat m / (\sqrt v + \epsilon), \qquad
-        \kappa = \min(16, 1/(\eta L), \max(1, \cos(\hat m, a) / \cos(\hat m, s))) \\
-        u &= \kappa \, s \, \lVert a \rVert / \lVert s \rVert \\
-        \theta &\leftarrow \theta - \eta \lambda \theta - \eta u
+        m ← μ m + (1−μ) g                       m̂ = μ m / (1 − μᵗ) + (1−μ) g  (Nesterov)
+        F ← ρ F + (1−ρ) mean(g gᵀ)              F̂ = F / (1 − ρᵏ)
+        w ← ρ w + (1−ρ) gᵀg / r                 ŵ = w / (1 − ρᵏ)
+        d = tr(F̂) / r
+        s = (F̂ / d + (δ + ε) I)^(−p) m̂
+        v = ŵ diag(F̂) / d
+        a = m̂ / (√v + ε)
+        κ = min(16, 1/(η L), max(1, cos(m̂, a) / cos(m̂, s)))
+        u = κ s ‖a‖ / ‖s‖
+        θ ← θ − η λ θ − η u
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
     blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block lives where its first element is.
