@@ -6,7 +6,7 @@ PYTEST ?=
 QUICK ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all bench bench-convergence lint format type clean
+.PHONY: help venv demo test test-all bench bench-convergence docs docs-serve lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -40,6 +40,13 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped
 	@$(BIN)/python benchmarks/convergence.py
 
+docs: $(STAMP)  ## the documentation's site, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(STAMP)  ## the same at http://127.0.0.1:8000, while it is written
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 lint: $(STAMP)  ## ruff and the layers of DESIGN.md
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -52,5 +59,5 @@ format: $(STAMP)  ## let ruff mend what it can
 type: $(STAMP)  ## mypy
 	@$(BIN)/mypy
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, caches and site/; runs/ stays
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
