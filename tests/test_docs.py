@@ -1,0 +1,248 @@
+"""The documentation's site builds, its code runs, its outputs are today's, and it explains every message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from messages import PAGE, Message, messages, missing, of_source, quoted, stale, term
+
+import adafisher_dist
+from adafisher_dist.settings import DEFAULTS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+# ---- the site ----
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    unreachable = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}  # it needs no network
+    environment = {**os.environ, **unreachable, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_it_builds_with_all_pages(site: Path) -> None:
+    for page in [*DOCS.glob("*.md"), Path("DESIGN.md"), Path("LOG.md"), Path("CHANGELOG.md")]:
+        assert (site / page.with_suffix(".html").name).is_file(), page
+    assert not list(site.glob("*.py")), "scripts are no part of the site"
+
+
+def test_it_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.glob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]*)"', html)
+        assert not loaded, f"{page.name} loads {loaded}"
+
+
+def test_the_reference_has_everything_public(site: Path) -> None:
+    html = (site / "reference.html").read_text(encoding="utf-8")
+    names = [name for name in adafisher_dist.__all__ if name != "__version__"]
+    for name in [*names, "ds.from_config", "ds.save_checkpoint", "ds.load_checkpoint"]:
+        assert f'id="adafisher_dist.{name}"' in html, name
+    public = [name for name in vars(adafisher_dist.AdaFisher) if not name.startswith("_")]
+    for name in public:
+        assert f'id="adafisher_dist.AdaFisher.{name}"' in html, name
+    for name in [*DEFAULTS, "process_group"]:
+        assert f"<code>{name}</code>" in html, name
+    for role in (":math:", ".. math::", ":class:"):
+        assert role not in html, f"{role} is shown as it stands"
+
+
+def test_the_papers_of_the_top_level_are_reached(site: Path) -> None:
+    assert 'href="LOG.html"' in (site / "convergence.html").read_text(encoding="utf-8")
+
+
+# ---- what it says of the package ----
+
+
+def test_every_message_is_explained() -> None:
+    lacking = missing(PAGE.read_text(encoding="utf-8"), messages())
+    listed = "\n".join(f"{message.place}\n{term(message.text)}" for message in lacking)
+    assert not lacking, (
+        f"docs/troubleshooting.md does not explain these messages. Paste each as a term of the page, on a line of its"
+        f' own, and write its cause and remedy below, after ":   ".\n{listed}'
+    )
+
+
+def test_no_message_is_explained_that_nothing_says() -> None:
+    assert not stale(PAGE.read_text(encoding="utf-8"), messages())
+
+
+def test_each_term_has_an_explanation() -> None:
+    lines = [line for line in text("troubleshooting.md").splitlines() if line]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if quoted(line):
+            assert quoted(following) or following.startswith(":   "), f"nothing explains {line}"
+
+
+def test_messages_are_found_however_they_are_said() -> None:
+    source = '''
+"""A docstring that is no message."""
+_WHY = " Use another."
+
+def check(value, problems):
+    """Another docstring, with more than four words in it."""
+    if value:
+        raise ValueError(f"{value!r} is {value:d} too many of"
+                         f" them." + _WHY)
+    problems.append(f"{value} is gone")
+    logger.warning("Lost %d of %.1f GB", 1, 2)
+    fail("Bad.", 2)
+    Option(help="This is what a help text looks like.")
+    return "a reason that somebody raises later" if value else None
+'''
+    assert [found for _, found in of_source(source)] == [
+        "… is … too many of them. Use another.",
+        "… is gone",
+        "Lost … of … GB",
+        "Bad.",
+        "a reason that somebody raises later",
+    ]
+
+
+def test_a_message_without_an_entry_is_told() -> None:
+    new = Message("adafisher_dist/x.py:1", "… is new and nobody has explained it.")
+    assert missing(PAGE.read_text(encoding="utf-8"), [new]) == [new]
+
+
+def test_the_command_line_page_has_all_options_and_defaults() -> None:
+    import typer
+
+    from adafisher_dist.cli import app
+
+    command: Any = typer.main.get_command(app)
+    page = text("command_line.md")
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]}
+    assert set(sections) == set(command.commands)
+    for name, sub in command.commands.items():
+        rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", sections[name], flags=re.MULTILINE)
+        told = {option: default for options, default in rows for option in re.findall(r"`(--[\w-]+)`", options)}
+        options = [param for param in sub.params if param.opts[0].startswith("--")]
+        names = {option for param in options for option in (*param.opts, *param.secondary_opts)}
+        assert set(told) == names - {"--help"}, name
+        for param in options:
+            default = getattr(param.default, "value", param.default)
+            if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+                assert told[param.opts[0]] == str(default), param.opts
+
+
+# ---- its code and outputs ----
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "checkpoints.md", "migrating.md"])
+def test_code_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [code for code in blocks(page, "python") if not code.startswith("# train_")]
+    assert found
+    names: dict[str, Any] = {}
+    for code in found:
+        exec(compile(code, page, "exec"), names)
+    if page == "quickstart.md":
+        assert names["optimizer"].skipped_steps == 0
+        assert names["loss"].item() < 1.2, "labels of four classes are learnt by heart"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("script", ["train_ddp.py", "train_fsdp2.py"])
+def test_the_scripts_for_several_ranks_run(script: str, tmp_path: Path) -> None:
+    (code,) = (code for code in blocks("quickstart.md", "python") if code.startswith(f"# {script}: torchrun"))
+    (tmp_path / script).write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "ckpt" / "latest").read_text() == "step20"
+
+
+def test_the_deepspeed_config_is_accepted() -> None:
+    (config,) = map(json.loads, blocks("quickstart.md", "json"))
+    assert config["optimizer"]["type"] == "AdaFisher"
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = adafisher_dist.AdaFisher([weight], **config["optimizer"]["params"])
+    assert optimizer.get_lr() == 3e-3
+
+
+def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from adafisher_dist.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (model,) = blocks("memory.md", "python")
+    (tmp_path / "mymodel.py").write_text(model)
+    page = text("memory.md").replace("\\\n", " ")
+    shown = re.findall(r"^    \$ python -m adafisher_dist (estimate .*)\n((?:    .*\n|\n)+)", page, flags=re.MULTILINE)
+    assert len(shown) == 3
+    for command, output in shown:
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 0, result.output
+        assert output.split() == result.stdout.split(), command
+    sys.modules.pop("mymodel", None)
+
+
+def test_the_table_of_rows_per_block_is_todays() -> None:
+    from adafisher_dist.estimate import estimate, transformer_shapes
+    from adafisher_dist.settings import normalize, structure
+
+    shapes = transformer_shapes(int(7e9))
+    rows = re.findall(
+        r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) MB \|$", text("memory.md"), re.M
+    )
+    assert [row[0] for row in rows] == ["1", "16", "64"]
+    for depth, *told in rows:
+        group = {**DEFAULTS, "rows_per_block": int(depth)}
+        normalize(group)
+        costs = estimate(shapes, "zero3", 64, structure(group))
+        amounts = costs.memory["fisher"] / 1e9, costs.memory["total"] / 1e9, costs.least / 1e9
+        assert told == [*(f"{amount:.1f}" for amount in amounts), f"{costs.sent / 1e6:.3g}"]
+
+
+def test_the_trust_radii_are_those_of_the_code() -> None:
+    from adafisher_dist.fisher import largest_stretch
+
+    rows = re.findall(r"^\| L = (\d+) \| lr = ([\d.e-]+) \|", text("settings.md"), flags=re.MULTILINE)
+    assert len(rows) == 3
+    for length, lr in rows:
+        stretch = largest_stretch(torch.tensor([float(length)]), float(lr)).item()
+        assert stretch == pytest.approx(1.0, rel=0.03)
+
+
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    sys.path.append(str(DOCS))
+    try:
+        import pictures
+    finally:
+        sys.path.remove(str(DOCS))
+    drawn = {"blocks": pictures.blocks(), "ranks": pictures.ranks(), "step": pictures.step()}
+    assert {path.stem for path in pictures.FOLDER.iterdir()} == set(drawn)
+    shown = set(re.findall(r"\]\(pictures/(\w+)\.svg\)", text("how_it_works.md")))
+    assert shown == set(drawn)
