@@ -236,7 +236,7 @@ def test_the_trust_radii_are_those_of_the_code() -> None:
         assert stretch == pytest.approx(1.0, rel=0.03)
 
 
-def test_the_pictures_are_those_that_the_script_draws() -> None:
+def test_each_picture_is_drawn_by_the_script_and_shown() -> None:
     sys.path.append(str(DOCS))
     try:
         import pictures
