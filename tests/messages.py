@@ -29,6 +29,7 @@ _WORDS = 4
 # Of those, what is no message: help texts (which `--help` shows), and what the tables of the command line say.
 _SILENT_MODULES = ("tables.py", "fused_kernel.py")
 _SILENT_KEYWORDS = ("help",)
+_SILENT_NAMES = ("NAMES", "PANELS")  # of metrics.py and curves.py: words of pictures
 
 # torch's own warning, which the package silences.
 _NOT_OURS = ("torch.distributed is (disabled|unavailable).*assuming the intent is to",)
@@ -63,7 +64,13 @@ def of_source(source: str) -> Iterator[tuple[int, str]]:
     inlined = {
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     } & constants.keys()
-    skipped = _docstrings(tree) | {id(constants[name]) for name in inlined}
+    silent = {
+        id(node)
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) in _SILENT_NAMES
+    }
+    skipped = _docstrings(tree) | {id(constants[name]) for name in inlined} | silent
     yield from _walk(tree, constants, skipped, False)
 
 

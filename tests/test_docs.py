@@ -155,7 +155,7 @@ def test_the_command_line_page_has_all_options_and_defaults() -> None:
 # ---- its code and outputs ----
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "checkpoints.md", "migrating.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "checkpoints.md", "metrics.md", "migrating.md"])
 def test_code_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = [code for code in blocks(page, "python") if not code.startswith("# train_")]
