@@ -139,7 +139,7 @@ def pairs_of(task_names: Sequence[str], names: Sequence[str]) -> list[Pair]:
         (task, name)
         for task in task_names
         for name in names
-        if CONTENDERS[name].missing is None and CONTENDERS[name].suits(TASKS[task])
+        if CONTENDERS[name].missing is None and CONTENDERS[name].unfit(TASKS[task]) is None
     ]
 
 
@@ -184,7 +184,8 @@ def write(plan: Plan, done: Done, ratios: Mapping[str, Any], quick: bool, shown:
         if curves := finished(plan, task, done):
             steps = plan.steps or TASKS[task].steps
             reports[task] = task_report(TASKS[task], steps, curves, plan.base_lrs(task), ratios.get(task, {}))
-            reports[task]["left_out"] = [name for name in CONTENDERS if not CONTENDERS[name].suits(TASKS[task])]
+            reasons = {name: contender.unfit(TASKS[task]) for name, contender in CONTENDERS.items()}
+            reports[task]["left_out"] = {name: reason for name, reason in reasons.items() if reason is not None}
             reports[task]["runs_missing"] = len(wanted(plan, pairs_of([task], list(CONTENDERS)), done))
     for task in shown:
         if task in reports:

@@ -180,8 +180,7 @@ def remarks(report: Report) -> list[str]:
     extended = [f"{name} ({', '.join(f'{lr:g}' for lr in lrs)})" for name, lrs in beyond.items() if lrs]
     if extended:
         lines.append(f"Best at the edge of the base grid, and so also run beyond it: {', '.join(extended)}.")
-    for name in report["left_out"]:
-        lines.append(f"{name} is left out: this model has no hidden matrix, so it would be AdamW throughout.")
+    lines += [f"{name} is left out: {reason}." for name, reason in report["left_out"].items()]
     if report["runs_missing"]:
         lines.append(f"INCOMPLETE: {report['runs_missing']} trainings are still to be done.")
     return lines

@@ -32,14 +32,14 @@ class Contender:
         build: what trains a task's model at a learning rate: one optimizer, or two with a part of the parameters each.
         settings: besides the learning rate, as JSON has them. Runs with other settings are other runs.
         missing: why it cannot be built here; None where it can.
-        suits: whether it is for a task.
+        unfit: why it is not for a task; None where it is.
         slow_start: whether its step grows dearer, or cheaper, for dozens of steps.
     """
 
     build: Build
     settings: dict[str, Any]
     missing: str | None = None
-    suits: Callable[[Task], bool] = lambda task: True
+    unfit: Callable[[Task], str | None] = lambda task: None
     slow_start: bool = False
 
 
@@ -48,7 +48,7 @@ def contenders() -> dict[str, Contender]:
     return {
         **{name: _adafisher(settings) for name, settings in ADAFISHERS.items()},
         **{name: _adamw(betas) for name, betas in ADAMWS.items()},
-        "SGD": Contender(_sgd, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0}),
+        "SGD": _sgd(),
         "Muon": _muon(),
         "SOAP": _soap(),
     }
@@ -75,8 +75,16 @@ def _adamw(betas: tuple[float, float]) -> Contender:
     return Contender(build, {"betas": list(betas), "weight_decay": 0.01})
 
 
-def _sgd(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-    return [SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=0.0, foreach=True)]
+def _sgd() -> Contender:
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+
+    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
+        return [SGD(model.parameters(), lr=lr, foreach=True, **settings)]
+
+    def unfit(task: Task) -> str | None:
+        return "it is far behind in the shorter trainings" if task.lrs is not None else None
+
+    return Contender(build, settings, unfit=unfit)
 
 
 def _muon() -> Contender:
@@ -92,8 +100,10 @@ def _muon() -> Contender:
             made.append(AdamW(rest, lr=lr, betas=betas, weight_decay=0.01, foreach=True))
         return made
 
-    def suits(task: Task) -> bool:
-        return any(task.hidden(name, parameter) for name, parameter in task.build().named_parameters())
+    def unfit(task: Task) -> str | None:
+        if any(task.hidden(name, parameter) for name, parameter in task.build().named_parameters()):
+            return None
+        return "this model has no hidden matrix, so it would be AdamW throughout"
 
     settings = {
         "adjust_lr_fn": "match_rms_adamw",
@@ -101,7 +111,7 @@ def _muon() -> Contender:
         "rest": {"betas": list(betas), "weight_decay": 0.01},
     }
     missing = None if hasattr(torch.optim, "Muon") else f"torch {torch.__version__} has no Muon, 2.9 has"
-    return Contender(build, settings, missing, suits)
+    return Contender(build, settings, missing, unfit)
 
 
 def _soap() -> Contender:

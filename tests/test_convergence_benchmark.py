@@ -202,7 +202,7 @@ def test_a_report_of_a_task() -> None:
     assert own["worst_to_adamw"] == {"ratio": math.inf, "lr": 4.0}
     assert found["optimizers"]["AdamW"]["steps_to_adamw"] == 1 and found["optimizers"]["AdamW"]["time_to_adamw"] is None
     assert report.plain(own)["by_lr"][2]["mean"] == "inf"
-    found |= {"runs_missing": 3, "left_out": ["Muon"]}
+    found |= {"runs_missing": 3, "left_out": {"Muon": "no matrix"}}
     text = report.markdown({"autoencoder": found}, "command")
     assert "| AdaFisher | 2 | 1.000 | 1.000 to 1.000 | 0.67 | 2.00 | 1 × | ∞ |" in text
     assert (
