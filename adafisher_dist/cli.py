@@ -27,6 +27,7 @@ from adafisher_dist.checkpoint.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.checkpoint.manifest import Manifest, read
 from adafisher_dist.checkpoint.summary import damage, summarize
 from adafisher_dist.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
+from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.tables import forecast_table, tables_of
 
 app = typer.Typer(
@@ -133,6 +134,7 @@ def estimate(
     zero_stage: Annotated[int | None, Option(help="DeepSpeed's, 0 to 3.", show_default=False)] = None,
     layout: Annotated[Layout | None, Option(help="Instead: another layout.", show_default=False)] = None,
     block_size: Annotated[list[int] | None, Option(help="Repeat for several; by default 16, 32, 64, 128.")] = None,
+    rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
     block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
     exponent: Annotated[float, Option(help="1.0 or 0.5.")] = 1.0,
     inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
@@ -148,6 +150,7 @@ def estimate(
         shapes = _shapes(params, model)
         chosen = _layout(zero_stage, layout)
         settings = {
+            "rows_per_block": rows_per_block,
             "block_grid": block_grid.value,
             "exponent": exponent,
             "inverse_update_freq": inverse_update_freq,

@@ -306,6 +306,9 @@ def test_command() -> None:
     dense = next(row for row in told["settings"] if row["fisher_dtype"] == "float32" and not row["packed"])
     assert (dense["memory"], dense["sent"], dense["flops"]) == (want.memory, want.sent, want.flops)
     assert told["elements"] == pytest.approx(7e9, rel=0.001)
+    done = run("--params", "7e9", "--world-size", "64", "--zero-stage", "3", "--rows-per-block", "1", "--json")
+    alone = next(row for row in json.loads(done.output)["settings"] if row["block_size"] == 64)
+    assert alone["memory"]["fisher"] > 10 * dense["memory"]["fisher"]
 
 
 def test_command_on_a_model() -> None:
