@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,3 +23,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if (item.get_closest_marker("interpreted") is not None) == interpreting]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty one. In memory, where there is such a disk: a kill does not lose what the kernel was given."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as made:
+        yield Path(made)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints step1 and step2."""
+    from checkpoint_runs import trained
+
+    root = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        trained(step).save(root / f"step{step}", step)
+    return root
