@@ -35,6 +35,7 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 	@$(BIN)/python benchmarks/share.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
+	@$(BIN)/python benchmarks/metrics.py $(QUICK)
 	@$(BIN)/python benchmarks/convergence.py --quick
 
 bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped

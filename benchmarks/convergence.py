@@ -42,7 +42,7 @@ class Plan:
     Attributes:
         tasks: names of the tasks, unless --task chooses.
         lrs: the base grid of learning rates, the smallest first, of tasks that have none of their own.
-        seeds: of initial weights and batches.
+        seeds: of initial weights and batches, likewise.
         steps: of a training; None: the task's own.
         extensions: how often the grid may grow by a factor of two.
         folder: where everything is written.
@@ -62,6 +62,9 @@ class Plan:
     def base_lrs(self, task: str) -> tuple[float, ...]:
         return TASKS[task].lrs or self.lrs
 
+    def seeds_of(self, task: str) -> tuple[int, ...]:
+        return TASKS[task].seeds or self.seeds
+
     def run(self, pair: Pair, lr: float, seed: int) -> Run:
         task, optimizer = pair
         settings = written(CONTENDERS[optimizer].settings)
@@ -70,7 +73,7 @@ class Plan:
     def has(self, run: Run, pairs: Collection[Pair]) -> bool:
         """Whether it is one of these pairs' trainings, with today's settings."""
         pair = run.task, run.optimizer
-        return pair in pairs and run.seed in self.seeds and run == self.run(pair, run.lr, run.seed)
+        return pair in pairs and run.seed in self.seeds_of(run.task) and run == self.run(pair, run.lr, run.seed)
 
 
 TASKS: dict[str, Task] = tasks()
@@ -113,12 +116,12 @@ def wanted(plan: Plan, pairs: Sequence[Pair], done: Done) -> list[Run]:
     for pair in pairs:
 
         def loss(lr: float, pair: Pair = pair) -> float | None:
-            curves = [done.get(plan.run(pair, lr, seed)) for seed in plan.seeds]
+            curves = [done.get(plan.run(pair, lr, seed)) for seed in plan.seeds_of(pair[0])]
             finals = [curve.final for curve in curves if curve is not None]
             return statistics.fmean(finals) if len(finals) == len(curves) else None
 
         lrs = grid(plan.base_lrs(pair[0]), loss, plan.extensions)
-        runs = [plan.run(pair, lr, seed) for lr in lrs for seed in plan.seeds]
+        runs = [plan.run(pair, lr, seed) for lr in lrs for seed in plan.seeds_of(pair[0])]
         missing += [run for run in runs if run not in done]
     return sorted(missing, key=lambda run: (run.seed, list(TASKS).index(run.task)))
 
