@@ -53,9 +53,7 @@ def why_not() -> str | None:
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
     """Make hosts with addresses from 10.77.0.1 on; kill what still runs there, and take them down."""
-    bridge = (
-        f"br{os.getpid()}"  # all that is on the bridge is in the first namespace, so that two tests may run at once
-    )
+    bridge = "eth0"  # the first host's interface; it is in that namespace alone, so that two tests may run at once
     made = [Host(f"host{os.getpid()}x{number}", f"10.77.0.{number}") for number in range(1, count + 1)]
     try:
         for host in made:

@@ -78,6 +78,70 @@ def compare(found: dict[int, tuple[float, float | None]], expected: dict[int, tu
 
 SLOW = pytest.mark.slow
 
+# What stands in for a cluster's programs: it runs a command on hosts, given by their addresses.
+ON_HOSTS = """#!/usr/bin/env python3
+import os, subprocess, sys
+names = {names}
+def on(address, command):
+    return subprocess.Popen(["ip", "netns", "exec", names[address], *command])
+"""
+PDSH = """
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+command = " ".join(words[words.index("-w") + 2:])
+running = [on(host, ["sh", "-c", command.replace("%n", str(n))]) for n, host in enumerate(hosts)]
+sys.exit(max(process.wait() for process in running))
+"""
+SSH = """
+print(next(word for word in sys.argv[1:] if word in names))
+"""
+SRUN = """
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+sys.exit(max(process.wait() for process in [on(host, command) for host in names]))
+"""
+SCONTROL = """
+print(*names, sep=chr(10))
+"""
+
+
+def stand_ins(made: list[Host], folder: Path) -> str:
+    """A PATH that has them first."""
+    folder.mkdir()
+    names = {host.address: host.name for host in made}
+    for name, text in {"pdsh": PDSH, "ssh": SSH, "srun": SRUN, "scontrol": SCONTROL}.items():
+        path = folder / name
+        path.write_text(ON_HOSTS.replace("{names}", repr(names)) + text)
+        path.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@SLOW
+@pytest.mark.parametrize("launcher", ["deepspeed", "slurm"])
+def test_one_command_reaches_all_hosts(
+    launcher: str, tmp_path: Path, undisturbed: dict[int, tuple[float, float | None]]
+) -> None:
+    """DeepSpeed's launcher with a hostfile, and Slurm's job, with stand-ins for pdsh, ssh, srun and scontrol."""
+    with hosts(2) as made:
+        environment = {**os.environ, **ENVIRONMENT, "PATH": stand_ins(made, tmp_path / "bin")}
+        for name in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
+            environment.pop(name, None)
+        if launcher == "deepspeed":
+            hostfile = tmp_path / "hosts"
+            hostfile.write_text("".join(f"{host.address} slots=1\n" for host in made))
+            environment |= {"DS_ACCELERATOR": "cpu"}
+            options = ["--hostfile", str(hostfile), "--interface", "eth0"]
+            command = [str(LAUNCH / "deepspeed.sh"), *options, *training(2, str(tmp_path / "a"))]
+        else:
+            slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "all", "RANKS": "1"}
+            environment |= {**slurm, "SLURM_SUBMIT_DIR": str(ROOT)}
+            command = ["bash", str(LAUNCH / "slurm.sbatch"), *training(2, str(tmp_path / "a"))]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 rank(s) on cpu" in done.stdout
+    compare(losses(tmp_path), undisturbed)
+
 
 @pytest.mark.parametrize(("stage", "count"), [pytest.param(1, 3, marks=SLOW), pytest.param(3, 2, marks=SLOW)])
 def test_hosts_train_as_one_process(
