@@ -27,7 +27,9 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
         params: what DeepSpeed passes on: the model's parameters or param groups.
         config: AdaFisher's arguments; fisher_dtype by name ("bfloat16"); "preset", "language_models" or
             "image_classification", which the other keys override; and "metrics_every": every how many steps the
-            engine's monitors (TensorBoard, W&B, Comet, CSV) are told `metrics.NAMES`.
+            engine's monitors (TensorBoard, W&B, Comet, CSV) are told `metrics.NAMES`. With memory_budget_gb,
+            block_size is "auto" if it is left out: Hugging Face's Trainer and Accelerate refuse an "auto" that they
+            have no value for.
 
     Raises:
         TypeError: a key is unknown; the message names the nearest valid one and lists all.
@@ -36,6 +38,8 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
     check_names(config, [*DEFAULTS, "preset", "metrics_every"])
     name, every = config.pop("preset", None), config.pop("metrics_every", None)
     settings = {**(preset(name) if name is not None else {}), **config}
+    if settings.get("memory_budget_gb") is not None:
+        settings.setdefault("block_size", "auto")
     if "fisher_dtype" in settings:
         settings["fisher_dtype"] = fisher_dtype(settings["fisher_dtype"])
     optimizer = AdaFisher(params, **settings)

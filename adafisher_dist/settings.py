@@ -88,6 +88,10 @@ def structure(group: Mapping[str, Any]) -> Structure:
     )
 
 
+# Hugging Face's Trainer puts its adam_beta1 and adam_beta2 in the place of "betas": "auto".
+_BETAS = " Adam's betas are momentum and fisher_decay here, with defaults of their own: leave betas out."
+
+
 def check_names(names: Iterable[str], valid: Iterable[str]) -> None:
     """Refuse hyper-parameters that do not exist.
 
@@ -98,7 +102,7 @@ def check_names(names: Iterable[str], valid: Iterable[str]) -> None:
     for name in names:
         if name not in valid:
             near = get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = _BETAS if name == "betas" else f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"AdaFisher has no parameter {name!r}.{hint} Its parameters are: {', '.join(valid)}.")
 
 
@@ -187,6 +191,9 @@ def _budget(group: dict[str, Any]) -> None:
         raise ValueError('block_size="auto" needs memory_budget_gb, the GB (10⁹ bytes) that a rank may use for it.')
 
 
+_AUTO = ' Hugging Face\'s Trainer and Accelerate replace "auto" by a number; where neither does, write the number.'
+
+
 def _number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
     value = group[name]
     if isinstance(value, torch.Tensor):
@@ -194,7 +201,8 @@ def _number(group: dict[str, Any], name: str, low: float, below: float | None = 
             raise TypeError(f"{name} should be a number, got a tensor of shape {tuple(value.shape)}.")
         number = float(value)  # as in torch.optim, a tensor lr may be changed in place by the user
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.")
+        hint = _AUTO if value == "auto" else ""
+        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint}")
     else:
         number = group[name] = float(value)
     if not (low <= number < (float("inf") if below is None else below)):

@@ -175,7 +175,8 @@ def refuse_torch_checkpoint() -> None:
     if _is_called_by_torch_checkpoint():
         raise RuntimeError(
             "torch.distributed.checkpoint.state_dict does not know how AdaFisher's state is sharded under FSDP2, and"
-            " would save one rank's part for all. Save each rank's optimizer.state_dict() in a file of its own."
+            " would save one rank's part for all. Use adafisher_dist.save_checkpoint and load_checkpoint; in"
+            " Lightning from a callback, as examples/lightning_fsdp2.py does, with enable_checkpointing=False."
         )
 
 

@@ -1,0 +1,40 @@
+"""What the examples train: a GPT-2 of two layers, random at first, on the bytes of Python's own source. No downloads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import GPT2Config
+
+CONFIG = GPT2Config(
+    vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+
+
+class Bytes(Dataset[dict[str, torch.Tensor]]):
+    """Sequences of bytes, as language models of transformers take them: the labels are the inputs."""
+
+    def __init__(self, first: int, count: int, length: int = 64) -> None:
+        text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("[a-d]*.py")))
+        chosen = bytearray(text[first * length : (first + count) * length])
+        self.sequences = torch.frombuffer(chosen, dtype=torch.uint8).long().view(count, length)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.sequences[index], "labels": self.sequences[index]}
+
+
+def training_set() -> Bytes:
+    """256 sequences."""
+    return Bytes(0, 256)
+
+
+def held_out_set() -> Bytes:
+    """64 others."""
+    return Bytes(256, 64)
