@@ -191,6 +191,7 @@ def _budget(group: dict[str, Any]) -> None:
         raise ValueError('block_size="auto" needs memory_budget_gb, the GB (10⁹ bytes) that a rank may use for it.')
 
 
+# DeepSpeed passes on what nobody replaced.
 _AUTO = ' Hugging Face\'s Trainer and Accelerate replace "auto" by a number; where neither does, write the number.'
 
 
@@ -201,7 +202,7 @@ def _number(group: dict[str, Any], name: str, low: float, below: float | None = 
             raise TypeError(f"{name} should be a number, got a tensor of shape {tuple(value.shape)}.")
         number = float(value)  # as in torch.optim, a tensor lr may be changed in place by the user
     elif isinstance(value, bool) or not isinstance(value, Real):
-        hint = _AUTO if value == "auto" else ""
+        hint = _AUTO if isinstance(value, str) and value == "auto" else ""
         raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint}")
     else:
         number = group[name] = float(value)

@@ -1,10 +1,10 @@
 """Accelerate with DDP (or one process) and an AdaFisher object.
 
-    accelerate launch --num_processes 2 examples/accelerate_ddp.py --out runs/ddp
-    accelerate launch --num_processes 2 examples/accelerate_ddp.py --out runs/more --resume runs/ddp/step20
+    torchrun --nproc-per-node 2 examples/accelerate_ddp.py --out runs/ddp
+    torchrun --nproc-per-node 2 examples/accelerate_ddp.py --out runs/more --resume runs/ddp/step20
 
-torchrun --nproc-per-node 2 in place of `accelerate launch --num_processes 2` does the same. A run may be resumed on
-another number of ranks; --global-batch is then shared out among those.
+On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its --num_processes. A run may be
+resumed on another number of ranks; --global-batch is then shared out among those.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the examples train: a GPT-2 of two layers, random at first, on the bytes of Python's own source. No downloads."""
+"""What the examples train: a GPT-2 of two layers, random at first, on the bytes of Python's own source; no download."""
 
 from __future__ import annotations
 

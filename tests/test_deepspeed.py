@@ -163,12 +163,24 @@ def test_misspelt_params() -> None:
     parameters = list(model().parameters())
     with pytest.raises(TypeError, match=r"no parameter 'dampening'.*Did you mean 'damping'.*inverse_update_freq"):
         torch.optim.AdaFisher(parameters, dampening=0.1)
-    with pytest.raises(TypeError, match="betas"):
+    with pytest.raises(TypeError, match=r"no parameter 'betas'\. .*momentum and fisher_decay.*leave betas out"):
         torch.optim.AdaFisher(parameters, betas=[0.9, 0.95])
     with pytest.raises(ValueError, match="language_models, image_classification"):
         torch.optim.AdaFisher(parameters, preset="vision")
     with pytest.raises(TypeError, match="lr should be a number, got '1e-3'"):
         torch.optim.AdaFisher(parameters, lr="1e-3")
+    with pytest.raises(TypeError, match="lr should be a number, got 'auto' .*Accelerate replace"):
+        torch.optim.AdaFisher(parameters, lr="auto")
+
+
+def test_a_memory_budget_alone_stands_for_blocks_that_fit_it() -> None:
+    parameters = list(model().parameters())
+    (group,) = torch.optim.AdaFisher(parameters, memory_budget_gb=1.0).param_groups
+    assert (group["block_size"], group["memory_budget_gb"]) == ("auto", 1.0)
+    (group,) = torch.optim.AdaFisher(parameters, memory_budget_gb=None).param_groups
+    assert group["block_size"] == 128
+    with pytest.raises(ValueError, match='is for block_size="auto", and block_size is 32'):
+        torch.optim.AdaFisher(parameters, memory_budget_gb=1.0, block_size=32)
 
 
 def test_preset_and_dtype_by_name() -> None:
