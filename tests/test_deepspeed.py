@@ -169,7 +169,7 @@ def test_misspelt_params() -> None:
         torch.optim.AdaFisher(parameters, preset="vision")
     with pytest.raises(TypeError, match="lr should be a number, got '1e-3'"):
         torch.optim.AdaFisher(parameters, lr="1e-3")
-    with pytest.raises(TypeError, match="lr should be a number, got 'auto' .*Accelerate replace"):
+    with pytest.raises(TypeError, match=r"lr should be a number, got 'auto' .*Accelerate replace"):
         torch.optim.AdaFisher(parameters, lr="auto")
 
 

@@ -406,7 +406,7 @@ def torch_checkpoint(rank: int, world: int) -> str:
     optimizer = AdaFisher(module.parameters(), **PARAMS)
     backward(module, 0, rank, world, DEFAULTS)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="would save one rank's part for all. Use adafisher_dist.save_checkpoint") as caught:
+    with pytest.raises(RuntimeError, match=r"one rank's part for all\. Use adafisher_dist\.save_checkpoint") as caught:
         get_optimizer_state_dict(module, optimizer)
     return str(caught.value)
 
