@@ -82,11 +82,11 @@ class Batch:
         """Views of the state of rows [start, stop), by the names that they have in a state dict."""
         return {f"{name}_{self.kind.name}": tensor[start:stop] for name, tensor in self.tensors().items()}
 
-    def ages(self, step: int) -> list[int]:
+    def ages(self, step: int) -> Numbers:
         """Steps since the blocks' factors were made, of those of which it is known: 0 where none is kept."""
         if self.made_N is None:
-            return [0] * len(self.number_N)
-        return [int(step - made) for made in self.made_N if made >= 0]
+            return np.zeros_like(self.number_N)
+        return step - self.made_N[self.made_N >= 0]
 
     def counted(self) -> dict[int, list[int]]:
         """`rungs` with the kernel's counts; waits for the device where there are any."""

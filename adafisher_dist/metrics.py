@@ -61,7 +61,9 @@ class _Measured:
     weights: float = 0.0  # likewise
     ladder: list[float] = field(default_factory=lambda: [0.0] * len(fisher.RUNGS))
     dampings: list[float] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
+    blocks: int = 0  # whose factors' ages are known
+    age: int = 0  # of all of them together
+    oldest: int = 0
     bytes: int = 0
     seconds: float = 0.0
     problem: str | None = None
@@ -144,8 +146,11 @@ class Meter:
             return
         problems = [f"rank {number}: {rank.problem}" for number, rank in enumerate(ranks) if rank.problem is not None]
         if not problems:
-            self._callback(step, _metrics(ranks, skipped))
-        elif not self._warned:
+            try:  # an error here would leave the other ranks waiting for this one
+                self._callback(step, _metrics(ranks, skipped))
+            except Exception as error:
+                problems = [f"the callback failed: {type(error).__name__}: {error}"]
+        if problems and not self._warned:
             self._warned = True
             logger.warning("AdaFisher's metrics of step %d are left out; %s.", step, "; ".join(problems))
 
@@ -169,7 +174,10 @@ class Meter:
                     measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
                 if batch.rungs_N3 is not None:
                     ladder += batch.rungs_N3.sum(dim=0)
-                measured.ages += batch.ages(step)
+                ages = batch.ages(step)
+                measured.blocks += len(ages)
+                measured.age += int(ages.sum())
+                measured.oldest = max(measured.oldest, int(ages.max(initial=0)))
             self._readings.append(_Reading(torch.cat([torch.stack([change, weights]), ladder, *conditions])))
 
 
@@ -194,7 +202,7 @@ def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
     """What is told, by the names of NAMES; without those that nothing was measured of."""
     conditions = [number for rank in ranks for number in rank.conditions if np.isfinite(number)]
     dampings = [number for rank in ranks for number in rank.dampings]
-    ages = [age for rank in ranks for age in rank.ages]
+    blocks = sum(rank.blocks for rank in ranks)
     weights = sum(rank.weights for rank in ranks)
     ladder = [sum(counts) for counts in zip(*(rank.ladder for rank in ranks), strict=True)]
     found: dict[str, float] = {}
@@ -202,10 +210,9 @@ def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
         found |= {"condition_number_median": median(conditions), "condition_number_max": max(conditions)}
     if dampings:
         found |= {"damping_min": min(dampings), "damping_max": max(dampings)}
-        found |= {
-            "factor_age_mean": sum(ages) / len(ages) if ages else 0.0,
-            "factor_age_max": float(max(ages, default=0)),
-        }
+    if blocks:
+        found["factor_age_mean"] = sum(rank.age for rank in ranks) / blocks
+        found["factor_age_max"] = float(max(rank.oldest for rank in ranks))
     found |= {name: count for name, count in zip(LADDER, ladder, strict=True)}
     if weights > 0:
         found["update_to_weight"] = (sum(rank.change for rank in ranks) / weights) ** 0.5

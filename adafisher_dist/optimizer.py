@@ -400,8 +400,8 @@ class AdaFisher(Optimizer):
         """Have every n-th step measured: how well conditioned the blocks are, how far it went, what was sent.
 
         The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells what they are), on the
-        first rank alone, when the next step is taken; `flush_metrics` tells of the last. An error on a rank is logged,
-        and stops nothing. All ranks have to call this, with the same `every`; None ends it.
+        first rank alone, when the next step is taken; `flush_metrics` tells of the last. An error on a rank or in the
+        callback is logged once, and stops nothing. All ranks call this, with the same `every`; None ends it.
 
         Args:
             callback: for example `adafisher_dist.metrics.CsvLog("metrics.csv")`.

@@ -170,7 +170,8 @@ def main(quick: Quick = False) -> None:
 def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:
     """Fill in the seconds of each candidate's counted steps; returns those of forward and backward.
 
-    The model is trained meanwhile, by an AdamW of its own, so that gradients are those of a training.
+    The model is trained meanwhile, by an AdamW of its own, so that gradients are those of a training. A candidate that
+    cannot go on is taken out.
     """
     trainer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     forward: list[float] = []
@@ -179,11 +180,16 @@ def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.devic
         tokens = torch.randint(256, (BATCH, SEQ_LEN + 1), device=device)
         took = timed(lambda tokens=tokens: forward_and_backward(model, tokens), device)
         gradients = [p.grad for p in model.parameters()]
-        for candidate in everyone.values():
+        for name, candidate in list(everyone.items()):
             if number >= -candidate.warm_up:
                 # Its own, since Shampoo changes the gradient.
                 torch._foreach_copy_([p.grad for p in candidate.parameters], gradients)
-                own = timed(candidate.step, device)
+                try:
+                    own = timed(candidate.step, device)
+                except torch.linalg.LinAlgError as error:  # of Shampoo's SVD, of which no library is free
+                    print(f"{name} is left out, since it failed: {error}")
+                    del everyone[name]
+                    continue
                 if number >= 0:
                     candidate.seconds.append(own)
         trainer.step()

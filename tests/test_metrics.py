@@ -169,6 +169,21 @@ def test_an_error_on_a_rank_stops_nobody() -> None:
     assert "metrics of step 6 are left out; rank 1: RuntimeError: no room" in log
 
 
+def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(step: int, found: dict[str, float]) -> None:
+        raise OSError("no network")
+
+    def breaks(optimizer: AdaFisher) -> None:
+        optimizer.report_metrics(fail, 1)
+
+    with caplog.at_level(logging.WARNING, "adafisher_dist"):
+        _, history = train(0, 1, SETTINGS, before=breaks)
+    assert len(history) == 8
+    assert [record.getMessage() for record in caplog.records] == [
+        "AdaFisher's metrics of step 4 are left out; the callback failed: OSError: no network."
+    ]
+
+
 def collectives(rank: int, world: int) -> list[int]:
     """How many collectives of the control group each step makes."""
     count = [0]
