@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PYTEST ?=
 QUICK ?=
+RELEASE ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all bench bench-convergence docs docs-serve lint format type clean
+.PHONY: help venv demo test test-all release-check bench bench-convergence docs docs-serve lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -26,6 +27,9 @@ test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
 
 test-all: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(PYTEST)
+
+release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest torch and DeepSpeed (network, 15 GB)
+	@$(BIN)/python tests/release.py $(RELEASE)
 
 bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen minutes); QUICK=--quick: five, into runs/bench
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
