@@ -78,6 +78,8 @@ def test_every_line_of_code_is_run_by_a_test_below() -> None:
     for line in makes:
         assert run([*command(line), "--dry-run"], cwd=ROOT).returncode == 0
     assert [command(line) for line in LINES if line.startswith("pip ")] == [["pip", "install", "."]]
+    scripts = [command(line)[1] for line in LINES if re.match("python [^-]", line)]
+    assert scripts == ["tests/smoke.py"], "which `make release-check` runs: it takes minutes"
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(("launch/", "sbatch "))])
@@ -111,7 +113,7 @@ def test_python_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
             names["optimizer"].step()
             names["scheduler"] = torch.optim.lr_scheduler.ConstantLR(names["optimizer"])
     assert names["restored"].extra == {"epoch": 3}
-    commands = [line for line in LINES if line.startswith("python ")]
+    commands = [line for line in LINES if line.startswith("python -m")]
     assert len(commands) == 4
     (tmp_path / "mypackage").mkdir()
     (tmp_path / "mypackage" / "model.py").write_text("from torch import nn\ndef build(): return nn.Linear(64, 64)\n")
