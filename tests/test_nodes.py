@@ -47,6 +47,11 @@ def finish(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
         assert code == 0, "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
 
 
+def told(host: Host, folder: Path) -> str:
+    """What was told on a host, without the line breaks that it was given."""
+    return " ".join((folder / f"{host.address}.log").read_text().split())
+
+
 def wait_for(path: Path, running: list[subprocess.Popen[bytes]]) -> None:
     while not path.exists():
         assert all(process.poll() is None for process in running), f"ended before there was {path}"
@@ -149,7 +154,7 @@ def test_hosts_train_as_one_process(
 ) -> None:
     with hosts(count) as made:
         finish(start(made, str(count), stage, tmp_path), tmp_path)
-    assert "3 rank(s)" in (tmp_path / f"{made[0].address}.log").read_text() or count == 2
+    assert f"{count} rank(s) on cpu" in told(made[0], tmp_path)
     compare(losses(tmp_path), undisturbed)
 
 
@@ -166,7 +171,7 @@ def test_a_rank_that_is_killed_is_started_again(
         wait_for(tmp_path / "a/checkpoint/step10", running)
         os.kill(made[-1].processes()[-1], signal.SIGKILL)  # the rank; its agent is older
         finish(running, tmp_path)
-    log = (tmp_path / f"{made[0].address}.log").read_text()
+    log = told(made[0], tmp_path)
     assert "Loaded " in log and f"saved by {count} rank(s)" in log
     compare(losses(tmp_path), undisturbed)
 
@@ -182,6 +187,6 @@ def test_a_node_that_is_lost_is_done_without(
         for process in made[-1].processes():
             os.kill(process, signal.SIGKILL)
         finish(running[:-1], tmp_path)
-    log = (tmp_path / f"{made[0].address}.log").read_text()
+    log = told(made[0], tmp_path)
     assert f"{count - 1} rank(s) on cpu" in log and f"saved by {count} rank(s)" in log
     compare(losses(tmp_path), undisturbed)
