@@ -194,7 +194,7 @@ def test_batch_sizes_of_the_users_own_config(tmp_path: Path) -> None:
 def test_the_configs_are_what_their_names_say(path: Path) -> None:
     config = json.loads(path.read_text())
     assert config["optimizer"]["type"] == "AdaFisher"
-    assert path.name == f"zero{config['zero_optimization']['stage']}.json"
+    assert path.name.removeprefix("huggingface_") == f"zero{config['zero_optimization']['stage']}.json"
 
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
