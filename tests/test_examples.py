@@ -250,6 +250,7 @@ def test_lightning(lit: tuple[str, Path]) -> None:
     assert_losses_fall(losses)
 
 
+@pytest.mark.slow  # the test before it trains by the same recipe
 def test_lightning_resumes(lit: tuple[str, Path]) -> None:
     (kind, where) = lit
     script, first, _ = LIGHTNING[kind]
@@ -258,6 +259,7 @@ def test_lightning_resumes(lit: tuple[str, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # the test before it trains by the same recipe
 def test_lightning_resumes_on_one_rank(lit: tuple[str, Path]) -> None:
     (kind, where) = lit
     script, first, other = LIGHTNING[kind]
