@@ -40,14 +40,14 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
             "sequence parallelism": wrapper.sequence_parallel_size > 1,
             "16-bit master weights": wrapper.master_weights_and_grads_dtype != torch.float32,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
-            "expert parallelism (AutoEP)": _expert_groups(wrapper) is not None,
+            "expert parallelism (AutoEP)": wrapper._zero3_partition_group_metadata() is not None,
         },
     )
     index = next((i for i, own in enumerate(wrapper.fp32_partitioned_groups_flat) if own is flat), None)
     if index is None:
         raise unexpected(wrapper, "steps a tensor that is none of its fp32 partitions")
     members = wrapper.fp16_groups[index]
-    group = join(members[0].ds_process_group)
+    group = join(wrapper.sub_group_process_groups[index])
     parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.ds_shape), 0) for p in members]
     lengths, numels = [p.partition_numel() for p in members], [p.ds_numel for p in members]
     for length, numel in zip(lengths, numels, strict=True):
@@ -57,12 +57,6 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
         raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {sum(lengths)}")
     placed = placement.one_by_one(numels, lengths, group.size)
     return Storage("ZeRO-3", group, [flat], parameters, placed, replicated=False)
-
-
-def _expert_groups(wrapper: Any) -> Any:
-    """How AutoEP has cut parameters over groups of their own; None without it, and before DeepSpeed 0.19.3 had it."""
-    metadata = getattr(wrapper, "_zero3_partition_group_metadata", None)
-    return metadata() if metadata is not None else None
 
 
 def refresh(wrapper: Any) -> None:
