@@ -22,8 +22,8 @@ from adafisher_dist.transfer import Inputs
 
 
 def agree(
-    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, faults: Faults,
-    compare_copies: bool,
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
+    faults: Faults, compare_copies: bool,
 ) -> bool:  # fmt: skip
     """Whether the step may go on: every gradient of every rank is finite and small enough to square.
 
@@ -33,6 +33,7 @@ def agree(
         inputs: for each shard; after a fault some may be missing.
         finite: whether that is so of this rank's gradients.
         on_device: whether that is decided on the device instead.
+        metrics: which steps are measured, and which is being; None where none is.
         faults: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
             they always are in the first step of a shard. Alike on all ranks.
@@ -46,7 +47,7 @@ def agree(
         _raise(faults, values[1], "")
     else:
         prints = [
-            *_fingerprints(shards, inputs, on_device),
+            *_fingerprints(shards, inputs, on_device, metrics),
             *_of_copies(shards, inputs, faults, compare_copies),
         ]
         same_replicas = _same_in_replicas(group, shards, inputs, faults, compare_copies) if group.replicas else 1
@@ -70,7 +71,9 @@ _SYNCHRONISE = (
 )
 
 
-def _fingerprints(shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool) -> list[tuple[int, str]]:
+def _fingerprints(
+    shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool, metrics: object
+) -> list[tuple[int, str]]:
     """What must be the same on all ranks, and what to say if it is not."""
     active = [[gradient is not None for gradient in own.gradients] for own in inputs]
     return [
@@ -83,6 +86,11 @@ def _fingerprints(shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: 
             int(on_device),
             "Some ranks would run AdaFisher's Triton kernel and others torch: their devices, or the Triton that is"
             ' installed, differ. Use backend="torch" on all.',
+        ),
+        (
+            plan.digest(metrics),
+            "Some ranks report AdaFisher's metrics and others do not, or of other steps. Call"
+            " optimizer.report_metrics(callback, every) alike on all of them; only the first one calls back.",
         ),
         (
             plan.digest([shard.digest() for shard in shards if not shard.checked]),

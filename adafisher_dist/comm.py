@@ -56,12 +56,10 @@ class Waits:
 _measuring: Waits | None = None
 
 
-def measure_waits(on: bool = True) -> Waits:
-    """From now on measure how long steps wait, or no longer."""
+def measure_waits(waits: Waits | None) -> None:
+    """From now on add to these how long steps wait; None: to none."""
     global _measuring
-    waits = Waits()
-    _measuring = waits if on else None
-    return waits
+    _measuring = waits
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,8 @@ class Engine:
             finite = bool(verdicts) or all(bool(norm <= limit) for norm, limit in zip(largest, limits, strict=False))
             # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
             compare_copies = self._calls.bit_count() == 1
-            if not agree(group, shards, inputs, finite, bool(verdicts), faults, compare_copies):
+            metrics = self.meter.plan if self.meter is not None else None
+            if not agree(group, shards, inputs, finite, bool(verdicts), metrics, faults, compare_copies):
                 self.skipped += 1
                 return
         except Exception:
@@ -273,7 +274,7 @@ def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def _step(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> int:
-    """The step t that is about to be taken: of the parameter that has taken most."""
+    """The step t that is about to be taken, of the parameter that has taken most; 0 where none has a gradient."""
     counts = [shard.counters.numpy()[_active(shard, own), 0] for shard, own in zip(shards, inputs, strict=True)]
     return 1 + max((int(steps.max()) for steps in counts if steps.size), default=-1)
 

@@ -95,7 +95,7 @@ class Meter:
     """
 
     def __init__(self, callback: Callback, every: int) -> None:
-        """Args: what is told, and every how many steps.
+        """Tell the callback of every n-th step.
 
         Raises:
             ValueError: `every` is no whole number, or below 1.
@@ -109,37 +109,37 @@ class Meter:
         self._waits: list[Waits] = []
         self._warned = False
 
+    @property
+    def plan(self) -> tuple[int, int | None]:
+        """What has to be the same on all ranks, so that they deliver together: the interval, and what is pending."""
+        return self._every, self._step
+
     def begin(self, step: int, group: Group, skipped: int) -> None:
-        """Before the work of a call that belongs to this step. A collective when another step's metrics are due."""
+        """Before the work of a call that belongs to this step; 0 where no parameter has a gradient.
+
+        A collective when another step's metrics are due.
+        """
         if step != self._step:
             self.deliver(group, skipped)
-        if step % self._every == 0:
+        if step > 0 and step % self._every == 0:
             self._step = step
-            self._waits.append(comm.measure_waits())
+            self._waits.append(Waits())
+            comm.measure_waits(self._waits[-1])
 
     def end(self, calls: Sequence[tuple[Transfer, Inputs]], sent: Counter[str]) -> None:
         """After the work of a call. Local; an error is told with the metrics, and stops nobody."""
         if self._step is None:
             return
-        comm.measure_waits(False)
-        faults = Faults()
-        faults.attempt(partial(self._take, calls, self._step))
+        comm.measure_waits(None)
         self._measured.bytes += sum(sent.values())
-        if faults.error is not None:
-            self._measured.problem = f"{type(faults.error).__name__}: {faults.error}"
+        self._attempt(partial(self._take, calls, self._step))
 
     def deliver(self, group: Group, skipped: int) -> None:
         """Put together what the ranks have measured, if there is anything; call back on the first. A collective."""
         if self._step is None:
             return
+        self._attempt(self._read)
         step, measured = self._step, self._measured
-        for reading in self._readings:
-            change, weights, *more = reading.read()
-            measured.change += change
-            measured.weights += weights
-            measured.ladder = [a + b for a, b in zip(measured.ladder, more, strict=False)]
-            measured.conditions += more[len(fisher.RUNGS) :]
-        measured.seconds = sum(waits.seconds() for waits in self._waits)
         self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
         ranks = comm.control(sorted(group.members)).gather(measured) if group.size > 1 else [measured]
         if not group.is_first:
@@ -153,6 +153,23 @@ class Meter:
         if problems and not self._warned:
             self._warned = True
             logger.warning("AdaFisher's metrics of step %d are left out; %s.", step, "; ".join(problems))
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """Do it; an error goes to the other ranks with what was measured."""
+        faults = Faults()
+        if not faults.attempt(work):
+            self._measured.problem = f"{type(faults.error).__name__}: {faults.error}"
+
+    def _read(self) -> None:
+        """What the device has been asked for."""
+        measured = self._measured
+        for reading in self._readings:
+            change, weights, *more = reading.read()
+            measured.change += change
+            measured.weights += weights
+            measured.ladder = [a + b for a, b in zip(measured.ladder, more, strict=False)]
+            measured.conditions += more[len(fisher.RUNGS) :]
+        measured.seconds = sum(waits.seconds() for waits in self._waits)
 
     def _take(self, calls: Sequence[tuple[Transfer, Inputs]], step: int) -> None:
         measured = self._measured

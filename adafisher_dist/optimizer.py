@@ -401,7 +401,8 @@ class AdaFisher(Optimizer):
 
         The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells what they are), on the
         first rank alone, when the next step is taken; `flush_metrics` tells of the last. An error on a rank or in the
-        callback is logged once, and stops nothing. All ranks call this, with the same `every`; None ends it.
+        callback is logged once, and stops nothing. All ranks call this, with the same `every`, or the next step is an
+        error on all; None ends it.
 
         Args:
             callback: for example `adafisher_dist.metrics.CsvLog("metrics.csv")`.
@@ -413,7 +414,7 @@ class AdaFisher(Optimizer):
         self._roster.engine.meter = None if callback is None else metrics.Meter(callback, every)
 
     def flush_metrics(self) -> None:
-        """Tell of a measured step that no other has come after. A collective."""
+        """Tell of a measured step that no other has come after. A collective: all ranks call it."""
         engine = self._roster.engine
         if engine.meter is not None:
             engine.meter.deliver(self._roster.ranks(), engine.skipped)

@@ -113,7 +113,11 @@ def run(settings: Settings, console: Console) -> None:
     config, corpus = ranks.together(lambda: _prepare(settings, place))
     if len(set(ranks.gather(corpus.digest))) > 1:
         raise UsageError("The ranks read different texts; give all machines the same files with --data.")
-    console.print(f"{escape(corpus.source)}; {place.world_size} rank(s) on {place.device.type}", highlight=False)
+    console.print(
+        f"{escape(corpus.source)}; {place.world_size} rank(s) on {place.device.type},"
+        f" {config['train_batch_size']} sequences a step",
+        highlight=False,
+    )
     engine = build(settings, config)
     trainer = Trainer(engine, settings, config, corpus, place)
     if settings.resume:

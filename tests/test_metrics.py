@@ -169,6 +169,46 @@ def test_an_error_on_a_rank_stops_nobody() -> None:
     assert "metrics of step 6 are left out; rank 1: RuntimeError: no room" in log
 
 
+def on_one_rank(rank: int, world: int, every: int | None) -> str:
+    """What a step says where the ranks do not report alike."""
+
+    def differs(optimizer: AdaFisher) -> None:
+        if rank == 0:
+            optimizer.report_metrics(None if every is None else print, every or 1)
+
+    try:
+        train(rank, world, SETTINGS, before=differs)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("every", [None, 2, 3])
+def test_ranks_that_do_not_report_alike_are_refused(every: int | None) -> None:
+    """Also of the same interval, where one rank has forgotten a step that is being measured."""
+    for message in run_ranks(on_one_rank, 2, every):
+        assert "Some ranks report AdaFisher's metrics and others do not" in message
+
+
+def unread(rank: int, world: int) -> Told:
+    """One rank cannot read what its device has measured."""
+
+    def fail(self: Any) -> Any:
+        raise RuntimeError("device lost")
+
+    def breaks(_: AdaFisher) -> None:
+        if rank == 1:
+            metrics._Reading.read = fail  # type: ignore[method-assign]
+
+    return train(rank, world, SETTINGS, before=breaks)[0]
+
+
+@pytest.mark.dist
+def test_what_cannot_be_read_stops_nobody() -> None:
+    assert run_ranks(unread, 2) == [[], []]
+
+
 def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def fail(step: int, found: dict[str, float]) -> None:
         raise OSError("no network")

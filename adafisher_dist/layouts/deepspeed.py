@@ -34,7 +34,7 @@ def engine_that_builds() -> Any:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if type(owner).__module__.startswith("deepspeed.") and hasattr(owner, "train_batch_size"):
+        if type(owner).__module__.startswith("deepspeed.") and hasattr(owner, "monitor"):
             return owner
         frame = frame.f_back
     return None
