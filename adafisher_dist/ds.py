@@ -78,7 +78,8 @@ def _to_monitor(engine: Any) -> Callback:
     def tell(step: int, metrics: dict[str, float]) -> None:
         engine = held()
         if engine is not None:
-            samples = step * engine.train_batch_size()
+            # DeepSpeed's own count: W&B drops what is of fewer samples than its last event, and skipped steps count.
+            samples = engine.global_samples
             engine.monitor.write_events([(f"AdaFisher/{name}", value, samples) for name, value in metrics.items()])
 
     return tell

@@ -34,8 +34,7 @@ from adafisher_dist.checkpoint.manifest import read
 
 WORLDS, WORLDS_QUICK = (1, 2, 4), (2,)
 ROUNDS, ROUNDS_QUICK = 5, 1
-WIDTH, LAYERS = 1024, 6  # 6.3 million parameters; at b = 32, 0.9 GB of Fisher, momentum and weights
-SETTINGS = {"block_size": 32, "lr": 1e-3}
+WIDTH, LAYERS = 2048, 10  # 42 million parameters; with the defaults half a GB of Fisher, momentum and weights
 
 
 def model() -> nn.Module:
@@ -88,7 +87,7 @@ def run_rank(rank: int, world: int, folder: str, rounds: int, results: Any) -> N
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     here = Path(folder)
     module = model()
-    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    optimizer = AdaFisher(module.parameters(), lr=1e-3)
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()

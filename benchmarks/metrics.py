@@ -1,10 +1,11 @@
-"""What metrics cost: training steps with them and without, in turns, in one process and on two ranks.
+"""What metrics cost: training steps with them beside steps without, in one process and on two ranks.
 
     python benchmarks/metrics.py       # writes docs/metrics.json and docs/metrics.png
 
-Two models of the same kind are trained in the same process, in turns of as many steps as lie between two measured ones.
-Only one's optimizer reports metrics. The ratio of each turn tells what they cost: the measured step, its collective,
-and what they do in the others.
+Two models of the same kind are trained in the same process, a step of each after the other; only one's optimizer
+reports metrics. The ratios of these pairs tell what a measured step costs (it looks at the blocks), what the next one
+does (it calls back), and what all others do; medians, since a busy machine disturbs single steps by more than that.
+Halfway the other optimizer reports instead.
 """
 
 from __future__ import annotations
@@ -16,44 +17,48 @@ from typing import Any
 import common
 import torch
 import torch.distributed as dist
-from common import Quick, spread
+from common import Quick
 from model import ByteTransformer
 from torch import nn
 
 from adafisher_dist import AdaFisher
 
-EVERY = 100  # the default of report_metrics
-TURNS, TURNS_QUICK = 7, 3
+EVERY = 100  # the default of report_metrics: what the cost is told for
+MEASURED = 10  # here, so that there are many to tell from
+PAIRS, PAIRS_QUICK, WARM_UP = 800, 80, 2 * MEASURED
 MODEL = {"width": 96, "layers": 3, "heads": 4, "seq_len": 128}
 SEQUENCES = 16
 
 
-def measure(rank: int, world: int, turns: int) -> dict[str, Any]:
-    """Ratios of the turns, of whole training steps, and seconds of a measured step over those of the others."""
+def measure(rank: int, world: int, pairs: int) -> dict[str, Any]:
+    """Ratios of whole training steps, by what metrics do in them, and what that makes of every 100 steps."""
     torch.manual_seed(0)
     models = [ByteTransformer(**MODEL) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [AdaFisher(model.named_parameters(), lr=1e-3) for model in models]
-    told: list[int] = []
-    optimizers[1].report_metrics(lambda step, metrics: told.append(step), EVERY)
     tokens = torch.randint(256, (SEQUENCES // world, MODEL["seq_len"] + 1))
-    seconds: list[list[float]] = [[], []]
-    for turn in range(turns + 1):  # the first is warm-up: the gloo group of metrics is made in it, too
-        for side in (0, 1) if turn % 2 else (1, 0):
-            for _ in range(EVERY):
+    halves = []
+    for reporter in (1, 0):  # where a model lies in memory makes a difference, too
+        told: list[int] = []
+        ratios: dict[str, list[float]] = {"measured": [], "calls back": [], "others": []}
+        optimizers[reporter].report_metrics(lambda step, metrics, told=told: told.append(step), MEASURED)
+        for step in range(1, WARM_UP + pairs // 2 + 1):  # the gloo group of metrics is made in the first measured
+            seconds = [0.0, 0.0]
+            for side in (0, 1) if (step + step // MEASURED) % 2 else (1, 0):
                 began = time.perf_counter()
                 _step(models[side], optimizers[side], tokens, world)
-                seconds[side].append(time.perf_counter() - began)
-    optimizers[1].flush_metrics()
-    if rank == 0 and len(told) != turns + 1:
-        raise RuntimeError(f"{len(told)} steps were measured, and {turns + 1} should have been")
-    sums = [[sum(own[at : at + EVERY]) for at in range(EVERY, len(own), EVERY)] for own in seconds]
-    measured = seconds[1][2 * EVERY - 1 :: EVERY]
-    return {
-        "with_to_without": spread([with_ / without for without, with_ in zip(*sums, strict=True)]),
-        "all_with_to_without": sum(sums[1]) / sum(sums[0]),
-        "measured_step_to_others": statistics.median(measured) / statistics.median(seconds[1]),
-    }
+                seconds[side] = time.perf_counter() - began
+            if step > WARM_UP:
+                kind = {0: "measured", 1: "calls back"}.get(step % MEASURED, "others")
+                ratios[kind].append(seconds[reporter] / seconds[1 - reporter])
+        optimizers[reporter].flush_metrics()
+        optimizers[reporter].report_metrics(None)
+        if rank == 0 and len(told) != (WARM_UP + pairs // 2) // MEASURED:
+            raise RuntimeError(f"{told} were measured, and every {MEASURED}th step should have been")
+        halves.append({kind: statistics.median(values) for kind, values in ratios.items()})
+    middle = {kind: statistics.mean(half[kind] for half in halves) for kind in halves[0]}
+    cost = (middle["measured"] + middle["calls back"] + (EVERY - 2) * middle["others"]) / EVERY - 1
+    return {"with_to_without": middle, "halves": halves, "cost": cost}
 
 
 def _step(model: nn.Module, optimizer: AdaFisher, tokens: torch.Tensor, world: int) -> None:
@@ -69,27 +74,19 @@ def main(quick: Quick = False) -> None:
     """Measure, print, and write the figures."""
     from matplotlib import pyplot
 
-    turns = TURNS_QUICK if quick else TURNS
-    found = {f"{world} rank(s)": common.on_ranks(measure, world, turns)[0] for world in (1, 2)}
-    for name, result in found.items():
-        ratio = result["with_to_without"]
-        print(
-            f"{name}: with metrics every {EVERY} steps a training step takes {ratio['median']:.4f} of one without"
-            f" (turns: {ratio['min']:.4f} to {ratio['max']:.4f}; all together {result['all_with_to_without']:.4f});"
-            f" a measured step {result['measured_step_to_others']:.2f} of the others"
-        )
+    pairs = PAIRS_QUICK if quick else PAIRS
+    found = {f"{world} rank(s)": common.on_ranks(measure, world, pairs)[0] for world in (1, 2)}
     figure, axis = pyplot.subplots(figsize=(5, 2.6), layout="constrained")
-    for place, result in enumerate(found.values()):
-        ratio = result["with_to_without"]
-        low, high = ratio["median"] - ratio["min"], ratio["max"] - ratio["median"]
-        axis.errorbar([place], [ratio["median"]], [[low], [high]], fmt="o", capsize=4)
-    axis.axhline(1.02, color="0.6", linestyle=":", label="2 % more")
+    for name, result in found.items():
+        middle = result["with_to_without"]
+        told = ", ".join(f"{kind} {value:.3f}" for kind, value in middle.items())
+        print(f"{name}: {100 * result['cost']:.2f} % with metrics every {EVERY} steps; with to without: {told}")
+        axis.plot(list(middle), list(middle.values()), "o-", label=f"{name}: {100 * result['cost']:.2f} %")
     axis.axhline(1.0, color="0.8")
-    axis.set(xticks=range(len(found)), xticklabels=list(found), ylabel="with metrics / without", xlim=(-0.5, 1.5))
-    axis.legend(frameon=False)
-    common.save(
-        "metrics", quick, common.rounded({"model": MODEL, "every": EVERY, "turns": turns, "found": found}), figure
-    )
+    axis.set(xlabel="step", ylabel="with metrics / without")
+    axis.legend(frameon=False, title=f"every {EVERY} steps")
+    settings = {"model": MODEL, "every": EVERY, "measured_here_every": MEASURED, "pairs": pairs}
+    common.save("metrics", quick, common.rounded({**settings, "found": found}), figure)
 
 
 if __name__ == "__main__":

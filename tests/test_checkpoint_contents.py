@@ -164,10 +164,25 @@ def test_other_blocks_are_refused_or_left_out(tmp_path: Path) -> None:
     assert distance(weights(other), before) == 0 and same(state(blocks), of_state)
     steps(other, blocks, 2, 3)  # and training may go on
     result = load_checkpoint(tmp_path / "a", other, blocks, strict=False)
-    assert len(result.not_restored) == 8 and all("block_size=8, here 4" in text for text in result.not_restored)
-    assert distance(weights(other), weights(module)) == 0 and not blocks.state
+    assert len(result.not_restored) == 4 and all("block_size=8, here 4" in text for text in result.not_restored)
+    assert distance(weights(other), weights(module)) == 0
+    kept = state(blocks)  # of what has the same blocks all the same
+    assert len({key.rsplit("/", 1)[0] for key in kept}) == 4
+    assert same(kept, {key: value for key, value in state(optimizer).items() if key in kept})
     steps(other, blocks, 4, 5)
     assert blocks.fisher_stats()["0.0"].fisher_updates == 1
+
+
+def test_settings_that_make_the_same_blocks_are_none_others(tmp_path: Path) -> None:
+    """No row of the model is longer than 64 elements, and no parameter has more than 200 blocks."""
+    module, optimizer = trained(block_size=64)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, larger = trained(count=2, block_size=128, max_blocks=200)
+    load_checkpoint(tmp_path / "a", other, larger)
+    assert same(state(larger), state(optimizer)) and larger.param_groups[0]["block_size"] == 128
+    for each, own in ((module, optimizer), (other, larger)):
+        steps(each, own, 4, 6)
+    assert distance(weights(other), weights(module)) == 0
 
 
 # ---- models that differ ----

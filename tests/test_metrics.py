@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import PARAMS, config, engine_of
+from engines import BATCH, PARAMS, backward, config, engine_of, fp16_on_the_cpu
 from engines import train as train_engine
 from models import batch, model, weights
 from ranks import run_ranks
@@ -262,7 +262,8 @@ def test_between_measured_steps_nothing_is_done() -> None:
 
 def monitored(rank: int, world: int, stage: int, folder: str, zero: dict[str, Any], accumulate: int) -> Told:
     """From the config alone, and from report_metrics; two param groups, so that a step is several calls."""
-    monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"}}
+    kinds = ("csv_monitor", "tensorboard")
+    monitor = {kind: {"enabled": True, "output_path": folder, "job_name": kind} for kind in kinds}
     params = {**PARAMS, "metrics_every": 2}
     engine = engine_of(config(stage, world, params, zero=zero, accumulate=accumulate, **monitor), groups=True)
     train_engine(engine, 0, 5, rank, world)
@@ -282,16 +283,49 @@ def monitored(rank: int, world: int, stage: int, folder: str, zero: dict[str, An
 @pytest.mark.parametrize(
     ("stage", "zero"), [(0, {}), (1, {}), (2, {}), (3, {"sub_group_size": 60, "stage3_param_persistence_threshold": 0})]
 )
-def test_deepspeeds_monitor(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
+def test_deepspeeds_monitors(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (told, other) = run_ranks(monitored, 2, stage, str(tmp_path), zero, 2, deepspeed=True)
     assert [step for step, _ in told] == [6, 8] and other == []
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
     for name in NAMES:
-        heading, *lines = (tmp_path / "job" / f"AdaFisher_{name}.csv").read_text().split()
+        heading, *lines = (tmp_path / "csv_monitor" / f"AdaFisher_{name}.csv").read_text().split()
         assert heading == f"step,{name}"
         assert [line.split(",")[0] for line in lines] == ["48", "96"], "steps 2 and 4 of 24 samples"
+        events = [(event.step, event.value) for event in board.Scalars(f"AdaFisher/{name}")]
+        assert events == [
+            (int(step), pytest.approx(float(value))) for step, value in (line.split(",") for line in lines)
+        ]
     # Stages differ in what they hold where, and not in what they compute.
     expected = run_ranks(monitored, 1, 0, str(tmp_path / "alone"), {}, 2, deepspeed=True)[0]
     compare(told, expected, rel=2e-3)
+
+
+def written(rank: int, world: int) -> list[tuple[str, float, int]]:
+    """All events, DeepSpeed's own among them, of eight steps: after the measured second one, two overflow."""
+    monitor = {"csv_monitor": {"enabled": True, "output_path": "/nowhere"}}
+    with fp16_on_the_cpu():
+        engine = engine_of(config(1, world, {**PARAMS, "metrics_every": 2}, precision="fp16", **monitor))
+    events: list[tuple[str, float, int]] = []
+    engine.monitor.write_events = events.extend
+    for step in range(8):
+        backward(engine, step, rank, world, factor=float("inf") if step in (2, 3) else 1.0)
+        engine.step()
+    assert engine.skipped_steps == 2
+    return events
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+def test_samples_are_counted_as_deepspeed_does() -> None:
+    """W&B drops what is of fewer samples than the last event."""
+    events, _ = run_ranks(written, 2, deepspeed=True)
+    samples = [event[2] for event in events]
+    assert samples == sorted(samples)
+    assert {event[0] for event in events} >= {"Train/Samples/lr", *(f"AdaFisher/{name}" for name in NAMES)}
+    assert [event[2] // BATCH for event in events if event[0] == "AdaFisher/damping_max"] == [4, 6]
 
 
 def refused(rank: int, world: int) -> str:

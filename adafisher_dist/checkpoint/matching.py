@@ -15,9 +15,11 @@ from adafisher_dist.checkpoint.training import (
     shape_of,
     structure_of,
 )
+from adafisher_dist.grid import Grid, make_grid
 from adafisher_dist.settings import structure
 
 _SHOWN = 20
+_OF_GRID = ("block_size", "rows_per_block", "block_grid", "max_blocks")
 _EXTRA = "_extra_state"  # what torch calls it in a state dict
 
 
@@ -151,21 +153,22 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
             if old not in managed:
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
-                there = saved["state"][old]["structure"]
-                changed = [
-                    key
-                    for key in ("block_size", "rows_per_block", "block_grid", "max_blocks")
-                    if own[key] != there[key]
-                ]
-                if changed:
+                there, shape = saved["state"][old]["structure"], shape_of(training.parameters[name])
+                if _grid(own, shape) == _grid(there, shape):
+                    found.states[name] = old
+                else:
+                    changed = [key for key in _OF_GRID if own[key] != there[key]]
                     settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
                     found.problems.append(f"the Fisher blocks of {name} were made with {settings}")
-                else:
-                    found.states[name] = old
     given = {name for names in members for name in names}
     for name, old in fitting.items():
         if name not in given and old in saved["state"]:
             found.problems.append(f"the state of {old} is in the checkpoint, and the optimizer was not given {name}")
+
+
+def _grid(settings: Mapping[str, Any], shape: Sequence[int]) -> Grid:
+    """The blocks of a parameter: other settings may make the same, as block sizes above its rows' length do."""
+    return make_grid(shape, **{key: settings[key] for key in _OF_GRID})
 
 
 def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping[str, str]) -> int | None:
