@@ -175,6 +175,21 @@ def test_a_shard_in_the_place_of_another_of_the_same_size(damaged: Path) -> None
     assert f"{SHARDS[1]} has checksum" in message and f"holds what {SHARDS[0]} should hold" in message
 
 
+@pytest.mark.parametrize("kind", ["weight", "momentum", "fisher", "square", "factor", "curvature"])
+def test_a_manifest_that_contradicts_itself(kind: str, damaged: Path) -> None:
+    """A tensor that it describes is not in it, or shorter."""
+    content = json.loads((damaged / MANIFEST).read_bytes())["content"]
+    key, tensor = next((key, tensor) for key, tensor in content["tensors"].items() if key.startswith(f"{kind}/"))
+    tensor["numel"] -= 1
+    tensor["chunks"][-1][1] -= 1
+    (damaged / MANIFEST).write_bytes(with_checksum(content))
+    needed = f"{tensor['numel']} elements of {key}, and should have {tensor['numel'] + 1}"
+    assert needed in Bystander().refuses(damaged, verify=False)
+    del content["tensors"][key]
+    (damaged / MANIFEST).write_bytes(with_checksum(content))
+    assert f"it has 0 elements of {key}, and should have" in Bystander().refuses(damaged)
+
+
 NO_MANIFESTS = {
     "text": b"hello", "list": b"[]", "null": b"null", "number": b"42", "string": b'"content"', "object": b"{}",
     "no checksum": b'{"content": {}}', "wrong checksum": b'{"crc32": 3, "content": {"format": 1}}',

@@ -19,7 +19,7 @@ from adafisher_dist.checkpoint import random_state, values
 from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest, read, verify
-from adafisher_dist.checkpoint.matching import Match, match, refuse, settings_to_restore
+from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse, settings_to_restore
 from adafisher_dist.checkpoint.places import Place
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader, read_tensor
@@ -88,6 +88,7 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
         loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
         if options.strict:
             refuse(matched, f"{folder}")
+        check_stored(manifest, training, matched, f"{folder}")
 
     together(control, compare)
     with trained.partitioned(training.wrapper):
@@ -217,11 +218,6 @@ def _ranges(training: Training, manifest: Manifest, matched: Match, shards: list
             kind, _, old = range_.key.partition("/")
             if kind not in ("factor", "curvature") or old in with_factors:
                 wanted.append(range_)
-    for range_ in wanted:
-        stored = manifest.tensors.get(range_.key)
-        if stored is None or stored.numel != range_.total:
-            there = "missing" if stored is None else f"of {stored.numel} elements"
-            raise CheckpointError(f"{range_.key} is {there} in the checkpoint, and {range_.total} are needed.")
     return wanted
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.ranges import FIELDS
 from adafisher_dist.checkpoint.training import (
     OWN_SETTINGS,
     Training,
@@ -110,6 +112,34 @@ def refuse(found: Match, what: str) -> None:
         )
 
 
+def check_stored(manifest: Manifest, training: Training, found: Match, what: str) -> None:
+    """Whether the tensors that will be read are there, and as large as the manifest's own facts make them.
+
+    Raises:
+        CheckpointError: one is not: the manifest contradicts itself.
+    """
+    for key, numel in _needed(manifest, training, found):
+        stored = manifest.tensors.get(key)
+        if numel and (stored is None or stored.numel != numel):
+            there = 0 if stored is None else stored.numel
+            raise CheckpointError(
+                f"{what} is damaged: it has {there} elements of {key}, and should have {numel}. Nothing was changed."
+            )
+
+
+def _needed(manifest: Manifest, training: Training, found: Match) -> Iterator[tuple[str, int]]:
+    """The keys of all tensors that will be read, and their elements."""
+    for name, old in found.weights.items():
+        kind, tensors = ("weight", training.parameters) if name in training.parameters else ("buffer", training.buffers)
+        yield f"{kind}/{old}", prod(shape_of(tensors[name]))
+    for name, old in found.states.items():
+        settings = manifest.about["optimizer"]["state"][old]["structure"]
+        grid = _grid(settings, shape_of(training.parameters[name]))
+        kept = ("factor", "curvature") if settings["keeps_factors"] else ()
+        for kind in ("momentum", "fisher", "square", *kept):
+            yield f"{kind}/{old}", FIELDS[kind](grid, grid.slabs)
+
+
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
     """By its new name, the name of each tensor in the checkpoint."""
     unused = {old for old in rename if not any(n == old or (old.endswith(".") and n.startswith(old)) for n in names)}
@@ -201,4 +231,4 @@ def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key not in (*OWN_SETTINGS, "params", "param_names")}
 
 
-__all__ = ["CheckpointError", "Match", "match", "refuse", "settings_to_restore"]
+__all__ = ["CheckpointError", "Match", "check_stored", "match", "refuse", "settings_to_restore"]
