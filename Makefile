@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PYTEST ?=
+WORKERS ?= 2
 QUICK ?=
 RELEASE ?=
 export OMP_NUM_THREADS ?= 1
@@ -22,11 +23,11 @@ $(STAMP): pyproject.toml constraints.txt launch/venv.sh
 demo: $(STAMP)  ## train AdaFisher beside AdamW on 2 CPU ranks or all GPUs, about two minutes
 	@$(BIN)/python launch/demo.py
 
-test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses, WORKERS=0 runs them in this process
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST)
 
 test-all: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest torch and DeepSpeed (network, 15 GB)
 	@$(BIN)/python tests/release.py $(RELEASE)

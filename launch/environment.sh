@@ -3,7 +3,10 @@
 set -euo pipefail
 
 # What is told of the environment, and taken along to other nodes.
-told=(OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR TORCH_DEVICE_BACKEND_AUTOLOAD)
+told=(
+    OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR TORCH_DEVICE_BACKEND_AUTOLOAD
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+)
 # The folder of the launchers.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 launcher=$(basename "${BASH_SOURCE[-1]}")

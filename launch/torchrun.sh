@@ -57,4 +57,7 @@ else
         --rdzv-conf "is_host=$is_host,last_call_timeout=$wait"
     )
 fi
+# Otherwise ranks that start again meet in the store of those before, whose addresses are still in it: one that is there
+# before the others connects to processes that are gone, and fails (torch 2.13; tests/test_launchers.py).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch "${command[@]}" "$@"

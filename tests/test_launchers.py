@@ -80,7 +80,7 @@ def test_torchrun_on_one_node() -> None:
     expected = (
         "-m torch.distributed.run --nnodes 1 --nproc-per-node 3 --max-restarts 0 --standalone launch/train.py --data"
     )
-    assert " ".join(words[2:-1]) == expected
+    assert " ".join(words[3:-1]) == expected
 
 
 def test_torchrun_on_the_host_of_several_nodes() -> None:
@@ -91,7 +91,28 @@ def test_torchrun_on_the_host_of_several_nodes() -> None:
         "--nnodes 2:4 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:1234"
         " --rdzv-id job --local-addr 127.0.0.1 --rdzv-conf is_host=true,last_call_timeout=5 launch/train.py"
     )
-    assert " ".join(words[6:]) == expected
+    assert " ".join(words[7:]) == expected
+
+
+AGAIN = """
+import os, time
+import torch.distributed as dist
+attempt, rank = (int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
+time.sleep(3 if attempt and rank == 0 else 0)
+dist.init_process_group("gloo")
+dist.barrier()
+if attempt == 0:
+    os._exit(1) if rank == 1 else time.sleep(60)
+print("rank", rank, "went on in attempt", attempt)
+"""
+
+
+def test_ranks_that_start_again_meet_anew(tmp_path: Path) -> None:
+    """One that comes before the other does not find the addresses of those before."""
+    (tmp_path / "again.py").write_text(AGAIN)
+    done = call(LAUNCH / "torchrun.sh", "--ranks", "2", "--restarts", "3", tmp_path / "again.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} went on in attempt 1" for rank in range(2)]
 
 
 def test_torchrun_leaves_the_users_interface() -> None:
