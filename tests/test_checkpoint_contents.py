@@ -227,6 +227,23 @@ def test_a_larger_model_and_renamed_parameters(tmp_path: Path) -> None:
     assert distance(weights(larger.core), weights(module)) == 0
 
 
+def test_a_parameter_that_became_a_buffer(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other = model()
+    frozen = other.frozen.detach().clone()
+    del other.frozen
+    other.register_buffer("frozen", frozen)
+    _, fresh = trained(other, count=1)
+    with pytest.raises(CheckpointError, match="frozen is a buffer in the model, and was a parameter"):
+        load_checkpoint(tmp_path / "a", other, fresh)
+    result = load_checkpoint(tmp_path / "a", other, fresh, strict=False)
+    assert result.not_restored == ["frozen is a buffer in the model, and was a parameter"]
+    save_checkpoint(tmp_path / "b", other, fresh)
+    with pytest.raises(CheckpointError, match="frozen is a parameter in the model, and was a buffer"):
+        load_checkpoint(tmp_path / "b", module, optimizer)
+
+
 def test_a_wrong_rename(tmp_path: Path) -> None:
     module, optimizer = trained(count=1)
     save_checkpoint(tmp_path / "a", module, optimizer)

@@ -74,8 +74,11 @@ def match(
     fitting: dict[str, str] = {}
     for name, tensor in here.items():
         old = old_names.get(name)
+        kind, other = ("parameter", "buffer") if name in training.parameters else ("buffer", "parameter")
         if old is None:
             found.problems.append(f"{name} is not in the checkpoint")
+        elif model["aliases"].get(old, old) in model[f"{other}s"]:
+            found.problems.append(f"{name} is a {kind} in the model, and was a {other}")
         elif tuple(stored[old]["shape"]) != shape_of(tensor):
             found.problems.append(
                 f"{name} has shape {shape_of(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
