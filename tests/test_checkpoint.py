@@ -394,7 +394,7 @@ def grows_by(work: Any) -> int:
 def memory(rank: int, world: int, folder: str) -> tuple[int, int, int, int]:
     """Blocks of two sizes, so that ranges have to be packed."""
     module = nn.Sequential(*[nn.Linear(1000, 1000, bias=False) for _ in range(3)])
-    optimizer = AdaFisher(module.parameters(), lr=1e-3, block_size=47)
+    optimizer = AdaFisher(module.parameters(), lr=1e-3, block_size=47, rows_per_block=1)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
