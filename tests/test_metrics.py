@@ -303,9 +303,9 @@ def test_deepspeeds_monitors(stage: int, zero: dict[str, Any], tmp_path: Path) -
     compare(told, expected, rel=2e-3)
 
 
-def written(rank: int, world: int) -> list[tuple[str, float, int]]:
+def written(rank: int, world: int, folder: str) -> list[tuple[str, float, int]]:
     """All events, DeepSpeed's own among them, of eight steps: after the measured second one, two overflow."""
-    monitor = {"csv_monitor": {"enabled": True, "output_path": "/nowhere"}}
+    monitor = {"csv_monitor": {"enabled": True, "output_path": folder}}
     with fp16_on_the_cpu():
         engine = engine_of(config(1, world, {**PARAMS, "metrics_every": 2}, precision="fp16", **monitor))
     events: list[tuple[str, float, int]] = []
@@ -319,9 +319,9 @@ def written(rank: int, world: int) -> list[tuple[str, float, int]]:
 
 @pytest.mark.dist
 @pytest.mark.deepspeed
-def test_samples_are_counted_as_deepspeed_does() -> None:
+def test_samples_are_counted_as_deepspeed_does(tmp_path: Path) -> None:
     """W&B drops what is of fewer samples than the last event."""
-    events, _ = run_ranks(written, 2, deepspeed=True)
+    events, _ = run_ranks(written, 2, str(tmp_path), deepspeed=True)
     samples = [event[2] for event in events]
     assert samples == sorted(samples)
     assert {event[0] for event in events} >= {"Train/Samples/lr", *(f"AdaFisher/{name}" for name in NAMES)}
