@@ -145,15 +145,13 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
 def uses_kernel(structure: Structure, backend: str, device: torch.device) -> bool:
     """Whether the dense blocks of a param group are worked on by the Triton kernel; diagonal ones never are.
 
-    On a CPU only backend="triton" means the kernel: it is interpreted there, for tests.
+    "auto" that nobody has decided yet means torch.
 
     Raises:
         RuntimeError: the kernel is asked for, and cannot run.
     """
-    if backend == "torch":
+    if backend != "triton":
         return False
-    if backend == "auto":
-        return device.type == "cuda" and fits(structure) and fused.obstacle(device) is None
     for reason in (fused.misfit(structure), fused.obstacle(device)):
         if reason is not None:
             raise RuntimeError(
@@ -200,8 +198,9 @@ def compute(
         _compute_gated(batch, start, stop, step, updates, settings, go)
         return
     rows = max(1, 16 // batch.kind.depth) * tile_rows(batch) if device.type == "cpu" else stop - start
-    for begin in range(start, stop, rows):
-        _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
+    with fisher.full_precision(device):
+        for begin in range(start, stop, rows):
+            _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
 
 
 def tile_rows(batch: Batch) -> int:
@@ -315,7 +314,8 @@ def _unbias(updates: int, settings: Mapping[str, Any]) -> float:
 def rebuild_factors(batch: Batch, start: int, stop: int, updates: int, settings: Mapping[str, Any]) -> None:
     """Make the kept A^(−p) of rows [start, stop) anew, from F after k updates: where a saved state had none."""
     if batch.factor_NBB is not None and updates > 0:
-        _refresh(batch, np.arange(start, stop), updates, settings)
+        with fisher.full_precision(batch.fisher.device):
+            _refresh(batch, np.arange(start, stop), updates, settings)
 
 
 def updates_fisher(step: int, settings: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist import comm
+from adafisher_dist import comm, report
 from adafisher_dist.agreement import agree, settle
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.layouts import UnsupportedLayoutError
 from adafisher_dist.metrics import Meter
 from adafisher_dist.settings import DEFAULTS, normalize, structure
-from adafisher_dist.shard import Shard, Time, compute, in_kernels, largest_gradient
+from adafisher_dist.shard import Shard, Time, compute, in_kernels, kernel_refusal, largest_gradient, set_backends
 from adafisher_dist.transfer import Inputs, Transfer, transfer
 from adafisher_dist.verdict import Verdict
+
+logger = logging.getLogger("adafisher_dist")
 
 Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
 
@@ -132,11 +135,14 @@ class Engine:
         inputs: list[Inputs] = []
         largest: list[Tensor] = []
         verdicts: list[Verdict] = []
+        refusals: list[str | None] = []  # of the kernel
+        fresh = [shard for shard in shards if not shard.checked]
 
         def collect() -> None:
             _check_ranks(shards, group)
             inputs.extend(_inputs(shard, groups) for shard in shards)
             largest.extend(way.collect(own) for way, own in zip(transfers, inputs, strict=True))
+            refusals.extend(kernel_refusal(shard, own.settings) for shard, own in zip(shards, inputs, strict=True))
             verdicts.extend(self._verdict_on_device(shards, inputs, group))
 
         faults.attempt(collect)
@@ -147,12 +153,18 @@ class Engine:
             # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
             compare_copies = self._calls.bit_count() == 1
             metrics = self.meter.plan if self.meter is not None else None
-            if not agree(group, shards, inputs, finite, bool(verdicts), metrics, faults, compare_copies):
-                self.skipped += 1
-                return
+            refusal = next(filter(None, refusals), None)
+            agreed = agree(group, shards, inputs, finite, bool(verdicts), refusal, metrics, faults, compare_copies)
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
+        for shard, own in zip(shards, inputs, strict=True):
+            set_backends(shard, own.settings, agreed.kernel_is_trusted)
+        for shard in fresh if group.is_first else ():
+            logger.info(report.summary(shard))
+        if not agreed.finite:
+            self.skipped += 1
+            return
         self.incomplete = True  # until all ranks have done their part
         if self.meter is not None:
             self.meter.begin(_step(shards, inputs), group, self.skipped)

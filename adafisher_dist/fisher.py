@@ -71,25 +71,32 @@ def update(fisher_NBB: Tensor, gradient_NDB: Tensor, decay: float, seed_N: Tenso
 
 
 def _add_products(fisher_NBB: Tensor, h_NDB: Tensor, decay: float) -> None:
-    """F ← ρ F + Σ h hᵀ, in place, in full precision."""
+    """F ← ρ F + Σ h hᵀ, in place."""
     if h_NDB.shape[1] == 1:  # by element: on a CPU faster than a product of matrices (LOG.md, 2026-11-25)
         fisher_NBB.mul_(decay).addcmul_(h_NDB.mT, h_NDB)
-        return
-    with _no_tf32(h_NDB.device):
+    else:
         fisher_NBB.baddbmm_(h_NDB.mT, h_NDB, beta=decay)
 
 
 @contextmanager
-def _no_tf32(device: torch.device) -> Iterator[None]:
-    """Products on a GPU as float32 has them: what users allow their models would round F to 10 bits."""
-    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products on a GPU as float32 has them: the TF32 that users allow their models would round F to 10 bits."""
+    if device.type != "cuda":
         yield
         return
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    name: str
+    before: object
+    full: object
+    try:
+        name, before, full = "allow_tf32", matmul.allow_tf32, False
+    except RuntimeError:  # somebody has set it by torch 2.9's names; torch refuses a mixture of both
+        name, before, full = "fp32_precision", matmul.fp32_precision, "ieee"
+    setattr(matmul, name, full)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        setattr(matmul, name, before)
 
 
 def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float) -> None:

@@ -117,6 +117,12 @@ def options(size: int, depth: int) -> dict[str, Any]:
     }
 
 
+@cache
+def _open_gate(device: torch.device) -> Tensor:
+    """What lets every step go on."""
+    return torch.ones((), dtype=torch.int32, device=device)
+
+
 def _padded(length: int) -> int:
     """The next power of two."""
     return 1 << (length - 1).bit_length()
@@ -150,7 +156,7 @@ def compute(
             batch.length_N,
             batch.rungs_N3 if batch.seeding_N is None else batch.seeding_N,  # not read in float32
             batch.rungs_N3,
-            batch.rungs_N3 if go is None else go,  # not read without a gate
+            _open_gate(batch.fisher.device) if go is None else go,
             start,
             stop,
             updates * 0x5851F42 % (1 << 31),  # as fisher.seeds
@@ -166,7 +172,6 @@ def compute(
             eps,
             fisher.reach(float(settings["lr"])),
             fisher.LARGEST_STRETCH,
-            GATED=go is not None,
             UPDATES=(step - 1) % settings["fisher_update_freq"] == 0,  # as batch.updates_fisher
             ROUNDED=batch.seeding_N is not None,
             PACKED=batch.structure.packed,

@@ -82,7 +82,8 @@ def _row(a_INJ, i_I11, k, FIRST: tl.constexpr, STOP: tl.constexpr):
 @triton.jit
 def _element(x_DNJ, k):
     """Element k of each vector, (D, N, 1)."""
-    first_DN1 = tl.zeros(x_DNJ.shape[:-1] + (1,), tl.int32)  # noqa: RUF005 (Triton cannot unpack)
+    # Zeros of that shape, whose sum no compiler makes: Triton 3.6 builds no shape out of another one's parts.
+    first_DN1 = tl.zeros_like(tl.sum(x_DNJ, axis=-1, keep_dims=True)).to(tl.int32)
     return tl.gather(x_DNJ, first_DN1 + k, axis=-1)
 
 
@@ -135,7 +136,7 @@ def step_kernel(
     length_ptr,  # L, (rows,), float32
     number_ptr,  # (rows,) int32, the blocks' numbers; read where ROUNDED
     rungs_ptr,  # (rows, 3) int32, how often a block needed each rung of the ladder
-    go_ptr,  # one int32; read where GATED
+    go_ptr,  # one int32: where it is 0, u is 0 and nothing else changes
     start,
     stop,  # rows [start, stop)
     offset,  # of this update's seeds; see fisher.seeds
@@ -157,7 +158,6 @@ def step_kernel(
     DEEP: tl.constexpr,  # the power of two that D is padded to
     NUMBER: tl.constexpr,  # blocks a program
     PANEL: tl.constexpr,
-    GATED: tl.constexpr,  # where go is 0, u is 0 and nothing else changes
     UPDATES: tl.constexpr,  # whether F is updated
     ROUNDED: tl.constexpr,  # F is bfloat16
     PACKED: tl.constexpr,  # F is stored as lower triangles
@@ -194,8 +194,7 @@ def step_kernel(
         at_INJ = tl.multiple_of(row_N[None, :, None] * (SIZE * SIZE) + (i_I11 * SIZE + j_11J), [1, 1, 1])
         stored_at_INJ, stored_INJ = at_INJ, there_INJ
 
-    if GATED:
-        go = tl.load(go_ptr)  # looked at below, so that nothing has to wait for it first
+    go = tl.load(go_ptr)  # looked at below, so that nothing has to wait for it first
     g_DNJ = tl.load(gradient_ptr + at_DNJ, mask=there_DNJ, other=0.0)
     m_DNJ = tl.load(momentum_ptr + at_DNJ, mask=there_DNJ, other=0.0)
     if DEPTH > 1:
@@ -204,10 +203,9 @@ def step_kernel(
 
     # Several lanes or warps may hold a copy of an element of m, w or F; none may store it before all have loaded it.
     tl.debug_barrier()
-    if GATED:  # noqa: SIM102 (decided when compiling, as the inner one is not)
-        if go == 0:
-            tl.store(gradient_ptr + at_DNJ, tl.zeros_like(g_DNJ), mask=there_DNJ)
-            return
+    if go == 0:
+        tl.store(gradient_ptr + at_DNJ, tl.zeros_like(g_DNJ), mask=there_DNJ)
+        return
     m_DNJ = _lerp(m_DNJ, g_DNJ, weight)
     tl.store(momentum_ptr + at_DNJ, m_DNJ, mask=there_DNJ)
     hat_DNJ = m_DNJ * momentum_scale + g_DNJ * gradient_scale

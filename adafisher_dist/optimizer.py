@@ -82,7 +82,8 @@ class AdaFisher(Optimizer):
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
             costs 10 to 20 % of the optimizer's time.
         backend: "torch"; "triton": one fused kernel, for exponent 1, factors made at every step, blocks of up to 128
-            and a float32 or bfloat16 Fisher, on a CUDA device; "auto": that one where it can be had, else "torch".
+            and a float32 or bfloat16 Fisher, on a CUDA device; "auto": that one where it can be had and, tried on a
+            few blocks at the first step, agrees with float64, else "torch".
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
 
@@ -378,7 +379,7 @@ class AdaFisher(Optimizer):
         return self._roster.engine.skipped
 
     def fisher_stats(self) -> dict[str, report.ParameterStats]:
-        """By name, for each parameter that had a gradient: blocks, Fisher updates, mean block size, ladder counts."""
+        """By name, for each parameter that had a gradient: blocks, Fisher updates, ladder counts, what computes it."""
         return {name: stats for shard in self._roster.shards for name, stats in report.fisher_stats(shard).items()}
 
     def memory_usage(self) -> dict[str, dict[str, int]]:

@@ -20,6 +20,7 @@ class ParameterStats:
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
         ladder: how often one of this rank's blocks needed each rung of the fallback ladder.
+        backend: what works on its dense blocks: "torch" or "triton"; None before its first step.
     """
 
     blocks: int
@@ -27,6 +28,7 @@ class ParameterStats:
     fisher_updates: int
     mean_block_size: float
     ladder: dict[str, int]
+    backend: str | None
 
 
 def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
@@ -50,6 +52,7 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
             fisher_updates=updates,
             mean_block_size=grid.numel / blocks if blocks else 0.0,
             ladder=dict(zip(fisher.RUNGS, ladder, strict=True)),
+            backend=shard.backends[shard.groups[parameter.tensor]],
         )
     return result
 
@@ -80,6 +83,9 @@ def _usage(
     return usage
 
 
+_PATHS = {"torch": "torch", "triton": "the Triton kernel"}
+
+
 def summary(shard: Shard) -> str:
     """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
     elements = sum(grid.numel for grid in shard.grids)
@@ -90,5 +96,6 @@ def summary(shard: Shard) -> str:
         f"AdaFisher: layout {shard.storage.layout}, {shard.storage.group.size} rank(s), {len(shard.grids)} parameters,"
         f" {elements} elements in {sum(grid.num_blocks for grid in shard.grids)} blocks,"
         f" {100 * dense / max(1, elements):.1f} % of the elements on dense blocks,"
-        f" {min(per_rank) / 2**20:.1f} to {max(per_rank) / 2**20:.1f} MiB a rank"
+        f" {min(per_rank) / 2**20:.1f} to {max(per_rank) / 2**20:.1f} MiB a rank, computed by"
+        f" {' and '.join(sorted({_PATHS[backend] for backend in shard.backends if backend is not None}))}"
     )

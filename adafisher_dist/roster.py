@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist import comm, estimate, layouts, report, state
+from adafisher_dist import comm, estimate, layouts, state
 from adafisher_dist.engine import Engine
 from adafisher_dist.layouts import Storage
 from adafisher_dist.settings import normalize, structure
@@ -53,8 +53,6 @@ class Roster:
             for index, tensor in enumerate(shard.storage.tensors):
                 state.restore(shard, index, self.optimizer.state.get(tensor, {}), own=True)
             self.install(shard)
-            if shard.storage.group.is_first:
-                logger.info(report.summary(shard))
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Put the largest block size that fits the memory budget in the place of "auto", alike on all ranks."""

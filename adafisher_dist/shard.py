@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import batch as stacked
-from adafisher_dist import fisher, plan
+from adafisher_dist import fisher, kernel_check, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.cost import Outline
 from adafisher_dist.grid import Grid, Kind, Strip, row_length
@@ -78,6 +78,8 @@ class Shard:
         counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
+        kernel: for each of those groups, whether backend="auto" means the Triton kernel; None until the ranks know.
+        backends: for each of them, what works on its dense blocks: "torch" or "triton"; None before its first step.
         checked: whether the ranks have compared their plans.
     """
 
@@ -93,6 +95,8 @@ class Shard:
     counters: Tensor
     stored: list[Stored]
     views: list[dict[str, Tensor]]
+    kernel: list[bool | None]
+    backends: list[str | None]
     checked: bool = False
 
     @property
@@ -133,9 +137,12 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
+    kernel = [None if stacked.fits(structure) else False for structure in structures]
+    backends: list[str | None] = [None for _ in structures]
     return Shard(
-        storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views
-    )
+        storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views,
+        kernel, backends,
+    )  # fmt: skip
 
 
 def _views(
@@ -190,13 +197,47 @@ def compute(
 def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
     """Whether kernels do all the work of a step with these settings, and ask the device whether to do it.
 
-    It depends on settings and machines alone, so that it is the same on all ranks, whichever blocks they own.
+    It depends on settings and on what the ranks agreed on, so that it is the same on all, whichever blocks they own.
     """
     return all(
-        stacked.uses_kernel(structure, having["backend"], shard.arena.device)
-        for structure, having in zip(shard.structures, settings, strict=True)
+        stacked.uses_kernel(structure, _meant(having["backend"], kernel), shard.arena.device)
+        for structure, kernel, having in zip(shard.structures, shard.kernel, settings, strict=True)
         if having
     )
+
+
+def undecided(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The param groups that ask for the kernel where it can be trusted, which nobody has tried yet."""
+    return [
+        number
+        for number, (kernel, having) in enumerate(zip(shard.kernel, settings, strict=True))
+        if having and having["backend"] == "auto" and kernel is None
+    ]
+
+
+def kernel_refusal(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why this rank cannot trust the kernel with the blocks of the undecided groups; None where it can."""
+    for number in undecided(shard, settings):
+        batches = [batch for batch in shard.batches if batch.group == number and batch.dense]
+        refusal = kernel_check.refusal(batches, settings[number], shard.arena.device)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def set_backends(shard: Shard, settings: Sequence[dict[str, Any]], trusted: bool) -> None:
+    """Put "torch" or "triton" in the place of "auto", in these settings; decide what is undecided."""
+    for number in undecided(shard, settings):
+        shard.kernel[number] = trusted
+    for number, having in enumerate(settings):
+        if having:
+            having["backend"] = shard.backends[number] = _meant(having["backend"], shard.kernel[number])
+
+
+def _meant(backend: str, kernel: bool | None) -> str:
+    if backend != "auto":
+        return backend
+    return "triton" if kernel else "torch"
 
 
 def wire_dtype(shard: Shard) -> torch.dtype:

@@ -106,8 +106,8 @@ def check(layout: str, world: int, name: str, dtype: torch.dtype = torch.float32
         assert memory["all"]["total"] == sum(totals)
         last, planned = traffic["last_step"], traffic["rank"]
         assert {kind: last[kind] for kind in ("weights", "blocks")} == {k: planned[k] for k in ("weights", "blocks")}
-        # DESIGN.md, "Bytes": 19 numbers before a step and one after it, of 8 bytes each.
-        assert last["verdicts"] == (160 if world > 1 else 0)
+        # DESIGN.md, "Bytes": 20 numbers before a step and one after it, of 8 bytes each.
+        assert last["verdicts"] == (168 if world > 1 else 0)
         sent.append(planned["total"])
     assert foretold.sent == max(sent)
 

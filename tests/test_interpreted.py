@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton")
-@pytest.mark.parametrize("file", ["test_fused.py", "test_verdict.py"])
+@pytest.mark.parametrize("file", ["test_fused.py", "test_verdict.py", "test_kernel_check.py"])
 def test_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / file]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,0 +1,293 @@
+"""`backend="auto"`: the Triton kernel is tried before it is trusted, and all ranks decide alike.
+
+Triton's interpreter stands for the device, so that harmed kernels can be seen to be refused without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import batch, distance, model, param_groups, weights
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adafisher_dist import AdaFisher, fused, kernel_check
+from adafisher_dist import batch as stacked
+from adafisher_dist.batch import Batch
+from adafisher_dist.grid import Kind
+from adafisher_dist.settings import DEFAULTS, Structure, normalize
+
+interpreted = pytest.mark.interpreted
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Each test tries anew."""
+    kernel_check._try.cache_clear()
+    yield
+    kernel_check._try.cache_clear()
+
+
+def make(size: int, depth: int = 1, dtype: torch.dtype = torch.float32, packed: bool = False) -> Batch:
+    structure = Structure(size, depth, "rows", None, dtype, 1.0, False, packed)
+    return stacked.allocate(0, Kind(size, depth, True), structure, np.arange(1), np.full(1, size), CPU)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    result = {**DEFAULTS, **changes}
+    normalize(result)
+    return result
+
+
+def refusal(batch: Batch, **changes: Any) -> str | None:
+    return kernel_check.refusal([batch], settings(**changes), CPU)
+
+
+# ---- an unharmed kernel ----
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "depth"), [(1, 1), (1, 16), (7, 1), (7, 5), (16, 1), (16, 64), (43, 5), (64, 16)])
+def test_an_unharmed_kernel_is_taken(size: int, depth: int, dtype: torch.dtype, packed: bool) -> None:
+    assert refusal(make(size, depth, dtype, packed)) is None
+
+
+@interpreted
+def test_the_default_blocks() -> None:
+    assert refusal(make(128, 64)) is None
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"damping": 0.0},
+        {"damping": 1e-6},
+        {"damping": 10.0},
+        {"nesterov": False, "grafting": "none"},
+        {"bias_correction": False, "momentum": 0.0},
+        {"fisher_decay": 0.0},
+        {"fisher_decay": 0.9999},
+        {"fisher_update_freq": 3},
+        {"eps": 1e-30},
+        {"eps": 1.0},
+    ],
+    ids=str,
+)
+def test_whatever_the_settings(changes: dict[str, Any]) -> None:
+    for size, depth, dtype in ((16, 1, torch.float32), (7, 5, torch.float32), (16, 3, torch.bfloat16)):
+        assert refusal(make(size, depth, dtype), **changes) is None
+
+
+# ---- harmed ones ----
+
+# What is harmed, and what the refusal says.
+HARMS: dict[str, tuple[dict[str, str], str]] = {
+    "wrong damping": ({"_element(c_NJ, k) + damping)": "_element(c_NJ, k) + 1.1 * damping)"}, "off in u"),
+    "missing transpose of F": (
+        {
+            "f_INJ = decay * f_INJ + tl.trans(h_NJ)[:, :, None] * h_NJ[None]": "f_INJ = decay * f_INJ + h_NJ * h_NJ",
+            "f_INJ = _fma(tl.trans(h_NJ)[:, :, None], h_NJ[None]": "f_INJ = _fma(h_NJ[None], h_NJ[None]",
+        },
+        "off in F",
+    ),
+    "missing transpose in the elimination": (
+        {"_fma(tl.trans(c_NJ)[:, :, None], w_NJ[None], a_INJ)": "_fma(c_NJ[None], w_NJ[None], a_INJ)"},
+        "off in u",
+    ),
+    "stale momentum": (
+        {
+            "m_DNJ = _lerp(m_DNJ, g_DNJ, weight)": "stale_DNJ = m_DNJ; m_DNJ = _lerp(m_DNJ, g_DNJ, weight)",
+            "hat_DNJ = m_DNJ * momentum_scale": "hat_DNJ = stale_DNJ * momentum_scale",
+        },
+        "off in u",
+    ),
+    "stale F": (
+        {
+            "    if UPDATES:": "    stale_INJ = f_INJ\n    if UPDATES:",
+            "    diagonal_NJ = tl.sum(": "    f_INJ = stale_INJ\n    diagonal_NJ = tl.sum(",
+        },
+        "off in u",
+    ),
+    "NaN in one element": (
+        {"u_DNJ = s_DNJ * (tl.div_rn(": "u_DNJ = tl.where(j_1J == 0, float('nan'), 1.0) * s_DNJ * (tl.div_rn("},
+        "not finite",
+    ),
+    "a gate that lets all through": ({"if go == 0:": "if go == 7:"}, "a step that was to change nothing"),
+    "one row too many": ({"there_N = row_N < stop": "there_N = row_N <= stop"}, "blocks beside those of the step"),
+    "does not compile": ({"hat_DNJ = m_DNJ *": "hat_DNJ = no_such_name *"}, "it failed on"),
+}
+
+
+@pytest.fixture
+def harmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """A copy of the kernel with the harm in it takes its place; what the refusal is to say."""
+    replacements, words = HARMS[request.param]
+    source = (Path(fused.__file__).parent / "fused_kernel.py").read_text()
+    for old, new in replacements.items():
+        assert source.count(old) == 1, (source.count(old), old)
+        source = source.replace(old, new)
+    path = tmp_path / "harmed_kernel.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("harmed_kernel", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "adafisher_dist.fused_kernel", module)
+    return words
+
+
+@interpreted
+@pytest.mark.parametrize("harmed", HARMS, indirect=True)
+@pytest.mark.parametrize(("size", "depth", "dtype"), [(16, 1, torch.float32), (7, 5, torch.bfloat16)])
+def test_a_harmed_kernel_is_refused(harmed: str, size: int, depth: int, dtype: torch.dtype) -> None:
+    found = refusal(make(size, depth, dtype))
+    assert found is not None and harmed in found and "torch's own path" not in found
+    assert Kind(size, depth, True).name in found
+
+
+# ---- in a training ----
+
+
+def train(module: nn.Module, optimizer: AdaFisher, steps: int, rank: int = 0, world: int = 1) -> None:
+    for step in range(steps):
+        x, y = batch(step, rank, world)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+
+
+def backends(optimizer: AdaFisher) -> set[str | None]:
+    return {entry.backend for entry in optimizer.fisher_stats().values()}
+
+
+@interpreted
+def test_auto_takes_the_kernel_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="adafisher_dist")
+    results = []
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    for backend in ("auto", "triton"):
+        module = model()
+        torch.manual_seed(5)
+        optimizer = AdaFisher(param_groups(module), backend=backend, **SETTINGS)
+        train(module, optimizer, 4)
+        assert torch.equal(torch.rand(3), drawn), "the check drew from the user's random state"
+        assert backends(optimizer) == {"triton"}
+        results.append(weights(module))
+    assert all(np.array_equal(value, results[1][name]) for name, value in results[0].items())
+    lines = [record.message for record in caplog.records if "layout" in record.message]
+    assert lines and all(line.endswith("computed by the Triton kernel") for line in lines)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@interpreted
+@pytest.mark.parametrize("harmed", ["wrong damping", "does not compile"], indirect=True)
+def test_auto_with_a_harmed_kernel_is_torch(harmed: str, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr("adafisher_dist.agreement._expects_kernel", lambda devices: True)
+    caplog.set_level(logging.INFO, logger="adafisher_dist")
+    results = []
+    for backend in ("auto", "torch"):
+        module = model()
+        optimizer = AdaFisher(param_groups(module), backend=backend, **SETTINGS)
+        train(module, optimizer, 4)
+        assert backends(optimizer) == {"torch"}
+        results.append(weights(module))
+    assert all(np.array_equal(value, results[1][name]) for name, value in results[0].items())
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and harmed in warnings[0] and 'backend="torch"' in warnings[0]
+    assert all("computed by torch" in record.message for record in caplog.records if "layout" in record.message)
+
+
+def test_on_a_cpu_auto_is_torch_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    train(module, optimizer, 2)
+    assert backends(optimizer) == {"torch"} and not caplog.records
+
+
+def test_no_triton_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "obstacle", lambda device: "Triton is not installed. pip install triton")
+    found = refusal(make(8))
+    assert found is not None and found.startswith("Triton is not installed")
+
+
+@interpreted
+def test_other_settings_are_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(kernel_check, "_problem", lambda case: tried.append(case))
+    for changes in ({}, {}, {"damping": 0.5}, {"fisher_update_freq": 2}, {"lr": 3.0}):
+        assert refusal(make(8), **changes) is None
+    assert len(tried) == 3  # the second and the last are known; every second step leaves F, which is other code
+
+
+def disagreeing(rank: int, world: int) -> tuple[set[str | None], dict[str, Any], list[str]]:
+    """The kernel is refused on the last rank alone."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("adafisher_dist")
+    logger.addHandler(handler)
+    import adafisher_dist.agreement as agreement
+
+    agreement._expects_kernel = lambda devices: True
+    kernel_check.refusal = lambda batches, settings, device: "it is odd" if rank == world - 1 else None
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    train(DistributedDataParallel(module), optimizer, 4, rank, world)
+    return backends(optimizer), weights(module), records
+
+
+@pytest.mark.dist
+def test_all_ranks_decide_alike() -> None:
+    """What one rank refuses, no rank runs; the rank that found it warns, once."""
+    results = run_ranks(disagreeing, 2)
+    alone = model()
+    train(alone, AdaFisher(alone.parameters(), **SETTINGS), 4)
+    for found, trained, _ in results:
+        assert found == {"torch"}
+        assert distance(trained, weights(alone)) < 1e-4
+    warnings = [[text for text in records if "it is odd" in text] for *_, records in results]
+    assert [len(texts) for texts in warnings] == [0, 1] and "on rank 1" in warnings[1][0]
+
+
+# ---- what a user allows their model ----
+
+
+@pytest.mark.parametrize("how", ["nothing", "old", "new", "high"])
+def test_torch_computes_in_full_precision(how: str) -> None:
+    """Whichever of torch's two names for TF32 the user has set, it is off in a step, and as it was after it."""
+    code = f"""
+import torch
+from adafisher_dist import fisher
+matmul = torch.backends.cuda.matmul
+how = {how!r}
+if how == "old": matmul.allow_tf32 = True
+if how == "new": matmul.fp32_precision = "tf32"
+if how == "high": torch.set_float32_matmul_precision("high")
+def state():
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:
+        return matmul.fp32_precision
+before = state()
+with fisher.full_precision(torch.device("cuda")):
+    assert state() in (False, "ieee"), state()
+assert state() == before, (state(), before)
+assert how == "nothing" or before in (True, "tf32")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
