@@ -6,9 +6,11 @@ PYTEST ?=
 WORKERS ?= 2
 QUICK ?=
 RELEASE ?=
+REHEARSE ?=
+PARTS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all release-check bench bench-convergence docs docs-serve lint format type clean
+.PHONY: help venv demo test test-all release-check bench bench-convergence gpu gpu-wheels docs docs-serve lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -37,7 +39,6 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
 	@$(BIN)/python benchmarks/kernel.py $(QUICK)
-	@$(BIN)/python benchmarks/share.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 	@$(BIN)/python benchmarks/metrics.py $(QUICK)
@@ -45,6 +46,15 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 
 bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped
 	@$(BIN)/python benchmarks/convergence.py
+
+# A GPU machine is lent bare: this needs no .venv.
+gpu:  ## all that needs a GPU, in eight minutes, into runs/gpu; REHEARSE=1: tiny, on a CPU; PARTS="fast trains": some of it
+	@GPU_COMMAND='make gpu$(if $(REHEARSE), REHEARSE=1)$(if $(PARTS), PARTS="$(PARTS)")' \
+		$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) benchmarks/gpu/run.py \
+		$(if $(REHEARSE),--rehearse) $(if $(PARTS),--parts "$(PARTS)")
+
+gpu-wheels: $(STAMP)  ## fetch into .gpu/wheels what the GPU machine lacks (network); `make gpu` installs it there
+	@PYTHON=$(BIN)/python benchmarks/gpu/wheels.sh
 
 docs: $(STAMP)  ## the documentation's site, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -3,7 +3,8 @@
     python benchmarks/kernel.py          # writes docs/kernel.json; without a CUDA device it says so and ends
 
 About 1 GB of blocks, far more than any cache holds, in one step: gradients in, Fisher, momentum and updates out.
-Blocks of one row, and blocks that 16 rows share.
+Blocks of one row, and blocks that 16 or 64 rows share. `make gpu` measures some of them in its part "fast", by
+`measure`, which also works where the kernel is interpreted, on a CPU: that says whether the script works.
 
 - kernel: one launch over all of it.
 - torch: in chunks as large as the optimizer's, two of them, and scaled to all blocks, since it may take seconds.
@@ -20,8 +21,9 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import numpy as np
@@ -39,35 +41,54 @@ from adafisher_dist.plan import CHUNK_FISHER_NUMEL
 from adafisher_dist.settings import DEFAULTS, Structure
 
 SIZES, QUICK_SIZES = (16, 32, 64, 128), (16, 64)
-DEPTHS = (1, 16)
+DEPTHS = (1, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
 STATE_BYTES, QUICK_BYTES = 2**30, 2**27
 CHUNKS = 2  # that the torch path is timed on
-WARM_UP, REPEATS = 3, 20
-TORCH_WARM_UP, TORCH_REPEATS = 1, 5
 HEAD_START_CYCLES = 2_000_000  # about a millisecond, so that no launch is waited for between the events
 
 
-def median_ms(run: Callable[[], object], prepare: Callable[[], object], warm_up: int, repeats: int) -> float:
+class Effort(NamedTuple):
+    """How often a thing is done before it is timed, and while."""
+
+    warm_up: int
+    repeats: int
+
+
+KERNEL, TORCH = Effort(3, 20), Effort(1, 5)
+
+
+def median_ms(
+    run: Callable[[], object], prepare: Callable[[], object], effort: Effort, device: torch.device
+) -> float:  # fmt: skip
     """Milliseconds on the device for `run`; `prepare` goes before each, and is not counted."""
-    times = []
-    for _ in range(warm_up + repeats):
-        prepare()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START_CYCLES)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[warm_up:])
+    one = _ms_by_clock if device.type == "cpu" else _ms_by_events
+    return statistics.median([one(run, prepare) for _ in range(sum(effort))][effort.warm_up :])
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy of 1 GB."""
-    source = torch.zeros(STATE_BYTES, dtype=torch.uint8, device=device)
+def _ms_by_clock(run: Callable[[], object], prepare: Callable[[], object]) -> float:
+    prepare()
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _ms_by_events(run: Callable[[], object], prepare: Callable[[], object]) -> float:
+    prepare()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def copy_bandwidth(device: torch.device, numel: int = STATE_BYTES) -> float:
+    """Bytes a second, read and written, of a copy of so many bytes, by default 1 GB."""
+    source = torch.zeros(numel, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source), lambda: None, WARM_UP, REPEATS)
+    ms = median_ms(lambda: target.copy_(source), lambda: None, KERNEL, device)
     return 2 * source.numel() / (ms * 1e-3)
 
 
@@ -102,8 +123,9 @@ class Steps:
 
 
 def measure(
-    kind: Kind, dtype: torch.dtype, packed: bool, state_bytes: int, bandwidth: float, device: torch.device
-) -> dict[str, Any]:
+    kind: Kind, dtype: torch.dtype, packed: bool, state_bytes: int, bandwidth: float, device: torch.device,
+    effort: Effort = KERNEL, torch_effort: Effort = TORCH,
+) -> dict[str, Any]:  # fmt: skip
     """Everything about one kind of block."""
     elements = kind.size * kind.depth
     triangle = fisher.packed_numel(kind.size) if packed else kind.size**2
@@ -121,8 +143,8 @@ def measure(
     error = float((apart_NDB.norm(dim=2) / other.batch.gradient_NDB.norm(dim=2)).max())
     fisher_error = float((kernel.batch.fisher[:few].float() - other.batch.fisher.float()).abs().max())
 
-    kernel_ms = median_ms(kernel.run, kernel.prepare, WARM_UP, REPEATS)
-    torch_ms = median_ms(other.run, other.prepare, TORCH_WARM_UP, TORCH_REPEATS) * count / few
+    kernel_ms = median_ms(kernel.run, kernel.prepare, effort, device)
+    torch_ms = median_ms(other.run, other.prepare, torch_effort, device) * count / few
     assert kernel.batch.rungs_N3 is not None
     moved = 2 * sum(tensor.nbytes for tensor in (*kernel.batch.tensors().values(), gradient_NDB))
     floor_ms = 1e3 * moved / bandwidth
@@ -168,7 +190,7 @@ def report(results: list[dict[str, Any]], state_bytes: int, bandwidth: float, na
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_bytes_a_second": round(bandwidth),
-        "repeats": REPEATS,
+        "repeats": KERNEL.repeats,
         "results": results,
     }
     folder = common.ROOT / ("runs/bench" if quick else "docs")
