@@ -209,8 +209,8 @@ def _conditions(batch: Batch, damping: float, turn: int) -> Tensor:
     """Condition numbers of some blocks of a batch, spread evenly over it; others at the next turn."""
     count = batch.fisher.shape[0]
     sample = min(SAMPLE, count)
-    chosen = (np.arange(sample) * count // max(1, sample) + turn) % max(1, count)
-    rows = torch.from_numpy(chosen).to(batch.fisher.device)
+    # Made on the device: to copy them there would be to wait for it.
+    rows = (torch.arange(sample, device=batch.fisher.device) * count // max(1, sample) + turn) % max(1, count)
     whole_NBB = stacked.whole(batch, batch.fisher.index_select(0, rows))
     return fisher.condition_number(whole_NBB, damping, batch.structure.compute_dtype)
 
