@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from models import Tied, batch, distance, model, param_groups, weights
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
 
-from adafisher_dist import AdaFisher, CheckpointError, fisher, load_checkpoint, save_checkpoint
+from adafisher_dist import AdaFisher, CheckpointError, __version__, fisher, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import Place, save, training_of, values
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.reader import read_tensor
@@ -652,3 +653,17 @@ def test_a_damaged_latest_does_not_undo_a_save(tmp_path: Path) -> None:
     save(Place(tmp_path, "b"), training, {}, dict, keep_last=1, latest=False)
     assert load_checkpoint(tmp_path / "b", module, optimizer).path == tmp_path / "b"
     assert (tmp_path / "a").exists()
+
+
+def test_a_package_that_is_on_the_path_and_not_installed_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that a checkout was copied to: then there is no metadata of the distribution."""
+
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    monkeypatch.setattr(importlib.metadata, "distribution", none)
+    module = nn.Linear(3, 2)
+    saved = save_checkpoint(tmp_path / "a", module, AdaFisher(module.parameters()))
+    about = json.loads((saved.path / "manifest.json").read_text())
+    assert __version__ in json.dumps(about)

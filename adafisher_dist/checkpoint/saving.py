@@ -10,7 +10,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from adafisher_dist import __version__
 from adafisher_dist.checkpoint import random_state, ranges, values
 from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
@@ -160,7 +160,7 @@ def _about(
     return {
         "id": uuid.uuid4().hex,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"adafisher_dist": version("adafisher-dist"), "torch": torch.__version__},
+        "versions": {"adafisher_dist": __version__, "torch": torch.__version__},
         "world_size": training.control.size,
         "layout": trained.layout_of(training),
         "step": max((entry["step"] for entry in state.values()), default=0),
