@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.optim  # noqa: F401  what register() adds to; torch itself imports this package, so nothing heavier here
 
 from adafisher_dist.autoload import register
+from adafisher_dist.version import __version__
 
 if TYPE_CHECKING:
     from adafisher_dist.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -24,7 +25,6 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
-__version__ = "0.1.0"
 
 _HOMES = {
     "AdaFisher": "adafisher_dist.ds",

@@ -81,23 +81,13 @@ def agree(
     for shard in shards:
         shard.checked = True
     if refusal is not None and refused == values[2]:  # of the ranks that refuse it, one tells
-        _warn_of_kernel(refusal, [shard.arena.device.type for shard in shards])
-    return Agreement(finite=bool(values[0]), kernel_is_trusted=values[2] == 0)
-
-
-def _warn_of_kernel(refusal: str, devices: Sequence[str]) -> None:
-    if _expects_kernel(devices):
         logger.warning(
             "AdaFisher computes with torch in place of its Triton kernel, on all ranks, since on rank %d %s. That is"
-            ' slower, and as right. backend="torch" chooses it without a warning.',
+            ' slower. backend="torch" chooses it without a warning.',
             comm.own_rank(),
             refusal.rstrip("."),
         )
-
-
-def _expects_kernel(devices: Sequence[str]) -> bool:
-    """Whether there is something to tell: elsewhere than on NVIDIA's devices nobody expects the kernel."""
-    return "cuda" in devices and torch.version.hip is None
+    return Agreement(finite=bool(values[0]), kernel_is_trusted=values[2] == 0)
 
 
 _SYNCHRONISE = (

@@ -85,18 +85,25 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.cuda.matmul
-    name: str
-    before: object
-    full: object
     try:
-        name, before, full = "allow_tf32", matmul.allow_tf32, False
-    except RuntimeError:  # somebody has set it by torch 2.9's names; torch refuses a mixture of both
-        name, before, full = "fp32_precision", matmul.fp32_precision, "ieee"
-    setattr(matmul, name, full)
+        allowed = matmul.allow_tf32
+    except RuntimeError:  # somebody has set it by torch 2.9's names, and torch refuses a mixture of both
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    if not allowed:
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()  # "high", or "medium", which allow_tf32 would make "high"
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float) -> None:

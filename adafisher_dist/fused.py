@@ -56,26 +56,36 @@ def misfit(structure: Structure) -> str | None:
     return None
 
 
+def is_meant_for(device: torch.device) -> bool:
+    """Whether anybody would expect the kernel on a device: on NVIDIA's, and where Triton interprets."""
+    if device.type == "cuda":
+        return torch.version.hip is None
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def obstacle(device: torch.device) -> str | None:
     """Why the kernel cannot run on a device, and what to change; None where it can.
 
     Triton decides when it is imported whether it interprets, so TRITON_INTERPRET must be set before that.
     """
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and is_meant_for(device):
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{device} has compute capability {major}.{minor}, and the kernel needs 8.0. Use a newer GPU"
     elif device.type != "cpu":
         return f"the state is on {device}, and the kernel is made for CUDA devices. Use one"
-    elif os.environ.get("TRITON_INTERPRET") != "1":
+    elif not is_meant_for(device):
         return (
             "the state is on the CPU, where the kernel is only interpreted, for tests: slowly, and where"
             " TRITON_INTERPRET=1 is set before the program starts. Use a CUDA device"
         )
     if find_spec("triton") is None:
         return "Triton is not installed. pip install triton (CUDA builds of torch bring it)"
-    import triton
+    try:
+        import triton
+    except Exception as error:
+        return f"Triton cannot be imported ({type(error).__name__}: {error}). Install the one that your torch brings"
 
     if not hasattr(triton.language, "gather"):
         return f"Triton is {triton.__version__}, and the kernel needs 3.3. Use a newer torch, or pip install -U triton"

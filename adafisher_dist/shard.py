@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import batch as stacked
-from adafisher_dist import fisher, kernel_check, plan
+from adafisher_dist import fisher, fused, kernel_check, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.cost import Outline
 from adafisher_dist.grid import Grid, Kind, Strip, row_length
@@ -78,7 +78,8 @@ class Shard:
         counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
-        kernel: for each of those groups, whether backend="auto" means the Triton kernel; None until the ranks know.
+        kernel: whether backend="auto" means the Triton kernel, by the number of a group and what is compiled in for it
+            (`kernel_check.code_key`), as the ranks have agreed.
         backends: for each of them, what works on its dense blocks: "torch" or "triton"; None before its first step.
         checked: whether the ranks have compared their plans.
     """
@@ -95,7 +96,7 @@ class Shard:
     counters: Tensor
     stored: list[Stored]
     views: list[dict[str, Tensor]]
-    kernel: list[bool | None]
+    kernel: dict[tuple[int, tuple[str, bool]], bool]
     backends: list[str | None]
     checked: bool = False
 
@@ -137,11 +138,10 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
-    kernel = [None if stacked.fits(structure) else False for structure in structures]
     backends: list[str | None] = [None for _ in structures]
     return Shard(
         storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views,
-        kernel, backends,
+        {}, backends,
     )  # fmt: skip
 
 
@@ -200,19 +200,24 @@ def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
     It depends on settings and on what the ranks agreed on, so that it is the same on all, whichever blocks they own.
     """
     return all(
-        stacked.uses_kernel(structure, _meant(having["backend"], kernel), shard.arena.device)
-        for structure, kernel, having in zip(shard.structures, shard.kernel, settings, strict=True)
+        stacked.uses_kernel(structure, _meant(shard, number, having), shard.arena.device)
+        for number, (structure, having) in enumerate(zip(shard.structures, settings, strict=True))
         if having
     )
 
 
 def undecided(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The param groups that ask for the kernel where it can be trusted, which nobody has tried yet."""
+    """The param groups whose backend="auto" may mean the kernel, with settings that nobody has tried yet."""
     return [
         number
-        for number, (kernel, having) in enumerate(zip(shard.kernel, settings, strict=True))
-        if having and having["backend"] == "auto" and kernel is None
-    ]
+        for number, having in enumerate(settings)
+        if having and having["backend"] == "auto" and _may_use_kernel(shard, number)
+        and (number, kernel_check.code_key(having)) not in shard.kernel
+    ]  # fmt: skip
+
+
+def _may_use_kernel(shard: Shard, number: int) -> bool:
+    return stacked.fits(shard.structures[number]) and fused.is_meant_for(shard.arena.device)
 
 
 def kernel_refusal(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> str | None:
@@ -228,16 +233,16 @@ def kernel_refusal(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> str |
 def set_backends(shard: Shard, settings: Sequence[dict[str, Any]], trusted: bool) -> None:
     """Put "torch" or "triton" in the place of "auto", in these settings; decide what is undecided."""
     for number in undecided(shard, settings):
-        shard.kernel[number] = trusted
+        shard.kernel[number, kernel_check.code_key(settings[number])] = trusted
     for number, having in enumerate(settings):
         if having:
-            having["backend"] = shard.backends[number] = _meant(having["backend"], shard.kernel[number])
+            having["backend"] = shard.backends[number] = _meant(shard, number, having)
 
 
-def _meant(backend: str, kernel: bool | None) -> str:
-    if backend != "auto":
-        return backend
-    return "triton" if kernel else "torch"
+def _meant(shard: Shard, number: int, settings: Mapping[str, Any]) -> str:
+    if settings["backend"] != "auto":
+        return str(settings["backend"])
+    return "triton" if shard.kernel.get((number, kernel_check.code_key(settings)), False) else "torch"
 
 
 def wire_dtype(shard: Shard) -> torch.dtype:

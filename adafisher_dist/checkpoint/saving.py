@@ -18,7 +18,6 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist import __version__
 from adafisher_dist.checkpoint import random_state, ranges, values
 from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
@@ -28,6 +27,7 @@ from adafisher_dist.checkpoint.ranges import Piece, Range
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm import Control
+from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
 
