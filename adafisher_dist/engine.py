@@ -17,7 +17,7 @@ from adafisher_dist import comm, report
 from adafisher_dist.agreement import agree, settle
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
-from adafisher_dist.layouts import UnsupportedLayoutError
+from adafisher_dist.layouts import PartOfStep, UnsupportedLayoutError
 from adafisher_dist.metrics import Meter
 from adafisher_dist.settings import DEFAULTS, normalize, structure
 from adafisher_dist.shard import Shard, Time, compute, in_kernels, kernel_refusal, largest_gradient, set_backends
@@ -36,6 +36,7 @@ class _Pending:
     verdict: Verdict
     shards: list[Shard]
     counters: list[Tensor]
+    counts: bool  # as a skipped step; of the parts of one, only the first
 
 
 class Engine:
@@ -55,6 +56,7 @@ class Engine:
         self._calls = 0
         self._verdicts: dict[tuple[int, ...], Verdict] = {}  # by the ids of the shards of a call
         self._pending: list[_Pending] = []
+        self._bound: Tensor | None = None  # of the gradients of the step that a wrapper takes part by part
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._where
@@ -75,7 +77,7 @@ class Engine:
             if shards is None or any(shard in shards for shard in pending.shards):
                 self._pending.remove(pending)
                 if not pending.verdict.read():
-                    self.skipped += 1
+                    self.skipped += pending.counts
                     for shard, counters in zip(pending.shards, pending.counters, strict=True):
                         shard.counters.copy_(counters)
 
@@ -112,7 +114,7 @@ class Engine:
         wanted = {id(self._where[tensor][0]) for tensor in tensors if tensor in self._where}
         return [way for way in self._transfers if id(way.shard) in wanted]
 
-    def step(self, groups: Groups, group: Group, faults: Faults) -> None:
+    def step(self, groups: Groups, group: Group, faults: Faults, part: PartOfStep | None, limit: float) -> None:
         """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
 
         A step in which a gradient is not finite, or too large to square, changes nothing on any rank; `skipped` counts.
@@ -121,6 +123,8 @@ class Engine:
             groups: those tensors' param groups.
             group: the ranks that take each step of this optimizer together, whatever any of them has to do in it.
             faults: of this rank, so far.
+            part: which part of a wrapper's step this is, all of which change something or none; None for all of it.
+            limit: how large a gradient element may be in any of the parts.
 
         Raises:
             RuntimeError: see `agreement.agree` and `settle`; also for a sparse gradient, a changed structural setting,
@@ -142,11 +146,18 @@ class Engine:
             _check_ranks(shards, group)
             inputs.extend(_inputs(shard, groups) for shard in shards)
             largest.extend(way.collect(own) for way, own in zip(transfers, inputs, strict=True))
+            if part is not None:
+                self._bound = part.largest() if part.number == 0 else self._bound
+                assert self._bound is not None
+                largest.append(self._bound.to(largest[0].device, non_blocking=True) if largest else self._bound)
             refusals.extend(kernel_refusal(shard, own.settings) for shard, own in zip(shards, inputs, strict=True))
             verdicts.extend(self._verdict_on_device(shards, inputs, group))
 
         faults.attempt(collect)
         limits = [largest_gradient(shard) for shard in shards]
+        if part is not None:
+            limits.append(limit)
+        counts = part is None or part.number == 0
         try:
             # NaN is not below the limit. Where the device decides, nobody asks here.
             finite = bool(verdicts) or all(bool(norm <= limit) for norm, limit in zip(largest, limits, strict=False))
@@ -163,7 +174,7 @@ class Engine:
         for shard in fresh if group.is_first else ():
             logger.info(report.summary(shard))
         if not agreed.finite:
-            self.skipped += 1
+            self.skipped += counts
             return
         self.incomplete = True  # until all ranks have done their part
         if self.meter is not None:
@@ -181,7 +192,7 @@ class Engine:
         if self.meter is not None:
             self.meter.end(list(zip(transfers, inputs, strict=True)), self.sent)
         if verdicts:
-            self._pending.append(_Pending(verdicts[0], shards, counters))
+            self._pending.append(_Pending(verdicts[0], shards, counters, counts))
 
     def _verdict_on_device(self, shards: Sequence[Shard], inputs: Sequence[Inputs], group: Group) -> list[Verdict]:
         """What decides on the device whether the step goes on, if all its work is done by kernels that ask for it."""

@@ -224,7 +224,8 @@ class AdaFisher(Optimizer):
         try:
             settings = {key: group for key, (_, group) in groups.items()}
             before = self._roster.engine.skipped
-            self._roster.engine.step(settings, self._roster.ranks(), faults)
+            part = layouts.part_of_step(self)
+            self._roster.engine.step(settings, self._roster.ranks(), faults, part, self._roster.largest_gradient())
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
                 step = self.state.get(tensor, {}).get("step")

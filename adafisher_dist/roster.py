@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist import comm, estimate, layouts, state
+from adafisher_dist import comm, estimate, fisher, layouts, state
 from adafisher_dist.engine import Engine
 from adafisher_dist.layouts import Storage
 from adafisher_dist.settings import normalize, structure
@@ -168,6 +169,11 @@ class Roster:
         for group in result:
             normalize(group)
         return result
+
+    def largest_gradient(self) -> float:
+        """The largest gradient element that the blocks of every param group can square and sum up."""
+        own = [structure(group) for group in self.groups if group["block_size"] != "auto"]
+        return min((fisher.largest_gradient(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> comm.Group:
         """The ranks that take each step together: of the device mesh where there is one, else of the process group."""

@@ -431,3 +431,61 @@ def test_hierarchical_partitions() -> None:
     alone = run_alone(steps=6)
     for result in run_ranks(hpz, 4, ds_config, deepspeed=True):
         assert distance(result, alone) < 1e-4
+
+
+# ---- all of a step, or none of it ----
+
+
+def poisoned(rank: int, world: int, ds_config: dict[str, Any], bad: float, name: str):
+    """Weights before and after each of five steps, in the third of which one gradient of the last rank is `bad`."""
+    engine = engine_of(ds_config, groups=True)
+    poison = [False]
+    parameter = dict(engine.module.named_parameters())[name]
+    parameter.register_hook(lambda g: torch.full_like(g, bad) if poison[0] and rank == world - 1 else g)
+    rows = []
+    for step in range(5):
+        poison[0] = step == 2
+        backward(engine, step, rank, world)
+        before = masters(engine)
+        engine.step()
+        rows.append((before, masters(engine)))
+    optimizer = engine.basic_optimizer
+    updates = {key: stats.fisher_updates for key, stats in optimizer.fisher_stats().items()}
+    return rows, optimizer.skipped_steps, int(engine.skipped_steps), updates
+
+
+# What DeepSpeed lets through to a base optimizer.
+UNCHECKED = {"precision": "bf16", "bf16": {"enabled": True, "check_grad_overflow": False}}
+LARGE = 8e18  # finite, as is its square; too large to sum over a block of four, also in the mean of two ranks
+HALVES: dict[str, tuple[dict[str, Any], float]] = {
+    **{f"zero{stage}-bf16-nan": ({"stage": stage, **UNCHECKED}, float("nan")) for stage in (1, 2)},
+    **{f"zero{stage}-bf16-inf-clipped": ({"stage": stage, "clip": 1.0, **UNCHECKED}, float("inf")) for stage in (1, 2)},
+    "zero2-bf16-offload-nan": ({"stage": 2, "offload": True, **UNCHECKED}, float("nan")),
+    **{
+        f"zero{stage}-no-norm-{bad}": ({"stage": stage, "zero": {"compute_grad_norm": False}}, bad)
+        for stage in (1, 2)
+        for bad in (float("nan"), LARGE)
+    },
+    **{f"zero{stage}-large": ({"stage": stage}, LARGE) for stage in (1, 2)},
+    "zero2-large-offload": ({"stage": 2, "offload": True}, LARGE),
+    "zero3-large": ({"stage": 3, "zero": {"sub_group_size": 50}}, LARGE),
+    "zero3-nan": ({"stage": 3, "zero": {"sub_group_size": 50}}, float("nan")),
+    "zero3-bf16-nan": ({"stage": 3, "zero": {"sub_group_size": 50}, **UNCHECKED}, float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("mix.weight", marks=pytest.mark.slow), "out.bias"])  # of either group
+@pytest.mark.parametrize("case", HALVES)
+def test_a_bad_gradient_in_one_part_skips_all_of_the_step(case: str, name: str) -> None:
+    """DeepSpeed steps one param group or sub-group after the other: all of them go on, or none."""
+    options, bad = HALVES[case]
+    results = run_ranks(poisoned, 2, config(world=2, **options), bad, name, deepspeed=True)
+    for rows, ours, theirs, updates in results:
+        for step, (before, after) in enumerate(rows):
+            moved = {key for key in before if not np.array_equal(before[key], after[key])}
+            if step == 2:
+                assert not moved, f"a part of the step was taken: {sorted(moved)}"
+            else:
+                assert len(moved) == len(before), f"step {step} left {sorted(set(before) - moved)} alone"
+        assert ours + theirs == 1, "the step counts as one that was skipped"
+        assert set(updates.values()) == {4}

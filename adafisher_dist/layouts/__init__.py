@@ -12,9 +12,11 @@ from torch import Tensor
 from adafisher_dist.comm import Control, Group, control, join
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed import (
+    PartOfStep,
     calling_wrapper,
     engine_that_builds,
     meet_deepspeed,
+    part_of_step,
     unexpected,
     when_deepspeed_is_loaded,
 )
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Held",
     "Parameter",
+    "PartOfStep",
     "Registry",
     "Storage",
     "UnsupportedLayoutError",
@@ -46,6 +49,7 @@ __all__ = [
     "locate",
     "meet_deepspeed",
     "mesh_group",
+    "part_of_step",
     "refresh_module",
     "refuse_torch_checkpoint",
     "storages",
