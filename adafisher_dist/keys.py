@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from adafisher_dist.settings import AUTO, DEFAULTS, check_number, problems_of, raise_all
 
-# What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not: keys, the values that
+# What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not: keys, values that
 # ask for nothing that it does not do (none: any value), and what to do where another is asked for. None means, as
 # there, that the key is not set.
 _BY_REMEDY: tuple[tuple[tuple[str, ...], tuple[bool | int, ...], str], ...] = (
