@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Any, NamedTuple
 
-from adafisher_dist.settings import AUTO, DEFAULTS, check_number, problems_of, raise_all
+from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of, raise_all
 
 # What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not: keys, values that
 # ask for nothing that it does not do (none: any value), and what to do where another is asked for. None means, as
@@ -170,7 +170,7 @@ def _hint(key: str, valid: Sequence[str], near: float) -> str:
 def _momentum_of(betas: object) -> float:
     """Adam's β₁; β₂ is checked as well, since a slip there may be one in both."""
     if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
-        raise TypeError(f"betas should be two numbers, got {betas!r}.{AUTO if betas == 'auto' else ''}")
+        raise TypeError(f"betas should be two numbers, got {betas!r}.{hint_of(betas)}")
     pair = {"betas[0]": betas[0], "betas[1]": betas[1]}
     for name in pair:
         check_number(pair, name, low=0.0, below=1.0)

@@ -41,10 +41,11 @@ def _translated(init: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(init)
     def construct(*values: Any, **written: Any) -> None:
-        own = {key: value for key, value in written.items() if key in signature.parameters}
+        foreign = {key: value for key, value in written.items() if key not in signature.parameters}
+        own = {key: value for key, value in written.items() if key not in foreign}
         given = signature.bind(*values, **own).arguments
         optimizer, params = given.pop("self"), given.pop("params")
-        settings, notice = translate({**written, **given}, more=("process_group",))
+        settings, notice = translate({**foreign, **given}, more=("process_group",))
         cast(Callable[..., None], init)(optimizer, params, **settings)
         optimizer._tell_of_betas(notice)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -197,14 +198,16 @@ def _eps(group: dict[str, Any]) -> None:
 
 
 # DeepSpeed passes on what nobody replaced.
-AUTO = ' Hugging Face\'s Trainer and Accelerate replace "auto" by a number; where neither does, write the number.'
-_QUOTED = " Write a number without quotes; in YAML 1.0e-8, since YAML takes 1e-8 for text."
+_AUTO = ' Hugging Face\'s Trainer and Accelerate replace "auto" by a number; where neither does, write the number.'
+_QUOTED = " Write a number, without quotes."
+_YAML = " YAML takes 1e-8 for text: write 1.0e-8 there."
 
 
-def _hint_of(value: object) -> str:
+def hint_of(value: object) -> str:
+    """What to do about text where a number should be; nothing where it is no text."""
     if not isinstance(value, str):
         return ""
-    return AUTO if value == "auto" else _QUOTED
+    return _AUTO if value == "auto" else _QUOTED + (_YAML if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else "")
 
 
 def check_number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
@@ -220,7 +223,7 @@ def check_number(group: dict[str, Any], name: str, low: float, below: float | No
             raise TypeError(f"{name} should be a number, got a tensor of shape {tuple(value.shape)}.")
         number = float(value)  # as in torch.optim, a tensor lr may be changed in place by the user
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{_hint_of(value)}")
+        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint_of(value)}")
     else:
         number = group[name] = float(value)
     if not (low <= number < (float("inf") if below is None else below)):
@@ -231,7 +234,7 @@ def check_number(group: dict[str, Any], name: str, low: float, below: float | No
 def _integer(group: dict[str, Any], name: str, low: int) -> None:
     value = group[name]
     if isinstance(value, bool) or not isinstance(value, Integral):
-        hint = _hint_of(value)
+        hint = hint_of(value)
         raise TypeError(f"{name} should be an integer, got {value!r} of type {type(value).__name__}.{hint}")
     if value < low:
         raise ValueError(f"{name} should be at least {low}, got {value}.")

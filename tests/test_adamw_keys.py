@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import config, engine_of, full_weights, train
@@ -129,6 +130,7 @@ def test_a_momentum_given_by_its_place_wins_too() -> None:
         AdaFisher([nn.Parameter(torch.ones(2))], 1e-3, lr=1e-2)
     with pytest.raises(TypeError, match="missing a required argument: 'params'"):
         AdaFisher(lr=1e-2)  # type: ignore[call-arg]
+    assert AdaFisher(params=[nn.Parameter(torch.ones(2))], betas=(0.6, 0.9)).param_groups[0]["momentum"] == 0.6
 
 
 def test_one_warning_an_optimizer(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,7 +148,9 @@ def test_one_warning_an_optimizer(caplog: pytest.LogCaptureFixture) -> None:
     ("betas", "error", "words"),
     [
         ("auto", TypeError, r"betas should be two numbers, got 'auto'.*Accelerate replace"),
-        ("[0.9, 0.999]", TypeError, "betas should be two numbers, got '"),
+        ("[0.9, 0.999]", TypeError, "betas should be two numbers, got '.*Write a number, without quotes"),
+        (torch.tensor([0.9, 0.99]), TypeError, "betas should be two numbers, got tensor"),
+        (np.array([0.9, 0.99]), TypeError, "betas should be two numbers, got array"),
         ((0.9,), TypeError, r"betas should be two numbers, got \(0.9,\)"),
         ((0.9, 0.99, 0.999), TypeError, "betas should be two numbers"),
         (0.9, TypeError, "betas should be two numbers, got 0.9"),
@@ -308,7 +312,8 @@ def test_one_message_tells_all_that_has_to_change(build: Build) -> None:
         "no parameter 'fisher_decy'. Did you mean 'fisher_decay'?",
         "no setting 'amsgrad' (got True)",
         "betas should be two numbers, got 'auto'",
-        "eps should be a number, got '1e-8' of type str. Write a number without quotes; in YAML 1.0e-8",
+        "eps should be a number, got '1e-8' of type str. Write a number, without quotes.",
+        "YAML takes 1e-8 for text: write 1.0e-8 there.",
         "weight_decay should be a number, got 'auto'",
         "momentum should be at least 0 and below 1, got 1.5",
     ):
@@ -492,6 +497,6 @@ def test_a_misspelt_type_is_told_of_where_deepspeed_drops_the_error(
 
 
 def test_other_names_are_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("NoSuch", "_ada", "AdaBelief", "Adahessian", "Fisher"):
+    for name in ("NoSuch", "_ada", "AdaBelief", "Adahessian", "FusedAdam"):
         assert getattr(torch.optim, name, None) is None
     assert not warnings_of(caplog)
