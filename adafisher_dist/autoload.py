@@ -27,13 +27,25 @@ def _install(optim: Any) -> None:
         return
 
     def resolve(name: str) -> Any:
-        if name.lower() == NAME.lower():
+        plain = name.lower().replace("_", "").replace("-", "")
+        if plain == NAME.lower():
             from adafisher_dist.ds import from_config
 
             return from_config
+        _tell_if_near(name, plain)
         if before is not None:
             return before(name)
         raise AttributeError(f"module {optim.__name__!r} has no attribute {name!r}")
 
     resolve.adafisher = True  # type: ignore[attr-defined]
     optim.__getattr__ = resolve
+
+
+def _tell_if_near(name: str, plain: str) -> None:
+    """DeepSpeed asks for a default and so drops what an AttributeError says."""
+    from difflib import SequenceMatcher
+
+    if NAME.lower() in plain or SequenceMatcher(None, plain, NAME.lower()).ratio() >= 0.8:
+        import logging
+
+        logging.getLogger("adafisher_dist").warning("torch.optim has no %r. Did you mean %r?", name, NAME)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from adafisher_dist.keys import translate
 from adafisher_dist.layouts import engine_that_builds, when_deepspeed_is_loaded
 from adafisher_dist.metrics import Callback
 from adafisher_dist.optimizer import AdaFisher
-from adafisher_dist.settings import DEFAULTS, check_names, fisher_dtype, preset
+from adafisher_dist.settings import preset
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -29,19 +30,18 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
             "image_classification", which the other keys override; and "metrics_every": every how many steps the
             engine's monitors (TensorBoard, W&B, Comet, CSV) are told `metrics.NAMES`. With memory_budget_gb,
             block_size is "auto" if it is left out: Hugging Face's Trainer and Accelerate refuse an "auto" that they
-            have no value for.
+            have no value for. Adam's keys (betas, torch_adam, …) are taken as by AdaFisher itself.
 
     Raises:
-        TypeError: a key is unknown; the message names the nearest valid one and lists all.
-        ValueError: a value is out of bounds, or the preset is unknown.
+        TypeError: a key is unknown, or a value has the wrong type. The message tells all that is wrong, the nearest
+            valid name of each unknown key, and all valid ones.
+        ValueError: a value is out of bounds or asks for what AdaFisher does not do, or the preset is unknown.
     """
-    check_names(config, [*DEFAULTS, "preset", "metrics_every"])
+    translate(config, more=("preset", "metrics_every"))  # all that is wrong; AdaFisher itself knows neither of the two
     name, every = config.pop("preset", None), config.pop("metrics_every", None)
     settings = {**(preset(name) if name is not None else {}), **config}
     if settings.get("memory_budget_gb") is not None:
         settings.setdefault("block_size", "auto")
-    if "fisher_dtype" in settings:
-        settings["fisher_dtype"] = fisher_dtype(settings["fisher_dtype"])
     optimizer = AdaFisher(params, **settings)
     if every is not None:
         engine = engine_that_builds()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from adafisher_dist import layouts, metrics, report, state
 from adafisher_dist.agreement import settle
 from adafisher_dist.engine import Engine
 from adafisher_dist.faults import Faults
+from adafisher_dist.keys import translate, translate_group
 from adafisher_dist.roster import Roster
-from adafisher_dist.settings import DEFAULTS, OF_ALL_GROUPS, check_group_keys, check_names, normalize, preset
+from adafisher_dist.settings import DEFAULTS, OF_ALL_GROUPS, normalize, preset
 from adafisher_dist.shard import Shard
 
 if TYPE_CHECKING:
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 logger = logging.getLogger("adafisher_dist")
+P = ParamSpec("P")
+
+
+def _translated(init: Callable[P, None]) -> Callable[P, None]:
+    """Have a constructor called with its own settings alone: what was written for Adam is translated before.
+
+    Not in the constructor itself, where a momentum that was given could not be told from the default; and so its
+    signature shows what there is to set.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def construct(*values: Any, **written: Any) -> None:
+        foreign = {key: value for key, value in written.items() if key not in signature.parameters}
+        own = {key: value for key, value in written.items() if key not in foreign}
+        given = signature.bind(*values, **own).arguments
+        optimizer, params = given.pop("self"), given.pop("params")
+        settings, notice = translate({**foreign, **given}, more=("process_group",))
+        cast(Callable[..., None], init)(optimizer, params, **settings)
+        optimizer._tell_of_betas(notice)
+
+    return cast(Callable[P, None], construct)
 
 
 class AdaFisher(Optimizer):
@@ -87,15 +111,22 @@ class AdaFisher(Optimizer):
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
 
+    Keys of Adam and AdamW that are not listed (betas, fused, foreach, amsgrad=False, adam_w_mode=True, …) are taken
+    too, here, in param groups and in JSON, where they ask for nothing that AdaFisher does not do: the first of betas
+    is momentum, if that is not given, the second is left out, and one warning says so; docs/migrating.md has the rest.
+
     Raises:
-        TypeError: a setting or parameter has the wrong type.
-        ValueError: a setting is out of bounds.
+        TypeError: a setting does not exist, or a setting or parameter has the wrong type.
+        ValueError: a setting is out of bounds, or asks for what AdaFisher does not do. Either message tells all that is
+            wrong with the settings.
         UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised by `step`).
     """
 
     # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
     _beside = False
+    _told_of_betas = False
 
+    @_translated
     def __init__(
         self,
         params: ParamsT,
@@ -134,12 +165,12 @@ class AdaFisher(Optimizer):
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
         """The preset for language models: lr 3e-3, weight_decay 0.1."""
-        return cls(params, **{**preset("language_models"), **_known(overrides)})
+        return cls(params, **{**preset("language_models"), **overrides})
 
     @classmethod
     def for_image_classification(cls, params: ParamsT, **overrides: Any) -> Self:
         """The preset for image classification: lr 3e-3, weight_decay 1e-4."""
-        return cls(params, **{**preset("image_classification"), **_known(overrides)})
+        return cls(params, **{**preset("image_classification"), **overrides})
 
     def _reset(self) -> None:
         meter = self._roster.engine.meter
@@ -155,12 +186,13 @@ class AdaFisher(Optimizer):
         """Add a param group; its settings may differ from the defaults, except fisher_dtype and memory_budget_gb.
 
         Raises:
-            TypeError: a parameter is complex, or not floating-point.
-            ValueError: a setting is out of bounds, or looks misspelt.
+            TypeError: a parameter is complex, or not floating-point; a setting has the wrong type.
+            ValueError: a setting is out of bounds, looks misspelt, or asks for what AdaFisher does not do.
             UnsupportedLayoutError: a parameter's layout is not supported.
         """
+        notice = None
         if isinstance(param_group, dict):
-            check_group_keys(param_group)
+            param_group, notice = translate_group(param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -180,6 +212,7 @@ class AdaFisher(Optimizer):
             self.param_groups.pop()
             raise
         self._roster.register(len(self.param_groups) - 1)
+        self._tell_of_betas(notice)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -200,7 +233,7 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse; the ranks' parameters, gradients, settings or plans differ; a structural
                 setting (block_size, …), or a parameter's shape or device, was changed after the first step; another
-                rank failed; an earlier step failed half-way.
+                rank failed; an earlier step failed half-way; a CUDA graph is being captured.
             UnsupportedLayoutError: the layout is not supported.
         """
         loss = None
@@ -219,6 +252,7 @@ class AdaFisher(Optimizer):
         if new and layouts.is_rehearsal(self):
             return loss
         faults = Faults()
+        faults.attempt(_refuse_capture)
         faults.attempt(partial(self._roster.adopt, self._roster.engine.shards_of(groups)))
         faults.attempt(partial(self._roster.enlist, new))
         try:
@@ -448,6 +482,12 @@ class AdaFisher(Optimizer):
 
     # ---- what is logged ----
 
+    def _tell_of_betas(self, notice: str | None) -> None:
+        if notice is not None and not self._told_of_betas:  # once, however many param groups have betas
+            self._told_of_betas = True
+            if self._roster.ranks().is_first:
+                logger.warning("%s", notice)
+
     def _tell_of_skip(self, skipped: int) -> None:
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
         if self._roster.ranks().is_first and skipped.bit_count() == 1:
@@ -466,6 +506,11 @@ class AdaFisher(Optimizer):
             )
 
 
-def _known(overrides: dict[str, Any]) -> dict[str, Any]:
-    check_names(overrides, [*DEFAULTS, "process_group"])
-    return overrides
+def _refuse_capture() -> None:
+    """`capturable=True` is taken, since without a graph it asks for nothing."""
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if initialized and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "AdaFisher.step() was called while a CUDA graph is captured. The host counts its steps, which a replay"
+            " would not do: call step() outside of the graph."
+        )

@@ -1,9 +1,9 @@
-"""The optimizer's hyper-parameters: their defaults, presets and bounds, and what to say of a wrong one."""
+"""The optimizer's hyper-parameters: their defaults, presets and bounds, and what to say of a wrong value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+import re
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -88,42 +88,6 @@ def structure(group: Mapping[str, Any]) -> Structure:
     )
 
 
-# Hugging Face's Trainer puts its adam_beta1 and adam_beta2 in the place of "betas": "auto".
-_BETAS = " Adam's betas are momentum and fisher_decay here, with defaults of their own: leave betas out."
-
-
-def check_names(names: Iterable[str], valid: Iterable[str]) -> None:
-    """Refuse hyper-parameters that do not exist.
-
-    Raises:
-        TypeError: names the unknown one, the nearest valid one, and the list.
-    """
-    valid = list(valid)
-    for name in names:
-        if name not in valid:
-            near = get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
-            hint = _BETAS if name == "betas" else f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"AdaFisher has no parameter {name!r}.{hint} Its parameters are: {', '.join(valid)}.")
-
-
-# What other optimizers of torch take in a param group, and this one would silently not do.
-_FOREIGN = ("amsgrad", "betas", "capturable", "differentiable", "maximize")
-
-
-def check_group_keys(group: Mapping[str, Any]) -> None:
-    """Refuse a param group's key that is another optimizer's, or looks misspelt; other keys are the user's own.
-
-    Raises:
-        ValueError: names the key and, where it resembles one, the setting.
-    """
-    for key, value in group.items():
-        if key in _FOREIGN and value:
-            raise ValueError(f"AdaFisher has no setting {key!r} (got {value!r} in a param group); leave it out.")
-        near = [] if key in DEFAULTS else get_close_matches(str(key).lower(), DEFAULTS, n=1, cutoff=0.85)
-        if near:
-            raise ValueError(f"The param group has a key {key!r}, which is no setting. Did you mean {near[0]!r}?")
-
-
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset.
 
@@ -140,32 +104,55 @@ def normalize(group: dict[str, Any]) -> None:
 
     Raises:
         TypeError: a setting has the wrong type.
-        ValueError: a setting is out of bounds; the message has the value and the bound.
+        ValueError: a setting is out of bounds. Either message has all values that are wrong, and their bounds.
     """
-    _number(group, "lr", low=0.0)
-    _number(group, "weight_decay", low=0.0)
-    _number(group, "damping", low=0.0)
-    _number(group, "momentum", low=0.0, below=1.0)
-    _number(group, "fisher_decay", low=0.0, below=1.0)
-    _budget(group)
+    raise_all(problems_of(group))
+
+
+def problems_of(group: dict[str, Any]) -> list[Exception]:
+    """All that is wrong with a param group's settings; the others are brought into one form, in place."""
+    found: list[Exception] = []
+
+    def check(how: Callable[..., None], *arguments: Any, **bounds: Any) -> None:
+        try:
+            how(group, *arguments, **bounds)
+        except (TypeError, ValueError) as error:
+            found.append(error)
+
+    check(check_number, "lr", low=0.0)
+    check(check_number, "weight_decay", low=0.0)
+    check(check_number, "damping", low=0.0)
+    check(check_number, "momentum", low=0.0, below=1.0)
+    check(check_number, "fisher_decay", low=0.0, below=1.0)
+    check(_budget)
     if group["block_size"] != "auto":
-        _integer(group, "block_size", low=1)
-    _integer(group, "rows_per_block", low=1)
-    _integer(group, "fisher_update_freq", low=1)
-    _integer(group, "inverse_update_freq", low=1)
+        check(_integer, "block_size", low=1)
+    check(_integer, "rows_per_block", low=1)
+    check(_integer, "fisher_update_freq", low=1)
+    check(_integer, "inverse_update_freq", low=1)
     if group["max_blocks"] is not None:
-        _integer(group, "max_blocks", low=0)
+        check(_integer, "max_blocks", low=0)
     for name in ("nesterov", "bias_correction", "packed"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} should be True or False, got {group[name]!r}.")
-    _choice(group, "block_grid", ("rows", "flat"))
-    _choice(group, "grafting", ("rms", "none"))
-    _choice(group, "backend", ("auto", "torch", "triton"))
-    _number(group, "exponent", low=0.0)
-    _choice(group, "exponent", (1.0, 0.5))
-    group["fisher_dtype"] = fisher_dtype(group["fisher_dtype"])
-    smallest = torch.finfo(structure(group).compute_dtype).tiny
-    _number(group, "eps", low=smallest, why="it keeps a parameter without gradient from 0/0")
+        check(_switch, name)
+    check(_choice, "block_grid", ("rows", "flat"))
+    check(_choice, "grafting", ("rms", "none"))
+    check(_choice, "backend", ("auto", "torch", "triton"))
+    check(_exponent)
+    check(_fisher_dtype)
+    check(_eps)
+    return found
+
+
+def raise_all(problems: Sequence[Exception]) -> None:
+    """One error for all of them, if there are any.
+
+    Raises:
+        TypeError: one of them is a TypeError.
+        ValueError: none of them is.
+    """
+    if problems:
+        kind = TypeError if any(isinstance(problem, TypeError) for problem in problems) else ValueError
+        raise kind(" ".join(map(str, problems)))
 
 
 def fisher_dtype(value: object) -> torch.dtype:
@@ -186,24 +173,57 @@ def fisher_dtype(value: object) -> torch.dtype:
 
 def _budget(group: dict[str, Any]) -> None:
     if group["memory_budget_gb"] is not None:
-        _number(group, "memory_budget_gb", low=0.0)
+        check_number(group, "memory_budget_gb", low=0.0)
     elif group["block_size"] == "auto":
         raise ValueError('block_size="auto" needs memory_budget_gb, the GB (10⁹ bytes) that a rank may use for it.')
 
 
+def _switch(group: dict[str, Any], name: str) -> None:
+    if not isinstance(group[name], bool):
+        raise TypeError(f"{name} should be True or False, got {group[name]!r}.")
+
+
+def _exponent(group: dict[str, Any]) -> None:
+    check_number(group, "exponent", low=0.0)
+    _choice(group, "exponent", (1.0, 0.5))
+
+
+def _fisher_dtype(group: dict[str, Any]) -> None:
+    group["fisher_dtype"] = fisher_dtype(group["fisher_dtype"])
+
+
+def _eps(group: dict[str, Any]) -> None:
+    wide = torch.float64 if group["fisher_dtype"] == torch.float64 else torch.float32
+    check_number(group, "eps", low=torch.finfo(wide).tiny, why="it keeps a parameter without gradient from 0/0")
+
+
 # DeepSpeed passes on what nobody replaced.
 _AUTO = ' Hugging Face\'s Trainer and Accelerate replace "auto" by a number; where neither does, write the number.'
+_QUOTED = " Write a number, without quotes."
+_YAML = " YAML takes 1e-8 for text: write 1.0e-8 there."
 
 
-def _number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
+def hint_of(value: object) -> str:
+    """What to do about text where a number should be; nothing where it is no text."""
+    if not isinstance(value, str):
+        return ""
+    return _AUTO if value == "auto" else _QUOTED + (_YAML if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else "")
+
+
+def check_number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
+    """Check a number, and make it a float in place, unless it is a tensor lr.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is below `low`, not below `below`, or not finite.
+    """
     value = group[name]
     if isinstance(value, torch.Tensor):
         if name != "lr" or value.numel() != 1:
             raise TypeError(f"{name} should be a number, got a tensor of shape {tuple(value.shape)}.")
         number = float(value)  # as in torch.optim, a tensor lr may be changed in place by the user
     elif isinstance(value, bool) or not isinstance(value, Real):
-        hint = _AUTO if isinstance(value, str) and value == "auto" else ""
-        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint}")
+        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint_of(value)}")
     else:
         number = group[name] = float(value)
     if not (low <= number < (float("inf") if below is None else below)):
@@ -214,7 +234,8 @@ def _number(group: dict[str, Any], name: str, low: float, below: float | None = 
 def _integer(group: dict[str, Any], name: str, low: int) -> None:
     value = group[name]
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} should be an integer, got {value!r} of type {type(value).__name__}.")
+        hint = hint_of(value)
+        raise TypeError(f"{name} should be an integer, got {value!r} of type {type(value).__name__}.{hint}")
     if value < low:
         raise ValueError(f"{name} should be at least {low}, got {value}.")
     group[name] = int(value)

@@ -163,8 +163,6 @@ def test_misspelt_params() -> None:
     parameters = list(model().parameters())
     with pytest.raises(TypeError, match=r"no parameter 'dampening'.*Did you mean 'damping'.*inverse_update_freq"):
         torch.optim.AdaFisher(parameters, dampening=0.1)
-    with pytest.raises(TypeError, match=r"no parameter 'betas'\. .*momentum and fisher_decay.*leave betas out"):
-        torch.optim.AdaFisher(parameters, betas=[0.9, 0.95])
     with pytest.raises(ValueError, match="language_models, image_classification"):
         torch.optim.AdaFisher(parameters, preset="vision")
     with pytest.raises(TypeError, match="lr should be a number, got '1e-3'"):
