@@ -21,7 +21,7 @@ from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
-from adafisher_dist.checkpoint.opened import PAUSES, Opened, Vanished, vanished
+from adafisher_dist.checkpoint.opened import PAUSES, Opened, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.places import Place, find
 from adafisher_dist.checkpoint.ranges import FIELDS, Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
@@ -137,16 +137,16 @@ def _open_together(
     gone: list[Vanished] = []
 
     def hold() -> str | None:
-        gone.clear()
         try:
-            opened = stack.enter_context(Opened(find(where)[1]))
+            opened = stack.enter_context(Opened(found_again(lambda: find(where)[1], gone)))
             matched = match(opened.manifest, training, options.rename, options.weights, options.states)
             check_stored(opened.manifest, training, matched, f"{opened.folder}")
             needed = _needed_files(opened, training, options, matched)
             opened.hold([*needed, *_share(opened.manifest, training)])
         except Vanished as error:
-            gone.append(error)
+            gone[:] = [error]
             return None
+        gone.clear()
         found[:] = [(opened, matched, needed)]
         return str(opened.manifest.about["id"])
 
@@ -232,7 +232,7 @@ def _check_together(opened: Opened, training: Training, options: Options, matche
         if options.strict:
             refuse(matched, f"{opened.folder}")
         _or_refuse(opened.folder, lambda: _check(opened, training, options, matched, loaded, checked))
-        tried.attempt(checked.parts)
+        _or_refuse(opened.folder, lambda: tried.attempt(checked.parts))
 
     try:
         together(training.control, compare)
@@ -267,8 +267,8 @@ def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:
-        told = (f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}").removesuffix(".")
-        raise CheckpointError(f"{folder} cannot be loaded: {told}. Nothing was changed.") from error
+        told = f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder} cannot be loaded: {told.removesuffix('.')}. Nothing was changed.") from error
 
 
 # ---- what changes something ----

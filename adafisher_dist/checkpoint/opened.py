@@ -221,7 +221,8 @@ class Opened:
 def vanished(folder: Path) -> Vanished:
     """The error for a folder that is not what it was."""
     return Vanished(
-        f"Another save replaced or deleted {folder} while it was being loaded. Nothing was changed: load again."
+        f"Another save replaced or deleted {folder} while it was being loaded. Nothing was changed: load again, or load"
+        f" the newest checkpoint of {folder.parent}."
     )
 
 
@@ -231,12 +232,28 @@ def open_checkpoint(where: Callable[[], Path], files: Callable[[Manifest], Itera
     Raises:
         CheckpointError: there is none, its manifest is damaged, or it is replaced again and again.
     """
+    gone: list[Vanished] = []
     for pause in PAUSES:
         try:
-            return _open(where, files)
-        except Vanished:
+            return _open(lambda: found_again(where, gone), files)
+        except Vanished as error:
+            gone[:] = [error]
             time.sleep(pause)
-    return _open(where, files)
+    return _open(lambda: found_again(where, gone), files)
+
+
+def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
+    """What `where` finds.
+
+    Raises:
+        CheckpointError: it finds nothing: what it raises, or, where it found something before that is gone, that.
+    """
+    try:
+        return where()
+    except CheckpointError:
+        if gone:
+            raise gone[0] from None
+        raise
 
 
 def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]]) -> Opened:
