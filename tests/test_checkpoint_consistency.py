@@ -259,8 +259,9 @@ def check_mutants(count: int, seed: int, scheduler: str, folder: Path) -> Counte
             try:
                 for name, tensor in right.items():
                     assert torch.equal(bystander.model.state_dict()[name], tensor), f"{name} is another"
-                bystander.step()
-                assert all(p.isfinite().all() for p in bystander.model.parameters()), "not finite"
+                if not {"settings", "lr_scheduler"} & set(path):  # a huge lr, say, is a lr
+                    bystander.step()
+                    assert all(p.isfinite().all() for p in bystander.model.parameters()), "not finite"
             except Exception as error:
                 outcomes["inconsistent"] += 1
                 problems.append(f"{what} loaded, then: {type(error).__name__}: {error}")

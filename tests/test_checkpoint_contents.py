@@ -622,12 +622,12 @@ def test_a_users_own_keys_in_param_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content["files"][0].update(name="../x"), "KeyError|which is not in its folder"),
+        (lambda content: content["files"][0].update(name="../x"), "which is not in its folder"),
         (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(0, 1), "not place elements 0"),
         (lambda content: content["tensors"]["weight/scale"]["chunks"].append([1, 1, 0, 8]), "not place all 1"),
-        (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(2, -1), "damaged: KeyError"),
+        (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(2, -1), "damaged: a chunk of"),
         (lambda content: content["tensors"]["weight/scale"]["chunks"][0].__setitem__(3, 10**9), "outside of"),
-        (lambda content: content["tensors"]["weight/scale"].update(dtype="F128"), "damaged: KeyError"),
+        (lambda content: content["tensors"]["weight/scale"].update(dtype="F128"), "damaged: dtype of tensor"),
     ],
     ids=["path", "gap", "overlap", "file", "end", "dtype"],
 )

@@ -69,7 +69,6 @@ def _load(
 ) -> tuple[str, Any]:
     scheduler = engine.lr_scheduler if schedule else IGNORED
 
-
     def more(values: Mapping[str, Any]) -> list[Part]:
         return _checked(engine, values, counters, options.states)
 

@@ -69,14 +69,15 @@ def export_weights(
         dtype: of all floating-point parameters; None for their own in the model that was saved. Buffers keep theirs.
         max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
         overwrite: replace what an earlier export has left in `out`.
-        verify: check every file's checksum first. Without, sizes alone are checked.
+        verify: check every file's checksum first. Without, sizes and headers alone are checked.
         bar: shows the progress.
 
     Returns:
         The files, in order. The index, where there is one, is the last.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, and its damaged files are named; nothing was written.
+        CheckpointError: the checkpoint is damaged, and its damaged files are named; or other saves replaced or deleted
+            it again and again. Nothing was written.
         FileExistsError: there is an export in `out`, and it may not be overwritten.
         OverflowError: a weight is too large for the dtype; nothing was written, as for the next two.
         ValueError: max_shard_bytes is not positive.
