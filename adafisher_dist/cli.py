@@ -24,7 +24,8 @@ from typer import Argument, Option
 from adafisher_dist import curves
 from adafisher_dist.checkpoint import CheckpointError, Place, place_of
 from adafisher_dist.checkpoint.export import MAX_SHARD_BYTES, export_weights
-from adafisher_dist.checkpoint.manifest import Manifest, read
+from adafisher_dist.checkpoint.opened import Opened, open_checkpoint
+from adafisher_dist.checkpoint.places import find
 from adafisher_dist.checkpoint.summary import damage, summarize
 from adafisher_dist.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
 from adafisher_dist.settings import DEFAULTS
@@ -80,10 +81,10 @@ def inspect(
     every: Annotated[bool, Option("--all", help=f"List all parameters, not the first {_MAX_PARAMETERS}.")] = False,
 ) -> None:
     """Tell what is in a checkpoint."""
-    _, folder = _find(checkpoint)
-    manifest = _read(folder)
-    problems = damage(folder, manifest, bar) if verify else None
-    summary = summarize(folder, manifest)
+    with _open(checkpoint, verify) as opened:
+        folder = opened.folder
+        problems = damage(opened, bar) if verify else None
+        summary = summarize(opened)
     if as_json:
         print(json.dumps({**summary.as_json(), "damage": problems}))
     else:
@@ -254,14 +255,14 @@ def _find(checkpoint: Path) -> tuple[Place, Path]:
     """The place of a checkpoint that exists, and its folder."""
     path = Path(os.path.abspath(checkpoint))  # not resolve(): it would follow links, to names that nobody gave
     try:
-        place = place_of(path)
-        return place, place.find()
-    except (CheckpointError, OSError, ValueError) as error:
+        return find(lambda: place_of(path))
+    except (CheckpointError, ValueError) as error:
         fail(error, WRONG)
 
 
-def _read(folder: Path) -> Manifest:
+def _open(checkpoint: Path, verify: bool) -> Opened:
+    """Held open with all its files, where they will be checked."""
     try:
-        return read(folder)
+        return open_checkpoint(lambda: _find(checkpoint)[1], lambda manifest: manifest.files if verify else ())
     except (CheckpointError, OSError) as error:
         fail(error, DAMAGED)

@@ -102,14 +102,16 @@ def save_checkpoint(
         tag: the name of this one, the same on all ranks; by default global_stepN.
         client_state: of rank 0: None, numbers, strings, lists, tuples, dicts, tensors, numpy arrays and the like.
         save_latest: let the file `latest` name this one.
-        keep_last: keep so many of the checkpoints in `save_dir`, and delete the older ones.
+        keep_last: keep so many of the checkpoints in `save_dir`, and delete the older ones; a whole number from 1 on,
+            the same on all ranks.
         asynchronous: return when the state is copied to CPU memory, and write in the background.
 
     Returns:
         A handle: `path`, `done()` and `wait()`; true, as DeepSpeed's result.
 
     Raises:
-        CheckpointError: on all ranks: it could not be written. Nothing was published, the last checkpoint is whole.
+        CheckpointError: on all ranks: it could not be written. The message says whether it was published; a rank that
+            lost contact with rank 0 at the end cannot know, and says how to look.
         TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have it; a CheckpointError
             on the others); the optimizer is not AdaFisher.
     """

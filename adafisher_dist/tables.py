@@ -67,6 +67,7 @@ def _facts(summary: Summary) -> Table:
     rows = {
         "step": f"{summary.step:,}" + (f" ({summary.skipped_steps:,} skipped)" if summary.skipped_steps else ""),
         "saved": summary.created,
+        "id": summary.id,
         "by": ", ".join(f"{package} {version}" for package, version in summary.versions.items()),
         "ranks": f"{summary.world_size:,}",
         "layout": summary.layout,

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.manifest import read
+from adafisher_dist.checkpoint.opened import Opened
 from adafisher_dist.checkpoint.ranges import RANGE_NUMEL
-from adafisher_dist.checkpoint.reader import read_tensor
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 
@@ -147,9 +147,9 @@ def test_the_same_layout_goes_on_bit_for_bit(layout: str, tmp_path: Path) -> Non
 def contents(folder: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole; random states left out."""
     folder = Path(folder)
-    manifest = read(folder)
-    keys = [key for key in manifest.tensors if not key.startswith("random/")]
-    return {key: read_tensor(folder, manifest, key) for key in keys}
+    with Opened(folder) as opened:
+        keys = [key for key in opened.manifest.tensors if not key.startswith("random/")]
+        return {key: opened.read_tensor(key) for key in keys}
 
 
 def load_save_and_go_on(rank: int, world: int, layout: str, source: str, target: str) -> Any:

@@ -24,6 +24,7 @@ from adafisher_dist.checkpoint import export as exporting
 from adafisher_dist.checkpoint import place_of
 from adafisher_dist.checkpoint.export import export_weights
 from adafisher_dist.checkpoint.manifest import read
+from adafisher_dist.checkpoint.opened import Opened
 from adafisher_dist.checkpoint.summary import summarize
 from adafisher_dist.cli import app
 
@@ -340,7 +341,8 @@ def test_extra_state_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     module = model()
     module.note = Note()
     saved(tmp_path / "a", module, steps=0)
-    assert summarize(tmp_path / "a", read(tmp_path / "a")).extra_state == ("note",)
+    with Opened(tmp_path / "a") as opened:
+        assert summarize(opened).extra_state == ("note",)
     run("export", tmp_path / "a", "--to", "safetensors")
     assert "extra state of note" in caplog.text
     missing, unexpected = module.load_state_dict(load_file(tmp_path / "a-safetensors/model.safetensors"), strict=False)

@@ -78,7 +78,8 @@ def save_checkpoint(
         extra: whatever else belongs to the run (a GradScaler's state_dict(), the epoch, …), of rank 0: None, numbers,
             strings, lists, tuples, dicts, tensors, numpy arrays and the like.
         lr_scheduler: a learning rate scheduler, whose state is saved too.
-        keep_last: keep so many of the checkpoints in the parent folder, and delete the older ones.
+        keep_last: keep so many of the checkpoints in the parent folder, and delete the older ones; a whole number from
+            1 on, the same on all ranks.
         asynchronous: return when the state is copied to CPU memory, and write in the background. The next save or load
             waits for it, and raises what went wrong; so does `wait()` of the result.
 
@@ -86,7 +87,8 @@ def save_checkpoint(
         A handle: `path`, `done()` and `wait()`. A save that is not asynchronous is done.
 
     Raises:
-        CheckpointError: on all ranks: it could not be written (no room, no permission, …). Nothing was published.
+        CheckpointError: on all ranks: it could not be written (no room, no permission, …). The message says whether it
+            was published; a rank that lost contact with rank 0 at the end cannot know, and says how to look.
         TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a CheckpointError says so.
         ValueError: an argument is out of bounds; the optimizer does not belong to the model.
         RuntimeError: the optimizer's state is incomplete after a failed step.
@@ -119,12 +121,13 @@ def load_checkpoint(
         lr_scheduler: the learning rate scheduler, of the class that was saved.
         strict: refuse a checkpoint that does not hold all of the model and the optimizer, or holds more.
         rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
-        verify: check every file's checksum first. Without, sizes alone are checked.
+        verify: check every file's checksum first. Without, sizes and headers alone are checked.
 
     Raises:
         CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file of it is missing,
-            truncated or damaged, and named; it does not fit. Or, while reading, an I/O error: the optimizer then
-            refuses to step until a load succeeds.
+            truncated or damaged, and named; it does not fit, or holds a value that cannot be restored; other saves
+            replaced or deleted it again and again. Or, while reading, an I/O error: the optimizer then refuses to step
+            until a load succeeds.
     """
     training = _training(model, optimizer)
     found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))

@@ -15,7 +15,9 @@ from adafisher_dist.checkpoint.loading import IGNORED, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import BESIDE, Place, read_latest
 from adafisher_dist.checkpoint.saving import Saving, save
+from adafisher_dist.checkpoint.schema import whole_numbers
 from adafisher_dist.checkpoint.training import Training
+from adafisher_dist.checkpoint.trial import Part
 from adafisher_dist.checkpoint.values import encode
 from adafisher_dist.optimizer import AdaFisher
 
@@ -66,11 +68,14 @@ def _load(
     engine: Any, where: Callable[[], Place], training: Training, options: Options, counters: bool, schedule: bool
 ) -> tuple[str, Any]:
     scheduler = engine.lr_scheduler if schedule else IGNORED
-    loaded = load(where, training, replace(options, lr_scheduler=scheduler))
+
+    def more(values: Mapping[str, Any]) -> list[Part]:
+        return _checked(engine, values, counters, options.states)
+
+    loaded = load(where, training, replace(options, lr_scheduler=scheduler, more=more))
     values = loaded.values
     if counters:
         _restore_counters(engine, values.get("engine") or {"global_steps": loaded.about["step"]})
-        _restore_data_efficiency(engine, values.get("data_efficiency") or {})
         engine.loaded_checkpoint_dp_world_size = loaded.about["world_size"]
         engine.loaded_checkpoint_mp_world_size = 1
     if options.states:
@@ -246,7 +251,27 @@ def _data_efficiency(engine: Any) -> dict[str, Any]:
     return parts
 
 
-def _restore_data_efficiency(engine: Any, saved: Mapping[str, Any]) -> None:
-    for name, part in _data_efficiency(engine).items():
-        if name in saved:
-            part.load_state_dict(saved[name])
+def _checked(engine: Any, values: Mapping[str, Any], counters: bool, states: bool) -> list[Part]:
+    """Check what will be restored of the engine itself; the parts of it that have a state.
+
+    Raises:
+        ValueError: a counter, or what the loss scale has learnt, is no number that it can be.
+    """
+    for name in ("engine", "loss_scale", "data_efficiency"):
+        if not isinstance(values.get(name) or {}, Mapping):
+            raise ValueError(f"{name} should be a dict, and is {values[name]!r}")
+    if counters:
+        whole_numbers(values.get("engine") or {}, _COUNTERS, "the engine")
+    learnt = values.get("loss_scale") or {}
+    if states:
+        whole_numbers(learnt, _LOSS_SCALE[1:], "the loss scale", low=-1)  # no overflow yet is -1
+        scale = learnt.get("cur_scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise ValueError(f"the loss scale should be a positive number, and is {scale!r}")
+    saved = values.get("data_efficiency") or {}
+    parts = _data_efficiency(engine).items() if counters else ()
+    return [
+        Part(f"DeepSpeed's {name}", part.state_dict, part.load_state_dict, saved[name])
+        for name, part in parts
+        if name in saved
+    ]

@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adafisher_dist.checkpoint import manifest as manifests
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.opened import Opened, open_checkpoint
 from adafisher_dist.checkpoint.places import sync
-from adafisher_dist.checkpoint.reader import read_tensor
 from adafisher_dist.checkpoint.summary import Bar, damage, no_bar, short
 from adafisher_dist.checkpoint.values import dtype_of
 
@@ -70,14 +69,15 @@ def export_weights(
         dtype: of all floating-point parameters; None for their own in the model that was saved. Buffers keep theirs.
         max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
         overwrite: replace what an earlier export has left in `out`.
-        verify: check every file's checksum first. Without, sizes alone are checked.
+        verify: check every file's checksum first. Without, sizes and headers alone are checked.
         bar: shows the progress.
 
     Returns:
         The files, in order. The index, where there is one, is the last.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, and its damaged files are named; nothing was written.
+        CheckpointError: the checkpoint is damaged, and its damaged files are named; or other saves replaced or deleted
+            it again and again. Nothing was written.
         FileExistsError: there is an export in `out`, and it may not be overwritten.
         OverflowError: a weight is too large for the dtype; nothing was written, as for the next two.
         ValueError: max_shard_bytes is not positive.
@@ -88,21 +88,28 @@ def export_weights(
     standing = _exported(out)
     if standing and not overwrite:
         raise FileExistsError(f"{standing[0]} exists: choose another folder (--out), or replace it (--overwrite).")
-    manifest = manifests.read(folder)
-    _check(folder, manifest, verify, bar)
-    shards = _cut(_outputs(manifest, dtype), max_shard_bytes)
+    with open_checkpoint(lambda: folder, lambda manifest: manifest.files) as opened:
+        return _export(opened, out, dtype, max_shard_bytes, standing, verify, bar)
+
+
+def _export(
+    opened: Opened, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, standing: Sequence[Path], verify: bool,
+    bar: Bar,
+) -> list[Path]:  # fmt: skip
+    _check(opened, verify, bar)
+    shards = _cut(_outputs(opened.manifest, dtype), max_shard_bytes)
     files = [out / name for name in shards] + ([out / _INDEX] if len(shards) > 1 else [])
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        _write(shards, out, folder, manifest, bar)
+        _write(shards, out, opened, bar)
         _publish(files, standing)
     finally:
         for path in out.glob(f".model*{_SAVING}"):  # those too that a killed export has left
             path.unlink()
         if made and not any(out.iterdir()):
             out.rmdir()
-    for name in manifest.about["model"]["extra_state"]:
+    for name in opened.manifest.about["model"]["extra_state"]:
         logger.warning("The extra state of %s is not in the export: load it with strict=False.", name)
     return files
 
@@ -112,13 +119,10 @@ def _exported(out: Path) -> list[Path]:
     return [path for path in (out / _WHOLE, out / _INDEX) if path.exists()] + sorted(out.glob(_PARTS))
 
 
-def _check(folder: Path, manifest: Manifest, checksums: bool, bar: Bar) -> None:
-    if checksums:
-        problems = damage(folder, manifest, bar)
-    else:
-        problems = manifests.verify(folder, manifest, list(manifest.files), checksums=False)
+def _check(opened: Opened, checksums: bool, bar: Bar) -> None:
+    problems = damage(opened, bar) if checksums else opened.problems(opened.manifest.files, checksums=False)
     if problems:
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}. Nothing was written.")
+        raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was written.")
 
 
 def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
@@ -161,14 +165,14 @@ def _nbytes(outputs: _Outputs) -> int:
     return sum(output.nbytes for output in outputs.values())
 
 
-def _write(shards: Mapping[str, _Outputs], out: Path, folder: Path, manifest: Manifest, bar: Bar) -> None:
+def _write(shards: Mapping[str, _Outputs], out: Path, opened: Opened, bar: Bar) -> None:
     """Write everything under temporary names."""
     total = sum(map(_nbytes, shards.values()))
     with bar("Writing", total) as advance:
         for file, members in shards.items():
             tensors = {}
             for name, output in members.items():
-                tensors[name] = _tensor(folder, manifest, name, output)
+                tensors[name] = _tensor(opened, name, output)
                 advance(output.nbytes)
             _save(_temporary(out / file), tensors)
     if len(shards) > 1:
@@ -189,7 +193,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     sync(path)
 
 
-def _tensor(folder: Path, manifest: Manifest, name: str, output: _Output) -> Tensor:
+def _tensor(opened: Opened, name: str, output: _Output) -> Tensor:
     """A tensor as it is written.
 
     Raises:
@@ -197,7 +201,7 @@ def _tensor(folder: Path, manifest: Manifest, name: str, output: _Output) -> Ten
     """
     if not output.numel:
         return torch.empty(output.shape, dtype=output.dtype)
-    stored = read_tensor(folder, manifest, output.key)
+    stored = opened.read_tensor(output.key)
     values = stored.to(output.dtype)
     if values.dtype != stored.dtype and values.is_floating_point() and values.dtype.itemsize > 1:  # float8 has no inf
         lost = int((stored.isfinite() & values.isinf()).sum())

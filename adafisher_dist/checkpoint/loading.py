@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist import batch, layouts
-from adafisher_dist.checkpoint import random_state, values
+from adafisher_dist import batch, layouts, plan
+from adafisher_dist.checkpoint import random_state, trial, values
 from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest, read, verify
-from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse, settings_to_restore
-from adafisher_dist.checkpoint.places import Place
-from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader, read_tensor
+from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
+from adafisher_dist.checkpoint.opened import PAUSES, Opened, Vanished, found_again, vanished
+from adafisher_dist.checkpoint.places import Place, find
+from adafisher_dist.checkpoint.ranges import FIELDS, Range
+from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.training import Training
-from adafisher_dist.settings import Structure, normalize, structure
+from adafisher_dist.checkpoint.trial import Part, Tried
+from adafisher_dist.settings import Structure, structure
 from adafisher_dist.shard import Shard
 
 logger = logging.getLogger("adafisher_dist")
 
+
+T = TypeVar("T")
 
 IGNORED = object()
 
@@ -46,6 +51,8 @@ class Options:
         states: restore the optimizer.
         random: restore the random number generators.
         lr_scheduler: restore this scheduler, or ignore what the checkpoint has of one.
+        more: given the other values by name, checks those that its caller will apply, and returns what else is to be
+            restored; a ValueError tells what is wrong with them.
     """
 
     strict: bool = True
@@ -55,6 +62,7 @@ class Options:
     states: bool = True
     random: bool = True
     lr_scheduler: Any = IGNORED
+    more: Callable[[Mapping[str, Any]], list[Part]] = lambda _: []
 
 
 @dataclass(slots=True)
@@ -67,6 +75,23 @@ class Loaded:
     not_restored: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Checked:
+    """What this rank will apply, all of it tried.
+
+    Attributes:
+        settings: of each param group.
+        scheduler: the scheduler's state; None where none is restored.
+        random: this rank's random state; None where none is restored.
+        parts: what can only be tried in place.
+    """
+
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    scheduler: Any = None
+    random: dict[str, Any] | None = None
+    parts: list[Part] = field(default_factory=list)
+
+
 def load(where: Callable[[], Place], training: Training, options: Options) -> Loaded:
     """Load from the place that `where` finds. A collective; the caller has waited for the last save.
 
@@ -77,89 +102,213 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
     same = control.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
     if len(set(same)) > 1:
         raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
-    folder, manifest = open_together(where, training)
-    _verify(folder, manifest, training, options.verify)
-    loaded, matched = Loaded(folder, manifest.about), Match()
-
-    def compare() -> None:
-        nonlocal matched
-        loaded.values = _values(folder, manifest)
-        matched = match(manifest, training, options.rename, options.weights, options.states)
-        loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
-        if options.strict:
-            refuse(matched, f"{folder}")
-        check_stored(manifest, training, matched, f"{folder}")
-
-    together(control, compare)
-    with trained.partitioned(training.wrapper):
-        shards: list[Shard] = []
-        wanted: list[Range] = []
-
-        def prepare() -> None:
-            if options.states:
-                for number, size in matched.block_sizes.items():
-                    training.optimizer.param_groups[number]["block_size"] = size
-                shards.extend(_fresh_shards(training, manifest, matched))
-            wanted.extend(_ranges(training, manifest, matched, shards))
-
-        if options.states:
-            _begin_anew(training)
-        together(control, prepare)
-        _read(folder, manifest, wanted, training)
-        if training.wrapper is not None and options.weights:
-            layouts.refresh_module(training.wrapper)
-
-        def finish() -> None:
-            if options.weights:
-                _restore_extra_state(training, loaded.values["extra_state"], matched)
-            if options.states:
-                _restore_settings(training, loaded.values["settings"], matched)
-                _complete(training, manifest, matched, shards)
-            if _has_scheduler(options.lr_scheduler) and not _scheduler_problems(loaded, options):
-                options.lr_scheduler.load_state_dict(loaded.values["lr_scheduler"]["state"])
-            key = f"random/{control.rank}"
-            if options.random and key in manifest.tensors:
-                random_state.restore(read_tensor(folder, manifest, key))
-
-        together(control, finish)
+    with trained.partitioned(training.wrapper), ExitStack() as stack:
+        opened, matched, needed = _open_together(where, training, options, stack)
+        _verify(opened, training, options.verify)
+        opened.keep(needed)
+        loaded = Loaded(opened.folder, opened.manifest.about)
+        checked = _check_together(opened, training, options, matched, loaded)
+        _apply(opened, training, options, matched, checked)
     if options.states:
         training.optimizer._roster.engine.incomplete = False
     if control.rank == 0:
-        _report(loaded, manifest, time.monotonic() - began)
+        _report(loaded, opened.manifest, time.monotonic() - began)
     return loaded
 
 
-def open_together(where: Callable[[], Place], training: Training) -> tuple[Path, Manifest]:
-    """The same checkpoint on all ranks."""
-    found: list[tuple[Path, Manifest]] = []
-
-    def find() -> str:
-        folder = where().find()
-        found.append((folder, read(folder)))
-        return str(found[0][1].about["id"])
-
-    ids = together(training.control, find)
-    if len(set(ids)) > 1:
-        raise CheckpointError(
-            f"The ranks see different checkpoints; this one sees {found[0][0]} (their ids are {ids}). Load from a file"
-            " system that all ranks share, after the save has ended."
-        )
-    return found[0]
+# ---- before anything changes ----
 
 
-def _verify(folder: Path, manifest: Manifest, training: Training, checksums: bool) -> None:
-    """Check all files, each on one rank.
+def _open_together(
+    where: Callable[[], Place], training: Training, options: Options, stack: ExitStack
+) -> tuple[Opened, Match, set[str]]:
+    """Hold the same checkpoint open on all ranks, with all files that this one reads; the stack lets go of it.
+
+    Returns:
+        It, what of it fits, and the files that this rank reads. Those that it only checks are held too.
+
+    Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they hold changes after
+    that, so that it is enough to compare the ids of what they hold.
+
+    Raises:
+        CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced again and again.
+    """
+    found: list[tuple[Opened, Match, set[str]]] = []
+    gone: list[Vanished] = []
+
+    def hold() -> str | None:
+        try:
+            opened = stack.enter_context(Opened(found_again(lambda: find(where)[1], gone)))
+            matched = match(opened.manifest, training, options.rename, options.weights, options.states)
+            check_stored(opened.manifest, training, matched, f"{opened.folder}")
+            needed = _needed_files(opened, training, options, matched)
+            opened.hold([*needed, *_share(opened.manifest, training)])
+        except Vanished as error:
+            gone[:] = [error]
+            return None
+        gone.clear()
+        found[:] = [(opened, matched, needed)]
+        return str(opened.manifest.about["id"])
+
+    for pause in (*PAUSES, None):
+        ids = together(training.control, hold)
+        if None not in ids and len(set(ids)) == 1:
+            return found[0]
+        stack.close()
+        if pause is not None:
+            time.sleep(pause)
+    if None in ids:
+        raise gone[0] if gone else vanished(found[0][0].folder)
+    raise CheckpointError(
+        f"The ranks see different checkpoints; this one sees {found[0][0].folder} (their ids are {ids}). Load from a"
+        " file system that all ranks share, after the save has ended."
+    )
+
+
+def _share(manifest: Manifest, training: Training) -> list[str]:
+    """The files that this rank checks: each is checked by one."""
+    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
+    return largest_first[training.control.rank :: training.control.size]
+
+
+def _needed_files(opened: Opened, training: Training, options: Options, matched: Match) -> set[str]:
+    """The files that this rank reads."""
+    manifest = opened.manifest
+    files = opened.files_of(f"value/{number}" for number in range(len(manifest.about["value_tensors"])))
+    if options.random:
+        files |= opened.files_of([f"random/{training.control.rank}"])
+    spans = [(r.key, r.start, r.start + r.numel) for r in trained.weights(training, matched.weights, writing=False)]
+    if options.states:
+        spans += _spans_of_state(training, matched)
+    for key, start, stop in spans:
+        stored = manifest.tensors.get(key)
+        chunks = () if stored is None else stored.chunks
+        files |= {chunk.file for chunk in chunks if chunk.start < stop and start < chunk.start + chunk.numel}
+    return files
+
+
+def _spans_of_state(training: Training, matched: Match) -> Iterator[tuple[str, int, int]]:
+    """The ranges of the state's tensors that this rank will own, planned without memory for them."""
+    groups = [{**group} for group in training.optimizer.param_groups]
+    for number, size in matched.block_sizes.items():
+        groups[number]["block_size"] = size
+    names, tensors = training.names, [tensor for tensor, _ in _chosen(training, matched)]
+    for storage in training.optimizer._roster.storages_of(tensors, training.wrapper) if tensors else ():
+        grids = [structure(groups[p.given.group]).grid(p.shape) for p in storage.parameters]
+        for span in plan.assign(grids, storage.placed, storage.replicated).owned[storage.group.rank]:
+            old = matched.states.get(names[storage.parameters[span.parameter].given.position])
+            grid = grids[span.parameter]
+            for kind, before in FIELDS.items() if old is not None else ():
+                yield f"{kind}/{old}", before(grid, grid.slab_from(span.start)), before(grid, grid.slab_from(span.stop))
+
+
+def _verify(opened: Opened, training: Training, checksums: bool) -> None:
+    """Check the files that are held: their bytes on one rank, all else on each that holds them.
 
     Raises:
         CheckpointError: on all ranks: names what is wrong.
     """
-    control = training.control
-    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
-    mine = largest_first[control.rank :: control.size]
-    answers = together(control, lambda: verify(folder, manifest, mine, checksums))
-    problems = sorted(problem for answer in answers for problem in answer)
+    share = _share(opened.manifest, training)
+
+    def look() -> list[str]:
+        return opened.problems(share, checksums) + opened.problems(opened.held - set(share), checksums=False)
+
+    problems = sorted({problem for answer in together(training.control, look) for problem in answer})
     if problems:
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}. Nothing was changed.")
+        raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was changed.")
+
+
+def _check_together(opened: Opened, training: Training, options: Options, matched: Match, loaded: Loaded) -> _Checked:
+    """Try all that will be applied.
+
+    Raises:
+        CheckpointError: on all ranks: something does not fit, or is not what a save can have written.
+    """
+    checked, tried = _Checked(), Tried()
+
+    def compare() -> None:
+        loaded.values = _or_refuse(opened.folder, lambda: _values(opened))
+        loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
+        if options.strict:
+            refuse(matched, f"{opened.folder}")
+        _or_refuse(opened.folder, lambda: _check(opened, training, options, matched, loaded, checked))
+        _or_refuse(opened.folder, lambda: tried.attempt(checked.parts))
+
+    try:
+        together(training.control, compare)
+    except Exception:
+        tried.put_back()
+        raise
+    return checked
+
+
+def _check(
+    opened: Opened, training: Training, options: Options, matched: Match, loaded: Loaded, checked: _Checked
+) -> None:
+    own, key = options.lr_scheduler, f"random/{training.control.rank}"
+    if options.states:
+        checked.settings = trial.settings(training, loaded.values["settings"], matched)
+    if own is not None and own is not IGNORED and not _scheduler_problems(loaded, options):
+        checked.scheduler = loaded.values["lr_scheduler"]["state"]
+        trial.scheduler(own, checked.scheduler, training)
+    if options.random and key in opened.manifest.tensors:
+        checked.random = random_state.parse(opened.read_tensor(key))
+    if options.weights:
+        checked.parts += trial.extra_states(training, loaded.values["extra_state"], matched)
+    checked.parts += options.more(loaded.values)
+
+
+def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
+    """What `work` returns, which applies to copies what a save wrote: what fails in it was not written by a save.
+
+    Raises:
+        CheckpointError: says so.
+    """
+    try:
+        return work()
+    except Exception as error:
+        told = f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder} cannot be loaded: {told.removesuffix('.')}. Nothing was changed.") from error
+
+
+# ---- what changes something ----
+
+
+def _apply(opened: Opened, training: Training, options: Options, matched: Match, checked: _Checked) -> None:
+    """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
+    control, manifest = training.control, opened.manifest
+    shards: list[Shard] = []
+    wanted: list[Range] = []
+
+    def prepare() -> None:
+        if options.states:
+            for number, size in matched.block_sizes.items():
+                training.optimizer.param_groups[number]["block_size"] = size
+            shards.extend(_fresh_shards(training, manifest, matched))
+        wanted.extend(_ranges(training, manifest, matched, shards))
+
+    def finish() -> None:
+        if options.states:
+            trial.take_over(training, checked.settings)
+            _complete(training, manifest, matched, shards)
+        for part in checked.parts:
+            part.restore()  # once more: what it makes of its state may depend on the weights
+        if checked.scheduler is not None:
+            options.lr_scheduler.load_state_dict(checked.scheduler)
+        if checked.random is not None:
+            random_state.restore(checked.random)
+
+    if options.states:
+        _begin_anew(training)
+    together(control, prepare)
+    _read(opened, wanted, training)
+    if training.wrapper is not None and options.weights:
+        layouts.refresh_module(training.wrapper)
+    try:
+        together(control, finish)
+    except Exception:
+        training.optimizer._roster.engine.incomplete = True
+        raise
 
 
 def _begin_anew(training: Training) -> None:
@@ -172,9 +321,7 @@ def _begin_anew(training: Training) -> None:
 def _fresh_shards(training: Training, manifest: Manifest, matched: Match) -> list[Shard]:
     """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
     names = training.names
-    chosen = [
-        (tensor, members) for tensor, members in _tensors(training) if any(name in matched.states for name in members)
-    ]
+    chosen = _chosen(training, matched)
     complete = all(name in matched.states for _, members in chosen for name in members) and all(
         _has_factors(manifest, matched.states[name], structure(training.optimizer.param_groups[group]))
         for group, members in enumerate(trained.members_of_groups(training))
@@ -190,6 +337,12 @@ def _fresh_shards(training: Training, manifest: Manifest, matched: Match) -> lis
             if old is not None:
                 shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
     return shards
+
+
+def _chosen(training: Training, matched: Match) -> list[tuple[Tensor, list[str]]]:
+    """Of what the optimizer steps, the tensors that hold a parameter whose state is restored."""
+    every = _tensors(training)
+    return [(tensor, members) for tensor, members in every if any(name in matched.states for name in members)]
 
 
 def _tensors(training: Training) -> list[tuple[Tensor, list[str]]]:
@@ -236,11 +389,11 @@ def _has_factors(manifest: Manifest, old: str, own: Structure) -> bool:
     return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
 
 
-def _read(folder: Path, manifest: Manifest, wanted: list[Range], training: Training) -> None:
+def _read(opened: Opened, wanted: list[Range], training: Training) -> None:
     control, planner = training.control, RangeLoadPlanner(wanted)
     problem = None
     try:
-        dcp.load({}, storage_reader=ShardReader(folder, manifest), planner=planner, process_group=control.handle)
+        dcp.load({}, storage_reader=ShardReader(opened), planner=planner, process_group=control.handle)
     except CheckpointException as failure:
         problem = explain(failure)
     except Exception as error:
@@ -248,14 +401,10 @@ def _read(folder: Path, manifest: Manifest, wanted: list[Range], training: Train
     if problem is not None:
         training.optimizer._roster.engine.incomplete = True
         raise CheckpointError(
-            f"{folder} was not read to its end. {problem}. Model and optimizer are incomplete: load a checkpoint before"
-            " the next step."
+            f"{opened.folder} was not read to its end. {problem}. Model and optimizer are incomplete: load a checkpoint"
+            " before the next step."
         )
     together(control, planner.check_complete)
-
-
-def _has_scheduler(lr_scheduler: Any) -> bool:
-    return lr_scheduler is not None and lr_scheduler is not IGNORED
 
 
 def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
@@ -269,24 +418,6 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     if saved["class"] != type(own).__name__:
         return [f"the learning rate scheduler is a {type(own).__name__}, and was a {saved['class']}"]
     return []
-
-
-def _restore_extra_state(training: Training, saved: Mapping[str, Any], matched: Match) -> None:
-    for name, restore in trained.extra_states(training).items():
-        if name in matched.extra_states:
-            restore(saved[matched.extra_states[name]])
-
-
-def _restore_settings(training: Training, saved: Sequence[Mapping[str, Any]], matched: Match) -> None:
-    """Learning rate, damping, … of each param group, and the user's own keys."""
-    for group, source in zip(training.optimizer.param_groups, matched.groups, strict=True):
-        if source is not None:
-            for key, value in settings_to_restore(saved[source]).items():
-                if key == "lr" and isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(float(value))
-                else:
-                    group[key] = float(value) if key == "lr" else value
-            normalize(group)
 
 
 def _complete(training: Training, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
@@ -305,18 +436,21 @@ def _complete(training: Training, manifest: Manifest, matched: Match, shards: li
     optimizer._roster.engine.skipped = manifest.about["optimizer"]["skipped_steps"]
 
 
-def _values(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _values(opened: Opened) -> dict[str, Any]:
     """The other values by name, those of the model's modules ("extra_state"), and of the param groups ("settings")."""
-    tensors = []
+    tensors, manifest = [], opened.manifest
     for number, entry in enumerate(manifest.about["value_tensors"]):
         key = f"value/{number}"
         empty = torch.empty(0, dtype=values.dtype_of(entry["dtype"]))
-        flat = read_tensor(folder, manifest, key) if key in manifest.tensors else empty
+        flat = opened.read_tensor(key) if key in manifest.tensors else empty
         tensors.append(flat.view(entry["shape"]))
     found = {name: values.decode(value, tensors) for name, value in manifest.about["values"].items()}
     found["extra_state"] = values.decode(manifest.about["model"]["extra_state"], tensors)
     groups = manifest.about["optimizer"]["groups"]
     found["settings"] = [values.decode(group["settings"], tensors) for group in groups]
+    scheduler = found.get("lr_scheduler")
+    if scheduler is not None and not ({"class", "state"} <= set(scheduler) and isinstance(scheduler["class"], str)):
+        raise ValueError("lr_scheduler has no class and state")
     return found
 
 

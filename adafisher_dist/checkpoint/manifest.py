@@ -8,6 +8,7 @@ A shard is the 8-byte length of a JSON header, the header, and the tensors' byte
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from adafisher_dist.checkpoint import schema
+
+# How files are opened: not to wait for a writer, where one is a pipe.
+READ = os.O_RDONLY | os.O_NONBLOCK
 
 FORMAT = 3  # 1 had whole Fisher blocks, 2 no rows_per_block
 MANIFEST = "manifest.json"
@@ -121,36 +127,51 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path, directory: int | None = None) -> Manifest:
     """The manifest of a checkpoint folder.
+
+    Args:
+        folder: its path, which errors name.
+        directory: a handle of the folder, to read from that whatever its path leads to by now.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another format.
     """
     path = folder / MANIFEST
     try:
-        whole = json.loads(path.read_bytes())
+        whole = json.loads(_content(path) if directory is None else _content(MANIFEST, directory))
         content, crc32 = whole["content"], whole["crc32"]
+        summed = _checksum(content)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of adafisher_dist: it has no {MANIFEST}.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it cannot be parsed ({error}).") from error
-    if crc32 != _checksum(content):
-        raise CheckpointError(f"{path} is damaged: its checksum is {_checksum(content)}, and it says {crc32}.")
-    if content["format"] != FORMAT:
-        remedy = "update" if content["format"] > FORMAT else "load it with the version that saved it, an older"
-        raise CheckpointError(
-            f"{folder} has format {content['format']}, and this version of adafisher_dist reads {FORMAT}: {remedy}"
-            " adafisher_dist."
-        )
+    if crc32 != summed:
+        raise CheckpointError(f"{path} is damaged: its checksum is {summed}, and it says {crc32}.")
     try:
-        manifest = _parse(content)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+        own = schema.whole_number_in(content, "format", "the manifest", low=1)
+        if own == FORMAT:
+            schema.check(content, DTYPES)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    if own != FORMAT:
+        remedy = "update" if own > FORMAT else "load it with the version that saved it, an older"
+        raise CheckpointError(
+            f"{folder} has format {own}, and this version of adafisher_dist reads {FORMAT}: {remedy} adafisher_dist."
+        )
+    manifest = _parse(content)
     _check(path, manifest)
     return manifest
+
+
+def _content(name: str | Path, directory: int | None = None) -> bytes:
+    handle = os.open(name, READ, dir_fd=directory)
+    try:
+        return b"".join(iter(lambda: os.read(handle, 1 << 24), b""))
+    finally:
+        os.close(handle)
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
@@ -172,48 +193,19 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
 def _check(path: Path, manifest: Manifest) -> None:
     """Refuse a manifest whose checksum is right, but which was not made by a save: it may lead to other files."""
     for name in manifest.files:
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder.")
     for key, tensor in manifest.tensors.items():
         stop = 0
         for chunk in tensor.chunks:
             end = chunk.offset + chunk.numel * tensor.dtype.itemsize
-            if chunk.offset < 0 or chunk.numel < 0 or end > manifest.files[chunk.file].nbytes:
+            if end > manifest.files[chunk.file].nbytes:
                 raise CheckpointError(f"{path} places a part of {key} outside of {chunk.file}.")
             if chunk.start != stop:
                 raise CheckpointError(f"{path} does not place elements {stop} to {chunk.start} of {key}, or twice.")
             stop += chunk.numel
         if stop != tensor.numel:
             raise CheckpointError(f"{path} does not place all {tensor.numel} elements of {key}.")
-
-
-def verify(folder: Path, manifest: Manifest, names: Sequence[str], checksums: bool = True) -> list[str]:
-    """What is wrong with these files of a checkpoint; reads all their bytes, but for checksums=False."""
-    problems = []
-    for name in names:
-        expected = manifest.files[name]
-        try:
-            nbytes = (folder / name).stat().st_size
-            crc32 = _sum(folder / name) if checksums and nbytes == expected.nbytes else expected.crc32
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror or error})")
-            continue
-        if nbytes != expected.nbytes:
-            problems.append(f"{name} has {nbytes} bytes, and should have {expected.nbytes}")
-        elif crc32 != expected.crc32:
-            other = next((n for n, file in manifest.files.items() if file == File(nbytes, crc32)), None)
-            what = f"holds what {other} should hold" if other else f"should have {expected.crc32:08x}: it is damaged"
-            problems.append(f"{name} has checksum {crc32:08x}, and {what}")
-    return problems
-
-
-def _sum(path: Path) -> int:
-    crc32 = 0
-    buffer = memoryview(bytearray(1 << 22))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            crc32 = zlib.crc32(buffer[:count], crc32)
-    return crc32
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -12,10 +12,10 @@ from adafisher_dist.checkpoint.ranges import FIELDS
 from adafisher_dist.checkpoint.training import (
     OWN_SETTINGS,
     Training,
-    extra_states,
     members_of_groups,
     shape_of,
     structure_of,
+    with_extra_state,
 )
 from adafisher_dist.grid import Grid, make_grid
 from adafisher_dist.settings import structure
@@ -160,7 +160,7 @@ def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
 
 
 def _match_extra_states(training: Training, old_names: Mapping[str, str], saved: Sequence[str], found: Match) -> None:
-    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name in extra_states(training)}
+    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name, _ in with_extra_state(training)}
     new_names = {name: old for name, old in old_names.items() if old in saved}
     for name, module in here.items():
         if name in new_names:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 
@@ -25,6 +28,10 @@ LATEST = "latest"
 BESIDE = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 _REPLACED = ".replaced"
+
+
+class PublishedError(CheckpointError):
+    """A save failed after its checkpoint had got its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,8 @@ class Place:
             CheckpointError: there is none; names those that there are.
         """
         # The second, where a save was killed between two renames; the third, where DeepSpeed's own function saved.
-        for folder in (self.folder, self._replaced, self.folder / BESIDE):
+        # Once more from the first: a save may just have published between the looks.
+        for folder in (self.folder, self._replaced, self.folder / BESIDE, self.folder):
             if (folder / MANIFEST).is_file():
                 return folder
         if any(self.folder.glob("*.safetensors")):
@@ -89,6 +97,7 @@ class Place:
 
         Raises:
             OSError: it could not; `discard` then brings back what there was.
+            PublishedError: it has its name, and `latest` does not name it.
         """
         sync(self.saving)
         if latest:
@@ -104,8 +113,11 @@ class Place:
             sync(self.root)
             if latest:
                 _publish_latest(self.root)
-        except OSError:
-            self.folder.rename(self.saving)
+        except OSError as error:
+            try:
+                self.folder.rename(self.saving)
+            except OSError:
+                raise PublishedError(f"`{LATEST}` could not be changed: {error}") from error
             raise
         try:
             sync(self.root)
@@ -113,7 +125,7 @@ class Place:
                 _remove(self._replaced)
             if keep_last is not None:
                 self._delete_old(keep_last)
-        except (OSError, CheckpointError) as error:  # the latter where `latest` cannot be read
+        except Exception as error:  # it is published; CheckpointError where `latest` cannot be read
             logger.warning("%s is saved; what it replaces could not be taken away: %s", self.folder, error)
 
     def discard(self) -> None:
@@ -185,8 +197,13 @@ def tags(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     own = [path for path in root.iterdir() if not path.name.startswith(".") and not path.is_symlink()]
-    found = [path for path in own if (path / MANIFEST).is_file()]
-    return [path.name for path in sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))]
+    found = []
+    for path in own:
+        with suppress(OSError):  # it has none, or another process is deleting it
+            status = (path / MANIFEST).stat()
+            if S_ISREG(status.st_mode):
+                found.append((status.st_mtime_ns, path.name))
+    return [name for _, name in sorted(found)]
 
 
 def _those_in(root: Path) -> str:
@@ -206,6 +223,38 @@ def place_of(path: Path) -> Place:
     return Place(path.parent, path.name)
 
 
+def is_in_place(folder: Path, handle: int) -> bool:
+    """Whether a checkpoint's folder that was opened has its name still, and is not about to be deleted."""
+    try:
+        there, here = folder.stat(), os.fstat(handle)
+    except OSError:  # also where a file system over a network has forgotten it
+        return False
+    if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+        return False
+    put_aside = folder.name.startswith(".") and folder.name.endswith(_REPLACED)
+    return not (put_aside and (_name_before(folder) / MANIFEST).is_file())
+
+
+def _name_before(replaced: Path) -> Path:
+    return replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+
+
+def find(where: Callable[[], Place]) -> tuple[Place, Path]:
+    """The place that `where` gives, and the folder of its checkpoint; looks twice, since a save may have just moved it.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be looked for.
+    """
+    with suppress(CheckpointError, OSError):
+        place = where()
+        return place, place.find()
+    try:
+        place = where()
+        return place, place.find()
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint cannot be looked for: {error}") from error
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -220,7 +269,7 @@ def _remove(path: Path) -> None:
 
 def _roll_back(replaced: Path) -> None:
     """A save was killed while it replaced a checkpoint: give the old one its name again, or take it away."""
-    folder = replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+    folder = _name_before(replaced)
     if (folder / MANIFEST).is_file():
         _remove(replaced)
     elif not folder.exists() or _is_empty(folder):

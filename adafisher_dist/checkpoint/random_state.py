@@ -27,17 +27,59 @@ def capture() -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(encoded).encode()), dtype=torch.uint8)
 
 
-def restore(captured: Tensor) -> None:
-    """Go on with the random numbers where `capture` was called."""
-    state = values.decode(json.loads(captured.numpy().tobytes()), [])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    numpy_state = state["numpy"]
-    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
+def parse(captured: Tensor) -> dict[str, Any]:
+    """What was captured, for `restore`; tried on other generators of the same kinds.
+
+    Raises:
+        ValueError: it is no state of these generators.
+    """
+    try:
+        state = values.decode(json.loads(captured.numpy().tobytes()), [])
+        version, numbers, gauss = state["python"]
+        state["python"] = version, tuple(numbers), gauss
+        random.Random().setstate(state["python"])
+        _number_or_none(gauss)
+        inner = state["numpy"]["state"]
+        if state["numpy"]["bit_generator"] == "MT19937":  # which numpy's functions use, unless told otherwise
+            inner["key"] = np.array(inner["key"], dtype=np.uint32)
+            if not 0 <= inner["pos"] <= len(inner["key"]):  # numpy would read past its end
+                raise ValueError(f"pos is {inner['pos']}")
+        np.random.RandomState(_bit_generator()).set_state(state["numpy"])
+        _check_torch(state["torch"], torch.Generator())
+        if "cuda" in state and torch.cuda.is_available():
+            _check_torch(state["cuda"], torch.Generator("cuda"))
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the state of the random number generators is none ({problem})") from error
+    return dict(state)
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Go on with the random numbers where `capture` was called, given what `parse` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(_as_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["cuda"]), dtype=torch.uint8))
+        torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
+
+
+def _bit_generator() -> Any:
+    """A new one, of the kind that numpy's global generator has."""
+    return getattr(np.random, str(np.random.get_state(legacy=False)["bit_generator"]))()
+
+
+def _number_or_none(gauss: object) -> None:
+    """Python's second normal number, if one waits; it does not check it itself."""
+    if gauss is not None and not isinstance(gauss, float):
+        raise ValueError(f"the next normal number is {gauss!r}")
+
+
+def _check_torch(state: bytes, generator: torch.Generator) -> None:
+    generator.set_state(_as_tensor(state))
+
+
+def _as_tensor(state: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 def _without_arrays(value: Any) -> Any:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.opened import Opened
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
 
@@ -116,11 +114,11 @@ def _destination(item: ReadItem) -> _Place:
 
 
 class ShardReader(StorageReader):
-    """Reads from the shards of a checkpoint folder."""
+    """Reads from the shards of a checkpoint, which are held open."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._chunks = {(key, c.start): c for key, tensor in manifest.tensors.items() for c in tensor.chunks}
+    def __init__(self, opened: Opened) -> None:
+        self.opened, self.manifest = opened, opened.manifest
+        self._chunks = {(key, c.start): c for key, tensor in self.manifest.tensors.items() for c in tensor.chunks}
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing is kept between loads."""
@@ -151,27 +149,22 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
         """Read every item into the tensor that the planner names, converting the dtype where it differs."""
-        handles: dict[str, int] = {}
         sizes = {key: tensor.dtype.itemsize for key, tensor in self.manifest.tensors.items()}
         total = sum(item.lengths[0] * sizes[item.storage_index.fqn] for item in plan.items)
-        progress = Progress(f"reading {self.folder}", total)
-        with ExitStack() as stack:
-            for item in plan.items:
-                key = item.storage_index.fqn
-                assert item.storage_index.offset is not None
-                chunk = self._chunks[key, item.storage_index.offset[0]]
-                if chunk.file not in handles:
-                    handles[chunk.file] = os.open(self.folder / chunk.file, os.O_RDONLY)
-                    stack.callback(os.close, handles[chunk.file])
-                target = planner.resolve_tensor(item).detach()
-                dtype = self.manifest.tensors[key].dtype
-                direct = target.dtype == dtype and target.device.type == "cpu"
-                read = target if direct else torch.empty(item.lengths[0], dtype=dtype)
-                _read_at(handles[chunk.file], chunk.offset + item.storage_offsets[0] * dtype.itemsize, read, chunk.file)
-                if not direct:
-                    target.copy_(read)
-                planner.commit_tensor(item, target)
-                progress.add(len(as_bytes(read)))
+        progress = Progress(f"reading {self.opened.folder}", total)
+        for item in plan.items:
+            key = item.storage_index.fqn
+            assert item.storage_index.offset is not None
+            chunk = self._chunks[key, item.storage_index.offset[0]]
+            target = planner.resolve_tensor(item).detach()
+            dtype = self.manifest.tensors[key].dtype
+            direct = target.dtype == dtype and target.device.type == "cpu"
+            read = target if direct else torch.empty(item.lengths[0], dtype=dtype)
+            self.opened.read_at(chunk.file, chunk.offset + item.storage_offsets[0] * dtype.itemsize, read)
+            if not direct:
+                target.copy_(read)
+            planner.commit_tensor(item, target)
+            progress.add(len(as_bytes(read)))
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -180,23 +173,3 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         """The folder is given to the constructor."""
         return checkpoint_id is None
-
-
-def _read_at(handle: int, offset: int, into: Tensor, name: str) -> None:
-    view = as_bytes(into)
-    while len(view):
-        count = os.preadv(handle, [view], offset)
-        if count == 0:
-            raise CheckpointError(f"{name} ends before byte {offset + len(view)}")
-        view, offset = view[count:], offset + count
-
-
-def read_tensor(folder: Path, manifest: Manifest, key: str) -> Tensor:
-    """One whole tensor, (numel,), on the CPU."""
-    stored = manifest.tensors[key]
-    out = torch.empty(stored.numel, dtype=stored.dtype)
-    for chunk in stored.chunks:
-        with (folder / chunk.file).open("rb") as file:
-            part = out[chunk.start : chunk.start + chunk.numel]
-            _read_at(file.fileno(), chunk.offset, part, chunk.file)
-    return out

@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from adafisher_dist.checkpoint import random_state, ranges, values
 from adafisher_dist.checkpoint import training as trained
 from adafisher_dist.checkpoint.agree import together
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.places import Place
+from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Piece, Range
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
@@ -120,9 +121,8 @@ def save(
     about: dict[str, Any] = {}
     found: list[Range] = []
 
-    def collect() -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last should be at least 1, got {keep_last}.")
+    def collect() -> tuple[str, int | None]:
+        kept = _checked_number(keep_last)
         training.optimizer._roster.engine.check()
         _gather_state(training)
         tensors: list[Tensor] = []
@@ -130,16 +130,30 @@ def save(
         found.extend(_ranges(training, tensors))
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
+        return about["id"], kept
 
     saving = Saving(place.folder)
     with trained.partitioned(training.wrapper):
-        together(control, collect)
+        ids, kept = zip(*together(control, collect), strict=True)
+        if len(set(kept)) > 1:
+            raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
+        about["id"] = ids[0]
         if not asynchronous:
             _write(place, about, found, control, latest, keep_last, began, in_background=False)
     if asynchronous:
         _pending.append(saving)
         saving.start(lambda: _write(place, about, found, control, latest, keep_last, began, in_background=True))
     return saving
+
+
+def _checked_number(keep_last: Any) -> int | None:
+    if keep_last is None:
+        return None
+    if isinstance(keep_last, bool) or not isinstance(keep_last, Integral):
+        raise ValueError(f"keep_last should be a whole number from 1 on, or None for all, got {keep_last!r}.")
+    if keep_last < 1:
+        raise ValueError(f"keep_last should be at least 1, got {keep_last}.")
+    return int(keep_last)
 
 
 def _gather_state(training: Training) -> None:
@@ -198,24 +212,43 @@ def _write(
     keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
     writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last, in_background)
-    problem = None
+    problem: str | None = None
+    published: bool | None = False  # None: this rank cannot know
     try:
         dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
-    except CheckpointException as failure:
+    except CheckpointException as failure:  # which all ranks are told of
         problem = explain(failure)
+        published = any(isinstance(error, PublishedError) for error, _ in failure.failures.values())
     except Exception as error:  # another rank is gone, say
         problem = f"{type(error).__name__}: {error}"
+        published = writer.published if control.rank == 0 or not writer.handed_over else None
     if problem is not None:
-        if control.rank == 0:
+        if control.rank == 0 and not published:
             place.discard()
-        raise CheckpointError(
-            f"The checkpoint {place.folder} was not written. {problem}. Nothing was published; the checkpoints before"
-            " it are whole."
-        )
+        raise CheckpointError(_what_became(place.folder, about["id"], published, problem))
     if control.rank == 0:
         seconds = time.monotonic() - began
         rate = writer.nbytes / 1e9 / max(seconds, 1e-9)
         logger.info("Saved %s: %.3f GB in %.1f s, %.2f GB/s", place.folder, writer.nbytes / 1e9, seconds, rate)
+
+
+def _what_became(folder: Path, of: str, published: bool | None, problem: str) -> str:
+    """What a failed save has left, as far as this rank knows."""
+    if published:
+        return (
+            f"The checkpoint {folder} was published and is whole, but its save did not end as it should. {problem}."
+            " Load it, or save again."
+        )
+    if published is None:
+        return (
+            f"The checkpoint {folder} was not written, as far as this rank can tell. {problem}. It had handed over its"
+            " part, so that the checkpoint may have been published nevertheless, and is whole then: look with `python"
+            f" -m adafisher_dist inspect {folder}`, which tells its id; that of this save is {of}."
+        )
+    return (
+        f"The checkpoint {folder} was not written. {problem}. Nothing was published; the checkpoints before it are"
+        " whole."
+    )
 
 
 def explain(failure: CheckpointException) -> str:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from adafisher_dist.checkpoint import manifest as manifests
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
-from adafisher_dist.checkpoint.reader import read_tensor
+from adafisher_dist.checkpoint.opened import Opened
 
 # Shows how far a long piece of work is: given its name and its bytes, a context with what takes the bytes just done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -155,11 +153,11 @@ class Summary:
         return {**asdict(self), "totals": self.totals}
 
 
-def summarize(folder: Path, manifest: Manifest) -> Summary:
-    """The facts of a checkpoint folder and its manifest."""
-    about = manifest.about
+def summarize(opened: Opened) -> Summary:
+    """The facts of a checkpoint."""
+    manifest, about = opened.manifest, opened.manifest.about
     return Summary(
-        path=str(folder),
+        path=str(opened.folder),
         id=about["id"],
         created=about["created"],
         versions=dict(about["versions"]),
@@ -174,7 +172,7 @@ def summarize(folder: Path, manifest: Manifest) -> Summary:
             BufferFacts(name, tuple(buffer["shape"]), short(buffer["dtype"]))
             for name, buffer in about["model"]["buffers"].items()
         ),
-        groups=_groups(folder, manifest),
+        groups=_groups(opened),
         kinds=_kinds(manifest),
         files=tuple(FileFacts(name, file.nbytes, f"{file.crc32:08x}") for name, file in manifest.files.items()),
         values=tuple(name for name, value in about["values"].items() if value not in (None, {})),
@@ -187,12 +185,12 @@ def short(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def damage(folder: Path, manifest: Manifest, bar: Bar = no_bar) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; reads all their bytes."""
-    found = []
-    with bar("Checking", sum(file.nbytes for file in manifest.files.values())) as advance:
-        for name, file in manifest.files.items():
-            found += manifests.verify(folder, manifest, [name])
+def damage(opened: Opened, bar: Bar = no_bar) -> list[str]:
+    """What is wrong with the files of a checkpoint, all of which are held, a line each; reads all their bytes."""
+    found, files = [], opened.manifest.files
+    with bar("Checking", sum(file.nbytes for file in files.values())) as advance:
+        for name, file in files.items():
+            found += opened.problems([name], checksums=True)
             advance(file.nbytes)
     return found
 
@@ -224,19 +222,20 @@ def _stored_dtype(manifest: Manifest, key: str) -> str | None:
     return None if stored is None else short(stored.dtype)
 
 
-def _groups(folder: Path, manifest: Manifest) -> tuple[GroupFacts, ...]:
-    parameters = manifest.about["model"]["parameters"]
+def _groups(opened: Opened) -> tuple[GroupFacts, ...]:
+    about = opened.manifest.about
+    parameters = about["model"]["parameters"]
     return tuple(
         GroupFacts(
             tuple(group["names"]),
             sum(prod(parameters[name]["shape"]) for name in group["names"]),
-            {key: _plain(value, folder, manifest) for key, value in group["settings"].items()},
+            {key: _plain(value, opened) for key, value in group["settings"].items()},
         )
-        for group in manifest.about["optimizer"]["groups"]
+        for group in about["optimizer"]["groups"]
     )
 
 
-def _plain(value: Any, folder: Path, manifest: Manifest) -> Any:
+def _plain(value: Any, opened: Opened) -> Any:
     """An encoded setting (see `values`) as a person writes it: a dtype's short name, a tensor lr's number."""
     if not isinstance(value, Mapping) or len(value) != 1:
         return value
@@ -247,8 +246,8 @@ def _plain(value: Any, folder: Path, manifest: Manifest) -> Any:
         return content if kind.startswith("$") else value
     key = f"value/{content}"
     try:
-        return read_tensor(folder, manifest, key).tolist()[0] if manifest.tensors[key].numel == 1 else key
-    except (OSError, CheckpointError):
+        return opened.read_tensor(key).tolist()[0] if opened.manifest.tensors[key].numel == 1 else key
+    except (KeyError, CheckpointError):
         return key  # its shard is damaged: for --verify to tell
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -220,7 +220,7 @@ def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
             "aliases": dict(training.aliases),
             "extra_state": {
                 name: values.encode(part.get_extra_state(), f"the extra state of {name}", tensors)
-                for name, part in _with_extra_state(training)
+                for name, part in with_extra_state(training)
             },
         },
         "optimizer": {
@@ -231,15 +231,11 @@ def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def _with_extra_state(training: Training) -> Iterator[tuple[str, nn.Module]]:
+def with_extra_state(training: Training) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have some, by name."""
     for name, part in training.module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             yield clean(name), part
-
-
-def extra_states(training: Training) -> dict[str, Callable[[Any], None]]:
-    """What restores the extra state of the modules that have some."""
-    return {name: part.set_extra_state for name, part in _with_extra_state(training)}
 
 
 def _groups(training: Training, tensors: list[Tensor]) -> list[dict[str, Any]]:

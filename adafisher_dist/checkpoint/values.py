@@ -69,7 +69,8 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `encode`.
 
     Raises:
-        ValueError: it was encoded by a newer version.
+        ValueError: it was encoded by a newer version, or names a tensor that there is not. What `encode` did not make
+            may raise other errors too.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -79,9 +80,9 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
         return {key: decode(item, tensors) for key, item in value.items()}
     ((name, content),) = value.items()
     if name == "$tensor":
-        return tensors[content].clone()
+        return _set_aside(content, tensors).clone()
     if name == "$array":
-        return tensors[content].numpy().copy()
+        return _set_aside(content, tensors).numpy().copy()
     if name == "$numpy":
         return np.dtype(content[0]).type(decode(content[1], tensors))
     if name == "$dict":
@@ -96,6 +97,13 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
     if name not in _FROM_ATOMS:
         raise ValueError(f"The checkpoint holds a value of kind {name!r}, which this version does not know.")
     return _FROM_ATOMS[name](content)
+
+
+def _set_aside(number: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of this number."""
+    if type(number) is not int or not 0 <= number < len(tensors):
+        raise ValueError(f"A value is tensor {number!r} of {len(tensors)}.")
+    return tensors[number]
 
 
 def _encode_dict(value: Mapping[Any, Any], where: str, tensors: list[Tensor]) -> Any:
@@ -138,7 +146,7 @@ _ATOMS: dict[type, tuple[str, Any]] = {
 }
 _FROM_ATOMS: dict[str, Any] = {
     "$float": float,
-    "$bytes": base64.b64decode,
+    "$bytes": lambda content: base64.b64decode(content, validate=True),
     "$dtype": _DTYPES.__getitem__,
     "$device": torch.device,
     "$complex": lambda content: complex(*content),

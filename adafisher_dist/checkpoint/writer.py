@@ -25,10 +25,13 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
-from adafisher_dist.checkpoint.places import Place
+from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Range
 
 logger = logging.getLogger("adafisher_dist")
+
+# In the header of a shard, the id of the checkpoint that it belongs to.
+ID = "adafisher_dist"
 
 _SECONDS_BETWEEN_REPORTS = 10.0
 
@@ -89,6 +92,10 @@ class ShardWriter(StorageWriter):
         self.name = f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
         self.nbytes = 0
         """Of all files, on the coordinator, when it is published."""
+        self.handed_over = False
+        """Whether this rank's part was written, so that the coordinator may publish."""
+        self.published = False
+        """Whether the checkpoint has its name; the coordinator alone knows."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing is kept between saves."""
@@ -114,6 +121,7 @@ class ShardWriter(StorageWriter):
         """Write this rank's ranges, one at a time."""
         future: Future[list[WriteResult]] = Future()
         future.set_result(self._write(plan.items, planner) if plan.items else [])
+        self.handed_over = True
         return future
 
     def _write(self, items: Sequence[WriteItem], planner: Any) -> list[WriteResult]:
@@ -122,7 +130,7 @@ class ShardWriter(StorageWriter):
             raise CheckpointError(
                 f"this rank does not see {folder}, which rank 0 has made: save to a file system that all ranks share"
             )
-        header, chunks = _layout(items, self.name)
+        header, chunks = _layout(items, self.name, self.about["id"])
         with (folder / self.name).open("xb") as file:
             # In the background there is nothing to pack, and no thread can be started when Python shuts down.
             with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(1) as pool:
@@ -153,7 +161,12 @@ class ShardWriter(StorageWriter):
             file.flush()
             os.fsync(file.fileno())
         self.nbytes = sum(file.nbytes for file in files.values())
-        self.place.publish(self.latest, self.keep_last)
+        try:
+            self.place.publish(self.latest, self.keep_last)
+        except PublishedError:
+            self.published = True
+            raise
+        self.published = True
 
     def _check_files(self, files: Mapping[str, File]) -> None:
         for name, file in files.items():
@@ -171,8 +184,8 @@ class ShardWriter(StorageWriter):
         return checkpoint_id is None
 
 
-def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
-    """The header of the safetensors file, and where each range begins in it."""
+def _layout(items: Sequence[WriteItem], name: str, of: str) -> tuple[bytes, list[Chunk]]:
+    """The header of the safetensors file of the checkpoint with the id `of`, and where each range begins in it."""
     entries: dict[str, Any] = {}
     begin = 0
     for item in items:
@@ -182,7 +195,7 @@ def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
         key = f"{item.index.fqn}[{start}:{start + numel}]"
         entries[key] = {"dtype": dtype_name(dtype), "shape": [numel], "data_offsets": [begin, end]}
         begin = end
-    text = json.dumps(entries).encode()
+    text = json.dumps({"__metadata__": {ID: of}, **entries}).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     chunks = [

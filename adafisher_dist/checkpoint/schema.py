@@ -1,0 +1,229 @@
+"""Whether what a manifest says can be what a save wrote: the type and the bounds of every value that a load relies on.
+
+A manifest whose checksum is right may still have been made by something else than a save. Whatever is wrong in it is
+found here, before a load changes anything, and not by the code that applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from reprlib import repr as short
+from typing import Any
+
+from adafisher_dist.checkpoint.values import dtype_of
+from adafisher_dist.grid import make_grid
+
+# The kinds of tensors that belong to a parameter's state in the optimizer.
+_OF_STATE = ("momentum", "fisher", "square", "factor", "curvature")
+
+# Counters are int64, and have to have room to go on.
+_LARGEST = 2**62
+
+
+def check(content: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
+    """Check a manifest's content; `dtypes` are the dtypes of tensors by the names that files have for them.
+
+    Raises:
+        ValueError: names the first value that cannot be right, and what it should be.
+    """
+    files = _list(content, "files", "the manifest")
+    for number, file in enumerate(files):
+        where = f"file {number}"
+        text_in(file, "name", where)
+        whole_number_in(file, "bytes", where)
+        crc32 = text_in(file, "crc32", where)
+        if len(crc32) != 8 or not set(crc32) <= set("0123456789abcdef"):
+            raise _wrong(f"crc32 of {where}", "8 hexadecimal digits", crc32)
+    tensors = _object(content, "tensors", "the manifest")
+    for key, tensor in tensors.items():
+        _check_tensor(key, tensor, dtypes, len(files))
+    about = _object(content, "about", "the manifest")
+    _check_origin(about)
+    names = _check_model(about)
+    _check_optimizer(_object(about, "optimizer", "about"), names)
+    _check_values(about, tensors, dtypes)
+    _check_keys(about, tensors)
+
+
+def whole_number_in(value: Any, key: str, where: str, low: int = 0) -> int:
+    """The entry of an object, a whole number from `low` on.
+
+    Raises:
+        ValueError: it is not, or there is none.
+    """
+    return _whole_number(_entry(value, key, where), f"{key} of {where}", low)
+
+
+def whole_numbers(values: Mapping[str, Any], names: Sequence[str], where: str, low: int = 0) -> None:
+    """Those entries of an object that there are should be whole numbers from `low` on; raises as `whole_number_in`."""
+    for name in names:
+        if name in values:
+            whole_number_in(values, name, where, low)
+
+
+def text_in(value: Any, key: str, where: str) -> str:
+    """The entry of an object, a string with something in it; raises as `whole_number_in`."""
+    found = _entry(value, key, where)
+    if not isinstance(found, str) or not found:
+        raise _wrong(f"{key} of {where}", "a string", found)
+    return found
+
+
+def _check_tensor(key: str, tensor: Any, dtypes: Mapping[str, Any], files: int) -> None:
+    where = f"tensor {key}"
+    if text_in(tensor, "dtype", where) not in dtypes:
+        raise _wrong(f"dtype of {where}", f"one of {', '.join(dtypes)}", tensor["dtype"])
+    whole_number_in(tensor, "numel", where)
+    for chunk in _list(tensor, "chunks", where):
+        whole = isinstance(chunk, list) and len(chunk) == 4 and all(type(n) is int and n >= 0 for n in chunk)
+        if not whole or chunk[2] >= files:
+            raise _wrong(f"a chunk of {where}", f"[start, elements, file below {files}, offset]", chunk)
+
+
+def _check_origin(about: Mapping[str, Any]) -> None:
+    for key in ("id", "created", "layout"):
+        text_in(about, key, "about")
+    for package in _object(about, "versions", "about"):
+        text_in(about["versions"], package, "versions")
+    whole_number_in(about, "world_size", "about", low=1)
+    whole_number_in(about, "step", "about")
+    if about.get("zero_stage") is not None:
+        whole_number_in(about, "zero_stage", "about")
+    if about.get("precision") is not None:
+        text_in(about, "precision", "about")
+
+
+def _check_model(about: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
+    """The shape of each parameter."""
+    model = _object(about, "model", "about")
+    kinds = {kind: _object(model, f"{kind}s", "model") for kind in ("parameter", "buffer")}
+    for kind, members in kinds.items():
+        for name, entry in members.items():
+            _check_shape(entry, f"{kind} {name}")
+            _check_dtype(entry, f"{kind} {name}")
+    for name, entry in kinds["parameter"].items():
+        if type(_entry(entry, "trainable", f"parameter {name}")) is not bool:
+            raise _wrong(f"trainable of parameter {name}", "true or false", entry["trainable"])
+    named = {**kinds["parameter"], **kinds["buffer"]}
+    for alias, first in _object(model, "aliases", "model").items():
+        if not isinstance(first, str) or first not in named or alias in named:
+            raise _wrong(f"what {alias} is tied to", "another parameter or buffer", first)
+    _object(model, "extra_state", "model")
+    return {name: entry["shape"] for name, entry in kinds["parameter"].items()}
+
+
+def _check_optimizer(optimizer: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    whole_number_in(optimizer, "skipped_steps", "optimizer")
+    managed: set[str] = set()
+    for number, group in enumerate(_list(optimizer, "groups", "optimizer")):
+        where = f"param group {number}"
+        _object(group, "settings", where)
+        for name in _list(group, "names", where):
+            if not isinstance(name, str) or name not in shapes or name in managed:
+                raise _wrong(f"a name in {where}", "a parameter's, once", name)
+            managed.add(name)
+    for name, entry in _object(optimizer, "state", "optimizer").items():
+        if name not in managed:
+            raise _wrong("a name in the optimizer's state", "a parameter's of a param group", name)
+        _check_state(entry, name, shapes[name])
+
+
+def _check_state(entry: Any, name: str, shape: Sequence[int]) -> None:
+    where = f"the state of {name}"
+    step, updates = (whole_number_in(entry, key, where) for key in ("step", "fisher_updates"))
+    if not min(step, 1) <= updates <= step:
+        raise _wrong(f"fisher_updates of {where}", f"between {min(step, 1)} and its {step} steps", updates)
+    structure = _object(entry, "structure", where)
+    inner = f"structure of {name}"
+    for key in ("block_size", "rows_per_block"):
+        whole_number_in(structure, key, inner, low=1)
+    if _entry(structure, "max_blocks", inner) is not None:
+        whole_number_in(structure, "max_blocks", inner)
+    if _entry(structure, "block_grid", inner) not in ("rows", "flat"):
+        raise _wrong(f"block_grid of {inner}", "'rows' or 'flat'", structure["block_grid"])
+    exponent = _entry(structure, "exponent", inner)
+    if type(exponent) is not float or exponent not in (1.0, 0.5):
+        raise _wrong(f"exponent of {inner}", "1.0 or 0.5", exponent)
+    if type(_entry(structure, "keeps_factors", inner)) is not bool:
+        raise _wrong(f"keeps_factors of {inner}", "true or false", structure["keeps_factors"])
+    settings = {key: structure[key] for key in ("block_size", "rows_per_block", "block_grid", "max_blocks")}
+    grid = make_grid(shape, **settings)
+    for key, count in (("blocks", grid.num_blocks), ("dense_blocks", grid.dense_blocks)):
+        if whole_number_in(entry, key, where) != count:
+            raise _wrong(f"{key} of {where}", f"{count}, as its structure has it", entry[key])
+
+
+def _check_values(about: Mapping[str, Any], tensors: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
+    _object(about, "values", "about")
+    for number, entry in enumerate(_list(about, "value_tensors", "about")):
+        where = f"value {number}"
+        numel = prod(_check_shape(entry, where))
+        _check_dtype(entry, where)
+        stored = tensors.get(f"value/{number}")  # none without elements
+        held = 0 if stored is None else stored["numel"]
+        if held != numel or (stored is not None and dtypes[stored["dtype"]] != dtype_of(entry["dtype"])):
+            kind = "nothing" if stored is None else f"{held} of {stored['dtype']}"
+            raise _wrong(f"shape and dtype of {where}", f"those of its tensor, {kind}", entry)
+
+
+def _check_keys(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Each tensor is something that the facts tell of; whether those tell of more is asked of what is loaded."""
+    model, state = about["model"], about["optimizer"]["state"]
+    of_state = dict.fromkeys(_OF_STATE, state)
+    without_factors = {name: entry for name, entry in state.items() if not entry["structure"]["keeps_factors"]}
+    counted = {"value": len(about["value_tensors"]), "random": about["world_size"]}
+    for key in tensors:
+        kind, _, name = key.partition("/")
+        named = {"weight": model["parameters"], "buffer": model["buffers"], **of_state}.get(kind, {})
+        numbered = kind in counted and name.isdecimal() and str(int(name)) == name and int(name) < counted[kind]
+        left_out = kind in ("factor", "curvature") and name in without_factors
+        if (name not in named and not numbered) or left_out:
+            raise ValueError(f"it has a tensor {key}, which its own facts do not tell of")
+
+
+# ---- values ----
+
+
+def _entry(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, dict) or key not in value:
+        raise _wrong(where, f"an object with {key!r}", value)
+    return value[key]
+
+
+def _object(value: Any, key: str, where: str) -> Mapping[str, Any]:
+    found = _entry(value, key, where)
+    if not isinstance(found, dict):
+        raise _wrong(f"{key} of {where}", "an object", found)
+    return found
+
+
+def _list(value: Any, key: str, where: str) -> Sequence[Any]:
+    found = _entry(value, key, where)
+    if not isinstance(found, list):
+        raise _wrong(f"{key} of {where}", "a list", found)
+    return found
+
+
+def _whole_number(value: Any, where: str, low: int = 0) -> int:
+    if type(value) is not int or not low <= value < _LARGEST:
+        raise _wrong(where, f"a whole number from {low} on, below 2**62", value)
+    return value
+
+
+def _check_shape(entry: Any, where: str) -> Sequence[int]:
+    for size in _list(entry, "shape", where):
+        _whole_number(size, f"a size in the shape of {where}")
+    shape: Sequence[int] = entry["shape"]
+    return shape
+
+
+def _check_dtype(entry: Any, where: str) -> None:
+    try:
+        dtype_of(text_in(entry, "dtype", where))
+    except KeyError:
+        raise _wrong(f"dtype of {where}", "a dtype of torch", entry["dtype"]) from None
+
+
+def _wrong(what: str, should: str, value: Any) -> ValueError:
+    return ValueError(f"{what} should be {should}, and is {short(value)}")
