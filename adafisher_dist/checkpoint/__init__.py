@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint.agree import together
+from adafisher_dist.checkpoint.agree import attempt, together
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
@@ -154,6 +154,13 @@ def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Traini
     if wrapper is None:
         adopt_replaced(optimizer)
     roster = optimizer._roster
-    control = layouts.control_of(roster.registry, roster.process_group)
-    together(control, finish_pending)  # its failure may be known to some ranks already, by wait()
+    # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
+    _, problem = attempt(finish_pending)
+    control = layouts.control_of(roster.registry, roster.process_group, "a save or load", CheckpointError)
+    together(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
     return observe(module, optimizer, wrapper, control)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem

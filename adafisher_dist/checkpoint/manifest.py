@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from adafisher_dist.control import beat
+
 FORMAT = 3  # 1 had whole Fisher blocks, 2 no rows_per_block
 MANIFEST = "manifest.json"
 
@@ -212,6 +214,7 @@ def _sum(path: Path) -> int:
     buffer = memoryview(bytearray(1 << 22))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
+            beat()
             crc32 = zlib.crc32(buffer[:count], crc32)
     return crc32
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.control import beat
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -84,8 +85,8 @@ class Place:
                 _roll_back(path)
         self.saving.mkdir()
 
-    def publish(self, latest: bool, keep_last: int | None) -> None:
-        """Give what was written its name, point `latest` at it, and delete the oldest checkpoints of the root.
+    def publish(self, latest: bool) -> None:
+        """Give what was written its name, and point `latest` at it.
 
         Raises:
             OSError: it could not; `discard` then brings back what there was.
@@ -107,6 +108,9 @@ class Place:
         except OSError:
             self.folder.rename(self.saving)
             raise
+
+    def clear_away(self, keep_last: int | None) -> None:
+        """Delete what was replaced, and the oldest checkpoints of the root."""
         try:
             sync(self.root)
             if self._replaced.exists():
@@ -132,6 +136,7 @@ class Place:
         keep = {self.tag, read_latest(self.root), *linked}
         for tag in tags(self.root)[:-keep_last]:
             if tag not in keep:
+                beat()
                 leaving = self.root / f".{tag}.deleting"
                 (self.root / tag).rename(leaving)
                 shutil.rmtree(leaving, ignore_errors=True)
@@ -212,6 +217,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Take away a file or a folder."""
+    beat()
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

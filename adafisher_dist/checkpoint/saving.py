@@ -27,7 +27,7 @@ from adafisher_dist.checkpoint.places import Place
 from adafisher_dist.checkpoint.ranges import Piece, Range
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
-from adafisher_dist.comm import Control
+from adafisher_dist.control import Control, beat
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -187,6 +187,7 @@ def _ranges(training: Training, tensors: Sequence[Tensor]) -> list[Range]:
 
 def _copied(range_: Range) -> Range:
     """The same with a copy of the elements in CPU memory."""
+    beat()
     packed = range_.pack()
     shares = range_.in_place() is not None and packed.device.type == "cpu"
     copy = packed.clone() if shares else packed.cpu()
@@ -197,21 +198,32 @@ def _write(
     place: Place, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
     keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
-    writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last, in_background)
-    problem = None
+    writer = ShardWriter(place, about, control, latest, in_background)
+    problem, lost = None, False
     try:
         dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
     except CheckpointException as failure:
         problem = explain(failure)
     except Exception as error:  # another rank is gone, say
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
+        problem, lost = control.explain(error), True
+    if problem is not None and not writer.published:
         if control.rank == 0:
             place.discard()
+        elif lost:  # and perhaps the rank that publishes it has gone on
+            raise CheckpointError(
+                f"This rank does not know whether the checkpoint {place.folder} was written. {problem} If it has its"
+                " name, it is whole, like those before it."
+            )
         raise CheckpointError(
-            f"The checkpoint {place.folder} was not written. {problem}. Nothing was published; the checkpoints before"
-            " it are whole."
+            f"The checkpoint {place.folder} was not written. {problem.rstrip('.')}. Nothing was published; the"
+            " checkpoints before it are whole."
         )
+    try:
+        with control.at_work():
+            if control.rank == 0:
+                place.clear_away(keep_last)
+    except CheckpointError as error:
+        raise CheckpointError(f"The checkpoint {place.folder} is written, and whole. {error}") from error
     if control.rank == 0:
         seconds = time.monotonic() - began
         rate = writer.nbytes / 1e9 / max(seconds, 1e-9)

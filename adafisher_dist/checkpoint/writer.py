@@ -27,10 +27,14 @@ from torch.futures import Future
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
 from adafisher_dist.checkpoint.places import Place
 from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.control import Control, beat
 
 logger = logging.getLogger("adafisher_dist")
 
 _SECONDS_BETWEEN_REPORTS = 10.0
+
+# As much is brought to the disk at a time: a sync of a whole file would keep still for as long as the disk takes.
+_BYTES_BETWEEN_SYNCS = 1 << 28
 
 
 class RangeSavePlanner(DefaultSavePlanner):
@@ -81,22 +85,24 @@ class ShardWriter(StorageWriter):
     """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
 
     def __init__(
-        self, place: Place, about: Mapping[str, Any], rank: int, ranks: int, latest: bool, keep_last: int | None,
-        in_background: bool,
-    ) -> None:  # fmt: skip
-        self.place, self.about, self.latest, self.keep_last = place, about, latest, keep_last
-        self.in_background = in_background
-        self.name = f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+        self, place: Place, about: Mapping[str, Any], control: Control, latest: bool, in_background: bool
+    ) -> None:
+        self.place, self.about, self.latest = place, about, latest
+        self.control, self.in_background = control, in_background
+        self.name = f"shard-{control.rank:05d}-of-{control.size:05d}.safetensors"
         self.nbytes = 0
-        """Of all files, on the coordinator, when it is published."""
+        """Of all files, on the coordinator."""
+        self.published = False
+        """Whether it is, on the coordinator."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Make the folder, before any rank writes: they first send their plans to the coordinator."""
-        if is_coordinator:
-            self.place.prepare()
+        with self.control.at_work():
+            if is_coordinator:
+                self.place.prepare()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As it is."""
@@ -113,7 +119,9 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         """Write this rank's ranges, one at a time."""
         future: Future[list[WriteResult]] = Future()
-        future.set_result(self._write(plan.items, planner) if plan.items else [])
+        with self.control.at_work():
+            results = self._write(plan.items, planner) if plan.items else []
+        future.set_result(results)
         return future
 
     def _write(self, items: Sequence[WriteItem], planner: Any) -> list[WriteResult]:
@@ -153,7 +161,8 @@ class ShardWriter(StorageWriter):
             file.flush()
             os.fsync(file.fileno())
         self.nbytes = sum(file.nbytes for file in files.values())
-        self.place.publish(self.latest, self.keep_last)
+        self.place.publish(self.latest)
+        self.published = True
 
     def _check_files(self, files: Mapping[str, File]) -> None:
         for name, file in files.items():
@@ -196,10 +205,11 @@ def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
 class _Direct:
     """An executor that does it at once."""
 
-    def submit(self, work: Callable[[Any], int], argument: Any) -> Waiting[int]:
+    def submit(self, work: Callable[[Any], None], argument: Any) -> Waiting[None]:
         """Do it."""
-        done: Waiting[int] = Waiting()
-        done.set_result(work(argument))
+        work(argument)
+        done: Waiting[None] = Waiting()
+        done.set_result(None)
         return done
 
 
@@ -208,15 +218,24 @@ def _stream(
 ) -> int:
     """Write header and ranges; the checksum of all bytes. One range is packed while the last one is written."""
     progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
-    file.write(header)
+    unsynced = file.write(header)
     crc32 = zlib.crc32(header)
-    writing: Waiting[int] | None = None
+
+    def write(data: memoryview) -> None:
+        nonlocal unsynced
+        unsynced += file.write(data)
+        if unsynced >= _BYTES_BETWEEN_SYNCS:
+            file.flush()
+            os.fsync(file.fileno())
+            unsynced = 0
+
+    writing: Waiting[None] | None = None
     for item in items:
         data = as_bytes(planner.resolve_data(item))
         crc32 = zlib.crc32(data, crc32)
         if writing is not None:
             writing.result()
-        writing = pool.submit(file.write, data)
+        writing = pool.submit(write, data)
         progress.add(len(data))
     if writing is not None:
         writing.result()
@@ -235,7 +254,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 class Progress:
-    """Tells from time to time how far a long transfer is."""
+    """Tells from time to time how far a long transfer is, and ranks that wait for it that it goes on."""
 
     def __init__(self, what: str, nbytes: int) -> None:
         self.what, self.nbytes, self.done = what, nbytes, 0
@@ -243,6 +262,7 @@ class Progress:
 
     def add(self, nbytes: int) -> None:
         """So many bytes more."""
+        beat()
         self.done += nbytes
         now = time.monotonic()
         if now - self.told > _SECONDS_BETWEEN_REPORTS:
