@@ -166,17 +166,20 @@ def assemble(ranks: Collection[int], name: str, timeout: float, error: type[Exce
 
     absent = _within(timeout + _MARGIN, lambda: _missing(store, others, timeout))
     if absent is None or absent:
+        store.set(f"{own} gave up", "")
         leave()
         raise error(missed(absent, name, timeout, under_way=False))
     return leave
 
 
 def _missing(store: Any, keys: Sequence[str], timeout: float) -> list[int]:
-    """The keys that nobody has set in time."""
+    """The ranks that have not come in time: those that never did, before those that gave up waiting."""
     try:
         store.wait(keys, timedelta(seconds=timeout))
     except RuntimeError:
-        return [int(key) for key in keys if not store.check([key])]
+        absent = [key for key in keys if not store.check([key])]
+        never = [key for key in absent if not store.check([f"{key} gave up"])]
+        return [int(key) for key in never or absent]
     return []
 
 

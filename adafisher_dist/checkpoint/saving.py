@@ -211,7 +211,7 @@ def _write(
             place.discard()
         elif lost:  # and perhaps the rank that publishes it has gone on
             raise CheckpointError(
-                f"This rank does not know whether the checkpoint {place.folder} was written. {problem} If it has its"
+                f"The checkpoint {place.folder} was not written, as far as this rank knows. {problem} If it has its"
                 " name, it is whole, like those before it."
             )
         raise CheckpointError(
