@@ -183,15 +183,22 @@ def control(
     if known is None or world is not dist.group.WORLD or meetings(known.handle).failure is not None:
         timeout = timeout_of(stands_for)
         leave = assemble(members, purpose, timeout, error)
-        handle = dist.new_group(
-            list(members),
-            timeout=timedelta(seconds=timeout),
-            backend="gloo",
-            use_local_synchronization=len(members) < len(everyone),
-        )
-        known = Control(handle, members.index(dist.get_rank()), len(members), purpose, error)
-        with known.at_work():
-            pass
-        leave()
+        try:
+            handle = dist.new_group(
+                list(members),
+                timeout=timedelta(seconds=timeout),
+                backend="gloo",
+                use_local_synchronization=len(members) < len(everyone),
+            )
+            known = Control(handle, members.index(dist.get_rank()), len(members), purpose, error)
+            with known.at_work():  # all have made it
+                pass
+        except RuntimeError as problem:
+            raise error(
+                f"The ranks could not make a gloo group for {purpose}. {problem} Where they cannot reach each other,"
+                " GLOO_SOCKET_IFNAME names the interface that all hosts share."
+            ) from problem
+        finally:
+            leave()
         _controls[key] = dist.group.WORLD, known
     return known

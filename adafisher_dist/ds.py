@@ -110,6 +110,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks: it could not be written. Nothing was published, the last checkpoint is whole.
+            Or ranks, which are named, did not come or got no further for the timeout of the process group.
         TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have it; a CheckpointError
             on the others); the optimizer is not AdaFisher.
     """

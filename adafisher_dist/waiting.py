@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from hashlib import sha256
 from threading import Thread
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -82,7 +83,7 @@ class Meetings:
 
     def announce(self) -> None:
         """Tell the store at which one this rank is; does not wait for an answer."""
-        if self._store is not None:
+        if self._store is not None and not any(thread.is_alive() for thread in _asking):
             with suppress(RuntimeError):
                 self._store.set(str(dist.get_rank()), str(self._number))
 
@@ -99,13 +100,16 @@ class Meetings:
             Exception: `error`: names the ranks that did not come.
         """
         patience = min(_PATIENCE, self.timeout / 2)
+        problem: Exception = TimeoutError()
         try:
-            if not _ends(work, patience):
-                self.announce()
-                if not _ends(work, self.timeout + _MARGIN - patience):
-                    raise RuntimeError("timed out")
-        except RuntimeError as problem:
-            raise error(self.explain(problem, purpose, under_way)) from problem
+            if _ends(work, patience):
+                return
+            self.announce()
+            if _ends(work, self.timeout + _MARGIN - patience):
+                return
+        except RuntimeError as failure:
+            problem = failure
+        raise error(self.explain(problem, purpose, under_way)) from problem
 
     def explain(self, problem: Exception, purpose: str, under_way: bool = False) -> str:
         """In words, why a collective failed. The first answer stays: what failed once leaves the group unusable."""
@@ -118,7 +122,7 @@ class Meetings:
             if absent == []:  # all came, and it failed for another reason
                 self.failure = f"The ranks could not exchange what {purpose} needs. {problem}"
             else:
-                late = "timed out" in str(problem).lower()
+                late = isinstance(problem, TimeoutError) or "timed out" in str(problem).lower()
                 self.failure = missed(absent, purpose, self.timeout if late else None, under_way)
         return self.failure
 
@@ -156,29 +160,25 @@ def assemble(ranks: Collection[int], name: str, timeout: float, error: type[Exce
     """
     own = dist.get_rank()
     others = [str(rank) for rank in ranks if rank != own]
-    store = _store(f"assemble/{name}/{sorted(ranks)}")
+    store = _store(f"assemble/{name}/{sha256(repr(sorted(ranks)).encode()).hexdigest()}")
     if store is None or not others:
         return lambda: None
-    store.set(str(own), "here")
-
-    def leave() -> None:
-        _within(_GRACE, lambda: store.delete_key(str(own)))
-
-    absent = _within(timeout + _MARGIN, lambda: _missing(store, others, timeout))
+    absent = _within(timeout + _MARGIN, lambda: _missing(store, str(own), others, timeout))
     if absent is None or absent:
-        store.set(f"{own} gave up", "")
-        leave()
         raise error(missed(absent, name, timeout, under_way=False))
-    return leave
+    return lambda: _within(_GRACE, lambda: store.delete_key(str(own)))
 
 
-def _missing(store: Any, keys: Sequence[str], timeout: float) -> list[int]:
+def _missing(store: Any, own: str, others: Sequence[str], timeout: float) -> list[int]:
     """The ranks that have not come in time: those that never did, before those that gave up waiting."""
+    store.set(own, "here")
     try:
-        store.wait(keys, timedelta(seconds=timeout))
+        store.wait(others, timedelta(seconds=timeout))
     except RuntimeError:
-        absent = [key for key in keys if not store.check([key])]
+        absent = [key for key in others if not store.check([key])]
         never = [key for key in absent if not store.check([f"{key} gave up"])]
+        store.set(f"{own} gave up", "")
+        store.delete_key(own)
         return [int(key) for key in never or absent]
     return []
 
@@ -221,6 +221,9 @@ def _ends(work: Any, seconds: float) -> bool:
     return True
 
 
+_asking: list[Thread] = []  # the store; another thread that needs it would have to wait for them
+
+
 def _within(seconds: float, ask: Callable[[], T]) -> T | None:
     """The answer of a store; None if there is none in time: it may live in a process that is gone, or stopped."""
     answers: list[T] = []
@@ -229,7 +232,9 @@ def _within(seconds: float, ask: Callable[[], T]) -> T | None:
         with suppress(Exception):
             answers.append(ask())
 
+    _asking[:] = [thread for thread in _asking if thread.is_alive()]
     thread = Thread(target=run, daemon=True)
+    _asking.append(thread)
     try:
         thread.start()
     except RuntimeError:  # Python shuts down

@@ -402,23 +402,28 @@ def test_a_writer_that_comes_no_further_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "first").is_dir() and not (tmp_path / "second").exists()
 
 
-def late(rank: int, world: int, folder: str) -> list[Any]:
-    """Rank 1 comes to a save after the others have given up; then all go on."""
+def late(rank: int, world: int, folder: str, made: bool) -> list[Any]:
+    """Rank 1 comes to a save after the others have given up; the next save finds all of them."""
+    root = Path(folder)
     run = Run().train(1)
-    answers = []
-    for number in range(2):
-        if rank == LOST:
-            time.sleep(TIMEOUT + 4)
-        answers.append(caught(lambda number=number: run.save(Path(folder) / f"late{number}", 1)))
-    answers.append(caught(lambda: run.save(Path(folder) / "whole", 1)))
-    dist.barrier()
+    if made:
+        run.save(root / "first", 1)
+    if rank == LOST:
+        time.sleep(TIMEOUT + 3)
+    answers = [caught(lambda: run.save(root / "late", 1))]
+    (root / f"rank{rank}").touch()
+    while len(list(root.glob("rank*"))) < world:
+        time.sleep(0.1)
+    answers.append(caught(lambda: run.save(root / "whole", 1)))
     return answers
 
 
-def test_saves_go_on_when_a_late_rank_is_there_again(tmp_path: Path) -> None:
-    for rank, (first, _, last) in enumerate(run_ranks(late, 2, str(tmp_path), group_timeout=TIMEOUT, timeout=120)):
+@pytest.mark.parametrize("made", [False, True], ids=["first", "second"])
+def test_saves_go_on_when_a_late_rank_is_there_again(made: bool, tmp_path: Path) -> None:
+    for rank, (first, last) in enumerate(run_ranks(late, 2, str(tmp_path), made, group_timeout=TIMEOUT, timeout=120)):
         assert first[1] == "CheckpointError" and first[0] < TIMEOUT + 5, (rank, first)
         assert last[1] == "", (rank, last)
+    assert (tmp_path / "whole").is_dir() and not (tmp_path / "late").exists()
 
 
 # ---- what it is made of ----

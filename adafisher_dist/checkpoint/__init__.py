@@ -86,7 +86,8 @@ def save_checkpoint(
         A handle: `path`, `done()` and `wait()`. A save that is not asynchronous is done.
 
     Raises:
-        CheckpointError: on all ranks: it could not be written (no room, no permission, …). Nothing was published.
+        CheckpointError: on all ranks: it could not be written (no room, no permission, …). Nothing was published. Or
+            ranks, which are named, did not come or got no further for the timeout of the process group.
         TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a CheckpointError says so.
         ValueError: an argument is out of bounds; the optimizer does not belong to the model.
         RuntimeError: the optimizer's state is incomplete after a failed step.
@@ -124,7 +125,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file of it is missing,
             truncated or damaged, and named; it does not fit. Or, while reading, an I/O error: the optimizer then
-            refuses to step until a load succeeds.
+            refuses to step until a load succeeds. Or ranks, which are named, did not come or got no further for the
+            timeout of the process group.
     """
     training = _training(model, optimizer)
     found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))

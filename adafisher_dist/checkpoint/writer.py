@@ -14,7 +14,7 @@ from concurrent.futures import Future as Waiting
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.control import Control, beat
 
 logger = logging.getLogger("adafisher_dist")
+
+T = TypeVar("T")
 
 _SECONDS_BETWEEN_REPORTS = 10.0
 
@@ -133,7 +135,7 @@ class ShardWriter(StorageWriter):
         header, chunks = _layout(items, self.name)
         with (folder / self.name).open("xb") as file:
             # In the background there is nothing to pack, and no thread can be started when Python shuts down.
-            with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(1) as pool:
+            with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(2) as pool:
                 crc32 = _stream(file, header, items, planner, pool)
             os.fsync(file.fileno())
             written = File(file.tell(), crc32)
@@ -205,11 +207,10 @@ def _layout(items: Sequence[WriteItem], name: str) -> tuple[bytes, list[Chunk]]:
 class _Direct:
     """An executor that does it at once."""
 
-    def submit(self, work: Callable[[Any], None], argument: Any) -> Waiting[None]:
+    def submit(self, work: Callable[[Any], T], argument: Any) -> Waiting[T]:
         """Do it."""
-        work(argument)
-        done: Waiting[None] = Waiting()
-        done.set_result(None)
+        done: Waiting[T] = Waiting()
+        done.set_result(work(argument))
         return done
 
 
@@ -220,25 +221,23 @@ def _stream(
     progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
     unsynced = file.write(header)
     crc32 = zlib.crc32(header)
-
-    def write(data: memoryview) -> None:
-        nonlocal unsynced
-        unsynced += file.write(data)
-        if unsynced >= _BYTES_BETWEEN_SYNCS:
-            file.flush()
-            os.fsync(file.fileno())
-            unsynced = 0
-
-    writing: Waiting[None] | None = None
+    writing: Waiting[int] | None = None
+    syncing: Waiting[None] | None = None
     for item in items:
         data = as_bytes(planner.resolve_data(item))
         crc32 = zlib.crc32(data, crc32)
         if writing is not None:
             writing.result()
-        writing = pool.submit(write, data)
+        writing = pool.submit(file.write, data)
+        unsynced += len(data)
+        if unsynced >= _BYTES_BETWEEN_SYNCS:
+            if syncing is not None:
+                syncing.result()
+            syncing, unsynced = pool.submit(os.fsync, file.fileno()), 0
         progress.add(len(data))
-    if writing is not None:
-        writing.result()
+    for last in (writing, syncing):
+        if last is not None:
+            last.result()
     file.flush()
     return crc32
 
