@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adafisher_dist import comm, plan
 from adafisher_dist.comm import Group
+from adafisher_dist.control import STEP
 from adafisher_dist.faults import Faults
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.shard import Shard
@@ -56,6 +57,7 @@ def agree(
 
     Raises:
         RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
+            Or some did not come within the timeout of the process group; it names them.
         Exception: the fault itself, on the rank that had it.
     """
     refused = 0 if refusal is None else -1 - comm.own_rank()
@@ -178,16 +180,17 @@ def _same_in_replicas(
     return int(low[0] == -low[1] and low[2] == -low[3])
 
 
-def settle(group: Group, faults: Faults, when: str = "in the middle of a step") -> None:
+def settle(group: Group, faults: Faults, when: str = "in the middle of a step", purpose: str = STEP) -> None:
     """Let all ranks know whether each of them did its own work.
 
     Raises:
-        RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete.
+        RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete. Or some did not
+            come to `purpose` within the timeout of the process group.
         Exception: the fault itself, on the rank that had it.
     """
     failure = _failed(faults)
     if group.together > 1:
-        failure = int(comm.minimum(group, torch.tensor([failure])).item())
+        failure = int(comm.minimum(group, torch.tensor([failure]), purpose).item())
     _raise(faults, failure, when)
 
 

@@ -1,9 +1,9 @@
-"""The only module that calls collectives.
+"""The collectives of a step.
 
 Every function is called by all ranks of a group in the same order. With one rank, nothing is sent.
 Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device; what a host has to know
 before it goes on travels in a gloo group, since reading it from the device would wait for all the work that is queued
-there.
+there. A host waits for no rank longer than the timeout of the process group (`waiting`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+from adafisher_dist.control import STEP, control
+from adafisher_dist.waiting import meetings
 
 sent: Counter[str] = Counter()
 """Bytes that this process has sent for steps, by what they were (DESIGN.md, "Bytes"): weights, blocks, verdicts."""
@@ -31,16 +32,16 @@ class Waits:
         self._on_host = 0.0
         self._on_device: list[tuple[torch.Event, torch.Event]] = []
 
-    def wait(self, work: Any, device: torch.device) -> None:
+    def measure(self, wait: Callable[[], object], device: torch.device) -> None:
         """Wait for a collective that has been started."""
         if device.type == "cpu":
             began = perf_counter()
-            work.wait()
+            wait()
             self._on_host += perf_counter() - began
             return
         events = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
         events[0].record()
-        work.wait()
+        wait()
         events[1].record()
         self._on_device.append(events)
 
@@ -137,64 +138,23 @@ def join(process_group: dist.ProcessGroup | None, replicas: Group | None = None)
     return Group(handle, rank, size, dist.get_backend_config(handle), replicas)
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """The ranks that save and load together, and their own gloo group for plans, errors and verdicts.
-
-    It is apart from the groups that training uses, so that a save can go on in the background. `handle` is None for
-    one process without torch.distributed.
-    """
-
-    handle: dist.ProcessGroup | None
-    rank: int
-    size: int
-
-    def gather(self, value: T) -> list[T]:
-        """What each rank gives, in the order of the ranks."""
-        if self.handle is None:
-            return [value]
-        result: list[Any] = [None] * self.size
-        dist.all_gather_object(result, value, self.handle)
-        return result
-
-
-_controls: dict[tuple[int, ...], tuple[Any, Control]] = {}  # by global ranks, beside the world that they are of
-
-
-def control(ranks: Sequence[int] | None) -> Control:
-    """The control group of these global ranks, by default of all. A collective of theirs, the first time.
-
-    Raises:
-        ValueError: this process is not among them.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return Control(None, 0, 1)
-    everyone = range(dist.get_world_size())
-    key = tuple(sorted(ranks) if ranks is not None else everyone)  # new_group sorts them too
-    if dist.get_rank() not in key:
-        raise ValueError(f"This is rank {dist.get_rank()}, and only the ranks {list(key)} share the parameters.")
-    world, known = _controls.get(key, (None, None))
-    if known is None or world is not dist.group.WORLD:
-        handle = dist.new_group(list(key), backend="gloo", use_local_synchronization=len(key) < len(everyone))
-        known = Control(handle, key.index(dist.get_rank()), len(key))
-        _controls[key] = dist.group.WORLD, known
-    return known
-
-
 def own_rank() -> int:
     """This process's rank among all; 0 for one process alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def minimum(group: Group, values: Tensor) -> Tensor:
+def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
     """The elementwise minimum over the ranks of the group and of its replicas; a small tensor on the CPU.
 
     The host waits for the other hosts, and not for its device.
+
+    Raises:
+        RuntimeError: names the ranks that did not come to `purpose`.
     """
     if group.size > 1:
-        handle = group.handle if "cpu" in group.devices else control(sorted(group.members)).handle
-        _all_reduce_minimum(values, handle)
-    return values if group.replicas is None else minimum(group.replicas, values)
+        handle = group.handle if "cpu" in group.devices else control(sorted(group.members), group.handle).handle
+        _all_reduce_minimum(values, handle, purpose)
+    return values if group.replicas is None else minimum(group.replicas, values, purpose)
 
 
 def minimum_on_device(group: Group, value: Wire) -> None:
@@ -206,8 +166,9 @@ def minimum_on_device(group: Group, value: Wire) -> None:
         minimum_on_device(group.replicas, value)
 
 
-def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None) -> None:
-    _wait(dist.all_reduce(values, dist.ReduceOp.MIN, handle, async_op=True), values.device)
+def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None, purpose: str = STEP) -> None:
+    meetings(handle).begin()
+    _wait(dist.all_reduce(values, dist.ReduceOp.MIN, handle, async_op=True), values.device, handle, purpose)
     sent["verdicts"] += values.nbytes
 
 
@@ -218,9 +179,10 @@ def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
     """
     # Its name from torch 2.13 on; the old one warns there.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    meetings(group.handle).begin()
     work = all_gather(out.sent, mine.load(), group.handle, async_op=True)
     sent["weights"] += (group.size - 1) * mine.tensor.nbytes
-    return _waiting(work, out)
+    return _waiting(work, out, group)
 
 
 def exchange(
@@ -232,31 +194,46 @@ def exchange(
     sent at all must be known alike on all of them.
     """
     counts = list(receive_counts), list(send_counts)
+    meetings(group.handle).begin()
     work = dist.all_to_all_single(receive.sent, send.load(), *counts, group.handle, async_op=True)
     sent["blocks"] += send.tensor.nbytes
-    return _waiting(work, receive)
+    return _waiting(work, receive, group)
 
 
-def _waiting(work: Any, received: Wire) -> Callable[[], None]:
+def _waiting(work: Any, received: Wire, group: Group) -> Callable[[], None]:
     def wait() -> None:
-        _wait(work, received.sent.device)
+        _wait(work, received.sent.device, group.handle)
         received.unload()
 
     return wait
 
 
-def _wait(work: Any, device: torch.device) -> None:
+def _wait(work: Any, device: torch.device, handle: dist.ProcessGroup | None, purpose: str = STEP) -> None:
+    """On the CPU for as long as the timeout allows; an accelerator's stream waits by itself, and its backend looks."""
+
+    def wait() -> None:
+        if device.type == "cpu":
+            meetings(handle).wait(work, purpose, RuntimeError)
+        else:
+            work.wait()
+
     if _measuring is None:
-        work.wait()
+        wait()
     else:
-        _measuring.wait(work, device)
+        _measuring.measure(wait, device)
 
 
-def broadcast(group: Group, tensor: Tensor, source: int) -> Tensor:
-    """The tensor of the group's rank `source`; the others pass one of the same shape and dtype."""
+def broadcast(group: Group, tensor: Tensor, source: int, purpose: str) -> Tensor:
+    """The tensor of the group's rank `source`; the others pass one of the same shape and dtype.
+
+    Raises:
+        RuntimeError: names the ranks that did not come to `purpose`.
+    """
     if group.size == 1:
         return tensor
     wire = group.wire(tensor.contiguous())
     assert group.handle is not None
-    dist.broadcast(wire.sent, dist.get_global_rank(group.handle, source), group.handle)
+    meetings(group.handle).begin()
+    work = dist.broadcast(wire.sent, dist.get_global_rank(group.handle, source), group.handle, async_op=True)
+    _wait(work, wire.sent.device, group.handle, purpose)
     return wire.unload()

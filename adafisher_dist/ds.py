@@ -111,7 +111,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks: it could not be written. The message says whether it was published; a rank that
-            lost contact with rank 0 at the end cannot know, and says how to look.
+            lost contact with rank 0 at the end cannot know, and says how to look. Or ranks, which are named, did not
+            come or got no further for the timeout of the process group.
         TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have it; a CheckpointError
             on the others); the optimizer is not AdaFisher.
     """

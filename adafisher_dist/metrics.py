@@ -24,6 +24,7 @@ from adafisher_dist import batch as stacked
 from adafisher_dist import comm, fisher
 from adafisher_dist.batch import Batch
 from adafisher_dist.comm import Group, Waits
+from adafisher_dist.control import control
 from adafisher_dist.faults import Faults
 from adafisher_dist.transfer import Inputs, Transfer
 
@@ -141,7 +142,7 @@ class Meter:
         self._attempt(self._read)
         step, measured = self._step, self._measured
         self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
-        ranks = comm.control(sorted(group.members)).gather(measured) if group.size > 1 else [measured]
+        ranks = control(sorted(group.members), group.handle).gather(measured) if group.size > 1 else [measured]
         if not group.is_first:
             return
         problems = [f"rank {number}: {rank.problem}" for number, rank in enumerate(ranks) if rank.problem is not None]

@@ -319,7 +319,8 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: the group has no rank `to`.
             RuntimeError: on all ranks: one of them has no room for it; or the parameters themselves are sharded
-                (ZeRO-1 to 3, FSDP2), and with them the state.
+                (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come within the timeout of the process
+                group.
         """
         self._roster.engine.check()
         self._roster.adopt(self._roster.shards)
@@ -337,7 +338,7 @@ class AdaFisher(Optimizer):
         faults = Faults()
         if keep:
             faults.attempt(lambda: rooms.update({key: state.room(shard, index) for shard, index, key in every}))
-        settle(group, faults, "to make room for the whole state")  # before the others wait for its part
+        settle(group, faults, "to make room for the whole state", state.CONSOLIDATE)  # before others wait for its part
         for shard, index, key in every:
             state.consolidate(shard, index, rooms.get(key))
         self._consolidated = rooms

@@ -23,6 +23,7 @@ from adafisher_dist.shard import Shard
 
 FORMAT = 2  # 1 had momentum_B (N, B)
 META = "adafisher_dist"
+CONSOLIDATE = "consolidate_state_dict()"  # in messages
 COUNTERS = ("step", "fisher_updates")
 
 Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row where it begins, rows in all
@@ -220,7 +221,8 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
                     stop = _rows(shard.grids[tensor], span.stop)[_kind(key)]
                     if first < stop:
                         empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
-                        part = comm.broadcast(group, views[key] if rank == group.rank else empty, rank)
+                        mine = views[key] if rank == group.rank else empty
+                        part = comm.broadcast(group, mine, rank, CONSOLIDATE)
                         if into is not None:
                             into[key][first:stop] = part
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from datetime import timedelta
 from typing import Any
 
 # What each rank would import anew, which takes seconds: torch._dynamo by a first optimizer, Muon by DeepSpeed.
@@ -14,41 +16,54 @@ _PRELOAD = ["torch.distributed", "torch._dynamo", "numpy", "deepspeed", "deepspe
 
 
 def run_ranks(
-    fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False
-) -> list[Any]:
+    fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False,
+    group_timeout: float | None = None, store: str = "file", lost: Collection[int] = (),
+) -> list[Any]:  # fmt: skip
     """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned.
 
     `fn` and its result must be picklable, so a function at the top of a test module that returns numbers, numpy arrays
     or CPU tensors turned into them. A rank that raises fails the test with its own traceback; one that hangs is named.
+
+    `group_timeout` goes to init_process_group, in seconds. `store` is "file", or "tcp", which rank 0's process keeps.
+    Nobody waits for the ranks in `lost`, which a test kills, stops or keeps away: None stands for what they return.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
+        where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         processes, ends = [], []
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_main, args=(fn, rank, world, folder, deepspeed, theirs, args), daemon=True
+                target=_main,
+                args=(fn, rank, world, (deepspeed, group_timeout, where, bool(lost)), theirs, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
             processes.append(process)
             ends.append(mine)
         try:
-            return _collect(processes, ends, timeout)
+            return _collect(processes, ends, timeout, lost)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(processes: list[Any], ends: list[Any], timeout: float) -> list[Any]:
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _collect(processes: list[Any], ends: list[Any], timeout: float, lost: Collection[int]) -> list[Any]:
     from multiprocessing.connection import wait
     from time import monotonic
 
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
-    pending = {end: rank for rank, end in enumerate(ends)}
+    pending = {end: rank for rank, end in enumerate(ends) if rank not in lost}
     deadline = monotonic() + timeout
     while pending:
         # After a first failure the others may wait for it for ever: a moment for their own errors, then stop.
@@ -69,29 +84,32 @@ def _collect(processes: list[Any], ends: list[Any], timeout: float) -> list[Any]
         )
     if pending:
         raise AssertionError(f"hung for {timeout} s: ranks {sorted(pending.values())} of {len(ends)}")
-    return [results[rank] for rank in range(len(ends))]
+    return [results.get(rank) for rank in range(len(ends))]
 
 
-def _main(fn: Any, rank: int, world: int, folder: str, deepspeed: bool, end: Any, args: tuple[Any, ...]) -> None:
+def _main(fn: Any, rank: int, world: int, how: Any, end: Any, args: tuple[Any, ...]) -> None:
+    deepspeed, group_timeout, where, some_are_lost = how
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
+        limit = None if group_timeout is None else timedelta(seconds=group_timeout)
         if deepspeed:
-            _init_deepspeed(folder, rank, world)
+            _init_deepspeed(where, rank, world, limit)
         else:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+            dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=limit)
         value = fn(rank, world, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if not some_are_lost:
+            dist.barrier()
+            dist.destroy_process_group()
         end.send((True, value))
     except BaseException:
         end.send((False, traceback.format_exc()))
 
 
-def _init_deepspeed(folder: str, rank: int, world: int) -> None:
+def _init_deepspeed(where: str, rank: int, world: int, limit: timedelta | None) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import logging
 
@@ -101,6 +119,6 @@ def _init_deepspeed(folder: str, rank: int, world: int) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first use
     deepspeed.init_distributed(
-        dist_backend="gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, verbose=False,
-        auto_mpi_discovery=False,
+        dist_backend="gloo", init_method=where, rank=rank, world_size=world, verbose=False, auto_mpi_discovery=False,
+        **({} if limit is None else {"timeout": limit}),
     )  # fmt: skip

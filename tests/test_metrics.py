@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, comm, ds, fisher, metrics
 from adafisher_dist.cli import app
+from adafisher_dist.control import Control
 from adafisher_dist.metrics import NAMES, CsvLog
 
 Told = list[tuple[int, dict[str, float]]]
@@ -227,13 +228,13 @@ def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -
 def collectives(rank: int, world: int) -> list[int]:
     """How many collectives of the control group each step makes."""
     count = [0]
-    gather = comm.Control.gather
+    gather = Control.gather
 
-    def counted(self: comm.Control, value: Any) -> Any:
+    def counted(self: Control, value: Any) -> Any:
         count[0] += 1
         return gather(self, value)
 
-    comm.Control.gather = counted  # type: ignore[method-assign]
+    Control.gather = counted  # type: ignore[method-assign]
     module = model(torch.float32)
     optimizer = AdaFisher(module.parameters(), **SETTINGS)
     optimizer.report_metrics(lambda step, found: None, 3)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint.agree import together
+from adafisher_dist.checkpoint.agree import attempt, together
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
@@ -88,7 +88,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on all ranks: it could not be written (no room, no permission, …). The message says whether it
-            was published; a rank that lost contact with rank 0 at the end cannot know, and says how to look.
+            was published; a rank that lost contact with rank 0 at the end cannot know, and says how to look. Or ranks,
+            which are named, did not come or got no further for the timeout of the process group.
         TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a CheckpointError says so.
         ValueError: an argument is out of bounds; the optimizer does not belong to the model.
         RuntimeError: the optimizer's state is incomplete after a failed step.
@@ -126,8 +127,9 @@ def load_checkpoint(
     Raises:
         CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file of it is missing,
             truncated or damaged, and named; it does not fit, or holds a value that cannot be restored; other saves
-            replaced or deleted it again and again. Or, while reading, an I/O error: the optimizer then refuses to step
-            until a load succeeds.
+            replaced or deleted it again and again; or ranks, which are named, did not come or got no further for the
+            timeout of the process group. Or, while reading, an I/O error: the optimizer then refuses to step until a
+            load succeeds.
     """
     training = _training(model, optimizer)
     found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
@@ -157,6 +159,13 @@ def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Traini
     if wrapper is None:
         adopt_replaced(optimizer)
     roster = optimizer._roster
-    control = layouts.control_of(roster.registry, roster.process_group)
-    together(control, finish_pending)  # its failure may be known to some ranks already, by wait()
+    # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
+    _, problem = attempt(finish_pending)
+    control = layouts.control_of(roster.registry, roster.process_group, "a save or load", CheckpointError)
+    together(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
     return observe(module, optimizer, wrapper, control)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.comm import Control
+from adafisher_dist.control import Control
 
 T = TypeVar("T")
 
@@ -16,9 +16,11 @@ def together(control: Control, work: Callable[[], T]) -> list[T]:
 
     Raises:
         Exception: what `work` raised here.
-        CheckpointError: what it raised elsewhere, with the number of the rank.
+        CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did not come, or no
+            further, within the timeout of the process group.
     """
-    value, error = attempt(work)
+    with control.at_work():
+        value, error = attempt(work)
     answers = control.gather((value, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error

@@ -28,6 +28,7 @@ from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.trial import Part, Tried
+from adafisher_dist.control import beat
 from adafisher_dist.settings import Structure, structure
 from adafisher_dist.shard import Shard
 
@@ -391,18 +392,18 @@ def _has_factors(manifest: Manifest, old: str, own: Structure) -> bool:
 
 def _read(opened: Opened, wanted: list[Range], training: Training) -> None:
     control, planner = training.control, RangeLoadPlanner(wanted)
-    problem = None
+    reader, problem = ShardReader(opened, control), None
     try:
-        dcp.load({}, storage_reader=ShardReader(opened), planner=planner, process_group=control.handle)
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=control.handle)
     except CheckpointException as failure:
         problem = explain(failure)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+    except Exception as error:  # another rank is gone, say
+        problem = control.explain(error)
     if problem is not None:
         training.optimizer._roster.engine.incomplete = True
         raise CheckpointError(
-            f"{opened.folder} was not read to its end. {problem}. Model and optimizer are incomplete: load a checkpoint"
-            " before the next step."
+            f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
+            " a checkpoint before the next step."
         )
     together(control, planner.check_complete)
 
@@ -431,6 +432,7 @@ def _complete(training: Training, manifest: Manifest, matched: Match, shards: li
                 if old is not None and not _has_factors(manifest, old, stack.structure):
                     settings = optimizer.param_groups[parameter.given.group]
                     updates = int(shard.counters[segment.owner, 1])
+                    beat()
                     batch.rebuild_factors(stack, segment.start, segment.stop, updates, settings)
         optimizer._roster.install(shard)
     optimizer._roster.engine.skipped = manifest.about["optimizer"]["skipped_steps"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from adafisher_dist.checkpoint.manifest import READ, CheckpointError, Chunk, File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.places import is_in_place
 from adafisher_dist.checkpoint.writer import ID, as_bytes
+from adafisher_dist.control import beat
 
 PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
 """Seconds before each further try to open a checkpoint that was replaced meanwhile."""
@@ -279,5 +280,6 @@ def _sum(handle: int) -> int:
     crc32, offset = 0, 0
     buffer = memoryview(bytearray(1 << 22))
     while count := os.preadv(handle, [buffer], offset):
+        beat()
         crc32, offset = zlib.crc32(buffer[:count], crc32), offset + count
     return crc32

@@ -19,6 +19,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.control import beat
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -92,8 +93,8 @@ class Place:
                 _roll_back(path)
         self.saving.mkdir()
 
-    def publish(self, latest: bool, keep_last: int | None) -> None:
-        """Give what was written its name, point `latest` at it, and delete the oldest checkpoints of the root.
+    def publish(self, latest: bool) -> None:
+        """Give what was written its name, and point `latest` at it.
 
         Raises:
             OSError: it could not; `discard` then brings back what there was.
@@ -119,6 +120,9 @@ class Place:
             except OSError:
                 raise PublishedError(f"`{LATEST}` could not be changed: {error}") from error
             raise
+
+    def clear_away(self, keep_last: int | None) -> None:
+        """Delete what was replaced, and the oldest checkpoints of the root."""
         try:
             sync(self.root)
             if self._replaced.exists():
@@ -144,6 +148,7 @@ class Place:
         keep = {self.tag, read_latest(self.root), *linked}
         for tag in tags(self.root)[:-keep_last]:
             if tag not in keep:
+                beat()
                 leaving = self.root / f".{tag}.deleting"
                 (self.root / tag).rename(leaving)
                 shutil.rmtree(leaving, ignore_errors=True)
@@ -261,6 +266,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Take away a file or a folder."""
+    beat()
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -24,6 +24,7 @@ from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.opened import Opened
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
+from adafisher_dist.control import Control
 
 _Place = tuple[str, int, int]  # key, number, start
 
@@ -116,8 +117,8 @@ def _destination(item: ReadItem) -> _Place:
 class ShardReader(StorageReader):
     """Reads from the shards of a checkpoint, which are held open."""
 
-    def __init__(self, opened: Opened) -> None:
-        self.opened, self.manifest = opened, opened.manifest
+    def __init__(self, opened: Opened, control: Control) -> None:
+        self.opened, self.manifest, self.control = opened, opened.manifest, control
         self._chunks = {(key, c.start): c for key, tensor in self.manifest.tensors.items() for c in tensor.chunks}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -149,6 +150,13 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
         """Read every item into the tensor that the planner names, converting the dtype where it differs."""
+        with self.control.at_work():
+            self._read(plan, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read(self, plan: LoadPlan, planner: Any) -> None:
         sizes = {key: tensor.dtype.itemsize for key, tensor in self.manifest.tensors.items()}
         total = sum(item.lengths[0] * sizes[item.storage_index.fqn] for item in plan.items)
         progress = Progress(f"reading {self.opened.folder}", total)
@@ -165,9 +173,6 @@ class ShardReader(StorageReader):
                 target.copy_(read)
             planner.commit_tensor(item, target)
             progress.add(len(as_bytes(read)))
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

@@ -27,7 +27,7 @@ from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Piece, Range
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
-from adafisher_dist.comm import Control
+from adafisher_dist.control import Control, beat
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -201,6 +201,7 @@ def _ranges(training: Training, tensors: Sequence[Tensor]) -> list[Range]:
 
 def _copied(range_: Range) -> Range:
     """The same with a copy of the elements in CPU memory."""
+    beat()
     packed = range_.pack()
     shares = range_.in_place() is not None and packed.device.type == "cpu"
     copy = packed.clone() if shares else packed.cpu()
@@ -211,7 +212,7 @@ def _write(
     place: Place, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
     keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
-    writer = ShardWriter(place, about, control.rank, control.size, latest, keep_last, in_background)
+    writer = ShardWriter(place, about, control, latest, in_background)
     problem: str | None = None
     published: bool | None = False  # None: this rank cannot know
     try:
@@ -220,12 +221,18 @@ def _write(
         problem = explain(failure)
         published = any(isinstance(error, PublishedError) for error, _ in failure.failures.values())
     except Exception as error:  # another rank is gone, say
-        problem = f"{type(error).__name__}: {error}"
+        problem = control.explain(error)
         published = writer.published if control.rank == 0 or not writer.handed_over else None
     if problem is not None:
         if control.rank == 0 and not published:
             place.discard()
-        raise CheckpointError(_what_became(place.folder, about["id"], published, problem))
+        raise CheckpointError(_what_became(place.folder, about["id"], published, problem.rstrip(".")))
+    try:
+        with control.at_work():
+            if control.rank == 0:
+                place.clear_away(keep_last)
+    except CheckpointError as error:  # another rank is gone, and the checkpoint is there
+        raise CheckpointError(_what_became(place.folder, about["id"], True, str(error).rstrip("."))) from error
     if control.rank == 0:
         seconds = time.monotonic() - began
         rate = writer.nbytes / 1e9 / max(seconds, 1e-9)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from adafisher_dist import layouts
 from adafisher_dist.checkpoint import ranges, values
 from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.comm import Control, Group
+from adafisher_dist.comm import Group
+from adafisher_dist.control import Control
 from adafisher_dist.layouts import Held, Storage
 from adafisher_dist.optimizer import AdaFisher
 from adafisher_dist.settings import Structure

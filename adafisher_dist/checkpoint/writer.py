@@ -14,7 +14,7 @@ from concurrent.futures import Future as Waiting
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +27,19 @@ from torch.futures import Future
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
 from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.control import Control, beat
 
 logger = logging.getLogger("adafisher_dist")
 
 # In the header of a shard, the id of the checkpoint that it belongs to.
 ID = "adafisher_dist"
 
+T = TypeVar("T")
+
 _SECONDS_BETWEEN_REPORTS = 10.0
+
+# As much is brought to the disk at a time: a sync of a whole file would keep still for as long as the disk takes.
+_BYTES_BETWEEN_SYNCS = 1 << 28
 
 
 class RangeSavePlanner(DefaultSavePlanner):
@@ -84,12 +90,11 @@ class ShardWriter(StorageWriter):
     """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
 
     def __init__(
-        self, place: Place, about: Mapping[str, Any], rank: int, ranks: int, latest: bool, keep_last: int | None,
-        in_background: bool,
-    ) -> None:  # fmt: skip
-        self.place, self.about, self.latest, self.keep_last = place, about, latest, keep_last
-        self.in_background = in_background
-        self.name = f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+        self, place: Place, about: Mapping[str, Any], control: Control, latest: bool, in_background: bool
+    ) -> None:
+        self.place, self.about, self.latest = place, about, latest
+        self.control, self.in_background = control, in_background
+        self.name = f"shard-{control.rank:05d}-of-{control.size:05d}.safetensors"
         self.nbytes = 0
         """Of all files, on the coordinator, when it is published."""
         self.handed_over = False
@@ -102,8 +107,9 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Make the folder, before any rank writes: they first send their plans to the coordinator."""
-        if is_coordinator:
-            self.place.prepare()
+        with self.control.at_work():
+            if is_coordinator:
+                self.place.prepare()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As it is."""
@@ -120,7 +126,9 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         """Write this rank's ranges, one at a time."""
         future: Future[list[WriteResult]] = Future()
-        future.set_result(self._write(plan.items, planner) if plan.items else [])
+        with self.control.at_work():
+            results = self._write(plan.items, planner) if plan.items else []
+        future.set_result(results)
         self.handed_over = True
         return future
 
@@ -133,7 +141,7 @@ class ShardWriter(StorageWriter):
         header, chunks = _layout(items, self.name, self.about["id"])
         with (folder / self.name).open("xb") as file:
             # In the background there is nothing to pack, and no thread can be started when Python shuts down.
-            with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(1) as pool:
+            with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(2) as pool:
                 crc32 = _stream(file, header, items, planner, pool)
             os.fsync(file.fileno())
             written = File(file.tell(), crc32)
@@ -162,7 +170,7 @@ class ShardWriter(StorageWriter):
             os.fsync(file.fileno())
         self.nbytes = sum(file.nbytes for file in files.values())
         try:
-            self.place.publish(self.latest, self.keep_last)
+            self.place.publish(self.latest)
         except PublishedError:
             self.published = True
             raise
@@ -209,9 +217,9 @@ def _layout(items: Sequence[WriteItem], name: str, of: str) -> tuple[bytes, list
 class _Direct:
     """An executor that does it at once."""
 
-    def submit(self, work: Callable[[Any], int], argument: Any) -> Waiting[int]:
+    def submit(self, work: Callable[[Any], T], argument: Any) -> Waiting[T]:
         """Do it."""
-        done: Waiting[int] = Waiting()
+        done: Waiting[T] = Waiting()
         done.set_result(work(argument))
         return done
 
@@ -221,18 +229,25 @@ def _stream(
 ) -> int:
     """Write header and ranges; the checksum of all bytes. One range is packed while the last one is written."""
     progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
-    file.write(header)
+    unsynced = file.write(header)
     crc32 = zlib.crc32(header)
     writing: Waiting[int] | None = None
+    syncing: Waiting[None] | None = None
     for item in items:
         data = as_bytes(planner.resolve_data(item))
         crc32 = zlib.crc32(data, crc32)
         if writing is not None:
             writing.result()
         writing = pool.submit(file.write, data)
+        unsynced += len(data)
+        if unsynced >= _BYTES_BETWEEN_SYNCS:
+            if syncing is not None:
+                syncing.result()
+            syncing, unsynced = pool.submit(os.fsync, file.fileno()), 0
         progress.add(len(data))
-    if writing is not None:
-        writing.result()
+    for last in (writing, syncing):
+        if last is not None:
+            last.result()
     file.flush()
     return crc32
 
@@ -248,7 +263,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 class Progress:
-    """Tells from time to time how far a long transfer is."""
+    """Tells from time to time how far a long transfer is, and ranks that wait for it that it goes on."""
 
     def __init__(self, what: str, nbytes: int) -> None:
         self.what, self.nbytes, self.done = what, nbytes, 0
@@ -256,6 +271,7 @@ class Progress:
 
     def add(self, nbytes: int) -> None:
         """So many bytes more."""
+        beat()
         self.done += nbytes
         now = time.monotonic()
         if now - self.told > _SECONDS_BETWEEN_REPORTS:

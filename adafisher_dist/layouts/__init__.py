@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adafisher_dist.comm import Control, Group, control, join
+from adafisher_dist.comm import Group, join
+from adafisher_dist.control import Control, control
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed import (
     PartOfStep,
@@ -203,12 +204,16 @@ def mesh_group(registry: Registry) -> Group | None:
     return fsdp2.group_of(mesh)
 
 
-def control_of(registry: Registry, process_group: ProcessGroup | None) -> Control:
-    """The ranks that save and load together: of the device mesh where there is one, else of the process group."""
+def control_of(registry: Registry, process_group: ProcessGroup | None, purpose: str, error: type[Exception]) -> Control:
+    """The ranks that save and load together: of the device mesh where there is one, else of the process group.
+
+    See `control` for `purpose` and `error`.
+    """
     mesh = next((tensor.device_mesh for tensor in registry if hasattr(tensor, "device_mesh")), None)
     if mesh is not None:
-        return control(mesh.mesh.flatten().tolist())
-    return control(None if process_group is None else sorted(join(process_group).members))
+        return control(mesh.mesh.flatten().tolist(), None, purpose, error)
+    ranks = None if process_group is None else sorted(join(process_group).members)
+    return control(ranks, process_group, purpose, error)
 
 
 def check_parameter(tensor: Tensor, name: str) -> None:
