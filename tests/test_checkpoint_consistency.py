@@ -39,12 +39,13 @@ from checkpoint_runs import (
     trained,
     visible,
 )  # fmt: skip
+from engines import config, engine_of, masters, train
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import loading, places, random_state
 from adafisher_dist.checkpoint.export import export_weights
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
@@ -859,3 +860,58 @@ def test_latest_cannot_be_changed_and_the_rename_not_undone(two: Path, folder: P
         assert Run().load(root / "step3") == 3 and Run().load(root) == 2
 
     Child(work).end()
+
+
+# ---- DeepSpeed's engine ----
+
+OF_THE_ENGINE: dict[str, tuple[Steps, Any, str]] = {
+    "a counter below 0": (("values", "engine", "global_steps"), -1, "global_steps of the engine should be"),
+    "a counter that is no number": (
+        ("values", "engine", "skipped_steps"),
+        "x",
+        "skipped_steps of the engine should be",
+    ),
+    "no counters": (("values", "engine"), [3], "engine should be a dict"),
+    "the step": (("step",), math.nan, "step of about should be"),
+    "the loss scale": (("values", "loss_scale"), {"cur_scale": 0.0}, "the loss scale should be a positive number"),
+    "its iteration": (("values", "loss_scale"), {"cur_iter": 2**63}, "cur_iter of the loss scale should be"),
+}
+
+
+def loads_wrong_values(rank: int, world: int, root: str) -> None:
+    engine = engine_of(config(2, world, precision="bf16"))
+    train(engine, 0, 2, rank, world)
+    ds.save_checkpoint(engine, root, "a")
+    whole = content_of(Path(root) / "a")
+    train(engine, 2, 4, rank, world)
+
+    def state() -> str:
+        return digest(dict(masters(engine)), engine.global_steps, engine.global_samples, engine.skipped_steps)
+
+    before = state()
+    for path, value, message in OF_THE_ENGINE.values():
+        content = copy.deepcopy(whole)
+        holder = content["about"]
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        dist.barrier()
+        if rank == 0:
+            write_manifest(Path(root) / "a", content)
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=message):
+            ds.load_checkpoint(engine, root, "a")
+        assert state() == before
+    dist.barrier()
+    if rank == 0:
+        write_manifest(Path(root) / "a", whole)
+    dist.barrier()
+    ds.load_checkpoint(engine, root, "a")
+    assert engine.global_steps == 2
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+def test_what_is_of_the_engine_is_checked(tmp_path: Path) -> None:
+    """Its counters, and what the loss scale has learnt: before the weights change."""
+    run_ranks(loads_wrong_values, 2, str(tmp_path), deepspeed=True)

@@ -125,11 +125,11 @@ def _open_together(
 ) -> tuple[Opened, Match, set[str]]:
     """Hold the same checkpoint open on all ranks, with all files that this one reads; the stack lets go of it.
 
-    Returns:
-        It, what of it fits, and the files that this rank reads. Those that it only checks are held too.
-
     Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they hold changes after
     that, so that it is enough to compare the ids of what they hold.
+
+    Returns:
+        It, what of it fits, and the files that this rank reads. Those that it only checks are held too.
 
     Raises:
         CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced again and again.

@@ -7,6 +7,7 @@ found here, before a load changes anything, and not by the code that applies it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from reprlib import repr as short
 from typing import Any
@@ -75,10 +76,12 @@ def _check_tensor(key: str, tensor: Any, dtypes: Mapping[str, Any], files: int) 
     if text_in(tensor, "dtype", where) not in dtypes:
         raise _wrong(f"dtype of {where}", f"one of {', '.join(dtypes)}", tensor["dtype"])
     whole_number_in(tensor, "numel", where)
-    for chunk in _list(tensor, "chunks", where):
-        whole = isinstance(chunk, list) and len(chunk) == 4 and all(type(n) is int and n >= 0 for n in chunk)
-        if not whole or chunk[2] >= files:
-            raise _wrong(f"a chunk of {where}", f"[start, elements, file below {files}, offset]", chunk)
+    chunks = _list(tensor, "chunks", where)  # of which there may be millions
+    fours = {*map(type, chunks)} <= {list} and {*map(len, chunks)} <= {4}
+    numbers: list[Any] = [*chain.from_iterable(chunks)] if fours else [None]
+    whole = {*map(type, numbers)} <= {int} and min(numbers, default=0) >= 0
+    if not whole or max(numbers[2::4], default=-1) >= files:
+        raise _wrong(f"chunks of {where}", f"a list of [start, elements, file below {files}, offset]", chunks)
 
 
 def _check_origin(about: Mapping[str, Any]) -> None:

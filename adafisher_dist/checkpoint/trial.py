@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -151,15 +152,20 @@ def _check_alike(own: Any, saved: Any) -> None:
             if isinstance(value, list) and str(key).endswith(("lrs", "_lr")):
                 _check_rates(saved[key], len(value), key)
         elif isinstance(value, int | float):
-            number = saved[key]
+            number = _plain(saved[key])
             if not _is_number(number) and not (isinstance(value, float) and isinstance(number, float)):
                 raise ValueError(f"{key!r} should be a number, and is {short(number)}")
 
 
 def _check_rates(saved: Any, count: int, key: str) -> None:
-    numbers = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in saved]
-    if len(saved) != count or not all(map(_is_number, numbers)):
+    if len(saved) != count or not all(_is_number(_plain(value)) for value in saved):
         raise ValueError(f"{key!r} should be {count} finite numbers, and is {short(saved)}")
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, or a tensor of one element, as a number of Python."""
+    one = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if one else value
 
 
 # ---- what can only be tried in place ----
