@@ -150,7 +150,8 @@ def beat() -> None:
         rounds.beat()
 
 
-_controls: dict[tuple[str, tuple[int, ...]], tuple[Any, Control]] = {}  # by purpose and global ranks, beside the world
+_Key = tuple[str, tuple[int, ...], float]  # purpose, global ranks, timeout
+_controls: dict[_Key, tuple[Any, Control]] = {}  # beside the world that they are of
 
 
 def control(
@@ -177,11 +178,11 @@ def control(
     members = tuple(sorted(ranks) if ranks is not None else everyone)  # new_group sorts them too
     if dist.get_rank() not in members:
         raise ValueError(f"This is rank {dist.get_rank()}, and only the ranks {list(members)} share the parameters.")
-    key = purpose, members
+    timeout = timeout_of(stands_for)
+    key = purpose, members, timeout
     world, known = _controls.get(key, (None, None))
     # One that has lost a rank cannot be used again; if all ranks are there after all, they make another one.
     if known is None or world is not dist.group.WORLD or meetings(known.handle).failure is not None:
-        timeout = timeout_of(stands_for)
         leave = assemble(members, purpose, timeout, error)
         try:
             handle = dist.new_group(

@@ -26,7 +26,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from adafisher_dist import AdaFisher, comm, ds
+from adafisher_dist import AdaFisher, CheckpointError, comm, ds, save_checkpoint
 from adafisher_dist import control as controls
 from adafisher_dist.checkpoint import manifest, reader, saving, writer
 from adafisher_dist.metrics import Meter
@@ -445,13 +445,12 @@ def timeouts(rank: int, world: int, folder: str) -> dict[str, float]:
     nn.functional.mse_loss(module(x), y).backward()
     optimizer.step()
     Run().train(1).save(Path(folder) / "world", 1)
-    from adafisher_dist import save_checkpoint
-
     save_checkpoint(Path(folder) / "other", module, optimizer)
     found["controls"] = sorted({of_backend(known.handle) for _, known in controls._controls.values()})
     step = controls.control(range(world), dist.group.WORLD)
     found["step"] = of_backend(step.handle)
-    found["apart"] = len({id(known.handle) for _, known in controls._controls.values()})
+    save = controls.control(range(world), None, "a save or load", CheckpointError)
+    found["apart"] = step.handle is not save.handle and step.handle is not dist.group.WORLD
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world, timeout=timedelta(seconds=44)
@@ -465,7 +464,8 @@ def test_every_group_has_the_timeout_of_the_one_that_it_stands_for(tmp_path: Pat
     for found in run_ranks(timeouts, 2, str(tmp_path), group_timeout=33):
         assert (found["world"], found["backend"], found["other"]) == (33, 33, 77)
         assert (found["plain"], found["mesh"]) == (33, 33)
-        assert (found["step"], found["again"]) == (33, 44)
+        assert (found["step"], found["again"], found["controls"]) == (33, 44, [33, 77])
+        assert found["apart"], "a save in the background and the steps beside it would meet in one group"
 
 
 def test_what_torch_keeps_a_timeout_in() -> None:
