@@ -59,12 +59,13 @@ class Options:
 
 @dataclass(slots=True)
 class Loaded:
-    """What was found: the folder, what the manifest says, the other values by name, and what was not restored."""
+    """What was found: folder, manifest, the other values by name, what was not restored, and what had been left out."""
 
     folder: Path
     about: Mapping[str, Any]
     values: dict[str, Any] = field(default_factory=dict)
     not_restored: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def load(where: Callable[[], Place], training: Training, options: Options) -> Loaded:
@@ -86,6 +87,7 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
         loaded.values = _values(folder, manifest)
         matched = match(manifest, training, options.rename, options.weights, options.states)
         loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
+        loaded.left_out = matched.left_out
         if options.strict:
             refuse(matched, f"{folder}")
         check_stored(manifest, training, matched, f"{folder}")
@@ -327,5 +329,10 @@ def _report(loaded: Loaded, manifest: Manifest, seconds: float) -> None:
         loaded.folder, manifest.about["step"], manifest.about["world_size"], manifest.about["layout"], gigabytes,
         seconds,
     )  # fmt: skip
+    if loaded.left_out:
+        logger.info(
+            "%d frozen parameters, as %s, were left out of %s, and stay as they are in the model.",
+            len(loaded.left_out), loaded.left_out[0], loaded.folder,
+        )  # fmt: skip
     for problem in loaded.not_restored:
         logger.warning("Not restored from %s: %s", loaded.folder, problem)
