@@ -67,12 +67,11 @@ def _check(engine: Any, control: Control, root: Path, tag: str, flags: Mapping[s
         raise CheckpointError(f"There is no checkpoint {folder}.")
     if flags["load_optimizer_states"] and not flags["load_module_only"]:
         raise CheckpointError(
-            f"{folder} holds no state of AdaFisher: there is no {BESIDE}/{MANIFEST} in it. If AdaFisher saved it, that"
-            " folder is lost or damaged: copy it again, or take another checkpoint. If another optimizer did, or to go"
-            " on with the weights alone, load with load_optimizer_states=False (weights, learning rate schedule,"
-            " counters) or load_module_only=True (weights). Where a library calls engine.load_checkpoint, as Hugging"
-            " Face's resume_from_checkpoint does, load the weights into the model beforehand (from_pretrained)."
-            " Nothing was changed."
+            f"{folder} holds no state of AdaFisher: it has no {BESIDE}/{MANIFEST}. If another optimizer saved it, load"
+            " with load_optimizer_states=False (weights, learning rate schedule, counters) or load_module_only=True"
+            " (weights); where a library calls engine.load_checkpoint, as Hugging Face's resume_from_checkpoint does,"
+            " load the weights into the model beforehand (from_pretrained). If AdaFisher saved it, that folder is lost:"
+            " copy it again, or take another checkpoint. Nothing was changed."
         )
     stage3 = engine.zero_optimization_partition_weights()
     files = [Path(path) for path in engine._get_all_ckpt_names(str(root), tag)]
@@ -103,7 +102,7 @@ def _check_file(path: Path) -> None:
         with _plain_data():
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        found = re.search(r"(?:GLOBAL|global:?) (\S+) was not an allowed global", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {found[1]}" if found else f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
             f"{path} cannot be read as plain data ({what}), and nothing else is read, since pickles can run any code."
