@@ -6,10 +6,18 @@ process, so it must be light and may never fail. AdaFisher itself is imported wh
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 NAME = "AdaFisher"
+
+# DeepSpeed compiles this at its first use on CPUs, for minutes at the most. Who is killed meanwhile leaves a lock.
+_OPERATOR = "deepspeed_shm_comm"
+_MINUTES = 15
 
 
 def register() -> None:
@@ -19,6 +27,9 @@ def register() -> None:
         _install(optim)
     except Exception as error:
         print(f"adafisher_dist: no registration in torch.optim ({error!r}); import adafisher_dist.", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK") == "0":  # one rank of a job, on each machine
+        with suppress(Exception):
+            _tell_of_locks()
 
 
 def _install(optim: Any) -> None:
@@ -49,3 +60,18 @@ def _tell_if_near(name: str, plain: str) -> None:
         import logging
 
         logging.getLogger("adafisher_dist").warning("torch.optim has no %r. Did you mean %r?", name, NAME)
+
+
+def _tell_of_locks() -> None:
+    """Tell of a lock that a killed compilation has left: DeepSpeed would wait for it without a word, and for ever."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+    for lock in (*root.glob(f"{_OPERATOR}/lock"), *root.glob(f"*/{_OPERATOR}/lock")):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > _MINUTES:
+            print(
+                f"adafisher_dist: {lock} is {minutes:.0f} minutes old. On CPUs deepspeed.init_distributed waits for as"
+                " long as it is there; a compilation that was killed has left it. If no other is going on, remove it:"
+                f" rm {lock}",
+                file=sys.stderr,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import weakref
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
+
 from adafisher_dist.keys import translate
-from adafisher_dist.layouts import engine_that_builds, when_deepspeed_is_loaded
+from adafisher_dist.layouts import engine_that_builds, left_idle
 from adafisher_dist.metrics import Callback
 from adafisher_dist.optimizer import AdaFisher
 from adafisher_dist.settings import preset
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from adafisher_dist.checkpoint import Saving
+
+logger = logging.getLogger("adafisher_dist")
 
 
 def from_config(params: ParamsT, **config: Any) -> AdaFisher:
@@ -88,7 +93,7 @@ def _to_monitor(engine: Any) -> Callback:
 def save_checkpoint(
     engine: Any, save_dir: str | os.PathLike[str], tag: str | None = None,
     client_state: Mapping[str, Any] | None = None, save_latest: bool = True, *, keep_last: int | None = None,
-    asynchronous: bool = False,
+    asynchronous: bool = False, exclude_frozen_parameters: bool = False,
 ) -> Saving:  # fmt: skip
     """Save an engine that trains with AdaFisher, each rank its own part, to be loaded at any world size and stage.
 
@@ -105,6 +110,8 @@ def save_checkpoint(
         keep_last: keep so many of the checkpoints in `save_dir`, and delete the older ones; a whole number from 1 on,
             the same on all ranks.
         asynchronous: return when the state is copied to CPU memory, and write in the background.
+        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the base of a LoRA, say).
+            A load leaves them as they are in the model, and checks their names and shapes.
 
     Returns:
         A handle: `path`, `done()` and `wait()`; true, as DeepSpeed's result.
@@ -118,7 +125,9 @@ def save_checkpoint(
     """
     from adafisher_dist.checkpoint.deepspeed import save_engine  # it takes time, which who only trains need not spend
 
-    return save_engine(engine, save_dir, tag, client_state, save_latest, keep_last, asynchronous)
+    return save_engine(
+        engine, save_dir, tag, client_state, save_latest, keep_last, asynchronous, exclude_frozen_parameters
+    )
 
 
 def load_checkpoint(
@@ -146,26 +155,35 @@ def load_checkpoint(
     return load_engine(engine, load_dir, tag, options, counters, load_lr_scheduler_states and counters)
 
 
-def _adopt_engine() -> None:
+def adopt_engine() -> None:
     """Let DeepSpeed's own save_checkpoint and load_checkpoint keep AdaFisher's state, and leave other optimizers alone.
 
-    Called when an AdaFisher is built. What knows of DeepSpeed's functions alone (Hugging Face's Trainer, Accelerate)
-    then resumes at another world size and stage too.
+    Called when an AdaFisher and DeepSpeed are both there. What knows of DeepSpeed's functions alone (Hugging Face's
+    Trainer, Accelerate) then resumes at another world size and stage too. An engine that is built with another
+    optimizer in the place of an AdaFisher is told of.
     """
     engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     if engine_class is None or hasattr(engine_class.save_checkpoint, "without_adafisher"):
         return
-    save, load = engine_class.save_checkpoint, engine_class.load_checkpoint
+    build, save, load = engine_class.__init__, engine_class.save_checkpoint, engine_class.load_checkpoint
+
+    @wraps(build)
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        _warn_of_another_optimizer(self)
 
     @wraps(save)
     def save_checkpoint(
-        self: Any, save_dir: Any, tag: Any = None, client_state: Any = {}, *more: Any, **options: Any  # noqa: B006
+        self: Any, save_dir: Any, tag: Any = None, client_state: Any = {}, save_latest: bool = True,  # noqa: B006
+        exclude_frozen_parameters: bool = False, **more: Any,
     ) -> Any:  # fmt: skip
         if not isinstance(self.basic_optimizer, AdaFisher) or not save_dir:
-            return save(self, save_dir, tag, client_state, *more, **options)
+            return save(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **more)
         from adafisher_dist.checkpoint.deepspeed import save_with_deepspeed
 
-        return save_with_deepspeed(save, self, save_dir, tag, client_state, *more, **options)
+        return save_with_deepspeed(
+            save, self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, more
+        )
 
     @wraps(load)
     def load_checkpoint(
@@ -187,7 +205,20 @@ def _adopt_engine() -> None:
         return load_with_deepspeed(load, self, load_dir, tag, flags)
 
     save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]
+    engine_class.__init__ = __init__
     engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-when_deepspeed_is_loaded(_adopt_engine)
+def _warn_of_another_optimizer(engine: Any) -> None:
+    """Tell where a library has put another optimizer in the place of an AdaFisher that was built for the same model."""
+    used = engine.basic_optimizer
+    if not isinstance(used, Optimizer):  # none: this engine does not train
+        return
+    idle = [own for own in left_idle(engine.module, used) if isinstance(own, AdaFisher) and not own._roster.shards]
+    if idle and not isinstance(used, AdaFisher) and engine.global_rank == 0:
+        logger.warning(
+            "This DeepSpeed engine trains with %s, and an AdaFisher that was built for its parameters is not used. Name"
+            ' it in DeepSpeed\'s config instead: "optimizer": {"type": "AdaFisher", "params": {…}}; or, where'
+            ' Accelerate replaces it for CPU offload, set "zero_force_ds_cpu_optimizer": false there.',
+            type(used).__name__,
+        )

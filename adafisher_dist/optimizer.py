@@ -160,7 +160,7 @@ class AdaFisher(Optimizer):
         self._roster = Roster(self, process_group)
         self._reset()
         super().__init__(params, defaults)
-        layouts.meet_deepspeed(type(self))
+        layouts.meet_deepspeed(self)
 
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
@@ -402,6 +402,7 @@ class AdaFisher(Optimizer):
         super().__setstate__(saved)
         if skipped is not None:
             self._roster.register_all()
+            layouts.meet_deepspeed(self, built=False)
 
     # ---- beyond torch.optim ----
 

@@ -94,9 +94,21 @@ set_threads() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }
 
+# Tells of a lock that a killed compilation of DeepSpeed's has left: on CPUs it would wait for it without a word, for ever.
+tell_of_locks() {
+    local root=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/torch_extensions} lock
+    for lock in "$root"/deepspeed_shm_comm/lock "$root"/*/deepspeed_shm_comm/lock; do
+        if [ -n "$(find "$lock" -mmin +15 2>/dev/null)" ]; then
+            echo "$launcher: $lock is older than 15 minutes. On CPUs deepspeed.init_distributed waits for as long as it is there;" \
+                "a compilation that was killed has left it. If no other is going on, remove it: rm $lock" >&2
+        fi
+    done
+}
+
 # Tells the command and what is in its environment, and becomes it, or only tells with --dry-run.
 launch() {
     set_threads
+    tell_of_locks
     local name
     {
         printf '%s:' "$launcher"

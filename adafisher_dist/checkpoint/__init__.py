@@ -23,7 +23,7 @@ from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
 from adafisher_dist.checkpoint.saving import Saving, finish_pending, save
-from adafisher_dist.checkpoint.training import Training, adopt_replaced, observe
+from adafisher_dist.checkpoint.training import Training, adopt_replaced, observe, without_frozen
 from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "save_checkpoint",
     "scheduler_state",
     "training_of",
+    "without_frozen",
 ]
 
 logger = logging.getLogger("adafisher_dist")
@@ -65,6 +66,7 @@ class Restored:
 def save_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: AdaFisher, *, extra: Any = None,
     lr_scheduler: Any = None, keep_last: int | None = None, asynchronous: bool = False,
+    exclude_frozen_parameters: bool = False,
 ) -> Saving:  # fmt: skip
     """Save model and optimizer, each rank its own part. A collective: all ranks call it.
 
@@ -82,6 +84,8 @@ def save_checkpoint(
             1 on, the same on all ranks.
         asynchronous: return when the state is copied to CPU memory, and write in the background. The next save or load
             waits for it, and raises what went wrong; so does `wait()` of the result.
+        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the base of a LoRA, say).
+            A load leaves them as they are in the model, and checks their names and shapes.
 
     Returns:
         A handle: `path`, `done()` and `wait()`. A save that is not asynchronous is done.
@@ -96,6 +100,8 @@ def save_checkpoint(
     """
     path = Path(path).absolute()
     training = _training(model, optimizer)
+    if exclude_frozen_parameters:
+        training = without_frozen(training)
 
     def values() -> dict[str, Any]:
         return {"extra": extra, "lr_scheduler": scheduler_state(lr_scheduler)}

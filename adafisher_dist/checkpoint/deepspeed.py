@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adafisher_dist.checkpoint import scheduler_state, training_of
+from adafisher_dist.checkpoint import others, scheduler_state, training_of, without_frozen
 from adafisher_dist.checkpoint.agree import attempt, together
 from adafisher_dist.checkpoint.loading import IGNORED, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.places import BESIDE, Place, read_latest
+from adafisher_dist.checkpoint.places import BESIDE, LATEST, Place, read_latest
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.schema import whole_numbers
 from adafisher_dist.checkpoint.training import Training
 from adafisher_dist.checkpoint.trial import Part
-from adafisher_dist.checkpoint.values import encode
 from adafisher_dist.optimizer import AdaFisher
 
 logger = logging.getLogger("adafisher_dist")
@@ -26,23 +25,16 @@ logger = logging.getLogger("adafisher_dist")
 # Counters of an engine that DeepSpeed's own checkpoints keep.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
-# What its own files have besides the client state.
-_DEEPSPEED_KEYS = (
-    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
-    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
-)  # fmt: skip
-
 # What a loss scaler has learnt; what it was configured with stays.
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def save_engine(
     engine: Any, save_dir: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any] | None,
-    save_latest: bool, keep_last: int | None, asynchronous: bool,
+    save_latest: bool, keep_last: int | None, asynchronous: bool, exclude_frozen_parameters: bool,
 ) -> Saving:  # fmt: skip
     """See `ds.save_checkpoint`."""
-    training = _training(engine)
+    training = _training_to_save(engine, exclude_frozen_parameters)
     place = Place(Path(save_dir).absolute(), _same_tag(training, tag, engine))
 
     def values() -> dict[str, Any]:
@@ -59,7 +51,6 @@ def load_engine(
     root = Path(load_dir).absolute()
     name = _tag_to_load(training, root, tag)
     if name is None:
-        logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
         return None, None
     return _load(engine, lambda: Place(root, name), training, options, counters, schedule)
 
@@ -80,35 +71,39 @@ def _load(
         engine.loaded_checkpoint_mp_world_size = 1
     if options.states:
         _restore_loss_scale(engine, values.get("loss_scale") or {})
-    return str(loaded.folder), values.get("client_state", values.get("extra"))
+    client_state = values.get("client_state", values.get("extra"))
+    if client_state is None and "client_state" in values:
+        logger.warning(
+            "The client state of %s is in DeepSpeed's files alone, where older versions of adafisher_dist left it. They"
+            " are pickles, and are not read: if you trust them, torch.load them with weights_only=False.",
+            loaded.folder,
+        )
+    return str(loaded.folder), {} if client_state is None else client_state
 
 
 # ---- DeepSpeed's own save_checkpoint and load_checkpoint ----
 
 
 def save_with_deepspeed(
-    original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Any, *more: Any, **options: Any
-) -> Any:
+    original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Any, save_latest: bool,
+    exclude_frozen_parameters: bool, more: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """Let DeepSpeed write its files, and put AdaFisher's state, and all that a load elsewhere needs, beside them.
 
     DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts that fit no other
-    world size.
+    world size. A load reads ours alone, so a client state that only a pickle could hold is refused.
     """
-    training = _training(engine)
+    training = _training_to_save(engine, exclude_frozen_parameters)
     tag = _same_tag(training, tag, engine)
     place = Place(Path(save_dir).absolute() / tag, BESIDE)
-    _, problem = attempt(lambda: encode(dict(client_state or {}), "client_state", []))
-    pickled = any(training.control.gather(problem is not None))
-    if pickled:
-        logger.warning("The client state is in DeepSpeed's files alone, and is lost at another world size: %s", problem)
 
     def values() -> dict[str, Any]:
-        return {"client_state": None if pickled else dict(client_state or {}), **_values(engine)}
+        return {"client_state": dict(client_state or {}), **_values(engine)}
 
     save(place, training, _facts(engine), values, latest=False)
     training.optimizer._beside = True
     try:
-        return original(engine, save_dir, tag, client_state, *more, **options)
+        return original(engine, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **more)
     finally:
         training.optimizer._beside = False
 
@@ -116,39 +111,36 @@ def save_with_deepspeed(
 def load_with_deepspeed(
     original: Callable[..., Any], engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]
 ) -> Any:
-    """Load what `save_with_deepspeed` saved, from our files alone; what others saved, as DeepSpeed does."""
+    """Load what `save_with_deepspeed` saved, from our files alone; of what others saved, the weights, if asked for.
+
+    Raises:
+        CheckpointError: see `ds.load_checkpoint`; or AdaFisher's state is asked for, and is not there.
+    """
     training = _training(engine)
     root = Path(load_dir).absolute()
+    if engine.load_universal_checkpoint():
+        raise CheckpointError(
+            'AdaFisher has no universal checkpoints: take "load_universal" out of the config\'s "checkpoint", and load'
+            " the checkpoint as it was saved, which resumes at any number of ranks and any ZeRO stage."
+        )
     name = _tag_to_load(training, root, tag)
-    folder = root / str(name)  # ours is in it, or, from ds.save_checkpoint, it is ours
+    if name is None:
+        return None, None
+    folder = root / name  # ours is in it, or, from ds.save_checkpoint, it is ours
 
     def place() -> Place:
         beside = Place(folder, BESIDE)
         return beside if attempt(beside.find)[0] is not None else Place(folder.parent, folder.name)
 
     there = attempt(lambda: place().find())[0] is not None
-    if engine.load_universal_checkpoint() or not any(training.control.gather(there)):
-        return original(engine, load_dir, tag, **flags)
+    if not any(training.control.gather(there)):
+        return others.load(original, engine, training.control, root, name, flags)
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]
     states = flags["load_optimizer_states"] and counters
     options = Options(strict=flags["load_module_strict"], states=states, random=False)
-    schedule = flags["load_lr_scheduler_states"] and counters
-    path, client_state = _load(engine, place, training, options, counters, schedule)
-    if client_state is None:
-        client_state = _pickled_client_state(engine, training, load_dir, str(name))
-    return path, client_state
-
-
-def _pickled_client_state(engine: Any, training: Training, load_dir: Any, tag: str) -> dict[str, Any]:
-    """What DeepSpeed's own file of this rank has besides its own entries; nothing where a rank has no such file."""
-    path = engine._get_ckpt_name(str(load_dir), tag)
-    if not all(training.control.gather(Path(path).is_file())):
-        logger.warning("The client state in %s is not loaded: there is no such file for every rank.", path)
-        return {}
-    saved = engine.checkpoint_engine.load(path, map_location="cpu")
-    return {key: value for key, value in saved.items() if key not in _DEEPSPEED_KEYS}
+    return _load(engine, place, training, options, counters, flags["load_lr_scheduler_states"] and counters)
 
 
 # ---- what an engine has besides ----
@@ -170,27 +162,56 @@ def _training(engine: Any) -> Training:
     return training_of(engine.module, optimizer, wrapper)
 
 
+def _training_to_save(engine: Any, exclude_frozen_parameters: bool) -> Training:
+    training = _training(engine)
+    return without_frozen(training) if exclude_frozen_parameters else training
+
+
 def _same_tag(training: Training, tag: Any, engine: Any) -> str:
     """The tag, by default as DeepSpeed makes it.
 
     Raises:
-        ValueError: the ranks give different ones.
+        ValueError: the ranks give different ones, or it names no folder inside of that of the checkpoints.
     """
     tags = training.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
-    return tags[0]
+    return _inside(tags[0])
+
+
+def _inside(tag: str) -> str:
+    """The tag, which may be a path, as DeepSpeed allows.
+
+    Raises:
+        ValueError: it leads elsewhere than into the folder of the checkpoints.
+    """
+    if tag != tag.strip() or not tag.isprintable() or any(part in ("", ".", "..") for part in tag.split("/")):
+        raise ValueError(f"{tag!r} cannot be the tag of a checkpoint: it should name a folder inside of theirs.")
+    return tag
 
 
 def _tag_to_load(training: Training, root: Path, tag: Any) -> str | None:
     """The tag that was given, or what `latest` names; None where there is neither.
 
     Raises:
-        CheckpointError: `latest` cannot be read, or differs.
+        CheckpointError: `latest` cannot be read, leads elsewhere than into the folder, or differs.
+        ValueError: so does the tag that was given.
     """
-    tags = together(training.control, lambda: str(tag) if tag is not None else read_latest(root))
+
+    def find() -> str | None:
+        if tag is not None:
+            return _inside(str(tag))
+        named = read_latest(root)
+        try:
+            return named if named is None else _inside(named)
+        except ValueError as error:
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} Nothing was loaded.") from error
+
+    tags = together(training.control, find)
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
+    if tags[0] is None:
+        logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
     return tags[0]
 
 

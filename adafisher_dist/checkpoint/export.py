@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
 from adafisher_dist.checkpoint.opened import Opened, open_checkpoint
 from adafisher_dist.checkpoint.places import sync
 from adafisher_dist.checkpoint.summary import Bar, damage, no_bar, short
@@ -109,6 +109,13 @@ def _export(
             path.unlink()
         if made and not any(out.iterdir()):
             out.rmdir()
+    missing = [name for name, fact in opened.manifest.about["model"]["parameters"].items() if fact.get(LEFT_OUT)]
+    if missing:
+        logger.warning(
+            "%d frozen parameters, as %s, were left out of the checkpoint, and so of the export: load it over the base"
+            " model with strict=False.",
+            len(missing), missing[0],
+        )  # fmt: skip
     for name in opened.manifest.about["model"]["extra_state"]:
         logger.warning("The extra state of %s is not in the export: load it with strict=False.", name)
     return files
@@ -135,6 +142,8 @@ def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
     found: dict[str, _Output] = {}
     for kind, members in (("weight", model["parameters"]), ("buffer", model["buffers"])):
         for name, fact in members.items():
+            if fact.get(LEFT_OUT):
+                continue
             own = dtype_of(fact["dtype"])
             override = dtype if kind == "weight" and own.is_floating_point else None
             found[name] = _Output(f"{kind}/{name}", tuple(fact["shape"]), override or own)
@@ -143,7 +152,7 @@ def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
         held = 0 if stored is None else stored.numel  # a tensor without elements is not stored
         if held != output.numel:
             raise CheckpointError(f"The checkpoint holds {held} of the {output.numel} elements of {name}.")
-    return {**found, **{alias: found[name] for alias, name in model["aliases"].items()}}
+    return {**found, **{alias: found[name] for alias, name in model["aliases"].items() if name in found}}
 
 
 def _cut(outputs: _Outputs, limit: int) -> dict[str, _Outputs]:

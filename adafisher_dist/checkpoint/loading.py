@@ -68,12 +68,13 @@ class Options:
 
 @dataclass(slots=True)
 class Loaded:
-    """What was found: the folder, what the manifest says, the other values by name, and what was not restored."""
+    """What was found: folder, manifest, the other values by name, what was not restored, and what had been left out."""
 
     folder: Path
     about: Mapping[str, Any]
     values: dict[str, Any] = field(default_factory=dict)
     not_restored: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -230,6 +231,7 @@ def _check_together(opened: Opened, training: Training, options: Options, matche
     def compare() -> None:
         loaded.values = _or_refuse(opened.folder, lambda: _values(opened))
         loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
+        loaded.left_out = matched.left_out
         if options.strict:
             refuse(matched, f"{opened.folder}")
         _or_refuse(opened.folder, lambda: _check(opened, training, options, matched, loaded, checked))
@@ -463,5 +465,10 @@ def _report(loaded: Loaded, manifest: Manifest, seconds: float) -> None:
         loaded.folder, manifest.about["step"], manifest.about["world_size"], manifest.about["layout"], gigabytes,
         seconds,
     )  # fmt: skip
+    if loaded.left_out:
+        logger.info(
+            "%d frozen parameters, as %s, were left out of %s, and stay as they are in the model.",
+            len(loaded.left_out), loaded.left_out[0], loaded.folder,
+        )  # fmt: skip
     for problem in loaded.not_restored:
         logger.warning("Not restored from %s: %s", loaded.folder, problem)

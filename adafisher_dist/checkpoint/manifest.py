@@ -25,6 +25,9 @@ READ = os.O_RDONLY | os.O_NONBLOCK
 FORMAT = 3  # 1 had whole Fisher blocks, 2 no rows_per_block
 MANIFEST = "manifest.json"
 
+# What is said of a parameter whose values are not in the checkpoint: they stay what they are in the model.
+LEFT_OUT = "left_out"
+
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
 from adafisher_dist.checkpoint.ranges import FIELDS
 from adafisher_dist.checkpoint.training import (
     OWN_SETTINGS,
@@ -35,6 +35,7 @@ class Match:
         extra_states: by name of a module in the model: the name in the checkpoint.
         groups: for each param group of the optimizer, the number of the checkpoint's whose settings it takes.
         block_sizes: by param group, the checkpoint's, where the optimizer's was to be chosen ("auto").
+        left_out: parameters whose values were left out of the checkpoint, being frozen: they stay as they are.
         problems: what will not be restored, and why.
     """
 
@@ -43,6 +44,7 @@ class Match:
     groups: list[int | None] = field(default_factory=list)
     block_sizes: dict[int, int] = field(default_factory=dict)
     extra_states: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -91,7 +93,9 @@ def match(
             what = f"tied to {tied} in the model, and was a tensor of its own" if tied else "not in the model"
             found.problems.append(f"{old} is {what}" + ("" if name == old else f" (as {name})"))
     if weights:
-        found.weights = fitting
+        kept = {name for name, facts in stored.items() if not facts.get(LEFT_OUT)}
+        found.weights = {name: old for name, old in fitting.items() if old in kept}
+        found.left_out = [name for name in fitting if name not in found.weights]
     if states:
         _match_states(manifest, training, fitting, found)
         _match_groups(manifest, training, fitting, found)

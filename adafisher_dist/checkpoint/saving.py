@@ -188,8 +188,9 @@ def _about(
 def _ranges(training: Training, tensors: Sequence[Tensor]) -> list[Range]:
     """Everything that this rank writes."""
     names = {name: name for name in [*training.parameters, *training.buffers]}
+    stored = {name: name for name in names if name not in training.left_out}
     rank = training.control.rank
-    found = list(trained.weights(training, names, writing=True))
+    found = list(trained.weights(training, stored, writing=True))
     found += trained.state(training, training.optimizer._roster.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:

@@ -30,7 +30,8 @@ class ParameterFacts:
         name: in the model.
         shape: of the whole parameter.
         dtype: in the model that was saved.
-        stored_dtype: of its values in the checkpoint: DeepSpeed's fp32 copy, say. None where it has no elements.
+        stored_dtype: of its values in the checkpoint: DeepSpeed's fp32 copy, say. None where there
+            are none: it has no elements, or was frozen and left out.
         trainable: whether it required a gradient.
         aliases: its other names.
         blocks: Fisher blocks; None where the optimizer had no state for it, as also for the next three.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adafisher_dist import layouts
 from adafisher_dist.checkpoint import ranges, values
+from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm import Group
 from adafisher_dist.control import Control
@@ -44,6 +45,7 @@ class Training:
         parameters: by name; a tied one by its first.
         buffers: the persistent ones, by name; a shared one by its first.
         aliases: the other names of tied parameters and shared buffers.
+        left_out: the names of parameters whose values are not saved.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class Training:
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     aliases: Mapping[str, str]
+    left_out: frozenset[str] = frozenset()
 
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
@@ -88,6 +91,12 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
         )
     names = {given.position: first[id(tensor)] for tensor, given in roster.registry.given()}
     return Training(module, optimizer, wrapper, control, names, parameters, buffers, aliases)
+
+
+def without_frozen(training: Training) -> Training:
+    """The same, to be saved without the values of the parameters that need no gradient."""
+    frozen = frozenset(name for name, parameter in training.parameters.items() if not parameter.requires_grad)
+    return replace(training, left_out=frozen)
 
 
 def _by_first_name(
@@ -214,7 +223,12 @@ def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
     return {
         "model": {
             "parameters": {
-                name: {"shape": shape_of(p), "dtype": str(p.dtype), "trainable": p.requires_grad}
+                name: {
+                    "shape": shape_of(p),
+                    "dtype": str(p.dtype),
+                    "trainable": p.requires_grad,
+                    **({LEFT_OUT: True} if name in training.left_out else {}),
+                }
                 for name, p in training.parameters.items()
             },
             "buffers": {name: {"shape": tuple(b.shape), "dtype": str(b.dtype)} for name, b in training.buffers.items()},

@@ -16,10 +16,11 @@ from adafisher_dist.layouts.deepspeed import (
     PartOfStep,
     calling_wrapper,
     engine_that_builds,
+    left_idle,
     meet_deepspeed,
     part_of_step,
+    refuse_modes,
     unexpected,
-    when_deepspeed_is_loaded,
 )
 from adafisher_dist.layouts.storage import (
     Given,
@@ -47,6 +48,7 @@ __all__ = [
     "engine_that_builds",
     "is_called_by_deepspeed",
     "is_rehearsal",
+    "left_idle",
     "locate",
     "meet_deepspeed",
     "mesh_group",
@@ -54,7 +56,6 @@ __all__ = [
     "refresh_module",
     "refuse_torch_checkpoint",
     "storages",
-    "when_deepspeed_is_loaded",
     "whole_shape",
     "wrapped_tensors",
 ]
@@ -97,6 +98,7 @@ def storages(
     given = [(tensor, registry.find(tensor)) for tensor in tensors]
     own = [(tensor, origin) for tensor, origin in given if origin is not None]
     if len(own) == len(tensors):
+        _refuse_stages(optimizer)
         return _given_tensors(own, process_group)
     if wrapper is None:
         wrapper, _ = calling_wrapper(optimizer)
@@ -231,6 +233,18 @@ def check_parameter(tensor: Tensor, name: str) -> None:
         from adafisher_dist.layouts import fsdp2
 
         fsdp2.mesh_of(tensor, name)
+
+
+def _refuse_stages(optimizer: Optimizer) -> None:
+    """Refuse an engine that steps the parameters themselves (ZeRO-0 in fp32), but has others on other ranks."""
+    engine, _ = calling_wrapper(optimizer)
+    refuse_modes(
+        engine,
+        {
+            "pipeline parallelism": getattr(engine, "is_pipe_parallel", False),
+            "model parallelism": getattr(engine, "is_model_parallel", False),
+        },
+    )
 
 
 def _given_tensors(members: Sequence[tuple[Tensor, Given]], process_group: ProcessGroup | None) -> list[Storage]:

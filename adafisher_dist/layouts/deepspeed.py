@@ -6,14 +6,21 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import FrameType
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adafisher_dist.layouts.storage import Given, Registry, UnsupportedLayoutError
+
+_ENGINE = "deepspeed.runtime.engine"
 
 
 def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
@@ -100,25 +107,97 @@ def engine_that_builds() -> Any:
     return None
 
 
-_callbacks: list[Callable[[], None]] = []
+# AdaFishers that were built here, as opposed to copies, by which a program notices one that nobody uses.
+_built: WeakSet[Optimizer] = WeakSet()
+_classes: list[type] = []
 
 
-def when_deepspeed_is_loaded(callback: Callable[[], None]) -> None:
-    """Have a function called whenever an optimizer is built where DeepSpeed is loaded."""
-    _callbacks.append(callback)
+def meet_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
+    """Make an optimizer known to DeepSpeed, whether that is loaded already or will be.
 
-
-def meet_deepspeed(optimizer_class: type) -> None:
-    """Where DeepSpeed is loaded: tell it that this optimizer knows its ZeRO layouts, and whoever waits for it.
-
-    It otherwise demands `zero_allow_untested_optimizer`. The list is read after the optimizer was built.
+    Args:
+        optimizer: an AdaFisher.
+        built: whether its constructor calls, as opposed to copy or pickle.
     """
-    for callback in _callbacks if "deepspeed" in sys.modules else ():
-        callback()
-    zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
-    supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
-    if isinstance(supported, list) and optimizer_class not in supported:
-        supported.append(optimizer_class)
+    if type(optimizer) not in _classes:
+        _classes.append(type(optimizer))
+    if built:
+        _built.add(optimizer)
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+    if hasattr(sys.modules.get(_ENGINE), "DeepSpeedEngine"):
+        _meet()
+
+
+def _meet() -> None:
+    """Tell DeepSpeed that these optimizers know its ZeRO layouts, and have its engines keep their state.
+
+    It otherwise demands `zero_allow_untested_optimizer`. The list is read when an engine is built.
+    """
+    supported = getattr(sys.modules.get("deepspeed.runtime.zero.utils"), "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if isinstance(supported, list):
+        supported += [known for known in _classes if known not in supported]
+    import_module("adafisher_dist.ds").adopt_engine()  # by its name, since that module is made of this one
+
+
+class _Watch(MetaPathFinder):
+    """Calls `_meet` when DeepSpeed's engine has been imported.
+
+    An optimizer may be built before DeepSpeed is imported, as with Accelerate, which does so late; and a checkpoint may
+    be loaded before the first step. So nothing later would do.
+    """
+
+    _busy = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The module's own spec, with a loader that calls afterwards; None for all other modules."""
+        if name != _ENGINE or self._busy:
+            return None
+        self._busy = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._busy = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader)
+        return spec
+
+
+class _Then(Loader):
+    """Does what another loader does, and calls `_meet`."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the other."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """As the other, which the module then knows as its loader."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _meet()
+
+
+def left_idle(module: nn.Module, used: Optimizer) -> list[Optimizer]:
+    """Of the AdaFishers that were built for a module and are still there, those that no engine has; each told once.
+
+    Args:
+        module: the model of an engine.
+        used: the optimizer that the engine has.
+    """
+    _built.discard(used)
+    own = {id(parameter) for parameter in module.parameters()}
+    found = []
+    for optimizer in list(_built):
+        given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if given and own.issuperset(given):
+            found.append(optimizer)
+            _built.discard(optimizer)
+    return found
 
 
 def known_as(wrapper: Any, parameter: Tensor, registry: Registry) -> Given:
