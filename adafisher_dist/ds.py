@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adafisher_dist.layouts import engine_that_builds, when_deepspeed_is_loaded
 from adafisher_dist.metrics import Callback
 from adafisher_dist.optimizer import AdaFisher
-from adafisher_dist.settings import DEFAULTS, check_names, fisher_dtype, preset
+from adafisher_dist.settings import DEFAULTS, check_names, preset
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -40,8 +40,6 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
     settings = {**(preset(name) if name is not None else {}), **config}
     if settings.get("memory_budget_gb") is not None:
         settings.setdefault("block_size", "auto")
-    if "fisher_dtype" in settings:
-        settings["fisher_dtype"] = fisher_dtype(settings["fisher_dtype"])
     optimizer = AdaFisher(params, **settings)
     if every is not None:
         engine = engine_that_builds()

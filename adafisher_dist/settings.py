@@ -81,7 +81,7 @@ def structure(group: Mapping[str, Any]) -> Structure:
         group["rows_per_block"],
         group["block_grid"],
         group["max_blocks"],
-        group["fisher_dtype"],
+        fisher_dtype(group["fisher_dtype"]),
         group["exponent"],
         group["inverse_update_freq"] > 1,
         group["packed"],
@@ -163,7 +163,8 @@ def normalize(group: dict[str, Any]) -> None:
     _choice(group, "backend", ("auto", "torch", "triton"))
     _number(group, "exponent", low=0.0)
     _choice(group, "exponent", (1.0, 0.5))
-    group["fisher_dtype"] = fisher_dtype(group["fisher_dtype"])
+    # By name: torch's checkpoint functions and JSON carry no torch.dtype.
+    group["fisher_dtype"] = str(fisher_dtype(group["fisher_dtype"])).removeprefix("torch.")
     smallest = torch.finfo(structure(group).compute_dtype).tiny
     _number(group, "eps", low=smallest, why="it keeps a parameter without gradient from 0/0")
 

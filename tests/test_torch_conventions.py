@@ -479,7 +479,7 @@ def test_a_float64_state_takes_the_optimizer_with_it() -> None:
     saving.step()
     loading.load_state_dict(saving.state_dict())
     loading.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    assert loading.param_groups[1]["fisher_dtype"] is torch.float64
+    assert loading.param_groups[1]["fisher_dtype"] == "float64"
 
 
 def test_pickles_do_not_carry_the_whole_batch_for_each_parameter() -> None:

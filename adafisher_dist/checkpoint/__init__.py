@@ -23,7 +23,7 @@ from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
 from adafisher_dist.checkpoint.saving import Saving, finish_pending, save
-from adafisher_dist.checkpoint.training import Training, adopt_replaced, observe
+from adafisher_dist.checkpoint.training import Training, observe
 from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
@@ -152,7 +152,7 @@ def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Traini
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
     if wrapper is None:
-        adopt_replaced(optimizer)
+        optimizer._roster.follow()
     roster = optimizer._roster
     control = layouts.control_of(roster.registry, roster.process_group)
     together(control, finish_pending)  # its failure may be known to some ranks already, by wait()
