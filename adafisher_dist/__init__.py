@@ -12,13 +12,14 @@ import torch.optim  # noqa: F401  what register() adds to; torch itself imports 
 from adafisher_dist.autoload import register
 
 if TYPE_CHECKING:
-    from adafisher_dist.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from adafisher_dist.checkpoint import CheckpointError, OptimizerState, load_checkpoint, save_checkpoint
     from adafisher_dist.layouts import UnsupportedLayoutError
     from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
     "AdaFisher",
     "CheckpointError",
+    "OptimizerState",
     "UnsupportedLayoutError",
     "__version__",
     "load_checkpoint",
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaFisher": "adafisher_dist.ds",
     "CheckpointError": "adafisher_dist.checkpoint",
+    "OptimizerState": "adafisher_dist.checkpoint",
     "UnsupportedLayoutError": "adafisher_dist.layouts",
     "load_checkpoint": "adafisher_dist.checkpoint",
     "save_checkpoint": "adafisher_dist.checkpoint",
