@@ -259,7 +259,11 @@ class AdaFisher(Optimizer):
             self._consolidated = None
             return {**super().state_dict(), state.META: state.describe(shards)}
         if self._consolidated is None:
-            raise RuntimeError(_NOT_CONSOLIDATED)
+            raise RuntimeError(
+                "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
+                " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
+                " rank that saves."
+            )
         part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
         return self._packed(self._consolidated, {"format": state.FORMAT, "part": part})
 
@@ -285,7 +289,12 @@ class AdaFisher(Optimizer):
             elif not shard.stepped:
                 entries[id(tensor)] = state.nothing(shard, index)
             else:
-                raise RuntimeError(_NOT_CONSOLIDATED + _FOR_TORCH)
+                raise RuntimeError(
+                    "This rank holds only its own blocks, and torch.distributed.checkpoint asks for the whole state."
+                    " Before a save call optimizer.consolidate_state_dict(to=None) on all ranks, after the last step,"
+                    " and before a load optimizer.reset_state(); or give dcp.save and dcp.load"
+                    " adafisher_dist.OptimizerState(model, optimizer), which is saved in parts."
+                )
         return self._packed(entries, state.whole())
 
     def _packed(self, entries: dict[int, dict[str, Tensor]], about: dict[str, Any]) -> dict[str, Any]:
@@ -487,18 +496,6 @@ class AdaFisher(Optimizer):
                 "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
                 " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
             )
-
-
-_NOT_CONSOLIDATED = (
-    "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
-    " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
-    " rank that saves."
-)
-_FOR_TORCH = (
-    " For torch.distributed.checkpoint: consolidate_state_dict(to=None) before get_optimizer_state_dict,"
-    " optimizer.reset_state() before a load; or give dcp.save and dcp.load adafisher_dist.OptimizerState(model,"
-    " optimizer), which is sharded."
-)
 
 
 def _known(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,6 @@ logger = logging.getLogger("adafisher_dist")
 
 _Changed = tuple[Shard, int, Any]  # a stored tensor's shard, its number there, and its entry in `state`
 
-_NOTHING_BROUGHT = (
-    "torch.distributed.checkpoint brought no state for {}: it takes the names of a flat state dict from what the"
-    " optimizer has, which was nothing. Call get_optimizer_state_dict(model, optimizer) before"
-    " set_optimizer_state_dict, after zero_grad(); or do without flatten_optimizer_state_dict."
-)
-
 
 class Roster:
     """Beside an optimizer's `param_groups` and `state`, which belong to torch: what stands behind them.
@@ -113,6 +107,8 @@ class Roster:
         there is none, or has another shape; that is refused by `layouts`.
         """
         groups = self.optimizer.param_groups
+        if self.registry.stands_as(groups):
+            return
         standing = [tensor for group in groups for tensor in group["params"]]
         new = [tensor for tensor in standing if self.registry.find(tensor) is None]
         gone = self._gone(standing)
@@ -132,7 +128,7 @@ class Roster:
         self.registry, self.groups = registry, groups
         for shard in self.shards:
             succession.rename(shard, registry)
-        if forgotten:
+        if forgotten and self.ranks().is_first:
             logger.warning(
                 "AdaFisher forgets the state of %d parameter(s) that stand in no param group any more, as %s.",
                 len(forgotten),
@@ -144,13 +140,11 @@ class Roster:
         return [tensor for tensor in self.registry if id(tensor) not in here]
 
     def _may_follow(self, standing: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
-        """Whether the param groups have changed, in a way that is not a wrapper's."""
-        if not standing or (not new and not gone and self.registry.stands_as(self.optimizer.param_groups)):
-            return False
+        """Whether the param groups have changed in a way that is not a wrapper's."""
         held = [tensor for shard in self.shards for tensor in shard.living_tensors]
         if any(self.registry.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return False
-        if not all(isinstance(tensor, nn.Parameter) for tensor in new):
+        if not standing or not all(isinstance(tensor, nn.Parameter) for tensor in new):
             return False
         if new and gone and not held and not self.registry.could_be(standing):
             return False
@@ -183,7 +177,8 @@ class Roster:
         ours = {_memory(value) for shard in self.shards for views in shard.views for value in views.values()}
 
         def copied(value: Any) -> Any:
-            return value.clone() if isinstance(value, Tensor) and _memory(value) in ours else value
+            plain = isinstance(value, Tensor) and not layouts.is_dtensor(value)
+            return value.clone() if plain and _memory(value) in ours else value
 
         return [(s, i, {key: copied(value) for key, value in (entry or {}).items()}) for s, i, entry in changed]
 
@@ -296,7 +291,11 @@ class Roster:
                         state.check(shard, index, states[id(tensor)], own=not state.is_whole(saved))
                     elif layouts.is_called_by_torch_checkpoint():
                         name = next(p.name for p in shard.storage.parameters if p.tensor == index)
-                        raise ValueError(_NOTHING_BROUGHT.format(name))
+                        raise ValueError(
+                            f"torch.distributed.checkpoint brought no state for {name}: it takes the names in a flat"
+                            " state dict from what the optimizer has, which was nothing. Call"
+                            " get_optimizer_state_dict(model, optimizer) before set_optimizer_state_dict."
+                        )
 
         faults = Faults()
         faults.attempt(check)

@@ -221,7 +221,7 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
         if key not in saved:
             continue
         shape = tuple(getattr(saved[key], "shape", ("not a tensor",)))
-        if shape[1:] != view.shape[1:] or shape[0] != rows:
+        if shape[1:] != view.shape[1:] or shape[0] != rows or (own and layouts.is_dtensor(saved[key])):
             raise ValueError(
                 f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed are {rows} rows of"
                 f" {tuple(view.shape[1:])}. It was saved for another shape, world size or block setting." + _START_ANEW

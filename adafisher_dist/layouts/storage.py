@@ -47,11 +47,14 @@ class Registry:
         # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
         self._given: dict[int, tuple[Tensor, Given]] = {}
         self._shapes: list[tuple[int, ...]] = []
+        self._groups: list[list[int]] = []  # ids, by param group
 
     def add(self, tensor: Tensor, name: str, group: int) -> None:
         """Register the next parameter, of this param group."""
         self._given[id(tensor)] = tensor, Given(name, len(self._shapes), group)
         self._shapes.append(whole_shape(tensor))
+        self._groups += [[] for _ in range(group + 1 - len(self._groups))]
+        self._groups[group].append(id(tensor))
 
     def could_be(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors may stand in the places of all that were given: parameters, each of the same shape."""
@@ -62,8 +65,10 @@ class Registry:
 
     def stands_as(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these param groups are made of the registered parameters, in their order."""
-        standing = ((id(t), number) for number, group in enumerate(groups) for t in group["params"])
-        return list(standing) == [(key, given.group) for key, (_, given) in self._given.items()]
+        standing = [list(map(id, group["params"])) for group in groups]
+        while standing and not standing[-1]:
+            standing.pop()
+        return standing == self._groups
 
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
