@@ -13,13 +13,14 @@ from adafisher_dist.autoload import register
 from adafisher_dist.version import __version__
 
 if TYPE_CHECKING:
-    from adafisher_dist.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from adafisher_dist.checkpoint import CheckpointError, OptimizerState, load_checkpoint, save_checkpoint
     from adafisher_dist.layouts import UnsupportedLayoutError
     from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
     "AdaFisher",
     "CheckpointError",
+    "OptimizerState",
     "UnsupportedLayoutError",
     "__version__",
     "load_checkpoint",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "AdaFisher": "adafisher_dist.ds",
     "CheckpointError": "adafisher_dist.checkpoint",
+    "OptimizerState": "adafisher_dist.checkpoint",
     "UnsupportedLayoutError": "adafisher_dist.layouts",
     "load_checkpoint": "adafisher_dist.checkpoint",
     "save_checkpoint": "adafisher_dist.checkpoint",

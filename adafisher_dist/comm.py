@@ -200,6 +200,35 @@ def exchange(
     return _waiting(work, receive, group)
 
 
+def move_rows(
+    group: Group, mine: Tensor, have: Sequence[tuple[int, int]], into: Tensor, want: Sequence[tuple[int, int]]
+) -> None:
+    """Bring rows of a tensor from the ranks that have them to those that want them, bit for bit.
+
+    Both cut the rows into one run a rank, in the order of the ranks, so that what a rank sends to the others, one after
+    the other, is what it has, and what it receives is what it wants. All ranks take part.
+
+    Args:
+        group: the ranks.
+        mine: the rows that this rank has, contiguous.
+        have: by rank, the first row and the one after the last; empty where they are the same.
+        into: room for the rows that this rank wants, contiguous, of the same dtype and device.
+        want: as `have`.
+    """
+    if group.size == 1:
+        into.copy_(mine)
+        return
+    size = mine.shape[1:].numel() * mine.element_size()
+    send = [_common(have[group.rank], theirs) * size for theirs in want]
+    receive = [_common(theirs, want[group.rank]) * size for theirs in have]
+    wires = [group.wire(tensor.reshape(-1).view(torch.uint8)) for tensor in (mine, into)]
+    exchange(group, wires[0], send, wires[1], receive)()
+
+
+def _common(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return max(0, min(one[1], other[1]) - max(one[0], other[0]))
+
+
 def _waiting(work: Any, received: Wire, group: Group) -> Callable[[], None]:
     def wait() -> None:
         _wait(work, received.sent.device, group.handle)

@@ -86,6 +86,22 @@ class Engine:
         self._transfers.append(transfer(shard))
         self._where |= {id(tensor): (shard, index) for index, tensor in enumerate(shard.storage.tensors)}
 
+    def replace(self, old: Tensor, new: Tensor | None) -> None:
+        """Know a stored tensor by another from now on, or none; a shard without any is dropped."""
+        shard, index = self._where.pop(id(old))
+        if new is not None:
+            self._where[id(new)] = shard, index
+        elif len(shard.retired) == len(shard.storage.tensors):
+            self.drop([shard])
+
+    def drop(self, shards: Sequence[Shard]) -> None:
+        """Forget shards."""
+        gone = set(map(id, shards))
+        self.learn()
+        self._transfers = [way for way in self._transfers if id(way.shard) not in gone]
+        self._where = {key: place for key, place in self._where.items() if id(place[0]) not in gone}
+        self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if not gone & set(key)}
+
     def _drop_unchecked(self) -> None:
         self._transfers = [way for way in self._transfers if way.shard.checked]
         self._where = {tensor: place for tensor, place in self._where.items() if place[0].checked}

@@ -102,7 +102,7 @@ class AdaFisher(Optimizer):
             length of the parameter's rows, so that no step changes what a row gives by more than the size of its
             inputs, however large η is; "none": plain F^(−p) m̂.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
-            (arithmetic in float64).
+            (arithmetic in float64); or its name, as the param groups have it: "bfloat16".
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
             costs 10 to 20 % of the optimizer's time.
         backend: "torch"; "triton": one fused kernel, for exponent 1, factors made at every step, blocks of up to 128
@@ -146,7 +146,7 @@ class AdaFisher(Optimizer):
         inverse_update_freq: int = 1,
         exponent: float = 1.0,
         grafting: str = "rms",
-        fisher_dtype: torch.dtype = torch.float32,
+        fisher_dtype: torch.dtype | str = torch.float32,
         packed: bool = False,
         backend: str = "auto",
         memory_budget_gb: float | None = None,
@@ -176,6 +176,7 @@ class AdaFisher(Optimizer):
         meter = self._roster.engine.meter
         self._roster.engine = Engine()
         self._roster.engine.meter = meter
+        self._roster.foreseen = []
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
@@ -203,11 +204,7 @@ class AdaFisher(Optimizer):
                         f"{key} is one for the whole optimizer ({self.defaults[key]}), but a param group asks for"
                         f" {group[key]}. Use two optimizers."
                     )
-            for index, tensor in enumerate(group["params"]):
-                name = self._roster.name(len(self.param_groups) - 1, index)
-                if not tensor.is_floating_point():
-                    raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
-                layouts.check_parameter(tensor, name)
+            self._roster.check(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
@@ -246,13 +243,18 @@ class AdaFisher(Optimizer):
             for tensor in group["params"]
             if tensor.grad is not None
         }
+        faults = Faults()
+        faults.attempt(_refuse_capture)
+        faults.attempt(self._roster.follow)
+        if layouts.is_called_by_torch_checkpoint():  # it wants a state to be there; the gradients are its own zeros
+            faults.attempt(self._roster.foresee)  # what fails here fails again in state_dict(), on all ranks
+            return loss
+        faults.attempt(self._roster.drop_foreseen)
         if not groups:
             self._warn_of_no_gradients()
         new = [tensor for tensor, _ in groups.values() if tensor not in self._roster.engine]
         if new and layouts.is_rehearsal(self):
             return loss
-        faults = Faults()
-        faults.attempt(_refuse_capture)
         faults.attempt(partial(self._roster.adopt, self._roster.engine.shards_of(groups)))
         faults.attempt(partial(self._roster.enlist, new))
         try:
@@ -283,32 +285,62 @@ class AdaFisher(Optimizer):
         self._roster.engine.check()
         if self._beside:
             return state.beside(super().state_dict()["param_groups"])
+        self._roster.follow()
+        if layouts.is_called_by_torch_checkpoint():
+            return self._state_dict_for_torch()
         self._roster.adopt(self._roster.shards)
         shards = self._roster.shards
-        if state.is_partial(shards):
-            layouts.refuse_torch_checkpoint()
+        if state.is_partial(shards) or not any(shard.storage.group.size > 1 for shard in shards):
             self._consolidated = None
-        scattered = not state.is_partial(shards) and any(shard.storage.group.size > 1 for shard in shards)
-        if scattered and self._consolidated is None:
+            return {**super().state_dict(), state.META: state.describe(shards)}
+        if self._consolidated is None:
             raise RuntimeError(
                 "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
                 " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
                 " rank that saves."
             )
-        if not scattered or self._consolidated is None:
-            result = super().state_dict()
-            return {**result, state.META: state.describe(shards)}
+        part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
+        return self._packed(self._consolidated, {"format": state.FORMAT, "part": part})
+
+    def _state_dict_for_torch(self) -> dict[str, Any]:
+        """The whole state, of all parameters that can be trained, as torch's checkpoint functions carry it.
+
+        Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it has to be
+        consolidated, but for parameters that have seen no step. Whatever is loaded into it comes back to
+        `load_state_dict`.
+        """
+        if self._roster.is_sharded:
+            return self._packed(self._roster.spread(), state.whole())
+        self._roster.foresee()
+        self._roster.adopt(self._roster.shards)
+        if self._elsewhere is not None:
+            return self._packed({}, {"format": state.FORMAT, "part": f"none, rank {self._elsewhere} has the whole"})
+        entries = {}
+        for shard, index, tensor in self._roster.standing():
+            if not shard.storage.on_ranks:
+                entries[id(tensor)] = dict(shard.views[index])
+            elif self._consolidated is not None and id(tensor) in self._consolidated:
+                entries[id(tensor)] = self._consolidated[id(tensor)]
+            elif not shard.stepped:
+                entries[id(tensor)] = state.nothing(shard, index)
+            else:
+                raise RuntimeError(
+                    "This rank holds only its own blocks, and torch.distributed.checkpoint asks for the whole state."
+                    " Before a save call optimizer.consolidate_state_dict(to=None) on all ranks, after the last step,"
+                    " and before a load optimizer.reset_state(); or give dcp.save and dcp.load"
+                    " adafisher_dist.OptimizerState(model, optimizer), which is saved in parts."
+                )
+        return self._packed(entries, state.whole())
+
+    def _packed(self, entries: dict[int, dict[str, Tensor]], about: dict[str, Any]) -> dict[str, Any]:
+        """A state dict with these entries, by the ids of the tensors, in the place of the optimizer's own."""
         own = self.state
         try:  # the base class packs whatever `state` holds
-            consolidated = self._consolidated
-            self.state = type(own)(
-                dict, {tensor: consolidated[id(tensor)] for tensor in own if id(tensor) in consolidated}
-            )
+            self.state = type(own)(dict, {tensor: entries[id(tensor)] for tensor in own if id(tensor) in entries})
             result = super().state_dict()
         finally:
             self.state = own
-        part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
-        return {**result, state.META: {"format": state.FORMAT, "part": part}}
+        return {**result, state.META: about}
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
@@ -323,6 +355,7 @@ class AdaFisher(Optimizer):
                 group.
         """
         self._roster.engine.check()
+        self._roster.follow()
         self._roster.adopt(self._roster.shards)
         group = self._roster.ranks()
         if state.is_partial(self._roster.shards):
@@ -333,7 +366,7 @@ class AdaFisher(Optimizer):
         if to is not None and not 0 <= to < group.size:
             raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
-        every = [(shard, i, id(t)) for shard in self._roster.shards for i, t in enumerate(shard.storage.tensors)]
+        every = [(shard, index, id(tensor)) for shard, index, tensor in self._roster.standing()]
         rooms: dict[int, dict[str, Tensor]] = {}
         faults = Faults()
         if keep:
@@ -459,7 +492,7 @@ class AdaFisher(Optimizer):
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""
-        return sum(len(shard.storage.parameters) for shard in self._roster.shards)
+        return sum(len(shard.living) for shard in self._roster.shards)
 
     def reset_state(self) -> None:
         """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""

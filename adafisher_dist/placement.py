@@ -56,3 +56,9 @@ def rows_of(shape: Sequence[int], rank: int, world: int) -> tuple[int, int]:
     numel, rows = prod(shape), shape[0]
     chunk = -(-rows // world) * (numel // max(1, rows))
     return min(numel, rank * chunk), min(numel, (rank + 1) * chunk)
+
+
+def runs(rows: int, ranks: int) -> list[tuple[int, int]]:
+    """By rank, the first of its rows and the one after the last, where `torch.chunk` cuts them."""
+    length = -(-rows // ranks)
+    return [(min(rows, rank * length), min(rows, (rank + 1) * length)) for rank in range(ranks)]

@@ -81,7 +81,7 @@ def structure(group: Mapping[str, Any]) -> Structure:
         group["rows_per_block"],
         group["block_grid"],
         group["max_blocks"],
-        group["fisher_dtype"],
+        fisher_dtype(group["fisher_dtype"]),
         group["exponent"],
         group["inverse_update_freq"] > 1,
         group["packed"],
@@ -189,11 +189,12 @@ def _exponent(group: dict[str, Any]) -> None:
 
 
 def _fisher_dtype(group: dict[str, Any]) -> None:
-    group["fisher_dtype"] = fisher_dtype(group["fisher_dtype"])
+    # By name: torch's checkpoint functions and JSON carry no torch.dtype.
+    group["fisher_dtype"] = str(fisher_dtype(group["fisher_dtype"])).removeprefix("torch.")
 
 
 def _eps(group: dict[str, Any]) -> None:
-    wide = torch.float64 if group["fisher_dtype"] == torch.float64 else torch.float32
+    wide = torch.float64 if group["fisher_dtype"] == "float64" else torch.float32
     check_number(group, "eps", low=torch.finfo(wide).tiny, why="it keeps a parameter without gradient from 0/0")
 
 

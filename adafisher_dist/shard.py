@@ -7,7 +7,7 @@ the updates of one can travel while the next is computed; within a chunk, blocks
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -82,6 +82,8 @@ class Shard:
             (`kernel_check.code_key`), as the ranks have agreed.
         backends: for each of them, what works on its dense blocks: "torch" or "triton"; None before its first step.
         checked: whether the ranks have compared their plans.
+        retired: the numbers of the stored tensors that the user has taken out of the param groups, or replaced by
+            others that do not fit in their places. Nobody gives them a gradient, or sees their state, any more.
     """
 
     storage: Storage
@@ -99,6 +101,7 @@ class Shard:
     kernel: dict[tuple[int, tuple[str, bool]], bool]
     backends: list[str | None]
     checked: bool = False
+    retired: set[int] = field(default_factory=set)
 
     @property
     def owned(self) -> Sequence[plan.Spans]:
@@ -112,6 +115,21 @@ class Shard:
         itemsize = wire_dtype(self).itemsize
         storage = self.storage
         return Outline(self.grids, structures, storage.placed, self.assignment, storage.replicated, itemsize)
+
+    @property
+    def living(self) -> list[tuple[int, Parameter]]:
+        """The parameters, with their numbers, but those of retired tensors."""
+        return [(i, p) for i, p in enumerate(self.storage.parameters) if p.tensor not in self.retired]
+
+    @property
+    def living_tensors(self) -> list[Tensor]:
+        """The stored tensors that stand in the param groups."""
+        return [tensor for index, tensor in enumerate(self.storage.tensors) if index not in self.retired]
+
+    @property
+    def stepped(self) -> bool:
+        """Whether any of its parameters has seen a step."""
+        return bool(self.counters.any())
 
     @property
     def numels(self) -> list[int]:
@@ -138,11 +156,32 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
     held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
+    if storage.one_each:  # on all ranks the same keys, as torch's checkpoint functions expect of a state
+        for parameter, grid in zip(parameters, grids, strict=True):
+            shapes = state_shapes(grid, structures[groups[parameter.tensor]])
+            for key, (shape, dtype) in shapes.items():
+                views[parameter.tensor].setdefault(key, torch.empty(0, *shape[1:], dtype=dtype, device=arena.device))
     backends: list[str | None] = [None for _ in structures]
     return Shard(
         storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views,
         {}, backends,
     )  # fmt: skip
+
+
+def state_shapes(grid: Grid, structure: Structure) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each key of a parameter's whole state, but its counters."""
+    wide = structure.compute_dtype
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for kind, rows in grid.rows_by_kind(grid.numel).items():
+        size, depth, dense = kind
+        shapes[f"momentum_{kind.name}"] = (rows, depth, size), wide
+        shapes[f"fisher_{kind.name}"] = (rows, *stacked.fisher_shape(kind, structure)), structure.fisher_dtype
+        if depth > 1:
+            shapes[f"square_{kind.name}"] = (rows, depth), wide
+        if structure.keeps_factors and dense:
+            shapes[f"factor_{kind.name}"] = (rows, size, size), wide
+            shapes[f"curvature_{kind.name}"] = (rows,), wide
+    return shapes
 
 
 def _views(

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist import comm
-from adafisher_dist.batch import fisher_shape
+from adafisher_dist import comm, layouts, placement
 from adafisher_dist.grid import Grid
-from adafisher_dist.shard import Shard
+from adafisher_dist.shard import Shard, state_shapes
 
 FORMAT = 2  # 1 had momentum_B (N, B)
 META = "adafisher_dist"
@@ -29,10 +28,15 @@ COUNTERS = ("step", "fisher_updates")
 Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row where it begins, rows in all
 
 
+def whole() -> dict[str, Any]:
+    """What a state dict tells of itself that has everything."""
+    return {"format": FORMAT, "part": "whole"}
+
+
 def describe(shards: list[Shard]) -> dict[str, Any]:
     """What a state dict tells of its own completeness: plain numbers and strings."""
     if not is_partial(shards):
-        return {"format": FORMAT, "part": "whole"}
+        return whole()
     storage = next(shard.storage for shard in shards if not shard.storage.replicated)
     part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
     return {"format": FORMAT, "part": part, "plan": [shard.digest() for shard in shards]}
@@ -48,16 +52,26 @@ def expected(shard: Shard, tensor: int) -> Wanted:
 
     A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict fails on all ranks.
     """
-    if not shard.storage.replicated:
+    if not shard.storage.one_each:
         return _own(shard, tensor)
-    views = shard.views[tensor]
-    grid = shard.grids[tensor]
-    own = [span for span in shard.owned[shard.storage.group.rank] if span.parameter == tensor]
-    before, total = _rows(grid, own[0].start if own else 0), _rows(grid, grid.numel)
+    views, owned = shard.views[tensor], _owned_rows(shard, tensor)
+    rank = shard.storage.group.rank
     return {
-        key: (views.get(key, torch.empty(0)), before[_kind(key)], total[_kind(key)])
-        for key in whole_shapes(shard, tensor)
+        key: (views[key], owned[_kind(key)][rank][0], shape[0])
+        for key, (shape, _) in whole_shapes(shard, tensor).items()
     }
+
+
+def _owned_rows(shard: Shard, tensor: int) -> dict[str, list[tuple[int, int]]]:
+    """By kind and rank, the first row of a whole state that the rank owns, and the one after the last."""
+    grid = shard.grids[tensor]
+    result: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _rows(grid, grid.numel)}
+    for spans in shard.owned:
+        own = [span for span in spans if span.parameter == tensor]
+        first, stop = (_rows(grid, own[0].start), _rows(grid, own[-1].stop)) if own else (Counter(), Counter())
+        for kind, runs in result.items():
+            runs.append((first[kind], stop[kind]))
+    return result
 
 
 def _rows(grid: Grid, stop: int) -> Counter[str]:
@@ -66,20 +80,8 @@ def _rows(grid: Grid, stop: int) -> Counter[str]:
 
 
 def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each key of a replicated parameter's whole state."""
-    structure = shard.structures[shard.groups[parameter]]
-    wide = structure.compute_dtype
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for kind, rows in shard.grids[parameter].rows_by_kind(shard.grids[parameter].numel).items():
-        size, depth, dense = kind
-        shapes[f"momentum_{kind.name}"] = (rows, depth, size), wide
-        shapes[f"fisher_{kind.name}"] = (rows, *fisher_shape(kind, structure)), structure.fisher_dtype
-        if depth > 1:
-            shapes[f"square_{kind.name}"] = (rows, depth), wide
-        if structure.keeps_factors and dense:
-            shapes[f"factor_{kind.name}"] = (rows, size, size), wide
-            shapes[f"curvature_{kind.name}"] = (rows,), wide
-    return shapes
+    """Shape and dtype of each key of a parameter's whole state, where each tensor is one parameter."""
+    return state_shapes(shard.grids[parameter], shard.structures[shard.groups[parameter]])
 
 
 def is_whole(saved: Mapping[str, Any]) -> bool:
@@ -133,6 +135,8 @@ def check_part(saved: Mapping[str, Any], shards: list[Shard]) -> None:
     """
     here, there = describe(shards), saved.get(META) or {}
     part = there.get("part", "whole")
+    if part == "whole" and all(shard.storage.one_each for shard in shards):
+        return
     if part != here["part"]:
         raise ValueError(
             f"The state dict is a part of a sharded state ({part}), and this rank needs {here['part']}. Load it with"
@@ -149,6 +153,8 @@ def check_part(saved: Mapping[str, Any], shards: list[Shard]) -> None:
 def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
     """Copy a stored tensor's saved state into a shard; an empty one leaves it as it is.
 
+    A collective where the values are DTensors; then every rank has to `check` before any calls this.
+
     Args:
         shard: the shard.
         tensor: the number of the stored tensor.
@@ -158,14 +164,19 @@ def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = Fal
     Raises:
         ValueError: it does not fit; nothing was copied.
     """
-    if saved:
-        wanted = _own(shard, tensor) if own else expected(shard, tensor)
-        _check(shard, tensor, saved, wanted)
-        for key in COUNTERS:
-            shard.views[tensor][key].copy_(torch.as_tensor(saved[key]))
-        for key, (view, first, _) in wanted.items():
-            if len(view):
-                view.copy_(saved[key][first : first + len(view)])
+    if not saved:
+        return
+    check(shard, tensor, saved, own)
+    for key in COUNTERS:
+        shard.views[tensor][key].copy_(torch.as_tensor(saved[key]))
+    owned = {} if own or not shard.storage.one_each else _owned_rows(shard, tensor)
+    for key, (view, first, rows) in _wanted(shard, tensor, own).items():
+        if layouts.is_dtensor(saved.get(key)):
+            group = shard.storage.group
+            there = layouts.rows_here(saved[key], group, key).to(view.device).contiguous()
+            comm.move_rows(group, there, placement.runs(rows, group.size), view, owned[_kind(key)])
+        elif len(view):
+            view.copy_(saved[key][first : first + len(view)])
 
 
 def clear(shard: Shard, tensor: int) -> None:
@@ -174,33 +185,64 @@ def clear(shard: Shard, tensor: int) -> None:
         value.zero_()
 
 
+def _wanted(shard: Shard, tensor: int, own: bool) -> Wanted:
+    return _own(shard, tensor) if own else expected(shard, tensor)
+
+
 def _own(shard: Shard, tensor: int) -> Wanted:
     return {key: (view, 0, len(view)) for key, view in shard.views[tensor].items() if key not in COUNTERS}
 
 
-def _check(shard: Shard, tensor: int, saved: Mapping[str, Any], wanted: Wanted) -> None:
+def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
+    """Refuse a saved state that does not fit; arguments as for `restore`. Local.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
+    wanted = _wanted(shard, tensor, own)
     name = next((p.name for p in shard.storage.parameters if p.tensor == tensor), str(tensor))
-    missing = sorted({*wanted, *COUNTERS} - set(saved))
+    needed = {key for key, (view, _, _) in wanted.items() if len(view) or not own}
+    missing = sorted({*needed, *COUNTERS} - set(saved))
     unknown = sorted(set(saved) - {*wanted, *COUNTERS})
     if missing or unknown:
         raise ValueError(
             f"The saved optimizer state of {name} does not fit: missing {missing}, unexpected {unknown}. It was saved"
             " for another shape, world size or block setting (block_size, rows_per_block, block_grid,"
-            " max_blocks), or by another optimizer."
+            " max_blocks), or by another optimizer." + _START_ANEW
         )
     for key in COUNTERS:
-        shape, needed = tuple(getattr(saved[key], "shape", ())), tuple(shard.views[tensor][key].shape)
-        if shape not in ((), needed):
+        shape, place = getattr(saved[key], "shape", None), tuple(shard.views[tensor][key].shape)
+        if shape is None and not isinstance(saved[key], int):
+            raise ValueError(f"The saved optimizer state of {name} does not fit: {key} is {saved[key]!r}.")
+        if shape is not None and tuple(shape) not in ((), place):
             raise ValueError(
-                f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed is {needed}."
+                f"The saved optimizer state of {name} does not fit: {key} has shape {tuple(shape)}, needed is {place}."
             )
     for key, (view, _, rows) in wanted.items():
+        if key not in saved:
+            continue
         shape = tuple(getattr(saved[key], "shape", ("not a tensor",)))
-        if (len(view) and shape[1:] != view.shape[1:]) or shape[0] != rows:
+        if shape[1:] != view.shape[1:] or shape[0] != rows or (own and layouts.is_dtensor(saved[key])):
             raise ValueError(
                 f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed are {rows} rows of"
-                f" {tuple(view.shape[1:])}. It was saved for another shape, world size or block setting."
+                f" {tuple(view.shape[1:])}. It was saved for another shape, world size or block setting." + _START_ANEW
             )
+        if not own and saved[key].dtype != view.dtype:
+            raise ValueError(
+                f"The saved optimizer state of {name} does not fit: {key} is {saved[key].dtype}, and the settings that"
+                f" were saved with it make it {view.dtype}. It was rounded on the way: build the optimizer with the"
+                " fisher_dtype that it was saved with, and load again."
+            )
+        if layouts.is_dtensor(saved[key]):
+            layouts.rows_here(saved[key], shard.storage.group, key)
+
+
+# What a parameter that was replaced by one with more or fewer rows cannot keep: a block's Fisher is that of its rows.
+_START_ANEW = (
+    " A parameter that has been given more or fewer rows starts anew with `del optimizer.state[parameter]`. Its state"
+    " can be cut to some of its rows only where each row has blocks of its own: rows_per_block=1, and a block_size that"
+    " is at most a row's length."
+)
 
 
 def room(shard: Shard, tensor: int) -> dict[str, Tensor]:
@@ -208,6 +250,31 @@ def room(shard: Shard, tensor: int) -> dict[str, Tensor]:
     shapes = whole_shapes(shard, tensor)
     counters = {key: shard.views[tensor][key].clone() for key in COUNTERS}
     return counters | {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
+
+
+def nothing(shard: Shard, tensor: int) -> dict[str, Tensor]:
+    """The whole state, on the CPU, of a parameter that has seen no step: every rank knows it."""
+    return {key: value.zero_() for key, value in room(shard, tensor).items()}
+
+
+def spread_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
+    """Room for this rank's rows of the state where torch cuts it over the ranks; and copies of the counters."""
+    group = shard.storage.group
+    rooms = {key: shard.views[tensor][key].clone() for key in COUNTERS}
+    for key, (shape, dtype) in whole_shapes(shard, tensor).items():
+        first, stop = placement.runs(shape[0], group.size)[group.rank]
+        rooms[key] = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
+    return rooms
+
+
+def spread(shard: Shard, tensor: int, rooms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a parameter as DTensors, in the room for it. A collective."""
+    group, views, owned = shard.storage.group, shard.views[tensor], _owned_rows(shard, tensor)
+    result = dict(rooms)
+    for key, (shape, _) in whole_shapes(shard, tensor).items():
+        comm.move_rows(group, views[key], owned[_kind(key)], rooms[key], placement.runs(shape[0], group.size))
+        result[key] = layouts.dtensor(rooms[key], shape, shard.storage)
+    return result
 
 
 def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) -> None:

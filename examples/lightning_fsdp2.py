@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/fsdp2
     torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/more --resume runs/fsdp2/epoch0
 
-Lightning's own checkpoints cannot hold a state that is sharded as AdaFisher's is, and say so; the callback here saves
-with `adafisher_dist.save_checkpoint` instead. A run may be resumed on another number of ranks.
+The callback here saves with `adafisher_dist.save_checkpoint`, whose checkpoints load in any layout and are not
+unpickled; Lightning's own work too. A run may be resumed on another number of ranks.
 """
 
 from __future__ import annotations

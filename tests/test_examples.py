@@ -271,18 +271,38 @@ def test_lightning_resumes_on_one_rank(lit: tuple[str, Path]) -> None:
 OWN_CHECKPOINT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from lightning_fsdp2 import LanguageModel, ModelParallelStrategy, Trainer
-strategy = ModelParallelStrategy(1, 1, save_distributed_checkpoint=sys.argv[2] == "sharded")
-trainer = Trainer(accelerator="cpu", strategy=strategy, devices=1, max_steps=1, logger=False, default_root_dir=".")
-trainer.fit(LanguageModel(10))
+from pathlib import Path
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_fsdp2 import LanguageModel, ModelParallelStrategy, Trainer, seed_everything
+devices, resume = int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
+seed_everything(0)
+strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=sys.argv[2] == "sharded")
+saves = ModelCheckpoint("own", "{epoch}", save_top_k=-1)
+trainer = Trainer(
+    accelerator="cpu", strategy=strategy, devices=devices, max_epochs=2, limit_train_batches=3, logger=False,
+    callbacks=[saves], default_root_dir=".", use_distributed_sampler=False,
+)
+model = LanguageModel(10)
+trainer.fit(model, ckpt_path=resume, weights_only=False)
+(optimizer,) = trainer.optimizers
+weight = next(model.parameters()).full_tensor().double().sum().item()
+if trainer.global_rank == 0:
+    print(f"END {weight!r} {sorted({int(entry['step']) for entry in optimizer.state.values()})}")
 """
 
 
 @pytest.mark.parametrize("kind", ["sharded", pytest.param("full", marks=pytest.mark.slow)])
-def test_lightnings_own_checkpoint_under_fsdp2_is_refused(kind: str, tmp_path: Path) -> None:
+def test_lightnings_own_checkpoint_under_fsdp2(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="the extra 'lightning' is not installed")
     (tmp_path / "own.py").write_text(OWN_CHECKPOINT)
-    done = torchrun(1, str(tmp_path / "own.py"), EXAMPLES, kind, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Use adafisher_dist.save_checkpoint and load_checkpoint; in Lightning from a callback" in done.stderr
-    assert not list(tmp_path.rglob("*.ckpt"))
+
+    def end(devices: int, *resume: str) -> tuple[float, str]:
+        told = succeed(devices, str(tmp_path / "own.py"), EXAMPLES, kind, devices, *resume, cwd=tmp_path)
+        _, weight, steps = next(line for line in told.splitlines() if line.startswith("END ")).split(" ", 2)
+        return float(weight), steps
+
+    straight, steps = end(2)
+    assert steps == "[6]"
+    assert end(2, "own/epoch=0.ckpt") == (straight, "[6]")
+    assert end(1, "own/epoch=0.ckpt") == (pytest.approx(straight, rel=1e-3), "[6]")

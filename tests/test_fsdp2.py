@@ -399,22 +399,6 @@ def test_two_meshes_step_by_themselves() -> None:
     assert all(np.array_equal(results[0][name], result[name]) for result in results for name in result)
 
 
-def torch_checkpoint(rank: int, world: int) -> str:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    module = shard_model(Odd, 1, world)
-    optimizer = AdaFisher(module.parameters(), **PARAMS)
-    backward(module, 0, rank, world, DEFAULTS)
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"one rank's part for all\. Use adafisher_dist\.save_checkpoint") as caught:
-        get_optimizer_state_dict(module, optimizer)
-    return str(caught.value)
-
-
-def test_torch_s_checkpoint_functions_are_refused() -> None:
-    run_ranks(torch_checkpoint, 2)
-
-
 def replicas_differ(rank: int, world: int) -> str:
     module = shard_model(Odd, 2, world)
     optimizer = AdaFisher(module.named_parameters(), **PARAMS)

@@ -6,6 +6,7 @@ import collections
 import copy
 import inspect
 import io
+import json
 import pickle
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from models import batch, distance, model, weights
 from torch import nn
 
-from adafisher_dist import AdaFisher, UnsupportedLayoutError
+from adafisher_dist import AdaFisher, UnsupportedLayoutError, load_checkpoint, save_checkpoint
 from adafisher_dist.settings import DEFAULTS
 
 SETTINGS: list[dict[str, Any]] = [
@@ -479,7 +480,7 @@ def test_a_float64_state_takes_the_optimizer_with_it() -> None:
     saving.step()
     loading.load_state_dict(saving.state_dict())
     loading.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    assert loading.param_groups[1]["fisher_dtype"] is torch.float64
+    assert loading.param_groups[1]["fisher_dtype"] == "float64"
 
 
 def test_pickles_do_not_carry_the_whole_batch_for_each_parameter() -> None:
@@ -552,3 +553,179 @@ def test_shards_and_copies_that_a_library_puts_in_place_are_refused(stands_in: A
     optimizer.param_groups[0]["params"] = [same]
     optimizer.step()
     assert not torch.equal(same, module.weight)
+
+
+# ---- parameters that take the places of others ----
+
+
+def replace_parameter(module: nn.Module, optimizer: AdaFisher, name: str, carry: Any) -> nn.Parameter:
+    """As Gaussian splatting does: a new parameter in the old one's place, with what `carry` makes of the state."""
+    old = module.get_parameter(name)
+    new = nn.Parameter(old.detach().clone())
+    state = optimizer.state.pop(old)
+    if carry is not None:
+        optimizer.state[new] = carry(state)
+    owner, _, own = name.rpartition(".")
+    setattr(module.get_submodule(owner), own, new)
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    return new
+
+
+CARRY: dict[str, Any] = {
+    "the same tensors": lambda state: state,
+    "the same in a new dict": dict,
+    "clones": lambda state: {key: value.clone() for key, value in state.items()},
+    "views": lambda state: {key: value.detach() for key, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("how", CARRY)
+def test_a_parameter_that_takes_the_place_of_another_keeps_its_state(how: str) -> None:
+    module, twin = model(), model()
+    optimizer, reference = (AdaFisher(m.named_parameters(), lr=1e-2, inverse_update_freq=3) for m in (module, twin))
+    for m, o in ((module, optimizer), (twin, reference)):
+        steps(m, o, 0, 4)
+    for name in ("mix.weight", "scale", "inner.weight"):  # one after the other, the last twice
+        replace_parameter(module, optimizer, name, CARRY[how])
+    replace_parameter(module, optimizer, "inner.weight", CARRY[how])
+    assert same_state(optimizer.state_dict(), reference.state_dict())
+    for m, o in ((module, optimizer), (twin, reference)):
+        steps(m, o, 4, 8)
+    assert distance(weights(module), weights(twin)) == 0
+    assert same_state(optimizer.state_dict(), reference.state_dict())
+    assert optimizer.fisher_stats() == reference.fisher_stats()
+    assert set(optimizer.state) == {p for p in module.parameters() if p.requires_grad}
+
+
+def test_states_that_change_places_are_not_mixed_up() -> None:
+    a, b = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+    optimizer = AdaFisher([a, b], lr=0.0)
+    for step in (1.0, 2.0):
+        a.grad, b.grad = torch.full((4, 6), step), torch.full((4, 6), -step)
+        optimizer.step()
+    before = copy.deepcopy({"a": optimizer.state[a], "b": optimizer.state[b]})
+    assert not torch.equal(before["a"]["momentum_6x4"], before["b"]["momentum_6x4"])
+    optimizer.state[a], optimizer.state[b] = optimizer.state[b], optimizer.state[a]
+    saved = optimizer.state_dict()["state"]
+    for now, then in ((saved[0], before["b"]), (saved[1], before["a"])):
+        assert all(torch.equal(now[key], then[key]) for key in then)
+
+
+def test_a_parameter_without_the_state_starts_anew() -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    steps(module, optimizer, 0, 3)
+    new = replace_parameter(module, optimizer, "mix.weight", None)
+    steps(module, optimizer, 3, 5)
+    assert int(optimizer.state[new]["step"]) == 2 and int(optimizer.state[module.scale]["step"]) == 5
+
+
+def test_rows_that_share_blocks_cannot_be_cut_or_appended() -> None:
+    old = nn.Parameter(torch.ones(10, 3))
+    optimizer = AdaFisher([("xyz", old)], lr=1e-2)
+    old.grad = torch.ones(10, 3)
+    optimizer.step()
+    new = nn.Parameter(torch.ones(14, 3))
+    optimizer.state[new] = optimizer.state.pop(old)
+    optimizer.param_groups[0]["params"] = [new]
+    new.grad = torch.ones(14, 3)
+    with pytest.raises(ValueError, match=r"state of xyz does not fit.*`del optimizer\.state\[parameter\]`"):
+        optimizer.step()
+    assert torch.equal(new.detach(), torch.ones(14, 3))
+    del optimizer.state[new]
+    optimizer.step()
+    assert int(optimizer.state[new]["step"]) == 1 and len(optimizer.state) == 1
+
+
+def test_rows_of_their_own_blocks_can_be_cut_and_appended() -> None:
+    old, new = nn.Parameter(torch.randn(10, 3)), nn.Parameter(torch.randn(12, 3))
+    keep = torch.tensor([1, 2, 5, 7, 9, 0, 1, 1, 3, 4, 4, 8])
+    optimizer = AdaFisher([old], lr=1e-2, rows_per_block=1, block_size=3)
+    for step in range(3):
+        old.grad = torch.randn(10, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    state = optimizer.state.pop(old)
+    kept = {key: value[keep].clone() if value.dim() else value.clone() for key, value in state.items()}
+    optimizer.state[new] = dict(kept)
+    optimizer.param_groups[0]["params"] = [new]
+    saved = optimizer.state_dict()["state"][0]
+    assert all(torch.equal(saved[key], kept[key]) for key in kept)
+    new.grad = torch.ones(12, 3)
+    optimizer.step()
+    assert int(optimizer.state[new]["step"]) == 4
+    assert torch.allclose(optimizer.state[new]["momentum_3"], kept["momentum_3"].lerp(torch.ones(12, 1, 3), 0.15))
+
+
+def test_groups_shrink_and_grow(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+    module, twin = model(), model()
+    optimizer = AdaFisher([{"params": [p]} for p in module.parameters()], lr=1e-2)
+    steps(module, optimizer, 0, 3)
+    names = [name for name, _ in module.named_parameters()]
+    gone = names.index("mix.weight")
+    removed = optimizer.param_groups.pop(gone)["params"][0]
+    steps(module, optimizer, 3, 5)
+    assert removed not in optimizer.state and "forgets the state of 1 parameter(s)" in caplog.text
+    saved = optimizer.state_dict()
+    assert len(saved["param_groups"]) == len(names) - 1
+    assert optimizer.num_parameters() == len(saved["state"]) == len(names) - 2  # and a frozen one
+    assert len(optimizer.fisher_stats()) == len(names) - 2
+    again = AdaFisher([{"params": [p]} for n, p in twin.named_parameters() if n != "mix.weight"], lr=1e-2)
+    again.load_state_dict(copy.deepcopy(saved))
+    assert same_state(again.state_dict(), saved)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    save_checkpoint(tmp_path / "ckpt", module, optimizer)  # under the right names, though positions have moved
+    load_checkpoint(tmp_path / "ckpt", module, optimizer)
+    for number, entry in optimizer.state_dict()["state"].items():
+        assert entry.keys() == before[number].keys()
+        for key, value in entry.items():
+            both = value, before[number][key]
+            assert torch.equal(*(v.tril() if key.startswith("fisher") and v.dim() == 3 else v for v in both))
+    optimizer.add_param_group({"params": [removed]})
+    steps(module, optimizer, 5, 7)
+    assert int(optimizer.state[removed]["step"]) == 2 and int(optimizer.state[module.scale]["step"]) == 7
+
+
+def test_parameters_put_into_a_group_by_hand() -> None:
+    # Lightning's BackboneFinetuning puts whole groups there before it loads.
+    module = model()
+    optimizer = AdaFisher(module.out.parameters(), lr=1e-2)
+    groups = [{**optimizer.param_groups[0]}, {**optimizer.param_groups[0], "params": list(module.mix.parameters())}]
+    optimizer.param_groups = groups
+    steps(module, optimizer, 0, 2)
+    assert {int(entry["step"]) for entry in optimizer.state.values()} == {2} and len(optimizer.state) == 3
+    groups[0]["params"].append(module.scale)
+    steps(module, optimizer, 2, 3)
+    assert int(optimizer.state[module.scale]["step"]) == 1
+    with pytest.raises(TypeError, match=r"real floating-point parameters; 0\.3 is torch\.complex64"):
+        groups[0]["params"].append(nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+        steps(module, optimizer, 3, 4)
+
+
+def test_param_groups_hold_what_json_can() -> None:
+    module = model()
+    for dtype in (torch.bfloat16, "bfloat16", "bf16", "torch.bfloat16"):
+        optimizer = AdaFisher(module.named_parameters(), fisher_dtype=dtype)
+        assert optimizer.param_groups[0]["fisher_dtype"] == optimizer.defaults["fisher_dtype"] == "bfloat16"
+    steps(module, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    assert json.loads(json.dumps(saved["param_groups"])) == saved["param_groups"]
+    optimizer.param_groups[0]["fisher_dtype"] = torch.bfloat16  # the same, in the user's own way
+    steps(module, optimizer, 2, 3)
+    older = copy.deepcopy(saved)
+    older["param_groups"][0]["fisher_dtype"] = torch.bfloat16  # as versions before had it
+    other = AdaFisher(module.named_parameters())
+    other.load_state_dict(older)
+    assert same_state(other.state_dict(), saved) and other.param_groups[0]["fisher_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("key", ["step", "momentum_13x5"])
+def test_a_state_that_holds_no_tensors_is_refused(key: str) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), block_size=16)
+    steps(module, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][4][key] = {}  # as torch's flat state dicts have what they do not know
+    with pytest.raises(ValueError, match=rf"does not fit: {key}"):
+        optimizer.load_state_dict(saved)
+    assert int(optimizer.state[module.mix.weight]["step"]) == 2

@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist import layouts
-from adafisher_dist.checkpoint.agree import attempt, together
+from adafisher_dist.checkpoint.begin import training_for, training_of
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
-from adafisher_dist.checkpoint.saving import Saving, finish_pending, save
-from adafisher_dist.checkpoint.training import Training, adopt_replaced, observe, without_frozen
+from adafisher_dist.checkpoint.saving import Saving, save
+from adafisher_dist.checkpoint.stateful import OptimizerState
+from adafisher_dist.checkpoint.training import without_frozen
 from adafisher_dist.optimizer import AdaFisher
 
 __all__ = [
     "IGNORED",
     "CheckpointError",
     "Loaded",
+    "OptimizerState",
     "Options",
     "Place",
     "Restored",
@@ -99,7 +99,7 @@ def save_checkpoint(
         RuntimeError: the optimizer's state is incomplete after a failed step.
     """
     path = Path(path).absolute()
-    training = _training(model, optimizer)
+    training = training_for(model, optimizer)
     if exclude_frozen_parameters:
         training = without_frozen(training)
 
@@ -137,7 +137,7 @@ def load_checkpoint(
             timeout of the process group. Or, while reading, an I/O error: the optimizer then refuses to step until a
             load succeeds.
     """
-    training = _training(model, optimizer)
+    training = training_for(model, optimizer)
     found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
     return Restored(found.folder, found.values.get("extra", found.values.get("client_state")), found.not_restored)
 
@@ -147,31 +147,3 @@ def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:
     if lr_scheduler is None:
         return None
     return {"class": type(lr_scheduler).__name__, "state": lr_scheduler.state_dict()}
-
-
-def _training(model: nn.Module, optimizer: AdaFisher) -> Training:
-    if hasattr(model, "zero_optimization_stage"):
-        raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
-        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-        model = inner
-    return training_of(model, optimizer, None)
-
-
-def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Training:
-    """What is saved or loaded, when the last save has ended."""
-    if not isinstance(optimizer, AdaFisher):
-        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
-    if wrapper is None:
-        adopt_replaced(optimizer)
-    roster = optimizer._roster
-    # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
-    _, problem = attempt(finish_pending)
-    control = layouts.control_of(roster.registry, roster.process_group, "a save or load", CheckpointError)
-    together(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
-    return observe(module, optimizer, wrapper, control)
-
-
-def _raise(problem: Exception | None) -> None:
-    if problem is not None:
-        raise problem

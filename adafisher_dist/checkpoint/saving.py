@@ -159,6 +159,7 @@ def _checked_number(keep_last: Any) -> int | None:
 def _gather_state(training: Training) -> None:
     """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
     roster = training.optimizer._roster
+    roster.drop_foreseen()
     waiting = [tensor for tensor, _ in roster.registry.given() if training.optimizer.state.get(tensor)]
     roster.enlist([tensor for tensor in waiting if tensor not in roster.engine])
     roster.adopt(roster.shards)

@@ -120,15 +120,6 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def adopt_replaced(optimizer: AdaFisher) -> None:
-    """As at the first step: register the sharded parameters that a library has put in the place of those given."""
-    roster = optimizer._roster
-    standing = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    replaced = any(roster.registry.find(tensor) is None for tensor in standing)
-    if replaced and roster.registry.could_be(standing):
-        roster.register_all()
-
-
 def clean(name: str) -> str:
     """A parameter's name without what torch.compile, activation checkpointing and the like put into it."""
     for part in _IN_NAMES:
@@ -207,7 +198,7 @@ def state(training: Training, shards: list[Shard], names: Mapping[str, str], wri
     known = training.names
     for shard in shards:
         chosen = {}
-        for number, parameter in enumerate(shard.storage.parameters):
+        for number, parameter in shard.living:
             name = known[parameter.given.position]
             if name in names:
                 chosen[number] = names[name]
@@ -280,9 +271,8 @@ def members_of_groups(training: Training) -> list[list[str]]:
 def _counters(training: Training) -> dict[str, dict[str, Any]]:
     names, found = training.names, {}
     for shard in training.optimizer._roster.shards:
-        for parameter, grid, (step, updates) in zip(
-            shard.storage.parameters, shard.grids, shard.counters.tolist(), strict=True
-        ):
+        for number, parameter in shard.living:
+            grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
             structure = shard.structures[shard.groups[parameter.tensor]]
             found[names[parameter.given.position]] = {
                 "step": step,

@@ -45,8 +45,11 @@ __all__ = [
     "UnsupportedLayoutError",
     "check_parameter",
     "control_of",
+    "dtensor",
     "engine_that_builds",
     "is_called_by_deepspeed",
+    "is_called_by_torch_checkpoint",
+    "is_dtensor",
     "is_rehearsal",
     "left_idle",
     "locate",
@@ -54,7 +57,7 @@ __all__ = [
     "mesh_group",
     "part_of_step",
     "refresh_module",
-    "refuse_torch_checkpoint",
+    "rows_here",
     "storages",
     "whole_shape",
     "wrapped_tensors",
@@ -160,12 +163,11 @@ def locate(tensor: Tensor, group: Group) -> Held:
 
 
 def is_rehearsal(optimizer: Optimizer) -> bool:
-    """Whether this call of step() is a library's own, with all-zero gradients: not a training step.
+    """Whether this call of step() is DeepSpeed's own, with all-zero gradients: not a training step.
 
-    DeepSpeed's FP16_UnfusedOptimizer makes one at start-up (`unfused_optimizer.py`), and torch's checkpoint functions
-    make one for an optimizer without state, both to have other optimizers allocate it.
+    FP16_UnfusedOptimizer makes one at start-up (`unfused_optimizer.py`), to have other optimizers allocate their state.
     """
-    return calling_wrapper(optimizer)[1] == "initialize_optimizer_states" or _is_called_by_torch_checkpoint()
+    return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
 
 
 def is_called_by_deepspeed(optimizer: Optimizer) -> bool:
@@ -173,27 +175,37 @@ def is_called_by_deepspeed(optimizer: Optimizer) -> bool:
     return calling_wrapper(optimizer)[0] is not None
 
 
-def refuse_torch_checkpoint() -> None:
-    """Refuse to give torch's checkpoint functions one rank's part of a sharded state: they would lose the others'.
+def is_called_by_torch_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint is on the call stack.
 
-    Raises:
-        RuntimeError: one of them is on the call stack.
+    Its get_optimizer_state_dict and the like call `step()`, with gradients of zero, where an optimizer has no state,
+    and then `state_dict()`; and `dcp.save` and `dcp.load` call `state_dict()` of an optimizer that they are given.
     """
-    if _is_called_by_torch_checkpoint():
-        raise RuntimeError(
-            "torch.distributed.checkpoint.state_dict does not know how AdaFisher's state is sharded under FSDP2, and"
-            " would save one rank's part for all. Use adafisher_dist.save_checkpoint and load_checkpoint; in"
-            " Lightning from a callback, as examples/lightning_fsdp2.py does, with enable_checkpointing=False."
-        )
-
-
-def _is_called_by_torch_checkpoint() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
             return True
         frame = frame.f_back
     return False
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is a DTensor; their module is not imported for those who have none."""
+    return hasattr(value, "device_mesh")
+
+
+def dtensor(local: Tensor, shape: Sequence[int], storage: Storage) -> Tensor:
+    """See `dtensors.dtensor`."""
+    from adafisher_dist.layouts import dtensors
+
+    return dtensors.dtensor(local, shape, storage)
+
+
+def rows_here(value: Tensor, group: Group, what: str) -> Tensor:
+    """See `dtensors.rows_here`."""
+    from adafisher_dist.layouts import dtensors
+
+    return dtensors.rows_here(value, group, what)
 
 
 def mesh_group(registry: Registry) -> Group | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,11 +47,14 @@ class Registry:
         # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
         self._given: dict[int, tuple[Tensor, Given]] = {}
         self._shapes: list[tuple[int, ...]] = []
+        self._groups: list[list[int]] = []  # ids, by param group
 
     def add(self, tensor: Tensor, name: str, group: int) -> None:
         """Register the next parameter, of this param group."""
         self._given[id(tensor)] = tensor, Given(name, len(self._shapes), group)
         self._shapes.append(whole_shape(tensor))
+        self._groups += [[] for _ in range(group + 1 - len(self._groups))]
+        self._groups[group].append(id(tensor))
 
     def could_be(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors may stand in the places of all that were given: parameters, each of the same shape."""
@@ -58,12 +63,28 @@ class Registry:
             for tensor, shape in zip(tensors, self._shapes, strict=True)
         )
 
+    def stands_as(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these param groups are made of the registered parameters, in their order."""
+        standing = [list(map(id, group["params"])) for group in groups]
+        while standing and not standing[-1]:
+            standing.pop()
+        return standing == self._groups
+
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
 
     def given(self) -> Iterator[tuple[Tensor, Given]]:
         """The parameters, and how each was given."""
         return iter(self._given.values())
+
+    def places(self) -> dict[int, tuple[int, int]]:
+        """By the id of each parameter: its param group, and its number there."""
+        numbers: Counter[int] = Counter()
+        found = {}
+        for key, (_, given) in self._given.items():
+            found[key] = given.group, numbers[given.group]
+            numbers[given.group] += 1
+        return found
 
     def find(self, tensor: Tensor) -> Given | None:
         """How a parameter was given; None where it was not."""
@@ -89,6 +110,21 @@ class Storage:
     parameters: Sequence[Parameter]
     placed: Sequence[Sequence[Placed]]
     replicated: bool
+
+    @property
+    def mesh(self) -> Any:
+        """The device mesh of the tensors, where they are DTensors; else None."""
+        return next((tensor.device_mesh for tensor in self.tensors if hasattr(tensor, "device_mesh")), None)
+
+    @property
+    def one_each(self) -> bool:
+        """Whether each tensor is a parameter as the user gave it, and no piece of several, as ZeRO's are."""
+        return self.replicated or self.mesh is not None
+
+    @property
+    def on_ranks(self) -> bool:
+        """Whether a rank may hold only a part of the state."""
+        return self.group.size > 1 or self.mesh is not None
 
     def values(self, index: int) -> Tensor:
         """A stored tensor, or of a DTensor what this rank holds."""

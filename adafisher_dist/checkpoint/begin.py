@@ -1,0 +1,44 @@
+"""What a save and a load begin with: everything is named, when the last save has ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adafisher_dist import layouts
+from adafisher_dist.checkpoint.agree import attempt, together
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.saving import finish_pending
+from adafisher_dist.checkpoint.training import Training, observe
+from adafisher_dist.optimizer import AdaFisher
+
+
+def training_for(model: nn.Module, optimizer: AdaFisher) -> Training:
+    """The same of a model that may be wrapped, but not by DeepSpeed."""
+    if hasattr(model, "zero_optimization_stage"):
+        raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        model = inner
+    return training_of(model, optimizer, None)
+
+
+def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Training:
+    """What is saved or loaded, when the last save has ended."""
+    if not isinstance(optimizer, AdaFisher):
+        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+    if wrapper is None:
+        optimizer._roster.follow()
+    roster = optimizer._roster
+    # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
+    _, problem = attempt(finish_pending)
+    control = layouts.control_of(roster.registry, roster.process_group, "a save or load", CheckpointError)
+    together(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
+    return observe(module, optimizer, wrapper, control)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
