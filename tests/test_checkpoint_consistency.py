@@ -46,6 +46,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint import deepspeed as of_deepspeed
 from adafisher_dist.checkpoint import loading, places, random_state
 from adafisher_dist.checkpoint.export import export_weights
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
@@ -863,6 +864,19 @@ def test_latest_cannot_be_changed_and_the_rename_not_undone(two: Path, folder: P
 
 
 # ---- DeepSpeed's engine ----
+
+
+def test_a_fixed_loss_scale_has_no_last_overflow() -> None:
+    """Which a scale that adapts does not take over; nor anything that is no part of a loss scale."""
+    scaler = Namespace(dynamic=True, cur_scale=4.0, cur_iter=7, last_overflow_iter=-1, step=len)
+    engine = Namespace(
+        optimizer=Namespace(loss_scaler=scaler), fp16_enabled=lambda: True, training_dataloader=None,
+        random_ltd_enabled=lambda: False,
+    )  # fmt: skip
+    saved = {"cur_scale": 2.0, "cur_iter": 3, "last_overflow_iter": None, "step": 1}
+    assert of_deepspeed._checked(engine, {"loss_scale": saved}, True, True) == []
+    of_deepspeed._restore_loss_scale(engine, saved)
+    assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.step) == (2.0, 3, -1, len)
 
 OF_THE_ENGINE: dict[str, tuple[Steps, Any, str]] = {
     "a counter below 0": (("values", "engine", "global_steps"), -1, "global_steps of the engine should be"),

@@ -249,9 +249,10 @@ def _restore_loss_scale(engine: Any, saved: Mapping[str, Any]) -> None:
     scaler = _scaler(engine)
     dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
     if engine.fp16_enabled() and dynamic:
-        for name, value in saved.items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        for name in _LOSS_SCALE:
+            # A scale that was fixed has no last overflow: None, with which one that adapts cannot go on.
+            if saved.get(name) is not None and hasattr(scaler, name):
+                setattr(scaler, name, saved[name])
 
 
 def _restore_counters(engine: Any, saved: Mapping[str, Any]) -> None:
@@ -283,7 +284,7 @@ def _checked(engine: Any, values: Mapping[str, Any], counters: bool, states: boo
             raise ValueError(f"{name} should be a dict, and is {values[name]!r}")
     if counters:
         whole_numbers(values.get("engine") or {}, _COUNTERS, "the engine")
-    learnt = values.get("loss_scale") or {}
+    learnt = {name: value for name, value in (values.get("loss_scale") or {}).items() if value is not None}
     if states:
         whole_numbers(learnt, _LOSS_SCALE[1:], "the loss scale", low=-1)  # no overflow yet is -1
         scale = learnt.get("cur_scale", 1.0)
