@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ def register() -> None:
         _install(optim)
     except Exception as error:
         print(f"adafisher_dist: no registration in torch.optim ({error!r}); import adafisher_dist.", file=sys.stderr)
-    if os.environ.get("LOCAL_RANK") == "0":  # one rank of a job, on each machine
-        with suppress(Exception):
-            _tell_of_locks()
+    with suppress(Exception):
+        _tell_of_locks()
 
 
 def _install(optim: Any) -> None:
@@ -62,10 +62,16 @@ def _tell_if_near(name: str, plain: str) -> None:
         logging.getLogger("adafisher_dist").warning("torch.optim has no %r. Did you mean %r?", name, NAME)
 
 
+@cache
 def _tell_of_locks() -> None:
-    """Tell of a lock that a killed compilation has left: DeepSpeed would wait for it without a word, and for ever."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+    """Tell of a lock that a killed compilation has left: DeepSpeed would wait for it without a word, and for ever.
+
+    Once a process: `import torch` and `import adafisher_dist` both register.
+    """
+    if os.environ.get("LOCAL_RANK") != "0":  # one rank of a job, on each machine
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / "torch_extensions")
     for lock in (*root.glob(f"{_OPERATOR}/lock"), *root.glob(f"*/{_OPERATOR}/lock")):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > _MINUTES:

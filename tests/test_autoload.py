@@ -30,7 +30,7 @@ def test_import_torch_is_enough_and_loads_nothing_of_ours() -> None:
         "import torch, sys; ours = sorted(m for m in sys.modules if m.startswith('adafisher'));"
         "print(ours, torch.optim.AdaFisher.__module__, hasattr(torch.optim, 'NoSuch'))"
     )
-    assert out.split("]")[0] == "['adafisher_dist', 'adafisher_dist.autoload'"
+    assert out.split("]")[0] == "['adafisher_dist', 'adafisher_dist.autoload', 'adafisher_dist.version'"
     assert out.split("]")[1].split() == ["adafisher_dist.ds", "False"]
 
 

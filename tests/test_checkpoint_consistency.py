@@ -878,6 +878,7 @@ def test_a_fixed_loss_scale_has_no_last_overflow() -> None:
     of_deepspeed._restore_loss_scale(engine, saved)
     assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.step) == (2.0, 3, -1, len)
 
+
 OF_THE_ENGINE: dict[str, tuple[Steps, Any, str]] = {
     "a counter below 0": (("values", "engine", "global_steps"), -1, "global_steps of the engine should be"),
     "a counter that is no number": (
