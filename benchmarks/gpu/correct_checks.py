@@ -16,11 +16,13 @@ import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
@@ -201,14 +203,35 @@ def kernel(here: Here) -> str:
         chosen += ["-n", str(workers), "--dist", "worksteal"]
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RANK", "WORLD_SIZE")}
     kept |= {"TRITON_INTERPRET": "1"} if here.rehearsing else {"DS_ACCELERATOR": "cuda"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_fused.py", *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=kept, timeout=0.9 * here.limit)
-    wrong = [text for text in done.stdout.splitlines() if text.startswith(("FAILED", "ERROR"))]
-    assert done.returncode == 0, "\n".join([*wrong, "", done.stdout[-6000:], done.stderr[-2000:]])
-    last = done.stdout.strip().splitlines()[-1].strip("= ")
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/test_fused.py", *chosen]
+    output, status = _in_time(command, kept, min(90.0, 0.9 * here.limit))
+    wrong = [text for text in output.splitlines() if text.startswith(("FAILED", "ERROR"))]
+    assert status == 0, "\n".join([*wrong, "", output[-6000:]])
+    last = output.strip().splitlines()[-1].strip("= ")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped)", last)}
     assert counts.get("passed", 0) > 0 and "skipped" not in counts, last
     return f"{' '.join(command[2:])}: {last}"
+
+
+def _in_time(command: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[str, int | str]:
+    """What a command says, and its status; with all that it started it is ended when the time is over.
+
+    Into a file, so that what it had said by then is kept.
+    """
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, start_new_session=True
+        )  # fmt: skip
+        try:
+            status: int | str = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = f"cut after {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        file.seek(0)
+        return f"{file.read()}\n{status if isinstance(status, str) else ''}", status
 
 
 # ---- the torch path ----
