@@ -62,7 +62,7 @@ def refusal(batch: Batch, **changes: Any) -> str | None:
 @interpreted
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("size", "depth"), [(1, 1), (1, 16), (7, 1), (7, 5), (16, 1), (16, 64), (43, 5), (64, 16)])
+@pytest.mark.parametrize(("size", "depth"), [(1, 1), (1, 16), (7, 1), (7, 5), (16, 1), (16, 64), (20, 5)])
 def test_an_unharmed_kernel_is_taken(size: int, depth: int, dtype: torch.dtype, packed: bool) -> None:
     assert refusal(make(size, depth, dtype, packed)) is None
 
@@ -191,7 +191,7 @@ def harmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixt
 
 
 CASES = [
-    *((name, 7, 5, torch.float32, packed) for name in HARMS for packed in (False, True)),
+    *((name, 7, 5, torch.float32, False) for name in HARMS),
     *((name, 5, 1, torch.bfloat16, False) for name in HARMS if name != "ε left out"),
     *((name, 7, 2, torch.bfloat16, packed) for name in ROUNDED for packed in (False, True)),
     *((name, 16, 1, torch.float32, False) for name in LARGEST),
@@ -201,8 +201,6 @@ CASES = [
 @interpreted
 @pytest.mark.parametrize(("harmed", "size", "depth", "dtype", "packed"), CASES, indirect=["harmed"])
 def test_a_harmed_kernel_is_refused(harmed: str, size: int, depth: int, dtype: torch.dtype, packed: bool) -> None:
-    if packed and harmed == "F is not symmetric":
-        pytest.skip("there is no upper half")
     found = refusal(make(size, depth, dtype, packed))
     assert found is not None and harmed in found and "torch's own path" not in found
     assert Kind(size, depth, True).name in found
