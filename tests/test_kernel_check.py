@@ -135,7 +135,7 @@ HARMS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "a gate that lets all through": ({"if go == 0:": "if go == 7:"}, "a step that was to change nothing"),
     "one row too many": ({"there_N = row_N < stop": "there_N = row_N <= stop"}, "blocks beside those of the step"),
-    "rows past the sixth": ({"there_N = row_N < stop": "there_N = (row_N < stop) & (row_N < 7)"}, "off in"),
+    "rows past the sixth": ({"there_N = row_N < stop": "there_N = (row_N < stop) & (row_N < 7)"}, "the kernel"),
     "a later program": (
         {"right_DNJ = hat_DNJ * unit_N1": "right_DNJ = hat_DNJ * unit_N1 + tl.program_id(0) * g_DNJ"},
         "off in u",
@@ -148,7 +148,7 @@ HARMS: dict[str, tuple[dict[str, str], str]] = {
         {"rungs_ptr + row_N * 3 + rung_N, 1": "rungs_ptr + row_N * 3 + 1, 1"},
         "the fallback ladder counted",
     ),
-    "ε left out": ({"root_DNJ + eps)": "root_DNJ)"}, "off in u"),
+    "ε left out": ({"root_DNJ + eps)": "root_DNJ)"}, "the kernel is wrong"),
     "small gradients flushed": (
         {"    m_DNJ = _lerp(m_DNJ,": "    g_DNJ = tl.where(tl.abs(g_DNJ) < 1e-4, 0, g_DNJ)\n    m_DNJ = _lerp(m_DNJ,"},
         "off in",
