@@ -65,6 +65,11 @@ class Engine:
     def shards(self) -> list[Shard]:
         """In the order in which their tensors first had a gradient; their counters are right."""
         self.learn()
+        return self.planned
+
+    @property
+    def planned(self) -> list[Shard]:
+        """The same without a wait for the device: the last step may turn out to have counted for nothing."""
         return [way.shard for way in self._transfers]
 
     def learn(self, shards: Sequence[Shard] | None = None) -> None:
@@ -97,7 +102,7 @@ class Engine:
     def drop(self, shards: Sequence[Shard]) -> None:
         """Forget shards."""
         gone = set(map(id, shards))
-        self.learn()
+        self.learn(shards)
         self._transfers = [way for way in self._transfers if id(way.shard) not in gone]
         self._where = {key: place for key, place in self._where.items() if id(place[0]) not in gone}
         self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if not gone & set(key)}

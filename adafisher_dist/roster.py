@@ -142,7 +142,7 @@ class Roster:
 
     def _may_follow(self, standing: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
-        held = [tensor for shard in self.shards for tensor in shard.living_tensors]
+        held = [tensor for shard in self.engine.planned for tensor in shard.living_tensors]
         if any(self.registry.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return False
         if not standing or not all(isinstance(tensor, nn.Parameter) for tensor in new):

@@ -131,6 +131,18 @@ def test_without_a_gpu_it_names_the_rehearsal(tmp_path: Path) -> None:
     assert done.returncode == 1 and "make gpu REHEARSE=1" in done.stderr and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("limit", ["nope=3", "fast", "fast=0", "fast=-3", "fast=nan"])
+def test_a_limit_that_is_none(tmp_path: Path, limit: str) -> None:
+    done = call("run.py", "--rehearse", "--out", tmp_path, "--limit", limit)
+    assert done.returncode == 2 and f"and not {limit}" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = call("run.py", "--rehearse", OUT=str(tmp_path / "file"))
+    assert done.returncode == 2 and f"Cannot write into {tmp_path / 'file'}" in done.stderr
+
+
 # ---- cuts and repetitions, with parts that do nothing else ----
 
 PART = """

@@ -790,7 +790,7 @@ def _all_of_comm(real: Group, forced: Group, device: torch.device, here: Here) -
     assert received.tensor.tolist() == [rank + 1.0 for rank in ranks for _ in range(1 + here.rank)], received.tensor
     for source in {0, here.world - 1}:
         value = torch.full((2, 3), own, device=device)
-        got = comm.broadcast(forced, value, source)
+        got = comm.broadcast(forced, value, source, "a check")
         assert got.device.type == device.type and set(got.flatten().tolist()) == {source + 1.0}, got
 
 

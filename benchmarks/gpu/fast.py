@@ -7,7 +7,8 @@
 - steps: one optimizer's step on all parameters of a GPT, with random gradients. `device_ms`: between two events, the
   launches queued ahead as they are behind a backward; `host_ms`: until `step()` returns, which is what keeps the
   next forward from being queued; `wall_ms`: from an idle device to an idle device. Medians; `wall_ms_mean` is the mean
-  of wall_ms, since some optimizers have a slow step in every ten.
+  of wall_ms, since some optimizers have a slow step in every ten. A step that waits for the device, as AdaFisher's
+  torch path does, cannot be queued ahead: its device_ms has those waits in it.
 - share: forward and backward of a GPT, and the step on an eighth of each of its parameters' blocks, which is what one
   of eight ranks owns. What travels between ranks is not in it.
 

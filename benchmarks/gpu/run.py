@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -183,14 +185,22 @@ def arguments() -> argparse.Namespace:
     if unknown or not asked:
         parser.error(f"no such part: {' '.join(unknown) or 'none was named'}. There are: {' '.join(PARTS)}")
     given.parts = [part for part in PARTS if part in asked]
-    limits = REHEARSAL_LIMITS if given.rehearse else LIMITS
-    try:
-        other = {part: float(seconds) for part, _, seconds in (each.partition("=") for each in given.limit)}
-    except ValueError:
-        parser.error(f"--limit is PART=SECONDS, for instance fast=60, and not {' '.join(given.limit)}")
-    given.limits = {**limits, **other}
+    given.limits = dict(REHEARSAL_LIMITS if given.rehearse else LIMITS)
+    for each in given.limit:
+        part, _, seconds = each.partition("=")
+        if part not in PARTS or not re.fullmatch(r"\d+(\.\d+)?", seconds) or not float(seconds):
+            parser.error(f"--limit is PART=SECONDS, for instance fast=60, and not {each}. There are: {' '.join(PARTS)}")
+        given.limits[part] = float(seconds)
     in_environment = os.environ.get("OUT")
     given.out = (given.out or (Path(in_environment) if in_environment else default_folder(given.rehearse))).resolve()
+    if not given.rehearse and not has_cuda():
+        parser.exit(1, f"{no_device('make gpu')}\n")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=given.out):
+            pass
+    except OSError as error:
+        parser.error(f"Cannot write into {given.out}: {error.strerror}. --out, or OUT, names another folder.")
     return given
 
 
@@ -204,10 +214,6 @@ def main() -> int:
     given = arguments()
     signal.signal(signal.SIGTERM, stop)
     given.scripts = given.scripts.resolve()
-    if not given.rehearse and not has_cuda():
-        print(no_device("make gpu"), file=sys.stderr)
-        return 1
-    given.out.mkdir(parents=True, exist_ok=True)
     log = Log(given.out)
     found = environment(given.rehearse, install_wheels(log))
     os.environ.update({name: found[name] for name in ("GPU_COMMAND", "COMMIT")})
