@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -199,6 +200,7 @@ def adopt_engine() -> None:
             **more,
         }
         if not isinstance(self.basic_optimizer, AdaFisher):
+            _refuse_ours(self, load_dir, tag, flags)
             return load(self, load_dir, tag, **flags)
         from adafisher_dist.checkpoint.deepspeed import load_with_deepspeed
 
@@ -207,6 +209,33 @@ def adopt_engine() -> None:
     save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]
     engine_class.__init__ = __init__
     engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]) -> None:
+    """Refuse to resume another optimizer from AdaFisher's state, where DeepSpeed would fail for a missing key.
+
+    Raises:
+        CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all ranks that see the
+            same files.
+    """
+    from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+    from adafisher_dist.checkpoint.places import BESIDE, LATEST
+
+    if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
+        return
+    if flags["load_module_only"] or engine.load_universal_checkpoint():
+        return
+    root = Path(load_dir)
+    try:
+        name = str(tag) if tag is not None else (root / LATEST).read_text().strip()
+    except (OSError, ValueError):  # DeepSpeed tells what is wrong with it
+        return
+    if (root / name / BESIDE / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{root / name} was saved by AdaFisher, whose state {type(engine.basic_optimizer).__name__} cannot"
+            " take over. Load with load_optimizer_states=False: weights, learning rate schedule and counters. Nothing"
+            " was changed."
+        )
 
 
 def _warn_of_another_optimizer(engine: Any) -> None:

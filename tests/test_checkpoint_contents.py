@@ -488,6 +488,7 @@ EXTRA = {
     "ordered": OrderedDict(b=1, a=2),
     "counter": Counter({3: 2}),
     "deque": deque([1, 2]),
+    "bounded": deque([1, 2], maxlen=2),
     "namespace": argparse.Namespace(lr=0.1, layers=(1, 2)),
     "path": Path("/tmp/x"),
     "dtype": torch.bfloat16,
@@ -510,10 +511,20 @@ def test_extra_values_come_back(tmp_path: Path) -> None:
     numbers = back["numbers"]
     assert numbers == EXTRA["numbers"] and type(numbers[6]) is np.float32 and type(numbers[3]) is bool
     assert back == {key: value for key, value in EXTRA.items() if key != "empty"}
+    assert back["bounded"].maxlen == 2 and back["deque"].maxlen is None
 
 
 def test_not_a_number_comes_back() -> None:
     assert math.isnan(values.decode(values.encode(math.nan, "x", []), []))
+    back = values.decode(json.loads(json.dumps(values.encode(complex(math.nan, math.inf), "x", []))), [])
+    assert math.isnan(back.real) and back.imag == math.inf
+    assert values.decode({"$complex": [1.0, 2.0]}, []) == 1 + 2j  # as version 0.1 wrote it
+
+
+def _of_itself() -> dict[str, Any]:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    return {"x": cycle}
 
 
 @pytest.mark.parametrize(
@@ -524,6 +535,11 @@ def test_not_a_number_comes_back() -> None:
         ({"module": nn.Linear(1, 1)}, "state_dict"),
         ({"sparse": torch.zeros(2, 2).to_sparse()}, "save a plain tensor"),
         ({"objects": np.array([object()])}, "torch does not know"),
+        ({"x": np.arange(3, dtype=np.dtype("i4").newbyteorder())}, r"extra\['x'\] is a numpy array of .i4"),
+        ({"x": np.zeros(1, dtype=[("a", "i4")])[0]}, r"extra\['x'\] is a numpy.void"),
+        ({"x": np.longdouble(1) / 3}, r"extra\['x'\] is a numpy.longdouble"),
+        ({"x": np.ma.array([1.0, 2.0], mask=[False, True])}, r"extra\['x'\] is a numpy.ma.*MaskedArray"),
+        (_of_itself(), "extra holds itself"),
     ],
 )
 def test_what_needs_pickling_is_refused(extra: Any, where: str, tmp_path: Path) -> None:

@@ -199,6 +199,27 @@ def test_weights_that_adamw_trained(stage: int, world: int, precision: str, tmp_
     run_ranks(switched, world, stage, precision, str(tmp_path), deepspeed=True)
 
 
+def adafishers_into_adamw(rank: int, world: int, stage: int, folder: str) -> None:
+    engine = engine_of(config(stage, world))
+    train(engine, 0, 2, rank, world)
+    engine.save_checkpoint(folder)
+    saved = full_weights(engine)
+    adamw = {**config(stage, world), "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+    other = engine_of(adamw, torch_model_of(3))
+    before = full_weights(other)
+    for tag in (None, "global_step2"):
+        with pytest.raises(CheckpointError, match="was saved by AdaFisher, whose state AdamW cannot take over"):
+            other.load_checkpoint(folder, tag)
+    assert all(np.array_equal(value, before[name]) for name, value in full_weights(other).items())
+    other.load_checkpoint(folder, load_optimizer_states=False)
+    assert all(np.array_equal(value, saved[name]) for name, value in full_weights(other).items())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adafishers_checkpoint_into_adamw(stage: int, tmp_path: Path) -> None:
+    run_ranks(adafishers_into_adamw, 2, stage, str(tmp_path), deepspeed=True)
+
+
 def adafisher_without_ours(rank: int, world: int, stage: int, folder: str) -> None:
     """Where only our folder is lost, DeepSpeed's files still have the weights, for who asks for these."""
     import shutil
@@ -318,6 +339,7 @@ def test_frozen_parameters_in_one_process(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, "adafisher_dist"):
         assert load_checkpoint(tmp_path, other, again).not_restored == []
     assert "3 frozen parameters, as inner.weight, were left out" in caplog.text
+    assert "1 parameter(s), as b.weight, are trained here" in caplog.text
     assert torch.equal(other.a.weight, module.a.weight) and bool((other.b.weight == 7.0).all())
     kept, loaded = optimizer.state[module.b.weight], again.state[other.b.weight]
     assert int(kept["step"]) == 2 and all(torch.equal(loaded[key], value) for key, value in kept.items())

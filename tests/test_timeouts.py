@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from adafisher_dist import AdaFisher, CheckpointError, comm, ds, save_checkpoint
 from adafisher_dist import control as controls
-from adafisher_dist.checkpoint import manifest, reader, saving, writer
+from adafisher_dist.checkpoint import opened, reader, saving, writer
 from adafisher_dist.metrics import Meter
 from adafisher_dist.waiting import Meetings, meetings, timeout_of
 
@@ -233,7 +233,7 @@ def in_a_load(rank: int, world: int, folder: str, how: str, where: str) -> Any:
     if rank == LOST and where == "before":
         disappear(how)
     if rank == LOST:
-        owner, name = {"verify": (manifest, "_sum"), "read": (reader.ShardReader, "_read")}[where]
+        owner, name = {"verify": (opened, "_sum"), "read": (reader.ShardReader, "_read")}[where]
         disappear_in(owner, name, how)
     return caught(lambda: run.load(Path(folder)))
 
@@ -321,22 +321,22 @@ def slowly(rank: int, world: int, folder: str) -> dict[str, float]:
     fast = slow(saving, "_copied", pieces)
     timed("copy", lambda: run.save(Path(folder) / "fifth", 1, asynchronous=True).wait())
     fast()
-    fast = slow(reader, "_read_at", pieces)
+    fast = slow(opened.Opened, "read_at", pieces)
     timed("load", lambda: run.load(Path(folder) / "fifth"))
     fast()
     if rank == LOST:  # a file as long as one that takes three timeouts to read
-        real = manifest.beat
+        real = opened.beat
 
         def beat() -> None:
             time.sleep(TIMEOUT / 2)
             real()
 
-        def long(path: Path) -> int:
+        def long(handle: int) -> int:
             for _ in range(6):
-                manifest.beat()
-            return check_sum(path)
+                opened.beat()
+            return check_sum(handle)
 
-        manifest.beat, check_sum, manifest._sum = beat, manifest._sum, long
+        opened.beat, check_sum, opened._sum = beat, opened._sum, long
     timed("verify", lambda: run.load(Path(folder) / "fifth"))
     return seconds
 

@@ -114,7 +114,7 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
     if options.states:
         training.optimizer._roster.engine.incomplete = False
     if control.rank == 0:
-        _report(loaded, opened.manifest, time.monotonic() - began)
+        _report(loaded, training, opened.manifest, time.monotonic() - began)
     return loaded
 
 
@@ -458,7 +458,7 @@ def _values(opened: Opened) -> dict[str, Any]:
     return found
 
 
-def _report(loaded: Loaded, manifest: Manifest, seconds: float) -> None:
+def _report(loaded: Loaded, training: Training, manifest: Manifest, seconds: float) -> None:
     gigabytes = sum(file.nbytes for file in manifest.files.values()) / 1e9
     logger.info(
         "Loaded %s (step %s, saved by %s rank(s), %s): %.3f GB in %.1f s",
@@ -469,6 +469,13 @@ def _report(loaded: Loaded, manifest: Manifest, seconds: float) -> None:
         logger.info(
             "%d frozen parameters, as %s, were left out of %s, and stay as they are in the model.",
             len(loaded.left_out), loaded.left_out[0], loaded.folder,
+        )  # fmt: skip
+    trained = [name for name in loaded.left_out if training.parameters[name].requires_grad]
+    if trained:
+        logger.warning(
+            "%d parameter(s), as %s, are trained here, and %s has no values of them: they were frozen, and left out."
+            " They are as they were in the model; load the base that they came from, if you have not.",
+            len(trained), trained[0], loaded.folder,
         )  # fmt: skip
     for problem in loaded.not_restored:
         logger.warning("Not restored from %s: %s", loaded.folder, problem)

@@ -36,23 +36,32 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
         tensors: takes the tensors and arrays in it.
 
     Raises:
-        TypeError: something in it is of another type; says where, and what to do.
+        TypeError: something in it is of another type, or it holds itself; says where, and what to do.
     """
+    try:
+        return _encode(value, where, tensors)
+    except RecursionError:
+        raise TypeError(f"{where} holds itself, or is nested too deep to be saved.") from None
+
+
+def _encode(value: object, where: str, tensors: list[Tensor]) -> Any:
     if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
         return value
     if type(value) is float:
         return value if isfinite(value) else {"$float": repr(value)}
     if type(value) is list:
-        return [encode(item, f"{where}[{index}]", tensors) for index, item in enumerate(value)]
+        return [_encode(item, f"{where}[{index}]", tensors) for index, item in enumerate(value)]
+    if type(value) is deque and value.maxlen is not None:
+        return {"$bounded_deque": [value.maxlen, _encode(list(value), where, tensors)]}
     for kind, (name, as_list) in _SEQUENCES.items():
         if type(value) is kind:
-            return {name: encode(as_list(value), where, tensors)}
+            return {name: _encode(as_list(value), where, tensors)}
     if isinstance(value, dict):
         return _encode_dict(value, where, tensors)
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and type(value) in (np.ndarray, np.memmap)):
         return _put_aside(value, where, tensors)
-    if isinstance(value, np.generic):
-        return {"$numpy": [value.dtype.str, encode(value.item(), where, tensors)]}
+    if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, complex, str, bytes):
+        return {"$numpy": [value.dtype.str, _encode(value.item(), where, tensors)]}
     for other, (name, as_json) in _ATOMS.items():
         if isinstance(value, other):
             return {name: as_json(value)}
@@ -85,6 +94,8 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
         return _set_aside(content, tensors).numpy().copy()
     if name == "$numpy":
         return np.dtype(content[0]).type(decode(content[1], tensors))
+    if name == "$bounded_deque":
+        return deque(decode(content[1], tensors), content[0])
     if name == "$dict":
         return {decode(key, tensors): decode(item, tensors) for key, item in content}
     if name == "$counter":
@@ -111,8 +122,10 @@ def _encode_dict(value: Mapping[Any, Any], where: str, tensors: list[Tensor]) ->
         raise TypeError(f"{where} is a {type(value).__qualname__}; save dict(…) of it.")
     plain = all(type(key) is str and not key.startswith("$") for key in value)
     if plain and not isinstance(value, Counter):
-        return {key: encode(item, f"{where}[{key!r}]", tensors) for key, item in value.items()}
-    pairs = [[encode(k, f"a key of {where}", tensors), encode(v, f"{where}[{k!r}]", tensors)] for k, v in value.items()]
+        return {key: _encode(item, f"{where}[{key!r}]", tensors) for key, item in value.items()}
+    pairs = [
+        [_encode(k, f"a key of {where}", tensors), _encode(v, f"{where}[{k!r}]", tensors)] for k, v in value.items()
+    ]
     return {"$counter" if isinstance(value, Counter) else "$dict": pairs}
 
 
@@ -120,7 +133,7 @@ def _put_aside(value: Tensor | np.ndarray[Any, Any], where: str, tensors: list[T
     if isinstance(value, np.ndarray):
         try:
             tensor = torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # the latter: bytes in another order
             raise TypeError(f"{where} is a numpy array of {value.dtype}, which torch does not know.") from error
     else:
         tensor = value.detach()
@@ -141,7 +154,7 @@ _ATOMS: dict[type, tuple[str, Any]] = {
     bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
     torch.dtype: ("$dtype", str),
     torch.device: ("$device", str),
-    complex: ("$complex", lambda value: [value.real, value.imag]),
+    complex: ("$complex", lambda value: [repr(value.real), repr(value.imag)]),  # either may be NaN
     PurePath: ("$path", str),
 }
 _FROM_ATOMS: dict[str, Any] = {
@@ -149,6 +162,6 @@ _FROM_ATOMS: dict[str, Any] = {
     "$bytes": lambda content: base64.b64decode(content, validate=True),
     "$dtype": _DTYPES.__getitem__,
     "$device": torch.device,
-    "$complex": lambda content: complex(*content),
+    "$complex": lambda content: complex(*map(float, content)),
     "$path": Path,
 }

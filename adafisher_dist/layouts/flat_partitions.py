@@ -36,7 +36,7 @@ def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
             "ZenFlow": wrapper.zenflow,
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "mixture of experts": wrapper.has_moe_layers,
-            "model parallelism": wrapper.model_parallel_world_size > 1,
+            "model or pipeline parallelism": wrapper.model_parallel_world_size > 1,
             "sequence parallelism": wrapper.sequence_parallel_size > 1,
             "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
