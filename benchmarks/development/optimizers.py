@@ -1,0 +1,93 @@
+"""The optimizers of the development bench: AdaFisher, candidates for its update, and rivals, tuned alike.
+
+A name has settings, `key=value`, besides the learning rate and weight decay. `rest` is the learning rate of embedding,
+head and gains over that of the hidden matrices, for those that have another optimizer for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from prototype import Choice, Prototype, polar
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+Settings = dict[str, Any]
+Named = list[tuple[str, nn.Parameter]]
+
+
+def build(name: str, model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[Optimizer]:
+    """What trains a model; gains and biases have no weight decay, with any of them."""
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    return BUILDERS[name](named, lr, weight_decay, dict(settings))
+
+
+def _adamw(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    betas = (own.pop("beta1", 0.9), own.pop("beta2", 0.95))
+    return [AdamW(_decayed(named, weight_decay), lr=lr, betas=betas, foreach=True, **own)]
+
+
+def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: float) -> Tensor:
+    """What torch's Muon computes in bfloat16, which takes three times as long on this kind of CPU."""
+    return polar(gradient[None], steps)[0]
+
+
+def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    muon = sys.modules[torch.optim.Muon.__module__]
+    muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
+    hidden, rest = _parted(named)
+    other = _adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
+    return [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **own), *other
+    ]  # fmt: skip
+
+
+def _prototype(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    known = {field.name for field in fields(Choice)}
+    hidden, rest = _parted(named, everything=bool(own.pop("everything", 0)))
+    other = {"beta2": own.pop("beta2", 0.95)}
+    ratio = own.pop("rest", 1.0)
+    made: list[Optimizer] = [
+        Prototype(hidden, lr, weight_decay, Choice(**{k: own.pop(k) for k in list(own) if k in known}))
+    ]
+    if own:
+        raise ValueError(f"no such setting: {own}")
+    return made + (_adamw(rest, lr * ratio, weight_decay, other) if rest else [])
+
+
+def _soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from pytorch_optimizer import SOAP
+
+    betas = (own.pop("beta1", 0.95), own.pop("beta2", 0.95))
+    return [SOAP(_decayed(named, weight_decay), lr=lr, betas=betas, precondition_frequency=own.pop("every", 1), **own)]
+
+
+def _adafisher(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from adafisher_dist import AdaFisher
+
+    return [AdaFisher(_decayed(named, weight_decay), lr=lr, **own)]
+
+
+BUILDERS: dict[str, Callable[[Named, float, float, Settings], list[Optimizer]]] = {
+    "adamw": _adamw, "muon": _muon, "soap": _soap, "adafisher": _adafisher, "prototype": _prototype,
+}  # fmt: skip
+
+
+def _decayed(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for _, p in named if p.dim() > 1]
+    others = [p for _, p in named if p.dim() <= 1]
+    groups = [(matrices, weight_decay), (others, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def _parted(named: Named, everything: bool = False) -> tuple[list[nn.Parameter], Named]:
+    """Hidden matrices, and the rest: what Muon's authors leave to AdamW."""
+
+    def is_hidden(key: str, p: nn.Parameter) -> bool:
+        return p.dim() > 1 and (everything or not key.startswith(("embedding", "head", "positions")))
+
+    return [p for key, p in named if is_hidden(key, p)], [(key, p) for key, p in named if not is_hidden(key, p)]

@@ -1,0 +1,89 @@
+"""What is trained on the development bench, by name.
+
+gpt64x20        the GPT of width 64 on code, 20 bytes a parameter; any width and number
+cnn, vit        digits, to the end of their training
+tune64, lora64  a GPT that AdamW has trained on code, on prose: whole, or by adapters of rank 8
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import text
+import torch
+from models import GPT, with_lora
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/tasks.py has the digits
+SEQUENCES, HELD_OUT = 16, 1024
+DIGIT_STEPS, TUNING_STEPS = 1500, 600
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`build` takes the seed; `loss` is that of the seed's batch at a step; `validate` the held-out loss."""
+
+    steps: int
+    build: Callable[[int], nn.Module]
+    loss: Callable[[nn.Module, int, int], Tensor]
+    validate: Callable[[nn.Module], float]
+
+
+@cache
+def task_of(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if found := re.fullmatch(r"gpt(\d+)x(\d+)", name):
+        width, budget = int(found[1]), int(found[2])
+        numel = sum(p.numel() for p in GPT(width, 1).parameters())
+        return _language(
+            "code", round(budget * numel / (SEQUENCES * text.SEQ_LEN)), lambda seed: GPT(width, text.SEQ_LEN)
+        )
+    if found := re.fullmatch(r"(tune|lora)(\d+)", name):
+        return _language("prose", TUNING_STEPS, lambda seed: _pretrained(int(found[2]), found[1] == "lora"))
+    if name in ("cnn", "vit"):
+        import digits
+
+        return Task(DIGIT_STEPS, lambda seed: digits.MODELS[name](), digits.loss, digits.validate)
+    raise ValueError(f"no such task: {name}. There are gpt64x20 and the like, cnn, vit, tune64, lora64.")
+
+
+def _language(kind: str, steps: int, build: Callable[[int], nn.Module]) -> Task:
+    return Task(steps, build, lambda model, seed, step: model(text.batch(kind, seed, step, SEQUENCES)), _held_out(kind))
+
+
+def _held_out(kind: str) -> Callable[[nn.Module], float]:
+    def validate(model: nn.Module) -> float:
+        tokens = text.held_out(kind, HELD_OUT)
+        return math.fsum(float(model(part)) for part in tokens.split(64)) / (HELD_OUT / 64)
+
+    return validate
+
+
+def _pretrained(width: int, lora: bool) -> nn.Module:
+    """A GPT trained by AdamW on the batches of a seed that nothing else uses; trained once, then read."""
+    path = text.CACHE / f"base{width}-{text.digest('code')}.pt"
+    model = GPT(width, text.SEQ_LEN)
+    if not path.exists():
+        task = task_of(f"gpt{width}x20")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
+        for step in range(task.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 5e-3 * min((step + 1) / 90, 0.5 * (1 + math.cos(math.pi * step / task.steps)))
+            optimizer.zero_grad()
+            task.loss(model, 99, step).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        torch.save(model.state_dict(), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return with_lora(model, rank=8) if lora else model
