@@ -12,15 +12,12 @@ from functools import cache
 from itertools import pairwise
 
 import corpus as texts
+import digits
 import torch
 from model import ByteTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
 SEQ_LEN, SEQUENCES, CORPUS_MB = 128, 16, 8.0
-# Of the 1,797 digits. The last 297 are a test split, which nothing here looks at.
-TRAIN, VALIDATION = 1000, 500
-IMAGES = 64  # a batch
 
 Loss = Callable[[nn.Module, int, int], Tensor]
 
@@ -53,24 +50,6 @@ class Task:
     seeds: tuple[int, ...] | None = None
 
 
-class DigitsCNN(nn.Module):
-    """Three convolutions and a linear layer, on 8 × 8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)])
-        self.last = nn.Conv2d(32, 48, 3, padding=1)
-        self.head = nn.Linear(48 * 4, 10)
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        x = images_N1HW
-        for conv in self.convs:
-            x = functional.relu(conv(x))
-        x = functional.max_pool2d(x, 2)
-        x = functional.max_pool2d(functional.relu(self.last(x)), 2)
-        return self.head(x.flatten(1))
-
-
 class AutoEncoder(nn.Module):
     """The deep auto-encoder on which second-order methods have been compared since Hinton and Salakhutdinov (2006)."""
 
@@ -90,29 +69,6 @@ class AutoEncoder(nn.Module):
         return x
 
 
-class DigitsViT(nn.Module):
-    """A vision transformer on sixteen patches of 2 × 2."""
-
-    def __init__(self, width: int = 48, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, images_N1HW: Tensor) -> Tensor:
-        x = self.patches(images_N1HW).flatten(2).transpose(1, 2) + self.positions
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x.mean(dim=1)))
-
-
 def tasks() -> dict[str, Task]:
     """All by name."""
     return {
@@ -122,14 +78,14 @@ def tasks() -> dict[str, Task]:
             _transformer(64), title="The same for four times as long", steps=800, lrs=(2.5e-3, 1e-2, 4e-2), seeds=(0,)
         ),
         "cnn": Task(
-            "CNN on digits", "nats", 300, DigitsCNN, _classify, _validate(functional.cross_entropy), _inner_matrix
+            "CNN on digits", "nats", 300, digits.CNN, digits.loss, digits.held_out_loss, _inner_matrix
         ),
         "autoencoder": Task(
             "MLP auto-encoder on digits", "squared error", 400, AutoEncoder, _reconstruct, _validate_pictures,
             lambda name, p: p.dim() == 2,
         ),
         "vit": Task(
-            "Vision transformer on digits", "nats", 300, DigitsViT, _classify, _validate(functional.cross_entropy),
+            "Vision transformer on digits", "nats", 300, digits.ViT, digits.loss, digits.held_out_loss,
             _inner_matrix,
         ),
     }  # fmt: skip
@@ -162,36 +118,8 @@ def _corpus() -> texts.Corpus:
     return texts.load(None, CORPUS_MB, SEQ_LEN)
 
 
-@cache
-def _digits() -> tuple[Tensor, Tensor]:
-    """All the digits in one random order: images (1797, 1, 8, 8) in [0, 1], labels."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    images = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
-    return images[order], torch.from_numpy(data.target).long()[order]
-
-
-def _batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """A batch of training images, each moved by up to a pixel each way, and labels."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    images, labels = _digits()
-    chosen = torch.randint(TRAIN, (IMAGES,), generator=generator)
-    shift = torch.randint(3, (2, IMAGES), generator=generator)
-    padded = functional.pad(images[chosen, 0], (1, 1, 1, 1))
-    rows, columns = (shift[:, :, None] + torch.arange(8)).unbind(0)
-    moved = padded[torch.arange(IMAGES)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.unsqueeze(1), labels[chosen]
-
-
-def _classify(model: nn.Module, seed: int, step: int) -> Tensor:
-    images, labels = _batch(seed, step)
-    return functional.cross_entropy(model(images), labels)
-
-
 def _reconstruct(model: nn.Module, seed: int, step: int) -> Tensor:
-    images, _ = _batch(seed, step)
+    images, _ = digits.batch(seed, step)
     return _squares(model(images), images)
 
 
@@ -200,14 +128,6 @@ def _squares(found: Tensor, images: Tensor) -> Tensor:
     return (found - images.flatten(1)).square().sum(dim=1).mean()
 
 
-def _validate(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[nn.Module], float]:
-    def validate(model: nn.Module) -> float:
-        images, labels = (part[TRAIN : TRAIN + VALIDATION] for part in _digits())
-        return float(loss(model(images), labels))
-
-    return validate
-
-
 def _validate_pictures(model: nn.Module) -> float:
-    images = _digits()[0][TRAIN : TRAIN + VALIDATION]
+    images = digits.load()[0][digits.TRAIN : digits.TRAIN + digits.VALIDATION]
     return float(_squares(model(images), images))

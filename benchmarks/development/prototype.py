@@ -29,6 +29,7 @@ class Choice:
         rows, columns: the most of a piece.
         momentum, nesterov, rho, delta: of the momentum and of F.
         weigh: whether F is of g gᵀ / w, w being the rows' own mean square.
+        left: the exponent of w by which the momentum's rows are divided before the polar factor; 0.5 whitens them.
         normalize: of rows after the polar factor: 0 for none, else the decay of their mean square (NorMuon).
         steps: of Newton and Schulz.
         every: steps between roots.
@@ -44,6 +45,7 @@ class Choice:
     rho: float = 0.97
     delta: float = 0.01
     weigh: int = 0
+    left: float = 0.0
     normalize: float = 0.0
     steps: int = 5
     every: int = 4
@@ -87,10 +89,12 @@ class Prototype(torch.optim.Optimizer):
             m.lerp_(g, 1 - own.momentum)
             gradients.append(g)
         sources = [g.lerp(m, own.momentum) if own.nesterov else m for g, m in zip(gradients, self.momenta, strict=True)]
-        if own.a or own.b:
+        if own.a or own.b or own.left:
             for w, g in zip(self.squares, gradients, strict=True):
                 w.lerp_(g.square().mean(dim=1, keepdim=True), 1 - own.rho)
             self._update_fishers(gradients)
+        if own.left:
+            sources = [n / w.add(1e-30) ** own.left for n, w in zip(sources, self.squares, strict=True)]
         self._move(self.blocks, sources, lambda x, index: _times(x, self.roots[index][0]))
         if own.polar != "none":
             self._move(self.units, self.updates, lambda x, _: polar(x, own.steps))

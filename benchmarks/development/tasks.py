@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # behind this folder, which has a tasks.py too
+
+import digits
 import text
 import torch
 from models import GPT, with_lora
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/tasks.py has the digits
 SEQUENCES, HELD_OUT = 16, 1024
 DIGIT_STEPS, TUNING_STEPS = 1500, 600
 
@@ -51,9 +53,8 @@ def task_of(name: str) -> Task:
     if found := re.fullmatch(r"(tune|lora)(\d+)", name):
         return _language("prose", TUNING_STEPS, lambda seed: _pretrained(int(found[2]), found[1] == "lora"))
     if name in ("cnn", "vit"):
-        import digits
-
-        return Task(DIGIT_STEPS, lambda seed: digits.MODELS[name](), digits.loss, digits.validate)
+        build = digits.CNN if name == "cnn" else digits.ViT
+        return Task(DIGIT_STEPS, lambda seed: build(), digits.loss, digits.held_out_loss)
     raise ValueError(f"no such task: {name}. There are gpt64x20 and the like, cnn, vit, tune64, lora64.")
 
 
