@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist.keys import translate
@@ -243,7 +244,11 @@ def _warn_of_another_optimizer(engine: Any) -> None:
     used = engine.basic_optimizer
     if not isinstance(used, Optimizer):  # none: this engine does not train
         return
-    idle = [own for own in left_idle(engine.module, used) if isinstance(own, AdaFisher) and not own._roster.shards]
+
+    def given_to(own: Optimizer) -> list[Tensor]:
+        return list(own._roster.registry) if isinstance(own, AdaFisher) and not own._roster.shards else []
+
+    idle = left_idle(engine.module, used, given_to)
     if idle and not isinstance(used, AdaFisher) and engine.global_rank == 0:
         logger.warning(
             "This DeepSpeed engine trains with %s, and an AdaFisher that was built for its parameters is not used. Name"

@@ -456,14 +456,19 @@ def replaced(rank: int, world: int) -> list[str]:
     with_sgd(module)
     with_sgd(module)  # told once
     assert len(idle.param_groups) == 2 and elsewhere is not None and copied is not None
+    module = model()
+    handed = AdaFisher(module.parameters())  # its own groups go on, as Accelerate hands them to DeepSpeedCPUAdam
+    engine_of(plain, module, optimizer=Foreign(handed.param_groups, lr=0.1))
+    assert handed.param_groups[0]["params"][0] is not next(module.parameters()), "DeepSpeed put its own there"
     return [line for line in told if "not used" in line]
 
 
 def test_an_optimizer_that_was_replaced_is_told_of() -> None:
     (first, second) = run_ranks(replaced, 2, deepspeed=True)
-    assert len(first) == 1 and second == []
-    assert "trains with Foreign" in first[0] and '"type": "AdaFisher"' in first[0]
-    assert '"zero_force_ds_cpu_optimizer": false' in first[0]
+    assert len(first) == 2 and second == []
+    for line in first:
+        assert "trains with Foreign" in line and '"type": "AdaFisher"' in line
+        assert '"zero_force_ds_cpu_optimizer": false' in line
 
 
 # ---- pipelines ----

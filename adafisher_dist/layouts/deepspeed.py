@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -182,18 +182,20 @@ class _Then(Loader):
         _meet()
 
 
-def left_idle(module: nn.Module, used: Optimizer) -> list[Optimizer]:
+def left_idle(module: nn.Module, used: Optimizer, given_to: Callable[[Optimizer], Iterable[Tensor]]) -> list[Optimizer]:
     """Of the AdaFishers that were built for a module and are still there, those that no engine has; each told once.
 
     Args:
         module: the model of an engine.
         used: the optimizer that the engine has.
+        given_to: the parameters that an AdaFisher was built for. Its param groups may hold others by now: Accelerate
+            hands them, not a copy, to the optimizer that it takes instead, and DeepSpeed puts its own tensors there.
     """
     _built.discard(used)
     own = {id(parameter) for parameter in module.parameters()}
     found = []
     for optimizer in list(_built):
-        given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        given = [id(parameter) for parameter in given_to(optimizer)]
         if given and own.issuperset(given):
             found.append(optimizer)
             _built.discard(optimizer)

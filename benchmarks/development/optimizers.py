@@ -6,7 +6,6 @@ head and gains over that of the hidden matrices, for those that have another opt
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -37,8 +36,7 @@ def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: f
 
 
 def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
-    muon = sys.modules[torch.optim.Muon.__module__]
-    muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
+    torch.optim._muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
     hidden, rest = _parted(named)
     other = _adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
     return [

@@ -32,7 +32,9 @@ class Choice:
         left: the exponent of w by which the momentum's rows are divided before the polar factor; 0.5 whitens them.
         normalize: of rows after the polar factor: 0 for none, else the decay of their mean square (NorMuon).
         steps: of Newton and Schulz.
+        length: whether the root mean square is that of a factored Adam's update, in place of 0.2.
         every: steps between roots.
+        coupled: steps of the coupled iteration by which A^(−1/2) is found, a = 0.5; 0 for its eigenvectors.
     """
 
     a: float = 0.5
@@ -48,7 +50,9 @@ class Choice:
     left: float = 0.0
     normalize: float = 0.0
     steps: int = 5
+    length: int = 0
     every: int = 4
+    coupled: int = 0
 
 
 class Prototype(torch.optim.Optimizer):
@@ -104,7 +108,10 @@ class Prototype(torch.optim.Optimizer):
             for u, v in zip(self.updates, self.lengths, strict=True):
                 v.lerp_(u.square().mean(dim=1, keepdim=True), 1 - own.normalize)
                 u.div_((v / (1 - own.normalize ** (self.count + 1))).sqrt().add_(1e-8))
-        self._move(self.units, self.updates, lambda x, _: x * (RMS / _rms(x)))
+        if own.length:
+            self._scale_as_adam(sources)
+        else:
+            self._move(self.units, self.updates, lambda x, _: x * (RMS / _rms(x)))
         index = 0
         for group in self.param_groups:
             for _ in group["params"]:
@@ -112,6 +119,20 @@ class Prototype(torch.optim.Optimizer):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(self.updates[index], alpha=group["lr"])
                 index += 1
         self.count += 1
+
+    def _scale_as_adam(self, sources: list[Tensor]) -> None:
+        """Updates of blocks get the root mean square that Adafactor's second moment would give them."""
+        own, t = self.choice, self.count + 1
+        unbias = (1 - own.rho**t) ** 0.5 / (1 - own.momentum**t)
+        for index, (_, units) in enumerate(self.blocks):
+            n_NRC = torch.stack([sources[number][r, c] for number, r, c in units])
+            w_NR1 = torch.stack([self.squares[number][r] for number, r, _ in units])
+            f_N1C = self.fishers[index].diagonal(dim1=1, dim2=2).unsqueeze(1)
+            v_NRC = w_NR1 * (f_N1C / f_N1C.mean(dim=2, keepdim=True).clamp_min(1e-30))
+            length_N11 = _rms(n_NRC / v_NRC.sqrt().clamp_min(1e-30)) * unbias
+            for (number, r, c), length in zip(units, length_N11, strict=True):
+                u = self.updates[number][r, c]
+                u.mul_(length.squeeze() / u.square().mean().sqrt().clamp_min(1e-30))
 
     def _update_fishers(self, gradients: list[Tensor]) -> None:
         own = self.choice
@@ -122,7 +143,12 @@ class Prototype(torch.optim.Optimizer):
             self.fishers[index].baddbmm_(x.mT, x, beta=own.rho, alpha=(1 - own.rho) / rows)
             if self.count % own.every == 0 or self.count < 8:
                 mean = self.fishers[index].diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
-                values, vectors = torch.linalg.eigh(self.fishers[index] / mean[:, None, None])
+                a_NCC = self.fishers[index] / mean[:, None, None]
+                if own.coupled:
+                    a_NCC.diagonal(dim1=1, dim2=2).add_(own.delta)
+                    self.roots[index] = inverse_root(a_NCC, own.coupled), None
+                    continue
+                values, vectors = torch.linalg.eigh(a_NCC)
                 values = values.clamp_min(0).add_(own.delta).unsqueeze(1)
                 self.roots[index] = tuple(  # type: ignore[assignment]
                     (vectors * values**-p) @ vectors.mT if p else None for p in (own.a, own.b)
@@ -155,6 +181,21 @@ def polar(x_NRC: Tensor, steps: int) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x
+
+
+def inverse_root(a_NCC: Tensor, steps: int) -> Tensor:
+    """A^(−1/2), as roughly as `polar` is: the same polynomial, of the coupled iteration."""
+    a, b, c = QUINTIC
+    norm = torch.linalg.matrix_norm(a_NCC, keepdim=True)
+    y, z = a_NCC / norm, None
+    for step in range(steps):
+        m = y if z is None else z @ y
+        polynomial = torch.baddbmm(m, m, m, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        z = polynomial if z is None else polynomial @ z
+        y = y @ polynomial if step + 1 < steps else y
+    assert z is not None
+    return z / norm.sqrt()
 
 
 def _times(x: Tensor, root: Tensor | None) -> Tensor:
