@@ -27,6 +27,8 @@ def build(name: str, model: nn.Module, lr: float, weight_decay: float, settings:
 
 def _adamw(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
     betas = (own.pop("beta1", 0.9), own.pop("beta2", 0.95))
+    if not named:
+        return []
     return [AdamW(_decayed(named, weight_decay), lr=lr, betas=betas, foreach=True, **own)]
 
 
@@ -37,16 +39,18 @@ def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: f
 
 def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
     torch.optim._muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
-    hidden, rest = _parted(named)
+    hidden, rest = _parted(named, lambda key, p: p.dim() == 2 and _is_hidden(key, p))  # torch's takes no convolutions
     other = _adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
-    return [
-        torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **own), *other
-    ]  # fmt: skip
+    if not hidden:
+        return other
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **own)
+    return [muon, *other]
 
 
 def _prototype(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
     known = {field.name for field in fields(Choice)}
-    hidden, rest = _parted(named, everything=bool(own.pop("everything", 0)))
+    everything = bool(own.pop("everything", 0))
+    hidden, rest = _parted(named, lambda key, p: p.dim() > 1 and (everything or _is_hidden(key, p)))
     other = {"beta2": own.pop("beta2", 0.95)}
     ratio = own.pop("rest", 1.0)
     made: list[Optimizer] = [
@@ -54,7 +58,7 @@ def _prototype(named: Named, lr: float, weight_decay: float, own: Settings) -> l
     ]
     if own:
         raise ValueError(f"no such setting: {own}")
-    return made + (_adamw(rest, lr * ratio, weight_decay, other) if rest else [])
+    return made + _adamw(rest, lr * ratio, weight_decay, other)
 
 
 def _soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
@@ -82,10 +86,10 @@ def _decayed(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def _parted(named: Named, everything: bool = False) -> tuple[list[nn.Parameter], Named]:
-    """Hidden matrices, and the rest: what Muon's authors leave to AdamW."""
+def _parted(named: Named, chosen: Callable[[str, nn.Parameter], bool]) -> tuple[list[nn.Parameter], Named]:
+    return [p for key, p in named if chosen(key, p)], [(key, p) for key, p in named if not chosen(key, p)]
 
-    def is_hidden(key: str, p: nn.Parameter) -> bool:
-        return p.dim() > 1 and (everything or not key.startswith(("embedding", "head", "positions")))
 
-    return [p for key, p in named if is_hidden(key, p)], [(key, p) for key, p in named if not is_hidden(key, p)]
+def _is_hidden(key: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is none of those that Muon's authors leave to AdamW."""
+    return p.dim() > 1 and not key.startswith(("embedding", "head", "positions"))

@@ -2,7 +2,7 @@
 
 gpt64x20        the GPT of width 64 on code, 20 bytes a parameter; any width and number
 cnn, vit        digits, to the end of their training
-tune64, lora64  a GPT that AdamW has trained on code, on prose: whole, or by adapters of rank 8
+tune64, lora64  a GPT that AdamW has trained on Python, on C++ headers: whole, or by adapters of rank 8
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def task_of(name: str) -> Task:
             "code", round(budget * numel / (SEQUENCES * text.SEQ_LEN)), lambda seed: GPT(width, text.SEQ_LEN)
         )
     if found := re.fullmatch(r"(tune|lora)(\d+)", name):
-        return _language("prose", TUNING_STEPS, lambda seed: _pretrained(int(found[2]), found[1] == "lora"))
+        return _language("headers", TUNING_STEPS, lambda seed: _pretrained(int(found[2]), found[1] == "lora"))
     if name in ("cnn", "vit"):
         build = digits.CNN if name == "cnn" else digits.ViT
         return Task(DIGIT_STEPS, lambda seed: build(), digits.loss, digits.held_out_loss)

@@ -1,4 +1,4 @@
-"""The text of the development bench: the Python sources of the packages in this environment, and their documentation.
+"""The text of the development bench: the Python sources of the packages in this environment, and their C++ headers.
 
 The public benchmark has another text. No file, and hardly a line, comes twice; a training sees each byte at most once.
 """
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "runs" / "development"
 SEQ_LEN = 128
 HELD_OUT_MB = 2.0
-# Of the packages' files: code to train on, prose to fine-tune on.
-KINDS = {"code": ((".py",), 72.0), "prose": ((".rst", ".md", ".txt"), 8.0)}
+# Of the packages' files: Python to train on, C++ to fine-tune on.
+KINDS = {"code": ((".py",), 72.0), "headers": ((".h", ".hpp"), 8.0)}
 LONG_LINE = 40  # characters of a line that tells two files apart
 
 
