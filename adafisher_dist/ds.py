@@ -217,7 +217,7 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
 
     Raises:
         CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all ranks that see the
-            same files.
+            same files; on others DeepSpeed fails as it would have, since no rank's file of its own has such a state.
     """
     from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
     from adafisher_dist.checkpoint.places import BESIDE, LATEST

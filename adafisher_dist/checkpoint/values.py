@@ -41,7 +41,7 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
     try:
         return _encode(value, where, tensors)
     except RecursionError:
-        raise TypeError(f"{where} holds itself, or is nested too deep to be saved.") from None
+        raise TypeError(f"{where} holds itself, or is nested too deep to be saved. Save it flat.") from None
 
 
 def _encode(value: object, where: str, tensors: list[Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """Candidates for AdaFisher's update, for one process and for trying out: what wins goes into the package.
 
-W = polar(n R(a)) R(b), n being the momentum of a matrix and R(p) = A^(−p) of its blocks, then scaled to a constant root
-mean square.
+W = polar(n R(a)) R(b), n being the momentum of a matrix and R(p) = A^(−p) of its blocks, then scaled. The averages w
+and F start from zero and are not corrected for it, but where Adam's length is taken from them.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Prototype(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, choice: Choice) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if choice.coupled and (choice.a, choice.b) != (0.5, 0.0):
+            raise ValueError(f"The coupled iteration finds A^(−1/2): a = 0.5 and b = 0, not {choice.a} and {choice.b}.")
+        if choice.length and choice.polar not in ("piece", "none"):
+            raise ValueError(f"Adam's length is taken block by block: polar = piece or none, not {choice.polar}.")
         self.choice = choice
         self.tensors = [p for group in self.param_groups for p in group["params"]]
         self.matrices = [p.detach().flatten(1) for p in self.tensors]
@@ -93,7 +97,7 @@ class Prototype(torch.optim.Optimizer):
             m.lerp_(g, 1 - own.momentum)
             gradients.append(g)
         sources = [g.lerp(m, own.momentum) if own.nesterov else m for g, m in zip(gradients, self.momenta, strict=True)]
-        if own.a or own.b or own.left:
+        if own.a or own.b or own.left or own.length:
             for w, g in zip(self.squares, gradients, strict=True):
                 w.lerp_(g.square().mean(dim=1, keepdim=True), 1 - own.rho)
             self._update_fishers(gradients)

@@ -8,6 +8,7 @@ tune64, lora64  a GPT that AdamW has trained on Python, on C++ headers: whole, o
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 SEQUENCES, HELD_OUT = 16, 1024
 DIGIT_STEPS, TUNING_STEPS = 1500, 600
+WARM_UP, CLIP = 0.05, 1.0
+BASE_SEED, BASE_LR = 99, 1e-2  # of the model that is fine-tuned
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,12 @@ class Task:
     build: Callable[[int], nn.Module]
     loss: Callable[[nn.Module, int, int], Tensor]
     validate: Callable[[nn.Module], float]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up, then a cosine to 0."""
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
 @cache
@@ -71,20 +80,27 @@ def _held_out(kind: str) -> Callable[[nn.Module], float]:
 
 
 def _pretrained(width: int, lora: bool) -> nn.Module:
-    """A GPT trained by AdamW on the batches of a seed that nothing else uses; trained once, then read."""
+    """A GPT trained by AdamW, the same for every seed, which is left to the adapters; trained once, then read."""
     path = text.CACHE / f"base{width}-{text.digest('code')}.pt"
     model = GPT(width, text.SEQ_LEN)
     if not path.exists():
-        task = task_of(f"gpt{width}x20")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
-        for step in range(task.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = 5e-3 * min((step + 1) / 90, 0.5 * (1 + math.cos(math.pi * step / task.steps)))
-            optimizer.zero_grad()
-            task.loss(model, 99, step).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        torch.save(model.state_dict(), path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        with torch.random.fork_rng():
+            torch.manual_seed(BASE_SEED)
+            base = _trained_by_adamw(width)
+        beside = path.with_suffix(f".{os.getpid()}")  # another worker may be at it too
+        torch.save(base.state_dict(), beside)
+        beside.replace(path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return with_lora(model, rank=8) if lora else model
+
+
+def _trained_by_adamw(width: int) -> GPT:
+    task, model = task_of(f"gpt{width}x20"), GPT(width, text.SEQ_LEN)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
+    for step in range(task.steps):
+        optimizer.param_groups[0]["lr"] = BASE_LR * schedule(step, task.steps)
+        optimizer.zero_grad()
+        task.loss(model, BASE_SEED, step).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return model

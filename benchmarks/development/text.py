@@ -6,6 +6,7 @@ The public benchmark has another text. No file, and hardly a line, comes twice; 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ def load(kind: str) -> tuple[Tensor, Tensor]:
     path = CACHE / f"{kind}.bin"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
+        beside = path.with_suffix(f".{os.getpid()}")  # another worker may be at it too
         beside.write_bytes(_collect(*KINDS[kind]))
         beside.replace(path)
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import statistics
+import subprocess
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,10 +24,9 @@ from typing import Any
 
 import optimizers
 import torch
-from tasks import Task, task_of
+from tasks import CLIP, Task, schedule, task_of
 
 FILE = Path(__file__).parent / "trials.jsonl"
-WARM_UP, CLIP = 0.05, 1.0
 Run = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def train(run: Run) -> Run:
             optimizer.step()
         if step + 1 in marks:
             losses.append(validate(task, model))
-    return {**run, "losses": losses, "seconds": round(time.process_time() - began, 1)}
+    return {**run, "losses": losses, "commit": commit(), "seconds": round(time.process_time() - began, 1)}
 
 
 @torch.no_grad()
@@ -68,10 +68,13 @@ def validate(task: Task, model: torch.nn.Module) -> float | None:
     return round(loss, 5) if math.isfinite(loss) else None
 
 
-def schedule(step: int, steps: int) -> float:
-    """Warm-up, then a cosine to 0."""
-    warm = max(1, round(WARM_UP * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+def commit() -> str:
+    """Of the code that trains, with a plus where it was changed since."""
+    told = [
+        subprocess.run(["git", *words], cwd=FILE.parent, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", ":/*.py"))
+    ]
+    return told[0] + ("+" if told[1] else "")
 
 
 def key(run: Run) -> str:
@@ -93,14 +96,14 @@ def append(run: Run) -> None:
 
 def table(task: str) -> None:
     """Final losses by optimizer and settings: the mean over seeds, its standard error, and how many there were."""
-    cells: dict[tuple[str, str], dict[tuple[float, float], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[str, dict[tuple[float, float], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in read().values():
         if run["task"] == task:
             name = " ".join([run["optimizer"], *(f"{k}={v}" for k, v in sorted(run["settings"].items()))])
             final = run["losses"][-1] if run["losses"] and run["losses"][-1] is not None else math.inf
-            cells[name, ""][run["lr"], run["wd"]][run["seed"]] = final
+            cells[name][run["lr"], run["wd"]][run["seed"]] = final
     rows = []
-    for (name, _), cell in cells.items():
+    for name, cell in cells.items():
         for (lr, wd), by_seed in cell.items():
             values = list(by_seed.values())
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 and max(values) < math.inf else 0.0
