@@ -101,9 +101,10 @@ class Prototype(torch.optim.Optimizer):
             for w, g in zip(self.squares, gradients, strict=True):
                 w.lerp_(g.square().mean(dim=1, keepdim=True), 1 - own.rho)
             self._update_fishers(gradients)
+        whitened = sources
         if own.left:
-            sources = [n / w.add(1e-30) ** own.left for n, w in zip(sources, self.squares, strict=True)]
-        self._move(self.blocks, sources, lambda x, index: _times(x, self.roots[index][0]))
+            whitened = [n / w.add(1e-30) ** own.left for n, w in zip(sources, self.squares, strict=True)]
+        self._move(self.blocks, whitened, lambda x, index: _times(x, self.roots[index][0]))
         if own.polar != "none":
             self._move(self.units, self.updates, lambda x, _: polar(x, own.steps))
         if own.b:
