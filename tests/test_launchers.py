@@ -103,7 +103,7 @@ dist.init_process_group("gloo")
 dist.barrier()
 if attempt == 0:
     os._exit(1) if rank == 1 else time.sleep(60)
-print("rank", rank, "went on in attempt", attempt)
+print(f"rank {rank} went on in attempt {attempt}\\n", end="")  # in one write: both ranks have this output
 """
 
 

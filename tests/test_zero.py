@@ -390,7 +390,7 @@ def step_as_the_wrapper_would(self: Any) -> None:
         (3, "fp32", "sub_group_process_groups", None, "lacks what it is recognised by"),
         (1, "fp32", "zenflow", True, "ZenFlow"),
         (2, "bf16", "has_moe_layers", True, "mixture of experts"),
-        (2, "fp32", "model_parallel_world_size", 2, "model parallelism"),
+        (2, "fp32", "model_parallel_world_size", 2, "model or pipeline parallelism"),
         (2, "fp32", "sequence_parallel_size", 2, "sequence parallelism"),
         (1, "bf16", "low_precision_master_weights_and_grads", True, "16-bit master weights"),
         (1, "fp32", "__class__", "NewZeroOptimizer", "NewZeroOptimizer, which AdaFisher does not know"),
