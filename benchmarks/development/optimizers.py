@@ -71,7 +71,10 @@ def _soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[O
 def _adafisher(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
     from adafisher_dist import AdaFisher
 
-    return [AdaFisher(_decayed(named, weight_decay), lr=lr, **own)]
+    tables = [(key, p) for key, p in named if p.dim() > 1 and not _is_hidden(key, p)]
+    others = [(key, p) for key, p in named if p.dim() <= 1 or _is_hidden(key, p)]
+    by_element = [{**group, "max_blocks": 0} for group in _decayed(tables, weight_decay)]  # of a small vocabulary
+    return [AdaFisher(_decayed(others, weight_decay) + by_element, lr=lr, **own)]
 
 
 BUILDERS: dict[str, Callable[[Named, float, float, Settings], list[Optimizer]]] = {

@@ -32,7 +32,8 @@ class Choice:
         left: the exponent of w by which the momentum's rows are divided before the polar factor; 0.5 whitens them.
         normalize: of rows after the polar factor: 0 for none, else the decay of their mean square (NorMuon).
         steps: of Newton and Schulz.
-        length: whether the root mean square is that of a factored Adam's update, in place of 0.2.
+        length: 1 for the root mean square of a factored Adam's update in place of 0.2, 2 for as much progress along
+            the momentum as that update makes (at most `most` times its length).
         every: steps between roots.
         coupled: steps of the coupled iteration by which A^(−1/2) is found, a = 0.5; 0 for its eigenvectors.
     """
@@ -51,6 +52,7 @@ class Choice:
     normalize: float = 0.0
     steps: int = 5
     length: int = 0
+    most: float = 4.0
     every: int = 4
     coupled: int = 0
 
@@ -134,10 +136,14 @@ class Prototype(torch.optim.Optimizer):
             w_NR1 = torch.stack([self.squares[number][r] for number, r, _ in units])
             f_N1C = self.fishers[index].diagonal(dim1=1, dim2=2).unsqueeze(1)
             v_NRC = w_NR1 * (f_N1C / f_N1C.mean(dim=2, keepdim=True).clamp_min(1e-30))
-            length_N11 = _rms(n_NRC / v_NRC.sqrt().clamp_min(1e-30)) * unbias
-            for (number, r, c), length in zip(units, length_N11, strict=True):
-                u = self.updates[number][r, c]
-                u.mul_(length.squeeze() / u.square().mean().sqrt().clamp_min(1e-30))
+            adam_NRC = n_NRC / v_NRC.sqrt().clamp_min(1e-30) * unbias
+            u_NRC = torch.stack([self.updates[number][r, c] for number, r, c in units])
+            u_NRC *= _rms(adam_NRC) / _rms(u_NRC)
+            if own.length == 2:
+                has_N11, wanted_N11 = ((x * n_NRC).sum(dim=(1, 2), keepdim=True) for x in (u_NRC, adam_NRC))
+                u_NRC *= torch.where(has_N11 > 0, wanted_N11 / has_N11, 1.0).clamp(1.0, own.most)
+            for (number, r, c), u in zip(units, u_NRC, strict=True):
+                self.updates[number][r, c] = u
 
     def _update_fishers(self, gradients: list[Tensor]) -> None:
         own = self.choice
