@@ -32,11 +32,10 @@ class Batch:
         gradient_NDB: the gradient on the way in, the update on the way out.
         momentum_NDB: m.
         fisher: F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1).
-        square_ND: ‖g‖² / B of each vector, averaged like F; None where a block has one vector, whose F tells.
+        square_ND: ‖g‖² / B of each vector, averaged like F; None where a block has one vector.
         factor_NBB: A^(−p) that is kept between refreshes; None where a factor is made at every step.
         curvature_N: d of the kept roots.
         made_N: for each kept root, the step t at which it was made; -1 where that is not known.
-        length_N: elements of the rows that each dense block lies in, which bound its stretch.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
         rungs: for each block, how often its factorisation needed each rung of the ladder.
@@ -53,7 +52,6 @@ class Batch:
     factor_NBB: Tensor | None
     curvature_N: Tensor | None
     made_N: Numbers | None
-    length_N: Tensor | None
     number_N: Numbers
     seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
@@ -100,10 +98,9 @@ class Batch:
 
 
 def allocate(
-    group: int, kind: Kind, structure: Structure, number: Numbers, length: Numbers, device: torch.device,
-    zeroed: bool = True,
+    group: int, kind: Kind, structure: Structure, number: Numbers, device: torch.device, zeroed: bool = True
 ) -> Batch:  # fmt: skip
-    """A batch of blocks of these numbers, in rows of these lengths, that have seen no gradient.
+    """A batch of blocks of these numbers that have seen no gradient.
 
     Or, not zeroed, whose whole state will be read.
     """
@@ -124,7 +121,6 @@ def allocate(
         factor_NBB=new(rows, size, size, dtype=wide, device=device) if keeps else None,
         curvature_N=new(rows, dtype=wide, device=device) if keeps else None,
         made_N=np.full(rows, -1) if keeps else None,
-        length_N=torch.from_numpy(length).to(device, wide) if dense else None,
         number_N=number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
     )
@@ -232,58 +228,55 @@ def _compute_rows(batch: Batch, start: int, stop: int, step: int, updates: int, 
         hat_NDB = (momentum_NDB * (mu * unbias_m)).add_(gradient_NDB, alpha=1 - mu)
     else:
         hat_NDB = momentum_NDB * unbias_m
-    if batch.dense:
-        solution = _solve(batch, start, hat_NDB, step, updates, settings)
-        moment_NDB = fisher.second_moment(solution.diagonal_NB, _squares(batch, start, stop, step, updates, settings))
-        assert batch.length_N is not None
-        stretch_N = fisher.largest_stretch(batch.length_N[start:stop], float(settings["lr"]))
-        grafting, exponent = settings["grafting"], batch.structure.exponent
-        gradient_NDB.copy_(fisher.graft(solution, hat_NDB, moment_NDB, stretch_N, eps, exponent, grafting))
+    if batch.dense and settings["grafting"] == "rms":
+        weight_ND = _row_weights(batch, start, stop, step, updates, settings)
+        solution_NDB, _ = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings)
+        gradient_NDB.copy_(fisher.orthogonal_update(solution_NDB))
+    elif batch.dense:
+        solution_NDB, d_N = _solve(batch, start, hat_NDB, None, step, updates, settings)
+        gradient_NDB.copy_(fisher.natural_update(solution_NDB, d_N, batch.structure.exponent))
     else:
-        _update_fisher(batch, batch.fisher[start:stop], start, step, updates, settings)
+        _update_fisher(batch, batch.fisher[start:stop], start, None, step, updates, settings)
         moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)
         gradient_NDB.copy_(fisher.diagonal_update(hat_NDB, moment_N11, eps))
 
 
-def _squares(
+def _row_weights(
     batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]
 ) -> Tensor | None:
-    """ŵ of rows [start, stop), (N, D), brought up to date when F is; None where blocks have one vector."""
+    """1/√ŵ of rows [start, stop), (N, D), ŵ brought up to date when F is; None where blocks have one vector."""
     if batch.square_ND is None:
         return None
     square_ND = batch.square_ND[start:stop]
     if updates_fisher(step, settings):
         fisher.update_squares(square_ND, batch.gradient_NDB[start:stop], settings["fisher_decay"])
-    return square_ND * _unbias(updates, settings)
+    return fisher.row_weights(square_ND * _unbias(updates, settings))
 
 
 def _solve(
-    batch: Batch, start: int, hat_NDB: Tensor, step: int, updates: int, settings: Mapping[str, Any]
-) -> fisher.Solution:
-    """Update F of the blocks from row `start` on, and solve for m̂."""
-    count = len(hat_NDB)
-    solution = fisher.Solution(
-        torch.empty_like(hat_NDB), hat_NDB.new_empty(count, batch.size), hat_NDB.new_empty(count)
-    )
+    batch: Batch, start: int, vectors_NDB: Tensor, weight_ND: Tensor | None, step: int, updates: int,
+    settings: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Update F of the blocks from row `start` on; returns the vectors times A^(−p), and the d that A was scaled by."""
+    count = len(vectors_NDB)
+    solution_NDB, d_N = torch.empty_like(vectors_NDB), vectors_NDB.new_empty(count)
     unbias, keeps = _unbias(updates, settings), batch.structure.keeps_factors
-    tile = tile_rows(batch) if hat_NDB.device.type == "cpu" else count
+    tile = tile_rows(batch) if vectors_NDB.device.type == "cpu" else count
     for begin in range(0, count, tile):
-        part = slice(begin, begin + tile)
-        stored = batch.fisher[start:][part][: count - begin]
+        part = slice(begin, min(count, begin + tile))
+        stored = batch.fisher[start:][part]
         whole_NBB = whole(batch, stored)
-        if _update_fisher(batch, whole_NBB, start + begin, step, updates, settings) and batch.structure.packed:
+        weight = None if weight_ND is None else weight_ND[part]
+        if _update_fisher(batch, whole_NBB, start + begin, weight, step, updates, settings) and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
-        solution.diagonal_NB[part] = whole_NBB.diagonal(dim1=1, dim2=2)
         if not keeps:
             factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
-            fisher.solve(factor, hat_NDB[part], solution.solution_NDB[part])
-            solution.d_N[part] = factor.d_N
-    solution.diagonal_NB.mul_(unbias)
+            solution_NDB[part] = fisher.solve(factor, vectors_NDB[part])
+            d_N[part] = factor.d_N
     if keeps:
         factor = _kept(batch, start, start + count, step, updates, settings)
-        fisher.solve(factor, hat_NDB, solution.solution_NDB)
-        solution.d_N.copy_(factor.d_N)
-    return solution
+        return fisher.solve(factor, vectors_NDB), factor.d_N
+    return solution_NDB, d_N
 
 
 def whole(batch: Batch, stored: Tensor) -> Tensor:
@@ -292,15 +285,16 @@ def whole(batch: Batch, stored: Tensor) -> Tensor:
 
 
 def _update_fisher(
-    batch: Batch, blocks: Tensor, start: int, step: int, updates: int, settings: Mapping[str, Any]
-) -> bool:
+    batch: Batch, blocks: Tensor, start: int, weight_ND: Tensor | None, step: int, updates: int,
+    settings: Mapping[str, Any],
+) -> bool:  # fmt: skip
     """Update F of the rows from `start` on, which are `blocks`, if it is time; returns whether it was."""
     if not updates_fisher(step, settings):
         return False
     rows = slice(start, start + len(blocks))
     seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[rows], updates)
     if batch.dense:
-        fisher.update(blocks, batch.gradient_NDB[rows], settings["fisher_decay"], seeds)
+        fisher.update(blocks, batch.gradient_NDB[rows], settings["fisher_decay"], weight_ND, seeds)
     else:
         fisher.update_diagonal(blocks, batch.gradient_NDB[rows, 0], settings["fisher_decay"], seeds)
     return True

@@ -18,10 +18,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 RUNGS = ("more damping", "float64", "diagonal")
 
-# How many times as long as the diagonal's an update may be, to make as much progress along the gradient; and how far a
-# step may move the output of a unit, in units of its inputs: each of its L weights by as much over L.
-LARGEST_STRETCH = 16.0
-TRUST_RADIUS = 1.0
+# The root mean square of an update, so that a learning rate means what it means to AdamW: Adam's own, as Liu et al.
+# (2025, arXiv 2502.16982) measured it.
+RMS = 0.2
+
+# The iteration that finds the polar factor (Jordan et al. 2024, "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times.
+# It takes singular values from 3e-3 on to between 0.7 and 1.2, which is as good as 1 (LOG.md, 2026-11-26).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
 
 
 class Factor(NamedTuple):
@@ -42,7 +46,13 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
     return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
 
 
-def update(fisher_NBB: Tensor, gradient_NDB: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
+def update(
+    fisher_NBB: Tensor,
+    gradient_NDB: Tensor,
+    decay: float,
+    weight_ND: Tensor | None = None,
+    seed_N: Tensor | None = None,
+) -> None:
     """F ← ρ F + Σ h hᵀ with h = √((1 − ρ)/D) g, over a block's vectors, in place; arithmetic in the gradient's dtype.
 
     Only the lower triangle counts: a product of matrices need not be symmetric in the last bit.
@@ -54,9 +64,12 @@ def update(fisher_NBB: Tensor, gradient_NDB: Tensor, decay: float, seed_N: Tenso
         fisher_NBB: F.
         gradient_NDB: g.
         decay: ρ.
+        weight_ND: by what each vector is multiplied first; see `row_weights`.
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
     """
     h_NDB = gradient_NDB * ((1 - decay) / gradient_NDB.shape[1]) ** 0.5
+    if weight_ND is not None:
+        h_NDB *= weight_ND.unsqueeze(2)
     if fisher_NBB.dtype == gradient_NDB.dtype:
         _add_products(fisher_NBB, h_NDB, decay)
     else:
@@ -109,6 +122,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float) -> None:
     """Of each vector w ← ρ w + (1 − ρ) ‖g‖² / B, in place: what tells apart the vectors that share a block."""
     square_ND.lerp_(gradient_NDB.square().mean(dim=2), 1 - decay)
+
+
+def row_weights(square_ND: Tensor) -> Tensor:
+    """1/√ŵ, by which F weighs its vectors, so that those of large gradients do not drown the rest; 0 where ŵ is 0.
+
+    F is then the right factor of a Kronecker product whose left factor is the diagonal ŵ (one step of "KL-Shampoo", Lin
+    et al. 2025, arXiv 2509.03378).
+    """
+    return torch.where(square_ND > 0, square_ND.rsqrt(), 0.0)
 
 
 def pack(fisher_NBB: Tensor) -> Tensor:
@@ -200,102 +222,51 @@ def condition_number(fisher_NBB: Tensor, damping: float, dtype: torch.dtype) -> 
     return norms[0] * norms[1]
 
 
-class Solution(NamedTuple):
-    """What `graft` needs of a stack of blocks.
+def solve(factor: Factor, vectors_NDB: Tensor) -> Tensor:
+    """Each vector times A^(−p). Vectors are rows: a row times a symmetric matrix."""
+    if not factor.triangular:
+        return vectors_NDB @ factor.root_NBB
+    # x A⁻¹ = (x L⁻ᵀ) L⁻¹
+    half_NDB = torch.linalg.solve_triangular(factor.root_NBB.mT, vectors_NDB, upper=True, left=False)
+    result: Tensor = torch.linalg.solve_triangular(factor.root_NBB, half_NDB, upper=False, left=False)
+    return result
 
-    solution_NDB is A^(−p) m̂/√d, which has no units, so that no norm leaves the dtype's range (where d = 0, A^(−p) m̂);
-    diagonal_NB today's diagonal of F̂; d_N the d of the factor, which may be some steps old.
+
+def without_scale(vectors_NDB: Tensor) -> Tensor:
+    """Each block over its largest element, so that no product leaves the dtype's range; zeros stay zeros."""
+    largest_N11 = vectors_NDB.abs().amax(dim=(1, 2), keepdim=True)
+    return vectors_NDB / torch.where(largest_N11 > 0, largest_N11, 1.0)
+
+
+def orthogonal_update(vectors_NDB: Tensor) -> Tensor:
+    """The update of a stack of blocks: the polar factor of each, with the root mean square `RMS`; of zeros, zeros.
+
+    The polar factor of X = U Σ Vᵀ is U Vᵀ: of all matrices of this spectral norm that with the most progress along X.
     """
-
-    solution_NDB: Tensor
-    diagonal_NB: Tensor
-    d_N: Tensor
-
-
-def solve(factor: Factor, momentum_NDB: Tensor, solution_NDB: Tensor) -> None:
-    """A^(−p) m̂/√d into `solution_NDB`; see `Solution`. Vectors are rows: a row times a symmetric matrix."""
-    right_NDB = momentum_NDB * _unit(factor.d_N)[:, None, None]
-    if factor.triangular:
-        # m̂ A⁻¹ = (m̂ L⁻ᵀ) L⁻¹
-        half_NDB = torch.linalg.solve_triangular(factor.root_NBB.mT, right_NDB, upper=True, left=False)
-        torch.linalg.solve_triangular(factor.root_NBB, half_NDB, upper=False, left=False, out=solution_NDB)
-    else:
-        torch.bmm(right_NDB, factor.root_NBB, out=solution_NDB)
+    x_NDB = polar_factor(vectors_NDB)
+    norm_N11 = torch.linalg.vector_norm(x_NDB, dim=(1, 2), keepdim=True)
+    length = RMS * (x_NDB.shape[1] * x_NDB.shape[2]) ** 0.5
+    return x_NDB.mul_(torch.where(norm_N11 > 0, length / norm_N11, 0.0))
 
 
-def _unit(d_N: Tensor) -> Tensor:
-    """1/√d, or 1 where d = 0."""
-    return torch.where(d_N > 0, d_N.rsqrt(), 1.0)
+def polar_factor(vectors_NDB: Tensor) -> Tensor:
+    """The polar factor of each block, about; see `QUINTIC`."""
+    a, b, c = QUINTIC
+    tall = vectors_NDB.shape[1] > vectors_NDB.shape[2]
+    norm_N11 = torch.linalg.vector_norm(vectors_NDB, dim=(1, 2), keepdim=True)
+    x_NIJ = vectors_NDB / torch.where(norm_N11 > 0, norm_N11, 1.0)
+    x_NIJ = x_NIJ.mT if tall else x_NIJ
+    for _ in range(ITERATIONS):
+        gram_NII = x_NIJ @ x_NIJ.mT
+        polynomial_NII = torch.baddbmm(gram_NII, gram_NII, gram_NII, beta=b, alpha=c)
+        x_NIJ = torch.baddbmm(x_NIJ, polynomial_NII, x_NIJ, beta=a)
+    return x_NIJ.mT.contiguous() if tall else x_NIJ
 
 
-def second_moment(diagonal_NB: Tensor, square_ND: Tensor | None) -> Tensor:
-    """The second moment of each element, (N, D, B), or (N, 1, B) for blocks of one vector.
-
-    Of vectors that share a block it is the product of what is known of columns and of rows, diag F̂ · ŵ / d: Adafactor's
-    (Shazeer and Stern 2018, algorithm 1), d being the mean of both.
-    """
-    if square_ND is None:
-        return diagonal_NB.unsqueeze(1)
-    d_N1 = diagonal_NB.mean(dim=1, keepdim=True).clamp_min(torch.finfo(diagonal_NB.dtype).tiny)
-    return (square_ND / d_N1).unsqueeze(2) * diagonal_NB.unsqueeze(1)
-
-
-def reach(lr: float) -> float:
-    """The stretch that takes a step of this learning rate to the trust radius, in rows of one element."""
-    return TRUST_RADIUS / lr if lr > 0 else float("inf")
-
-
-def largest_stretch(length_N: Tensor, lr: float) -> Tensor:
-    """The bound of κ for blocks in rows of these lengths L, (N,): 1/(η L), but at most 16."""
-    return (reach(lr) / length_N).clamp_(max=LARGEST_STRETCH)
-
-
-def graft(
-    solution: Solution,
-    momentum_NDB: Tensor,
-    moment_NDB: Tensor,
-    stretch_N: Tensor,
-    eps: float,
-    exponent: float,
-    grafting: str,
-) -> Tensor:
-    """The update u_NDB of a stack of blocks.
-
-    Args:
-        solution: by `solve`; changed.
-        momentum_NDB: m̂.
-        moment_NDB: by `second_moment`.
-        stretch_N: by `largest_stretch`.
-        eps: ε of the diagonal's update, from which "rms" takes the length.
-        exponent: p.
-        grafting: "rms": direction from F, the length of each vector from the diagonal's update; "none":
-            d^(−p) A^(−p) m̂.
-
-    Returns:
-        u_NDB. A vector whose second moment is zero gets zeros; one whose direction is not representable (an underflow,
-        an overflow) gets the diagonal's update.
-    """
-    s_NDB, _, d_N = solution
-    by_diagonal_NDB = diagonal_update(momentum_NDB, moment_NDB, eps)
-    norm_ND = torch.linalg.vector_norm(s_NDB, dim=2)
-    usable_ND = (norm_ND > 0) & (norm_ND < torch.inf)
-    if grafting == "rms":
-        seen_ND = moment_NDB.sum(dim=2) > 0
-        length_ND = torch.linalg.vector_norm(by_diagonal_NDB, dim=2)
-        # Without units, so that no product leaves the dtype's range before its norm does.
-        unitless_NDB = momentum_NDB * _unit(d_N)[:, None, None]
-        progress_ND = (unitless_NDB * s_NDB).sum(dim=2) / norm_ND
-        wanted_ND = (unitless_NDB * by_diagonal_NDB).sum(dim=2) / length_ND
-        stretch_ND = (wanted_ND / progress_ND).clamp_(min=1.0).minimum(stretch_N.unsqueeze(1)).nan_to_num_(1.0)
-        scale_ND = length_ND / norm_ND * stretch_ND
-    else:
-        seen_ND = (d_N > 0).unsqueeze(1)
-        scale_ND = (_unit(d_N) ** (2 * exponent - 1)).unsqueeze(1)  # d^(−p) √d
-    u_NDB = s_NDB.mul_(scale_ND.unsqueeze(2))
-    if not bool((usable_ND & seen_ND).all()):  # asked, since `where` is slow on a CPU; rows without a gradient are rare
-        u_NDB = torch.where(usable_ND.unsqueeze(2), u_NDB, by_diagonal_NDB)
-        u_NDB = torch.where(seen_ND.unsqueeze(2), u_NDB, 0.0)
-    return u_NDB
+def natural_update(vectors_NDB: Tensor, d_N: Tensor, exponent: float) -> Tensor:
+    """The update of grafting="none", F̂^(−p) m̂, given A^(−p) m̂: times d^(−p); zeros where d = 0."""
+    unit_N11 = torch.where(d_N > 0, d_N.rsqrt(), 0.0)[:, None, None]
+    return (vectors_NDB * unit_N11) * unit_N11 ** (2 * exponent - 1)  # in two steps, within the dtype's range
 
 
 def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: float, seed_N: Tensor | None = None) -> None:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+# The longest side of a convolution's window. Longer dimensions at the end of a shape are inputs.
+LARGEST_WINDOW = 32
+
 
 class Kind(NamedTuple):
     """What rows of a batch are alike in: elements of a vector, vectors that share a Fisher, and whether it is dense."""
@@ -77,15 +80,16 @@ class Strip:
 class Grid:
     """A parameter's blocks.
 
-    The flattened parameter is a sequence of rows of `row` elements. `depth` rows make a slab (the last one may have
-    fewer), which is what ranks own: it is never shared out. Within a slab the rows are cut at the same places, every
-    `cut` elements: each cut is one block, whose Fisher is shared by the slab's rows. Blocks are numbered slab by slab.
-    Those of the slabs from `dense_slabs` on keep a diagonal Fisher.
+    The flattened parameter is a sequence of matrices of `matrix` elements, each of rows of `row` elements. `depth` rows
+    make a slab (the last one of a matrix may have fewer), which is what ranks own: it is never shared out. Within a
+    slab the rows are cut at the same places, every `cut` elements: each cut is one block, whose Fisher is shared by the
+    slab's rows. Blocks are numbered slab by slab. Those of the slabs from `dense_slabs` on keep a diagonal Fisher.
 
-    Only where `depth` is 1 and rows are not cut may the last row be short.
+    Only where there is one matrix, `depth` is 1 and rows are not cut may the last row be short.
     """
 
     numel: int
+    matrix: int
     row: int
     cut: int
     depth: int
@@ -99,7 +103,12 @@ class Grid:
     @property
     def slabs(self) -> int:
         """Slabs, dense and diagonal ones."""
-        return -(-self.numel // (self.row * self.depth))
+        return self.numel // self.matrix * self.slabs_per_matrix
+
+    @property
+    def slabs_per_matrix(self) -> int:
+        """Slabs of each matrix, of which the last may have fewer rows."""
+        return -(-self.matrix // (self.row * self.depth))
 
     @property
     def num_blocks(self) -> int:
@@ -113,11 +122,13 @@ class Grid:
 
     def start(self, slab: int) -> int:
         """First element of a slab; `numel` for the one past the last."""
-        return min(self.numel, slab * self.row * self.depth)
+        matrix, own = divmod(slab, self.slabs_per_matrix)
+        return min(self.numel, matrix * self.matrix + own * self.row * self.depth)
 
     def slab_from(self, element: int) -> int:
         """The first slab that starts at or after `element`."""
-        return -(-element // (self.row * self.depth))
+        matrix, own = divmod(element, self.matrix)
+        return matrix * self.slabs_per_matrix + -(-own // (self.row * self.depth))
 
     def fisher_numel(self, slab: int) -> int:
         """Elements of the Fisher in the slabs before `slab`: the measure by which work is shared out."""
@@ -136,11 +147,12 @@ class Grid:
 
     def sharing(self, slab: int) -> int:
         """Vectors in the slabs before `slab` that share a dense block with another."""
-        rows = self.start(min(slab, self.dense_slabs)) // self.row
         if self.depth == 1:
             return 0
-        alone = 1 if rows % self.depth == 1 else 0  # a last slab of one row
-        return (rows - alone) * self.pieces
+        dense = min(slab, self.dense_slabs)
+        ends_alone = self.matrix // self.row % self.depth == 1  # a matrix's last slab has one row
+        alone = dense // self.slabs_per_matrix if ends_alone else 0
+        return (self.start(dense) // self.row - alone) * self.pieces
 
     def slab_of_fisher_numel(self, amount: int) -> int:
         """The first slab whose predecessors hold at least `amount` elements of the Fisher."""
@@ -150,11 +162,15 @@ class Grid:
         """The blocks of the elements [start, stop), both on slab boundaries, in the order of their numbers by kind."""
         first, last = self.slab_from(start), self.slab_from(stop)
         dense_last = max(first, min(last, self.dense_slabs))
-        whole = min(dense_last, self.numel // (self.row * self.depth))
-        yield from self._pieces(first, whole, self.row, self.depth)
-        if max(first, whole) < dense_last:  # the last slab has fewer rows, or a shorter one
-            rest = self.numel - self.start(whole)
-            yield from self._pieces(whole, dense_last, min(self.row, rest), max(1, rest // self.row))
+        whole, rest = divmod(self.matrix, self.row * self.depth)
+        if not rest:
+            yield from self._pieces(first, dense_last, self.row, self.depth)
+        each = self.slabs_per_matrix
+        for begin in range(first // each * each, dense_last if rest else 0, each):  # matrix by matrix
+            yield from self._pieces(max(first, begin), min(dense_last, begin + whole), self.row, self.depth)
+            if first <= begin + whole < dense_last:  # the last slab has fewer rows, or a shorter one
+                row, depth = min(self.row, rest), max(1, rest // self.row)
+                yield from self._pieces(begin + whole, begin + each, row, depth)
         if dense_last < last:
             begin = self.start(dense_last)
             count = stop - begin
@@ -181,7 +197,7 @@ class Grid:
         """The blocks of slabs [first, stop), of `depth` rows of `row` elements each."""
         if first >= stop:
             return
-        begin, block, stride = first * self.row * self.depth, first * self.pieces, self.row * self.depth
+        begin, block, stride = self.start(first), first * self.pieces, self.row * self.depth
         whole, rest = divmod(row, self.cut)
         for size, count, offset in ((self.cut, whole, 0), (rest, 1, whole * self.cut)):
             if size and count:
@@ -198,25 +214,39 @@ def make_grid(
     max_blocks: int | None = None,
 ) -> Grid:
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
-    numel, row = prod(shape), row_length(shape)
-    rows = numel // max(1, row)
-    depth = 1
-    if block_grid == "flat" or numel == 0:
-        row = cut = block_size
-    elif rows == 1:  # pieces of one vector have nothing to share: each is a row of its own
-        row = cut = _even(row, block_size)
-    elif rows_per_block == 1 and row < block_size:
+    numel = prod(shape)
+    matrices, rows, row = view(shape) if numel else (1, 0, 0)
+    matrix, depth = max(1, numel // matrices), 1
+    if rows == 1 and block_grid == "rows":  # a vector's elements are alone, each with a diagonal Fisher
+        max_blocks = 0
+    if block_grid == "flat" or rows <= 1:
+        matrix, row, cut = max(1, numel), block_size, block_size
+    elif rows_per_block == 1 and matrices == 1 and row < block_size:
         row = cut = block_size // row * row
     else:
-        depth, cut = _even(rows, rows_per_block), _even(row, block_size)
-    slabs = Grid(numel, row, cut, depth, 0).slabs
+        depth = _even(rows, rows_per_block)
+        # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an element than another's.
+        most = depth * max(block_size, 2 * rows_per_block) // rows_per_block
+        cut = _even(row, min(block_size, most))
+    slabs = Grid(numel, matrix, row, cut, depth, 0).slabs
     dense = slabs if max_blocks is None else min(slabs, max_blocks // -(-row // cut))
-    return Grid(numel, row, cut, depth, dense)
+    return Grid(numel, matrix, row, cut, depth, dense)
 
 
-def row_length(shape: Sequence[int]) -> int:
-    """Elements of a parameter for each index of its first dimension: a unit's inputs; of a vector, all of them."""
-    return prod(shape[1:]) if len(shape) >= 2 else prod(shape)
+def view(shape: Sequence[int]) -> tuple[int, int, int]:
+    """What a parameter is seen as: so many matrices, of so many rows, of so many elements (DESIGN.md, section 2).
+
+    Dimensions of 1 do not count. What is left is a vector (one matrix of one row); a matrix; or more dimensions, of
+    which short ones at the end are a convolution's window and belong to its row, and those before the last two stack
+    matrices, as of experts.
+    """
+    left = [size for size in shape if size != 1]
+    window = 1
+    while len(left) > 2 and left[-1] <= LARGEST_WINDOW:
+        window *= left.pop()
+    if len(left) < 2:
+        return 1, 1, prod(left) * window
+    return prod(left[:-2]), left[-2], left[-1] * window
 
 
 def _even(total: int, most: int) -> int:

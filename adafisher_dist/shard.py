@@ -20,7 +20,7 @@ from adafisher_dist import batch as stacked
 from adafisher_dist import fisher, fused, kernel_check, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.cost import Outline
-from adafisher_dist.grid import Grid, Kind, Strip, row_length
+from adafisher_dist.grid import Grid, Kind, Strip
 from adafisher_dist.layouts import Parameter, Storage
 from adafisher_dist.settings import Structure
 
@@ -336,9 +336,7 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(
-            *key, structures[key[0]], _numbers(own, positions), _lengths(own, parameters), arena.device, zeroed
-        )
+        key: allocate(*key, structures[key[0]], _numbers(own, positions), arena.device, zeroed)
         for key, own in entries.items()
     }
     result, start = [], 0
@@ -364,13 +362,6 @@ def _numbers(entries: list[_Planned], positions: Sequence[int]) -> Numbers:
         slabs = np.arange(strip.slabs)[:, None] * strip.blocks_per_slab
         numbers.append((positions[entry.parameter] + strip.block + slabs + np.arange(strip.count)).ravel())
     return np.concatenate(numbers).astype(np.int64)
-
-
-def _lengths(entries: list[_Planned], parameters: Sequence[Parameter]) -> Numbers:
-    """Elements of the rows in which each block lies."""
-    return np.repeat(
-        [row_length(parameters[entry.parameter].shape) for entry in entries], [entry.strip.rows for entry in entries]
-    )
 
 
 def _rows(arena: Tensor, batch: Batch, entries: list[_Planned]) -> Rows:

@@ -43,17 +43,33 @@ def slabs(
     if block_grid == "flat":
         return [[[piece]] for piece in cut(range(n), block_size)]
     assert block_grid == "rows", block_grid
-    if len(shape) < 2 or shape[0] == 1:
-        return [[[piece]] for piece in cut(range(n), even(n, block_size))]
-    length = n // shape[0]
-    rows = cut(range(n), length)
-    if rows_per_block == 1 and length < block_size:
+    matrices = matrices_of(shape)
+    if len(matrices) == 1 and len(matrices[0]) == 1:  # a vector: cut as the elements that it is, none of them dense
+        return [[[piece]] for piece in cut(range(n), block_size)]
+    length = len(matrices[0][0])
+    if rows_per_block == 1 and len(matrices) == 1 and length < block_size:
         return [[[piece]] for piece in cut(range(n), block_size // length * length)]
     result = []
-    for members in cut(rows, even(len(rows), rows_per_block)):
-        pieces = [cut(row, even(length, block_size)) for row in members]
-        result.append([list(block) for block in zip(*pieces, strict=True)])
+    for rows in matrices:
+        depth = even(len(rows), rows_per_block)
+        size = even(length, min(block_size, math.floor(depth * max(block_size / rows_per_block, 2))))
+        for members in cut(rows, depth):
+            pieces = [cut(row, size) for row in members]
+            result.append([list(block) for block in zip(*pieces, strict=True)])
     return result
+
+
+def matrices_of(shape: Sequence[int]) -> list[list[range]]:
+    """The matrices that a parameter consists of, each a list of its rows; a vector is one row."""
+    sizes = [size for size in shape if size != 1]
+    if len(sizes) < 2:
+        return [[range(math.prod(shape))]]
+    inputs = 1  # what ends a shape: a convolution's window, then the inputs
+    while len(sizes) > 2 and sizes[-1] <= 32:
+        inputs *= sizes.pop()
+    inputs *= sizes.pop()
+    rows = cut(range(math.prod(shape)), inputs)
+    return cut(rows, sizes[-1])
 
 
 def blocks_of(
@@ -86,9 +102,8 @@ class Block:
     where: np.ndarray  # (vectors, r), elements of the flattened parameter
     number: int  # q: its index, plus the position of its parameter
     dense: bool
-    length: int  # L: elements of a row of the parameter
     fisher: np.ndarray
-    square: np.ndarray  # of each vector, mean g², averaged as F is
+    square: np.ndarray  # w of each vector: mean g², averaged as F is
     inverse: np.ndarray | None = None  # A^(−p), as it was at the last refresh
     d: float = 0.0  # tr(F̂) / r, as it was at the last refresh
 
@@ -131,13 +146,13 @@ class Oracle:
             shape, rows = np.shape(theta), setting["rows_per_block"]
             for slab in slabs(shape, setting["block_size"], setting["block_grid"], rows):
                 limit = setting["max_blocks"]
-                dense = limit is None or len(blocks) + len(slab) <= limit
+                alone = setting["block_grid"] == "rows" and len(matrices_of(shape)[0]) == 1
+                dense = not alone and (limit is None or len(blocks) + len(slab) <= limit)
                 for vectors in slab:
                     where = np.array(vectors)
                     r = where.shape[1]
                     fisher = np.zeros((r, r) if dense else where.shape)
-                    number, length = position + len(blocks), math.prod(shape[1:] if len(shape) > 1 else shape)
-                    blocks.append(Block(where, number, dense, length, fisher, np.zeros(len(where))))
+                    blocks.append(Block(where, position + len(blocks), dense, fisher, np.zeros(len(where))))
             self.params.append(np.array(theta, dtype=np.float64))
             self.settings.append(setting)
             self.states.append(State(np.zeros(np.size(theta)), blocks))
@@ -178,9 +193,12 @@ class Oracle:
             state.k += 1
             for block in state.blocks:
                 part = g[block.where]
+                block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
+                if h["grafting"] == "rms" and block.dense and len(part) > 1:
+                    w_hat = block.square / ((1 - rho**state.k) if h["bias_correction"] else 1)
+                    part = np.divide(part, np.sqrt(w_hat)[:, None], np.zeros_like(part), where=w_hat[:, None] > 0)
                 square = part.T @ part / len(part) if block.dense else part**2
                 block.fisher = rho * block.fisher + (1 - rho) * square
-                block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
 
         m_hat = state.m / (1 - mu**state.t) if h["bias_correction"] else state.m
         if h["nesterov"]:
@@ -193,7 +211,7 @@ class Oracle:
             if block.dense:
                 if state.t == 1 or (block.number + state.t) % n == 0:
                     refresh(block, f_hat, h)
-                u[block.where] = dense_direction(block, f_hat, block.square * unbias, part, h)
+                u[block.where] = dense_direction(block, part, h)
             else:
                 u[block.where] = part / (np.sqrt(f_hat) + h["eps"])
         return u
@@ -219,21 +237,23 @@ def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
     assert np.abs(unit - np.eye(r)).max() < 1e-4, "the block is singular: nothing to compare with"
 
 
-def dense_direction(
-    block: Block, f_hat: np.ndarray, square: np.ndarray, m_hat: np.ndarray, h: Mapping[str, Any]
-) -> np.ndarray:
+def dense_direction(block: Block, m_hat: np.ndarray, h: Mapping[str, Any]) -> np.ndarray:
     """The u of a dense block, (vectors, r)."""
-    diagonal, u = np.diag(f_hat), np.zeros_like(m_hat)
-    for i, m in enumerate(m_hat):
-        s = block.inverse @ m
-        if h["grafting"] == "none":
-            u[i] = block.d ** -h["exponent"] * s if block.d > 0 else 0
-            continue
-        assert h["grafting"] == "rms", h["grafting"]
-        if square[i] > 0 and s.any():
-            moment = diagonal * (square[i] / np.mean(diagonal))
-            by_diagonal = m / (np.sqrt(moment) + h["eps"])
-            length = np.linalg.norm(by_diagonal) / np.linalg.norm(s)
-            most = min(1 / (h["lr"] * block.length), 16) if h["lr"] > 0 else 16
-            u[i] = s * length * min(max((m @ by_diagonal) / (m @ s * length), 1), most)
-    return u
+    s = m_hat @ block.inverse
+    if h["grafting"] == "none":
+        return block.d ** -h["exponent"] * s if block.d > 0 else np.zeros_like(s)
+    assert h["grafting"] == "rms", h["grafting"]
+    if not s.any():
+        return s
+    w = polar_factor(s)
+    return 0.2 * w / np.sqrt(np.mean(w**2))
+
+
+def polar_factor(x: np.ndarray) -> np.ndarray:
+    """Five steps of Newton and Schulz, with the coefficients of Jordan et al. (2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
