@@ -355,7 +355,10 @@ def _fresh(
 ) -> fisher.Factor:
     """The factor of these rows of the batch; counts where the ladder was needed."""
     structure = batch.structure
-    factor = fisher.factorize(fisher_NBB, unbias, damping(batch, settings), structure.exponent, structure.compute_dtype)
+    exact = settings["grafting"] == "none"
+    factor = fisher.factorize(
+        fisher_NBB, unbias, damping(batch, settings), structure.exponent, structure.compute_dtype, exact
+    )
     if factor.rungs_N is not None:
         _count(batch.rungs, rows, factor.rungs_N)
     return factor

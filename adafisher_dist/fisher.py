@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 RUNGS = ("more damping", "float64", "diagonal")
 
@@ -22,10 +21,11 @@ RUNGS = ("more damping", "float64", "diagonal")
 # (2025, arXiv 2502.16982) measured it.
 RMS = 0.2
 
-# The iteration that finds the polar factor (Jordan et al. 2024, "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times.
-# It takes singular values from 3e-3 on to between 0.7 and 1.2, which is as good as 1 (LOG.md, 2026-11-26).
-QUINTIC = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+# The iteration of Newton and Schulz for polar factors and inverse roots, with the coefficients of Jordan et al. (2024,
+# "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times. It takes singular values from 2e-3 on to between 0.68 and
+# 1.13, which is as good as 1 (LOG.md, 2026-11-26). `EXACT` takes them on to 1, to twelve digits.
+FAST = ((3.4445, -4.7750, 2.0315),) * 5
+EXACT = ((1.875, -1.25, 0.375),) * 4
 
 
 class Factor(NamedTuple):
@@ -192,11 +192,13 @@ def inverted(factor: Factor) -> Factor:
     return factor._replace(root_NBB=inverse_NBB.mT @ inverse_NBB, triangular=False)
 
 
-def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype) -> Factor:
+def factorize(
+    fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype, exact: bool
+) -> Factor:
     """Factorise A = F̂/d + damping · I, where damping is DESIGN's δ + ε.
 
-    Never raises for a bad block: it walks the ladder (ten times the damping, at least 1e-2; that in float64; the
-    diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I.
+    Never raises for a bad block. For p = 1 it walks the ladder (ten times the damping, at least 1e-2; that in float64;
+    the diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I. `exact` is of A^(−1/2).
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
@@ -204,9 +206,34 @@ def factorize(fisher_NBB: Tensor, correction: float, damping: float, exponent: f
     scale_N = mean_N.clamp_min(torch.finfo(dtype).tiny).reciprocal_()
     a_NBB = fisher_NBB.to(dtype) * scale_N[:, None, None]
     a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
-    root_NBB, failed_N = _root(a_NBB, exponent)
-    rungs_N = _climb(a_NBB, root_NBB, failed_N, damping, exponent) if bool(failed_N.any()) else None
-    return Factor(root_NBB, d_N, rungs_N, triangular=exponent == 1.0)
+    if exponent != 1.0:
+        a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts
+        return Factor(inverse_root(a_NBB, exact), d_N, None, triangular=False)
+    root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
+    failed_N = info_N != 0
+    rungs_N = _climb(a_NBB, root_NBB, failed_N, damping) if bool(failed_N.any()) else None
+    return Factor(root_NBB, d_N, rungs_N, triangular=True)
+
+
+def inverse_root(a_NBB: Tensor, exact: bool) -> Tensor:
+    """A^(−1/2) of symmetric positive definite blocks, by products of matrices alone.
+
+    The iteration of `polar_factor`, coupled (Higham 2008, section 6.7): y → A^(1/2), z → A^(−1/2), of A over its norm.
+    Where it is not `exact`, it is A^(−1/2) but for a factor of 0.68 to 1.13 in each eigenvalue.
+    """
+    norm_N11 = torch.linalg.matrix_norm(a_NBB, keepdim=True)
+    y_NBB = a_NBB / norm_N11
+    steps = FAST + (EXACT if exact else ())
+    z_NBB: Tensor | None = None
+    for number, (a, b, c) in enumerate(steps, 1):
+        product_NBB = y_NBB if z_NBB is None else z_NBB @ y_NBB
+        polynomial_NBB = torch.baddbmm(product_NBB, product_NBB, product_NBB, beta=b, alpha=c)
+        polynomial_NBB.diagonal(dim1=1, dim2=2).add_(a)
+        z_NBB = polynomial_NBB if z_NBB is None else polynomial_NBB @ z_NBB
+        if number < len(steps):
+            y_NBB = y_NBB @ polynomial_NBB
+    assert z_NBB is not None
+    return z_NBB * norm_N11.rsqrt()
 
 
 def condition_number(fisher_NBB: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
@@ -250,13 +277,12 @@ def orthogonal_update(vectors_NDB: Tensor) -> Tensor:
 
 
 def polar_factor(vectors_NDB: Tensor) -> Tensor:
-    """The polar factor of each block, about; see `QUINTIC`."""
-    a, b, c = QUINTIC
+    """The polar factor of each block, about; see `FAST`."""
     tall = vectors_NDB.shape[1] > vectors_NDB.shape[2]
     norm_N11 = torch.linalg.vector_norm(vectors_NDB, dim=(1, 2), keepdim=True)
     x_NIJ = vectors_NDB / torch.where(norm_N11 > 0, norm_N11, 1.0)
     x_NIJ = x_NIJ.mT if tall else x_NIJ
-    for _ in range(ITERATIONS):
+    for a, b, c in FAST:
         gram_NII = x_NIJ @ x_NIJ.mT
         polynomial_NII = torch.baddbmm(gram_NII, gram_NII, gram_NII, beta=b, alpha=c)
         x_NIJ = torch.baddbmm(x_NIJ, polynomial_NII, x_NIJ, beta=a)
@@ -303,36 +329,20 @@ def diagonal_update(momentum: Tensor, moment: Tensor, eps: float) -> Tensor:
     return momentum / moment.sqrt().add_(eps)
 
 
-def _root(a_NBB: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
-    """(root_NBB as in Factor, whether each block failed)."""
-    if exponent == 1.0:
-        root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
-        return root_NBB, info_N != 0
-    try:
-        values_NB, vectors_NBB = torch.linalg.eigh(a_NBB)
-    except LinAlgError:  # of the whole stack, though perhaps one block alone did not converge
-        if len(a_NBB) == 1:
-            return torch.zeros_like(a_NBB), torch.ones(1, dtype=torch.bool, device=a_NBB.device)
-        halves = [_root(half_NBB, exponent) for half_NBB in a_NBB.tensor_split(2)]
-        return torch.cat([root for root, _ in halves]), torch.cat([failed for _, failed in halves])
-    root_NBB = (vectors_NBB * values_NB.rsqrt().unsqueeze(1)) @ vectors_NBB.mT
-    return root_NBB, ~(values_NB[:, 0] > 0)
-
-
-def _climb(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float, exponent: float) -> Tensor:
-    """Replace the failed factors in `root_NBB`; returns rungs_N."""
+def _climb(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float) -> Tensor:
+    """Replace the failed Cholesky factors in `root_NBB`; returns rungs_N."""
     rungs_N = torch.zeros_like(failed_N, dtype=torch.int64)
     failed = failed_N.nonzero().squeeze(1)
     more_NBB = a_NBB[failed]
     more_NBB.diagonal(dim1=1, dim2=2).add_(max(10 * damping, 1e-2) - damping)
     for rung, dtype in enumerate((a_NBB.dtype, torch.float64), start=1):
-        again_NBB, still_N = _root(more_NBB.to(dtype), exponent)
+        again_NBB, info_N = torch.linalg.cholesky_ex(more_NBB.to(dtype))
+        still_N = info_N != 0
         root_NBB[failed] = again_NBB.to(root_NBB.dtype)
         rungs_N[failed] = rung
         failed, more_NBB = failed[still_N], more_NBB[still_N]
         if len(failed) == 0:
             return rungs_N
-    power = 0.5 if exponent == 1.0 else -0.5  # a Cholesky factor, or A^(−1/2)
-    root_NBB[failed] = torch.diag_embed(more_NBB.diagonal(dim1=1, dim2=2).clamp_min(1e-2) ** power)
+    root_NBB[failed] = torch.diag_embed(more_NBB.diagonal(dim1=1, dim2=2).clamp_min(1e-2).sqrt())
     rungs_N[failed] = len(RUNGS)
     return rungs_N

@@ -230,6 +230,9 @@ def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
         unit = a @ block.inverse
     else:
         assert h["exponent"] == 0.5, h["exponent"]
+        if h["grafting"] == "rms":
+            block.inverse = rough_inverse_root(a)
+            return
         values, vectors = np.linalg.eigh(a)
         assert (values > 0).all(), "the block is singular: nothing to compare with"
         block.inverse = vectors @ np.diag(values**-0.5) @ vectors.T
@@ -247,6 +250,17 @@ def dense_direction(block: Block, m_hat: np.ndarray, h: Mapping[str, Any]) -> np
         return s
     w = polar_factor(s)
     return 0.2 * w / np.sqrt(np.mean(w**2))
+
+
+def rough_inverse_root(a: np.ndarray) -> np.ndarray:
+    """A^(−1/2) by as many steps, of Newton and Schulz's coupled iteration; of A's eigenvalues, since all commute."""
+    values, vectors = np.linalg.eigh(a)
+    norm = np.linalg.norm(a)
+    y, z = values / norm, np.ones_like(values)
+    for _ in range(5):
+        factor = 3.4445 - 4.7750 * z * y + 2.0315 * (z * y) ** 2
+        y, z = y * factor, factor * z
+    return vectors @ np.diag(z / np.sqrt(norm)) @ vectors.T
 
 
 def polar_factor(x: np.ndarray) -> np.ndarray:
