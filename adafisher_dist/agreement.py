@@ -25,23 +25,11 @@ from adafisher_dist.transfer import Inputs
 logger = logging.getLogger("adafisher_dist")
 
 
-class Agreement(NamedTuple):
-    """What holds on all ranks.
-
-    Attributes:
-        finite: every gradient of every rank is finite and small enough to square, as far as hosts know.
-        kernel_is_trusted: no rank that has tried the Triton kernel in this step refused it.
-    """
-
-    finite: bool
-    kernel_is_trusted: bool
-
-
 def agree(
-    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, refusal: str | None,
-    metrics: object, faults: Faults, compare_copies: bool,
-) -> Agreement:  # fmt: skip
-    """What all ranks know before a step changes anything.
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
+    faults: Faults, compare_copies: bool,
+) -> bool:  # fmt: skip
+    """Whether every gradient of every rank is finite and small enough to square, as far as hosts know.
 
     Args:
         group: the ranks.
@@ -49,7 +37,6 @@ def agree(
         inputs: for each shard; after a fault some may be missing.
         finite: whether that is so of this rank's gradients.
         on_device: whether that is decided on the device instead.
-        refusal: why this rank cannot trust the Triton kernel, where it has just tried it; else None.
         metrics: which steps are measured, and which is being; None where none is.
         faults: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
@@ -60,8 +47,7 @@ def agree(
             Or some did not come within the timeout of the process group; it names them.
         Exception: the fault itself, on the rank that had it.
     """
-    refused = 0 if refusal is None else -1 - comm.own_rank()
-    values = [int(finite), _failed(faults), refused]
+    values = [int(finite), _failed(faults)]
     if group.together == 1:
         _raise(faults, values[1], "")
     else:
@@ -70,26 +56,19 @@ def agree(
             *_of_copies(shards, inputs, faults, compare_copies),
         ]
         same_replicas = _same_in_replicas(group, shards, inputs, faults, compare_copies) if group.replicas else 1
-        values = [int(finite), _failed(faults), refused, same_replicas]
+        values = [int(finite), _failed(faults), same_replicas]
         values += chain.from_iterable((print_, -print_) for print_, _ in prints)
-        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different backends would all wait.
+        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different devices would all wait.
         values = comm.minimum(group, torch.tensor(values)).tolist()
         _raise(faults, values[1], "before anything changed")
-        for low, minus_high, (_, message) in zip(values[4::2], values[5::2], prints, strict=True):
+        for low, minus_high, (_, message) in zip(values[3::2], values[4::2], prints, strict=True):
             if low != -minus_high:
                 raise RuntimeError(message)
-        if not values[3]:
+        if not values[2]:
             raise RuntimeError("The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE)
     for shard in shards:
         shard.checked = True
-    if refusal is not None and refused == values[2]:  # of the ranks that refuse it, one tells
-        logger.warning(
-            "AdaFisher computes with torch in place of its Triton kernel, on all ranks, since on rank %d %s. That is"
-            ' slower. backend="torch" chooses it without a warning.',
-            comm.own_rank(),
-            refusal.rstrip("."),
-        )
-    return Agreement(finite=bool(values[0]), kernel_is_trusted=values[2] == 0)
+    return bool(values[0])
 
 
 _SYNCHRONISE = (
@@ -110,8 +89,7 @@ def _fingerprints(
         ),
         (
             int(on_device),
-            "Some ranks would run AdaFisher's Triton kernel and others torch: their devices, or the Triton that is"
-            ' installed, differ. Use backend="torch" on all.',
+            "Some ranks keep AdaFisher's state on a GPU and others on the CPU. Use one kind of device on all.",
         ),
         (
             plan.digest(metrics),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist import fisher, fused
+from adafisher_dist import fisher
 from adafisher_dist.grid import Kind
 from adafisher_dist.settings import Structure
 
@@ -39,7 +39,6 @@ class Batch:
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
         rungs: for each block, how often its factorisation needed each rung of the ladder.
-        rungs_N3: the same, counted on the device by the Triton kernel; None before its first step.
     """
 
     group: int
@@ -55,7 +54,6 @@ class Batch:
     number_N: Numbers
     seeding_N: Tensor | None
     rungs: dict[int, list[int]] = field(default_factory=dict)
-    rungs_N3: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -85,16 +83,6 @@ class Batch:
         if self.made_N is None:
             return np.zeros_like(self.number_N)
         return step - self.made_N[self.made_N >= 0]
-
-    def counted(self) -> dict[int, list[int]]:
-        """`rungs` with the kernel's counts; waits for the device where there are any."""
-        counts = dict(self.rungs)
-        if self.rungs_N3 is not None:
-            rows = self.rungs_N3.any(dim=1).nonzero().squeeze(1)
-            for row, on_device in zip(rows.tolist(), self.rungs_N3[rows].tolist(), strict=True):
-                before = counts.get(row, [0] * len(fisher.RUNGS))
-                counts[row] = [a + b for a, b in zip(before, on_device, strict=True)]
-        return counts
 
 
 def allocate(
@@ -138,28 +126,13 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
     return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
 
 
-def uses_kernel(structure: Structure, backend: str, device: torch.device) -> bool:
-    """Whether the dense blocks of a param group are worked on by the Triton kernel; diagonal ones never are.
+def waits_for_nothing(structure: Structure) -> bool:
+    """Whether the arithmetic of a param group asks the device nothing, so that a host need not wait for it.
 
-    "auto" that nobody has decided yet means torch.
-
-    Raises:
-        RuntimeError: the kernel is asked for, and cannot run.
+    A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor would have to be put
+    back.
     """
-    if backend != "triton":
-        return False
-    for reason in (fused.misfit(structure), fused.obstacle(device)):
-        if reason is not None:
-            raise RuntimeError(
-                f'backend="triton" cannot run here: {reason}. Or use backend="auto", which takes torch where the kernel'
-                " cannot run."
-            )
-    return True
-
-
-def fits(structure: Structure) -> bool:
-    """Whether the Triton kernel does what a param group asks for, on a device where it runs."""
-    return fused.misfit(structure) is None
+    return structure.exponent != 1.0 and not structure.keeps_factors
 
 
 def compute(
@@ -167,8 +140,7 @@ def compute(
 ) -> None:
     """One step of rows [start, stop): their gradient goes into m and F, and the update u takes its place.
 
-    Blocks do not depend on each other, so on a CPU the rows are worked on in tiles that stay in its cache, and on a GPU
-    one kernel does it all where it can.
+    Blocks do not depend on each other, so on a CPU the rows are worked on in tiles that stay in its cache.
 
     Args:
         batch: the rows' batch.
@@ -178,25 +150,13 @@ def compute(
         updates: k, this step included where it updates F.
         settings: the param group.
         go: where it is given, an int32 0-d tensor on the device. If it is 0, u is 0 and nothing else changes, whatever
-            is in the gradient; nobody waits to know. For diagonal blocks, and dense ones of the kernel.
-
-    Raises:
-        RuntimeError: the kernel is asked for, and cannot run.
+            is in the gradient; nobody waits to know.
     """
     device = batch.fisher.device
-    if start == stop:
-        return
-    if batch.dense and uses_kernel(batch.structure, settings["backend"], device):
-        fused.compute(batch, start, stop, step, updates, settings, go)
-        return
-    if go is not None:
-        assert not batch.dense, "the torch path of dense blocks has no gate"
-        _compute_gated(batch, start, stop, step, updates, settings, go)
-        return
     rows = max(1, 16 // batch.kind.depth) * tile_rows(batch) if device.type == "cpu" else stop - start
     with fisher.full_precision(device):
         for begin in range(start, stop, rows):
-            _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings)
+            _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings, go)
 
 
 def tile_rows(batch: Batch) -> int:
@@ -204,58 +164,57 @@ def tile_rows(batch: Batch) -> int:
     return max(1, CPU_TILE_FISHER_NUMEL // batch.size**2)
 
 
-def _compute_gated(
-    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor
+def _compute_rows(
+    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor | None
 ) -> None:
-    """A step of diagonal blocks that `go` may take back; m and F are small there."""
-    state = [batch.momentum_NDB[start:stop], batch.fisher[start:stop]]
-    before = [tensor.clone() for tensor in state]
-    _compute_rows(batch, start, stop, step, updates, settings)
-    goes = go.bool()
-    for tensor, old in zip(state, before, strict=True):
-        tensor.copy_(torch.where(goes, tensor, old))
-    update_NDB = batch.gradient_NDB[start:stop]
-    update_NDB.copy_(torch.where(goes, update_NDB, 0.0))
-
-
-def _compute_rows(batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]) -> None:
-    """A step of some rows in torch. What takes B numbers a block is done for all of them, what takes B² in tiles."""
+    """A step of some rows. What takes B numbers a block is done for all of them, what takes B² in tiles."""
     gradient_NDB, momentum_NDB = batch.gradient_NDB[start:stop], batch.momentum_NDB[start:stop]
+    if go is not None:
+        gradient_NDB.copy_(torch.where(go.bool(), gradient_NDB, 0.0))
     mu, eps = settings["momentum"], settings["eps"]  # μ, ε
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
-    momentum_NDB.lerp_(gradient_NDB, 1 - mu)
+    momentum_NDB.lerp_(gradient_NDB, _gated(go, 1 - mu, 0.0, momentum_NDB))
     if settings["nesterov"]:
         hat_NDB = (momentum_NDB * (mu * unbias_m)).add_(gradient_NDB, alpha=1 - mu)
     else:
         hat_NDB = momentum_NDB * unbias_m
+    decay = _gated(go, settings["fisher_decay"], 1.0, momentum_NDB)  # ρ
     if batch.dense and settings["grafting"] == "rms":
-        weight_ND = _row_weights(batch, start, stop, step, updates, settings)
-        solution_NDB, _ = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings)
-        gradient_NDB.copy_(fisher.orthogonal_update(solution_NDB))
+        weight_ND = _row_weights(batch, start, stop, step, updates, settings, decay)
+        solution_NDB, _ = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings, decay)
+        update_NDB = fisher.orthogonal_update(solution_NDB)
     elif batch.dense:
-        solution_NDB, d_N = _solve(batch, start, hat_NDB, None, step, updates, settings)
-        gradient_NDB.copy_(fisher.natural_update(solution_NDB, d_N, batch.structure.exponent))
+        solution_NDB, d_N = _solve(batch, start, hat_NDB, None, step, updates, settings, decay)
+        update_NDB = fisher.natural_update(solution_NDB, d_N, batch.structure.exponent)
     else:
-        _update_fisher(batch, batch.fisher[start:stop], start, None, step, updates, settings)
+        _update_fisher(batch, batch.fisher[start:stop], start, None, step, updates, settings, decay)
         moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)
-        gradient_NDB.copy_(fisher.diagonal_update(hat_NDB, moment_N11, eps))
+        update_NDB = fisher.diagonal_update(hat_NDB, moment_N11, eps)
+    gradient_NDB.copy_(update_NDB if go is None else torch.where(go.bool(), update_NDB, 0.0))
+
+
+def _gated(go: Tensor | None, on: float, off: float, like: Tensor) -> float | Tensor:
+    """One number or the other, as `go` has it on the device."""
+    if go is None:
+        return on
+    return torch.where(go.bool(), torch.full((), on, dtype=like.dtype, device=like.device), off)
 
 
 def _row_weights(
-    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any]
+    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], decay: float | Tensor
 ) -> Tensor | None:
     """1/√ŵ of rows [start, stop), (N, D), ŵ brought up to date when F is; None where blocks have one vector."""
     if batch.square_ND is None:
         return None
     square_ND = batch.square_ND[start:stop]
     if updates_fisher(step, settings):
-        fisher.update_squares(square_ND, batch.gradient_NDB[start:stop], settings["fisher_decay"])
+        fisher.update_squares(square_ND, batch.gradient_NDB[start:stop], decay)
     return fisher.row_weights(square_ND * _unbias(updates, settings))
 
 
 def _solve(
     batch: Batch, start: int, vectors_NDB: Tensor, weight_ND: Tensor | None, step: int, updates: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any], decay: float | Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Update F of the blocks from row `start` on; returns the vectors times A^(−p), and the d that A was scaled by."""
     count = len(vectors_NDB)
@@ -267,7 +226,8 @@ def _solve(
         stored = batch.fisher[start:][part]
         whole_NBB = whole(batch, stored)
         weight = None if weight_ND is None else weight_ND[part]
-        if _update_fisher(batch, whole_NBB, start + begin, weight, step, updates, settings) and batch.structure.packed:
+        changed = _update_fisher(batch, whole_NBB, start + begin, weight, step, updates, settings, decay)
+        if changed and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
         if not keeps:
             factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
@@ -286,7 +246,7 @@ def whole(batch: Batch, stored: Tensor) -> Tensor:
 
 def _update_fisher(
     batch: Batch, blocks: Tensor, start: int, weight_ND: Tensor | None, step: int, updates: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any], decay: float | Tensor,
 ) -> bool:  # fmt: skip
     """Update F of the rows from `start` on, which are `blocks`, if it is time; returns whether it was."""
     if not updates_fisher(step, settings):
@@ -294,9 +254,9 @@ def _update_fisher(
     rows = slice(start, start + len(blocks))
     seeds = None if batch.seeding_N is None else fisher.seeds(batch.seeding_N[rows], updates)
     if batch.dense:
-        fisher.update(blocks, batch.gradient_NDB[rows], settings["fisher_decay"], weight_ND, seeds)
+        fisher.update(blocks, batch.gradient_NDB[rows], decay, weight_ND, seeds)
     else:
-        fisher.update_diagonal(blocks, batch.gradient_NDB[rows, 0], settings["fisher_decay"], seeds)
+        fisher.update_diagonal(blocks, batch.gradient_NDB[rows, 0], decay, seeds)
     return True
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist import comm, report
+from adafisher_dist import comm, report, verdict
 from adafisher_dist.agreement import agree, settle
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
 from adafisher_dist.layouts import PartOfStep, UnsupportedLayoutError
 from adafisher_dist.metrics import Meter
 from adafisher_dist.settings import DEFAULTS, normalize, structure
-from adafisher_dist.shard import Shard, Time, compute, in_kernels, kernel_refusal, largest_gradient, set_backends
+from adafisher_dist.shard import Shard, Time, compute, largest_gradient, waits_for_nothing
 from adafisher_dist.transfer import Inputs, Transfer, transfer
 from adafisher_dist.verdict import Verdict
 
@@ -160,7 +160,6 @@ class Engine:
         inputs: list[Inputs] = []
         largest: list[Tensor] = []
         verdicts: list[Verdict] = []
-        refusals: list[str | None] = []  # of the kernel
         fresh = [shard for shard in shards if not shard.checked]
 
         def collect() -> None:
@@ -171,8 +170,7 @@ class Engine:
                 self._bound = part.largest() if part.number == 0 else self._bound
                 assert self._bound is not None
                 largest.append(self._bound.to(largest[0].device, non_blocking=True) if largest else self._bound)
-            refusals.extend(kernel_refusal(shard, own.settings) for shard, own in zip(shards, inputs, strict=True))
-            verdicts.extend(self._verdict_on_device(shards, inputs, group))
+            verdicts.extend(self._verdict_on_device(shards, group))
 
         faults.attempt(collect)
         limits = [largest_gradient(shard) for shard in shards]
@@ -185,16 +183,13 @@ class Engine:
             # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
             compare_copies = self._calls.bit_count() == 1
             metrics = self.meter.plan if self.meter is not None else None
-            refusal = next(filter(None, refusals), None)
-            agreed = agree(group, shards, inputs, finite, bool(verdicts), refusal, metrics, faults, compare_copies)
+            finite = agree(group, shards, inputs, finite, bool(verdicts), metrics, faults, compare_copies)
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
-        for shard, own in zip(shards, inputs, strict=True):
-            set_backends(shard, own.settings, agreed.kernel_is_trusted)
         for shard in fresh if group.is_first else ():
             logger.info(report.summary(shard))
-        if not agreed.finite:
+        if not finite:
             self.skipped += counts
             return
         self.incomplete = True  # until all ranks have done their part
@@ -215,14 +210,14 @@ class Engine:
         if verdicts:
             self._pending.append(_Pending(verdicts[0], shards, counters, counts))
 
-    def _verdict_on_device(self, shards: Sequence[Shard], inputs: Sequence[Inputs], group: Group) -> list[Verdict]:
-        """What decides on the device whether the step goes on, if all its work is done by kernels that ask for it."""
+    def _verdict_on_device(self, shards: Sequence[Shard], group: Group) -> list[Verdict]:
+        """What decides on the device whether the step goes on, if nothing else of the step waits for the device."""
         devices = {shard.arena.device for shard in shards}
-        if len(devices) != 1 or not all(map(in_kernels, shards, (own.settings for own in inputs))):
+        if len(devices) != 1 or not all(map(waits_for_nothing, shards)) or not verdict.is_meant_for(*devices):
             return []
         key = tuple(map(id, shards))
         if key not in self._verdicts:
-            self._verdicts[key] = Verdict(group, shards[0].arena.device)
+            self._verdicts[key] = Verdict(group, *devices)
         return [self._verdicts[key]]
 
 

@@ -49,7 +49,7 @@ def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
 def update(
     fisher_NBB: Tensor,
     gradient_NDB: Tensor,
-    decay: float,
+    decay: float | Tensor,
     weight_ND: Tensor | None = None,
     seed_N: Tensor | None = None,
 ) -> None:
@@ -63,7 +63,7 @@ def update(
     Args:
         fisher_NBB: F.
         gradient_NDB: g.
-        decay: ρ.
+        decay: ρ; a 0-d tensor where the device decides whether it is 1.
         weight_ND: by what each vector is multiplied first; see `row_weights`.
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
     """
@@ -83,10 +83,12 @@ def update(
         fisher_NBB.copy_(wide_NBB)
 
 
-def _add_products(fisher_NBB: Tensor, h_NDB: Tensor, decay: float) -> None:
+def _add_products(fisher_NBB: Tensor, h_NDB: Tensor, decay: float | Tensor) -> None:
     """F ← ρ F + Σ h hᵀ, in place."""
     if h_NDB.shape[1] == 1:  # by element: on a CPU faster than a product of matrices (LOG.md, 2026-11-25)
         fisher_NBB.mul_(decay).addcmul_(h_NDB.mT, h_NDB)
+    elif isinstance(decay, Tensor):
+        fisher_NBB.mul_(decay).baddbmm_(h_NDB.mT, h_NDB)
     else:
         fisher_NBB.baddbmm_(h_NDB.mT, h_NDB, beta=decay)
 
@@ -119,7 +121,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float) -> None:
+def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float | Tensor) -> None:
     """Of each vector w ← ρ w + (1 − ρ) ‖g‖² / B, in place: what tells apart the vectors that share a block."""
     square_ND.lerp_(gradient_NDB.square().mean(dim=2), 1 - decay)
 
@@ -233,7 +235,7 @@ def inverse_root(a_NBB: Tensor, exact: bool) -> Tensor:
         if number < len(steps):
             y_NBB = y_NBB @ polynomial_NBB
     assert z_NBB is not None
-    return z_NBB * norm_N11.rsqrt()
+    return z_NBB.mul_(norm_N11.rsqrt())
 
 
 def condition_number(fisher_NBB: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
@@ -292,16 +294,19 @@ def polar_factor(vectors_NDB: Tensor) -> Tensor:
 def natural_update(vectors_NDB: Tensor, d_N: Tensor, exponent: float) -> Tensor:
     """The update of grafting="none", F̂^(−p) m̂, given A^(−p) m̂: times d^(−p); zeros where d = 0."""
     unit_N11 = torch.where(d_N > 0, d_N.rsqrt(), 0.0)[:, None, None]
-    return (vectors_NDB * unit_N11) * unit_N11 ** (2 * exponent - 1)  # in two steps, within the dtype's range
+    result: Tensor = (vectors_NDB * unit_N11) * unit_N11 ** (2 * exponent - 1)  # in two steps, within the dtype's range
+    return result
 
 
-def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: float, seed_N: Tensor | None = None) -> None:
-    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements past max_blocks; otherwise as `update`."""
+def update_diagonal(
+    fisher_N1: Tensor, gradient_N1: Tensor, decay: float | Tensor, seed_N: Tensor | None = None
+) -> None:
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; otherwise as `update`."""
     if fisher_N1.dtype == gradient_N1.dtype:
-        fisher_N1.mul_(decay).addcmul_(gradient_N1, gradient_N1, value=1 - decay)
+        fisher_N1.lerp_(gradient_N1.square(), 1 - decay)
     else:
         assert seed_N is not None
-        wide_N1 = fisher_N1.to(gradient_N1.dtype).mul_(decay).addcmul_(gradient_N1, gradient_N1, value=1 - decay)
+        wide_N1 = fisher_N1.to(gradient_N1.dtype).lerp_(gradient_N1.square(), 1 - decay)
         _round_stochastically(wide_N1, seed_N[:, None])
         fisher_N1.copy_(wide_N1)
 

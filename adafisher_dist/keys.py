@@ -13,8 +13,9 @@ from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of
 # ask for nothing that it does not do (none: any value), and what to do where another is asked for. None means, as
 # there, that the key is not set.
 _BY_REMEDY: tuple[tuple[tuple[str, ...], tuple[bool | int, ...], str], ...] = (
-    # Which implementation computes: AdaFisher finds it, or `backend` tells. Where step() is captured, it says so.
+    # Which implementation computes: there is one. Where step() is captured, it says so.
     (("foreach", "fused", "torch_adam", "use_triton", "capturable"), (True, False), ""),
+    (("backend",), (), ""),  # AdaFisher's own of version 0.1, which had a Triton kernel
     (("set_grad_none", "block_wise", "no_deprecation_warning"), (True, False), ""),
     (("min_8bit_size",), (), ""),
     # what is computed

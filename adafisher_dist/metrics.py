@@ -168,8 +168,7 @@ class Meter:
             change, weights, *more = reading.read()
             measured.change += change
             measured.weights += weights
-            measured.ladder = [a + b for a, b in zip(measured.ladder, more, strict=False)]
-            measured.conditions += more[len(fisher.RUNGS) :]
+            measured.conditions += more
         measured.seconds = sum(waits.seconds() for waits in self._waits)
 
     def _take(self, calls: Sequence[tuple[Transfer, Inputs]], step: int) -> None:
@@ -179,7 +178,6 @@ class Meter:
             pairs = list(transfer.changed(inputs))
             weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.arena)
             change = _square([tensor for _, ours in pairs for tensor in ours], shard.arena)
-            ladder = shard.arena.new_zeros(len(fisher.RUNGS), dtype=torch.float64)
             conditions: list[Tensor] = []
             for batch in shard.batches:
                 settings = inputs.settings[batch.group]
@@ -190,13 +188,11 @@ class Meter:
                 conditions.append(_conditions(batch, damping, step // self._every).double())
                 for counts in batch.rungs.values():
                     measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
-                if batch.rungs_N3 is not None:
-                    ladder += batch.rungs_N3.sum(dim=0)
                 ages = batch.ages(step)
                 measured.blocks += len(ages)
                 measured.age += int(ages.sum())
                 measured.oldest = max(measured.oldest, int(ages.max(initial=0)))
-            self._readings.append(_Reading(torch.cat([torch.stack([change, weights]), ladder, *conditions])))
+            self._readings.append(_Reading(torch.cat([torch.stack([change, weights]), *conditions])))
 
 
 def _square(tensors: list[Tensor], like: Tensor) -> Tensor:

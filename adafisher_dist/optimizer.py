@@ -60,14 +60,10 @@ class AdaFisher(Optimizer):
     section 2):
 
         m ← μ m + (1−μ) g                       m̂ = μ m / (1 − μᵗ) + (1−μ) g  (Nesterov)
-        F ← ρ F + (1−ρ) mean(g gᵀ)              F̂ = F / (1 − ρᵏ)
         w ← ρ w + (1−ρ) gᵀg / r                 ŵ = w / (1 − ρᵏ)
-        d = tr(F̂) / r
-        s = (F̂ / d + (δ + ε) I)^(−p) m̂
-        v = ŵ diag(F̂) / d
-        a = m̂ / (√v + ε)
-        κ = min(16, 1/(η L), max(1, cos(m̂, a) / cos(m̂, s)))
-        u = κ s ‖a‖ / ‖s‖
+        F ← ρ F + (1−ρ) mean(g gᵀ / ŵ)          F̂ = F / (1 − ρᵏ)
+        S = M̂ (F̂ / d + (δ + ε) I)^(−p)          d = tr(F̂) / r
+        U = polar(S), of root mean square 0.2
         θ ← θ − η λ θ − η u
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
@@ -105,9 +101,6 @@ class AdaFisher(Optimizer):
             (arithmetic in float64); or its name, as the param groups have it: "bfloat16".
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
             costs 10 to 20 % of the optimizer's time.
-        backend: "torch"; "triton": one fused kernel, for exponent 1, factors made at every step, blocks of up to 128
-            and a float32 or bfloat16 Fisher, on a CUDA device; "auto": that one where it can be had and, tried on a
-            few blocks at the first step, agrees with float64, else "torch".
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
 
@@ -131,7 +124,7 @@ class AdaFisher(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.85,
+        momentum: float = 0.95,
         nesterov: bool = True,
         fisher_decay: float = 0.95,
         damping: float = 0.01,
@@ -144,11 +137,10 @@ class AdaFisher(Optimizer):
         max_blocks: int | None = None,
         fisher_update_freq: int = 1,
         inverse_update_freq: int = 1,
-        exponent: float = 1.0,
+        exponent: float = 0.5,
         grafting: str = "rms",
         fisher_dtype: torch.dtype | str = torch.float32,
         packed: bool = False,
-        backend: str = "auto",
         memory_budget_gb: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:

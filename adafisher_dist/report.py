@@ -20,7 +20,6 @@ class ParameterStats:
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
         ladder: how often one of this rank's blocks needed each rung of the fallback ladder.
-        backend: what works on its dense blocks: "torch" or "triton"; None before its first step.
     """
 
     blocks: int
@@ -28,16 +27,14 @@ class ParameterStats:
     fisher_updates: int
     mean_block_size: float
     ladder: dict[str, int]
-    backend: str | None
 
 
 def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     """By parameter name."""
     ladders = [[0] * len(fisher.RUNGS) for _ in shard.storage.parameters]
     for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
-        counted = batch.counted()
-        for segment in segments if counted else ():
-            for row, counts in counted.items():
+        for segment in segments if batch.rungs else ():
+            for row, counts in batch.rungs.items():
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}
@@ -54,7 +51,6 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
             fisher_updates=updates,
             mean_block_size=grid.numel / blocks if blocks else 0.0,
             ladder=dict(zip(fisher.RUNGS, ladder, strict=True)),
-            backend=shard.backends[shard.groups[parameter.tensor]],
         )
     return result
 
@@ -85,9 +81,6 @@ def _usage(
     return usage
 
 
-_PATHS = {"torch": "torch", "triton": "the Triton kernel"}
-
-
 def summary(shard: Shard) -> str:
     """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
     elements = sum(grid.numel for grid in shard.grids)
@@ -98,6 +91,5 @@ def summary(shard: Shard) -> str:
         f"AdaFisher: layout {shard.storage.layout}, {shard.storage.group.size} rank(s), {len(shard.grids)} parameters,"
         f" {elements} elements in {sum(grid.num_blocks for grid in shard.grids)} blocks,"
         f" {100 * dense / max(1, elements):.1f} % of the elements on dense blocks,"
-        f" {min(per_rank) / 2**20:.1f} to {max(per_rank) / 2**20:.1f} MiB a rank, computed by"
-        f" {' and '.join(sorted({_PATHS[backend] for backend in shard.backends if backend is not None}))}"
+        f" {min(per_rank) / 2**20:.1f} to {max(per_rank) / 2**20:.1f} MiB a rank"
     )

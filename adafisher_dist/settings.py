@@ -13,7 +13,7 @@ from adafisher_dist.grid import Grid, make_grid
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
-    "momentum": 0.85,
+    "momentum": 0.95,
     "nesterov": True,
     "fisher_decay": 0.95,
     "damping": 0.01,
@@ -26,11 +26,10 @@ DEFAULTS: dict[str, Any] = {
     "max_blocks": None,
     "fisher_update_freq": 1,
     "inverse_update_freq": 1,
-    "exponent": 1.0,
+    "exponent": 0.5,
     "grafting": "rms",
     "fisher_dtype": torch.float32,
     "packed": False,
-    "backend": "auto",
     "memory_budget_gb": None,
 }
 
@@ -136,7 +135,6 @@ def problems_of(group: dict[str, Any]) -> list[Exception]:
         check(_switch, name)
     check(_choice, "block_grid", ("rows", "flat"))
     check(_choice, "grafting", ("rms", "none"))
-    check(_choice, "backend", ("auto", "torch", "triton"))
     check(_exponent)
     check(_fisher_dtype)
     check(_eps)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import batch as stacked
-from adafisher_dist import fisher, fused, kernel_check, plan
+from adafisher_dist import fisher, plan
 from adafisher_dist.batch import Batch, Numbers, allocate
 from adafisher_dist.cost import Outline
 from adafisher_dist.grid import Grid, Kind, Strip
@@ -78,9 +78,6 @@ class Shard:
         counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
-        kernel: whether backend="auto" means the Triton kernel, by the number of a group and what is compiled in for it
-            (`kernel_check.code_key`), as the ranks have agreed.
-        backends: for each of them, what works on its dense blocks: "torch" or "triton"; None before its first step.
         checked: whether the ranks have compared their plans.
         retired: the numbers of the stored tensors that the user has taken out of the param groups, or replaced by
             others that do not fit in their places. Nobody gives them a gradient, or sees their state, any more.
@@ -98,8 +95,6 @@ class Shard:
     counters: Tensor
     stored: list[Stored]
     views: list[dict[str, Tensor]]
-    kernel: dict[tuple[int, tuple[str, bool]], bool]
-    backends: list[str | None]
     checked: bool = False
     retired: set[int] = field(default_factory=set)
 
@@ -161,10 +156,8 @@ def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structur
             shapes = state_shapes(grid, structures[groups[parameter.tensor]])
             for key, (shape, dtype) in shapes.items():
                 views[parameter.tensor].setdefault(key, torch.empty(0, *shape[1:], dtype=dtype, device=arena.device))
-    backends: list[str | None] = [None for _ in structures]
     return Shard(
         storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views,
-        {}, backends,
     )  # fmt: skip
 
 
@@ -233,55 +226,9 @@ def compute(
         torch._foreach_copy_(rows.in_arena, rows.in_batch)
 
 
-def in_kernels(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether kernels do all the work of a step with these settings, and ask the device whether to do it.
-
-    It depends on settings and on what the ranks agreed on, so that it is the same on all, whichever blocks they own.
-    """
-    return all(
-        stacked.uses_kernel(structure, _meant(shard, number, having), shard.arena.device)
-        for number, (structure, having) in enumerate(zip(shard.structures, settings, strict=True))
-        if having
-    )
-
-
-def undecided(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The param groups whose backend="auto" may mean the kernel, with settings that nobody has tried yet."""
-    return [
-        number
-        for number, having in enumerate(settings)
-        if having and having["backend"] == "auto" and _may_use_kernel(shard, number)
-        and (number, kernel_check.code_key(having)) not in shard.kernel
-    ]  # fmt: skip
-
-
-def _may_use_kernel(shard: Shard, number: int) -> bool:
-    return stacked.fits(shard.structures[number]) and fused.is_meant_for(shard.arena.device)
-
-
-def kernel_refusal(shard: Shard, settings: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why this rank cannot trust the kernel with the blocks of the undecided groups; None where it can."""
-    for number in undecided(shard, settings):
-        batches = [batch for batch in shard.batches if batch.group == number and batch.dense]
-        refusal = kernel_check.refusal(batches, settings[number], shard.arena.device)
-        if refusal is not None:
-            return refusal
-    return None
-
-
-def set_backends(shard: Shard, settings: Sequence[dict[str, Any]], trusted: bool) -> None:
-    """Put "torch" or "triton" in the place of "auto", in these settings; decide what is undecided."""
-    for number in undecided(shard, settings):
-        shard.kernel[number, kernel_check.code_key(settings[number])] = trusted
-    for number, having in enumerate(settings):
-        if having:
-            having["backend"] = shard.backends[number] = _meant(shard, number, having)
-
-
-def _meant(shard: Shard, number: int, settings: Mapping[str, Any]) -> str:
-    if settings["backend"] != "auto":
-        return str(settings["backend"])
-    return "triton" if shard.kernel.get((number, kernel_check.code_key(settings)), False) else "torch"
+def waits_for_nothing(shard: Shard) -> bool:
+    """Whether a step of these blocks asks the device nothing; the same on all ranks, whichever blocks they own."""
+    return all(map(stacked.waits_for_nothing, shard.structures))
 
 
 def wire_dtype(shard: Shard) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Whether a step may change anything, decided and kept on the device: the host reads it when it comes back.
 
 A host that looked at the gradients would wait for the device, which would then wait for the host to queue new work. So
-the kernels look instead, and change nothing where a gradient of any rank is not finite; the host learns of it at the
-next call, and takes back that it counted the step.
+the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite; the
+host learns of it at the next call, and takes back that it counted the step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from torch import Tensor
 from adafisher_dist import comm
 from adafisher_dist.comm import Group
 from adafisher_dist.faults import Faults
+
+
+def is_meant_for(device: torch.device) -> bool:
+    """Whether a host would have to wait for this device."""
+    return device.type != "cpu"
 
 
 class Verdict:

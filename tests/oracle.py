@@ -15,7 +15,7 @@ import numpy as np
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,  # α
-    "momentum": 0.85,  # μ
+    "momentum": 0.95,  # μ
     "nesterov": True,
     "fisher_decay": 0.95,  # ρ
     "damping": 0.01,  # δ
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "max_blocks": None,
     "fisher_update_freq": 1,
     "inverse_update_freq": 1,  # f
-    "exponent": 1.0,  # p
+    "exponent": 0.5,  # p
     "grafting": "rms",
 }
 

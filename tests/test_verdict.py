@@ -1,6 +1,6 @@
-"""A step whose verdict is on the device: the Triton kernel asks whether to go on, and the host learns of it later.
+"""A step whose verdict is on the device: its arithmetic is gated, and the host learns of it later.
 
-Under Triton's interpreter a CPU stands for the device, so that all of it can be seen without a GPU.
+A CPU stands for the device here, so that all of it can be seen without a GPU.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, verdict
 from adafisher_dist.verdict import Verdict
 
-pytestmark = pytest.mark.interpreted
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8}
 
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "backend": "triton"}
+
+def decide_on_device(yes: bool) -> None:
+    """In this process: whether it is as if the CPU were an accelerator."""
+    verdict.is_meant_for = lambda device: yes
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "is_meant_for", lambda device: True)
 
 
 def gradients(module: nn.Module, step: int, bad: float | None = None) -> None:
@@ -102,9 +110,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(backend: str) -> list[str]:
+def waits(**settings: Any) -> list[str]:
     module = model()
-    optimizer = AdaFisher(param_groups(module), **{**SETTINGS, "backend": backend}, max_blocks=3)
+    optimizer = AdaFisher(param_groups(module), **{**SETTINGS, **settings}, max_blocks=3)
     for step in range(3):
         gradients(module, step)
         with Waits() as noted:
@@ -113,14 +121,16 @@ def waits(backend: str) -> list[str]:
 
 
 def test_no_step_waits_for_the_device() -> None:
-    assert waits("torch")  # the test can see it
-    assert waits("triton") == []
+    assert waits() == []
+    assert waits(packed=True, fisher_dtype="bfloat16", fisher_update_freq=2) == []
+    assert waits(exponent=1.0)  # whether a factorisation failed; and the test can see it
 
 
-def under_ddp(rank: int, world: int, backend: str):
+def under_ddp(rank: int, world: int, device: bool):
+    decide_on_device(device)
     module = model()
     wrapped = DistributedDataParallel(module)
-    optimizer = AdaFisher(module.parameters(), **{**SETTINGS, "backend": backend})
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
     for step in range(5):
         x, y = batch(step, rank, world)
         optimizer.zero_grad()
@@ -136,15 +146,16 @@ def under_ddp(rank: int, world: int, backend: str):
 @pytest.mark.dist
 def test_ddp() -> None:
     """A NaN on one rank alone is a skipped step on all, and the rest is what the torch path does."""
-    fused, plain = (run_ranks(under_ddp, 2, backend) for backend in ("triton", "torch"))
+    fused, plain = (run_ranks(under_ddp, 2, device) for device in (True, False))
     for (result, skipped), (want, skipped_there) in zip(fused, plain, strict=True):
         assert skipped == skipped_there == 1
         assert distance(result, want) < 1e-4
         assert all(np.array_equal(value, fused[0][0][name]) for name, value in result.items())
 
 
-def poisoned(rank: int, world: int, stage: int, backend: str):
-    engine = engine_of(config(stage, world, {**SETTINGS, "backend": backend}))
+def poisoned(rank: int, world: int, stage: int, device: bool):
+    decide_on_device(device)
+    engine = engine_of(config(stage, world, SETTINGS))
     base = engine.basic_optimizer
     train(engine, 0, 2, rank, world)
     before = masters(engine)
@@ -166,7 +177,7 @@ def poisoned(rank: int, world: int, stage: int, backend: str):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_zero(stage: int) -> None:
-    fused, plain = (run_ranks(poisoned, 2, stage, backend, deepspeed=True) for backend in ("triton", "torch"))
+    fused, plain = (run_ranks(poisoned, 2, stage, device, deepspeed=True) for device in (True, False))
     for (before, after, last, skipped), (_, _, want, _) in zip(fused, plain, strict=True):
         assert skipped == 1
         assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -175,6 +186,7 @@ def test_zero(stage: int) -> None:
 
 def order_of_calls(rank: int, world: int) -> list[str]:
     """What is decided and read, in which order, where DeepSpeed steps two param groups one after the other."""
+    decide_on_device(True)
     order: list[str] = []
     decide, read = Verdict.decide, Verdict.read
     names: dict[int, str] = {}
@@ -196,9 +208,10 @@ def test_a_verdict_is_not_read_before_the_next_step() -> None:
         assert order == ["decide A", "decide B", "read A", "decide A", "read B", "decide B"]
 
 
-def other_backends(rank: int, world: int) -> str:
+def other_devices(rank: int, world: int) -> str:
+    decide_on_device(rank == 1)
     module = model()
-    optimizer = AdaFisher(module.parameters(), **{**SETTINGS, "backend": "triton" if rank else "torch"})
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
     gradients(module, 0)
     with pytest.raises(RuntimeError) as caught:
         optimizer.step()
@@ -206,6 +219,6 @@ def other_backends(rank: int, world: int) -> str:
 
 
 @pytest.mark.dist
-def test_ranks_that_would_run_different_code_are_refused() -> None:
-    for message in run_ranks(other_backends, 2):
-        assert "Triton" in message or "settings" in message
+def test_ranks_that_would_wait_for_each_other_are_refused() -> None:
+    for message in run_ranks(other_devices, 2):
+        assert "on a GPU and others on the CPU" in message

@@ -117,7 +117,7 @@ def load_checkpoint(
 
     With the same number of ranks and layout, training goes on bit for bit; with others, to float rounding. The
     settings of the param groups (lr, damping, …) are restored, as by torch.optim; those that shape the state
-    (block_size, block_grid, max_blocks, fisher_dtype, exponent, inverse_update_freq, packed) and backend stay as they
+    (block_size, block_grid, max_blocks, fisher_dtype, exponent, inverse_update_freq, packed) stay as they
     are, and the state is converted to this optimizer's fisher_dtype and packing. Random number generators are restored
     on the ranks that there were. A collective. Nothing is unpickled.
 

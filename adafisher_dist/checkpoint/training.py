@@ -25,7 +25,7 @@ from adafisher_dist.shard import Shard
 # What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
 OWN_SETTINGS = (
     *("block_size", "rows_per_block", "block_grid", "max_blocks"),
-    *("fisher_dtype", "exponent", "inverse_update_freq", "packed", "backend", "memory_budget_gb"),
+    *("fisher_dtype", "exponent", "inverse_update_freq", "packed", "memory_budget_gb"),
 )
 
 # What torch puts into the names of parameters when it wraps a module in place.
