@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -180,12 +180,14 @@ def _compute_rows(
         hat_NDB = momentum_NDB * unbias_m
     decay = _gated(go, settings["fisher_decay"], 1.0, momentum_NDB)  # ρ
     if batch.dense and settings["grafting"] == "rms":
-        weight_ND = _row_weights(batch, start, stop, step, updates, settings, decay)
-        solution_NDB, _ = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings, decay)
-        update_NDB = fisher.orthogonal_update(solution_NDB)
+        square_ND = _squares(batch, start, stop, step, updates, settings, decay)
+        weight_ND = None if square_ND is None else fisher.row_weights(square_ND)
+        solved = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings, decay)
+        moment_NDB = fisher.second_moment(solved.diagonal_NB, square_ND)
+        update_NDB = fisher.orthogonal_update(solved.vectors_NDB, fisher.diagonal_update(hat_NDB, moment_NDB, eps))
     elif batch.dense:
-        solution_NDB, d_N = _solve(batch, start, hat_NDB, None, step, updates, settings, decay)
-        update_NDB = fisher.natural_update(solution_NDB, d_N, batch.structure.exponent)
+        solved = _solve(batch, start, hat_NDB, None, step, updates, settings, decay)
+        update_NDB = fisher.natural_update(solved.vectors_NDB, solved.d_N, batch.structure.exponent)
     else:
         _update_fisher(batch, batch.fisher[start:stop], start, None, step, updates, settings, decay)
         moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)
@@ -200,25 +202,35 @@ def _gated(go: Tensor | None, on: float, off: float, like: Tensor) -> float | Te
     return torch.where(go.bool(), torch.full((), on, dtype=like.dtype, device=like.device), off)
 
 
-def _row_weights(
+def _squares(
     batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], decay: float | Tensor
 ) -> Tensor | None:
-    """1/√ŵ of rows [start, stop), (N, D), ŵ brought up to date when F is; None where blocks have one vector."""
+    """ŵ of rows [start, stop), (N, D), brought up to date when F is; None where blocks have one vector."""
     if batch.square_ND is None:
         return None
     square_ND = batch.square_ND[start:stop]
     if updates_fisher(step, settings):
         fisher.update_squares(square_ND, batch.gradient_NDB[start:stop], decay)
-    return fisher.row_weights(square_ND * _unbias(updates, settings))
+    return square_ND * _unbias(updates, settings)
+
+
+class _Solved(NamedTuple):
+    """Vectors times A^(−p), today's diagonal of F̂, and the d that A was scaled by, which may be some steps old."""
+
+    vectors_NDB: Tensor
+    diagonal_NB: Tensor
+    d_N: Tensor
 
 
 def _solve(
     batch: Batch, start: int, vectors_NDB: Tensor, weight_ND: Tensor | None, step: int, updates: int,
     settings: Mapping[str, Any], decay: float | Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Update F of the blocks from row `start` on; returns the vectors times A^(−p), and the d that A was scaled by."""
+) -> _Solved:  # fmt: skip
+    """Update F of the blocks from row `start` on, and solve."""
     count = len(vectors_NDB)
-    solution_NDB, d_N = torch.empty_like(vectors_NDB), vectors_NDB.new_empty(count)
+    solved = _Solved(
+        torch.empty_like(vectors_NDB), vectors_NDB.new_empty(count, batch.size), vectors_NDB.new_empty(count)
+    )
     unbias, keeps = _unbias(updates, settings), batch.structure.keeps_factors
     tile = tile_rows(batch) if vectors_NDB.device.type == "cpu" else count
     for begin in range(0, count, tile):
@@ -229,14 +241,16 @@ def _solve(
         changed = _update_fisher(batch, whole_NBB, start + begin, weight, step, updates, settings, decay)
         if changed and batch.structure.packed:
             stored.copy_(fisher.pack(whole_NBB))
+        solved.diagonal_NB[part] = whole_NBB.diagonal(dim1=1, dim2=2)
         if not keeps:
             factor = _fresh(batch, whole_NBB, np.arange(start + begin, start + begin + len(stored)), unbias, settings)
-            solution_NDB[part] = fisher.solve(factor, vectors_NDB[part])
-            d_N[part] = factor.d_N
+            solved.vectors_NDB[part] = fisher.solve(factor, vectors_NDB[part])
+            solved.d_N[part] = factor.d_N
+    solved.diagonal_NB.mul_(unbias)
     if keeps:
         factor = _kept(batch, start, start + count, step, updates, settings)
-        return fisher.solve(factor, vectors_NDB), factor.d_N
-    return solution_NDB, d_N
+        return solved._replace(vectors_NDB=fisher.solve(factor, vectors_NDB), d_N=factor.d_N)
+    return solved
 
 
 def whole(batch: Batch, stored: Tensor) -> Tensor:

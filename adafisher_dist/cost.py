@@ -48,8 +48,7 @@ class Outline:
 def memory(outline: Outline, rank: int) -> dict[str, int]:
     """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
 
-    "buffers" are the stacked gradients, the arena, what is sent and received, the length of each block's rows, and
-    where F is bfloat16 the seeds.
+    "buffers" are the stacked gradients, the arena, what is sent and received, and where F is bfloat16 the seeds.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
     wide = _wide(outline)
@@ -61,8 +60,6 @@ def memory(outline: Outline, rank: int) -> dict[str, int]:
             sums["fisher"] += strip.rows * strip.depth * wide  # the mean square of each vector
         if structure.keeps_factors and strip.dense:
             sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
-        if strip.dense:
-            sums["buffers"] += strip.rows * wide  # the lengths of rows
         if structure.fisher_dtype.itemsize < wide:
             sums["buffers"] += 4 * strip.rows
     elements = plan.count(outline.assignment.owned[rank])
@@ -90,14 +87,17 @@ def traffic(outline: Outline, rank: int) -> dict[str, int]:
 def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int:
     """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
 
-    For a block of D vectors of r elements: (2D + 1) r² for F, r² + r³/3 for A and its Cholesky factor, 2D r² for the
-    solutions; for an inverse that is kept 3r³ more, and for A^(−1/2), by its eigenvectors, 11r³ in place of r³/3.
+    For a block of D vectors of r elements: (2D + 1) r² for F, 2D r² for the solutions, and r² + 34r³ for A^(−1/2), by
+    17 products of matrices (p = 1: r² + r³/3 for a Cholesky factor, and for an inverse that is kept 3r³ more); for
+    the polar factor 5 (4s²l + 2s³), s being the smaller and l the larger of D and r.
     """
     total = 0.0
     for span, strip in _strips(outline, rank):
         r, structure = strip.size, outline.structures[span.parameter]
-        cubed = r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0) if structure.exponent == 1.0 else 11 * r**3
-        each = (4 * strip.depth + 1) * r**2 + (r**2 + cubed) / inverse_update_freq if strip.dense else 8
+        cubed = r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0) if structure.exponent == 1.0 else 34 * r**3
+        small, large = sorted((strip.depth, r))
+        polar = 5 * (4 * small**2 * large + 2 * small**3)
+        each = (4 * strip.depth + 1) * r**2 + (r**2 + cubed) / inverse_update_freq + polar if strip.dense else 8
         total += strip.rows * each
     return round(total)
 

@@ -17,10 +17,6 @@ from torch import Tensor
 
 RUNGS = ("more damping", "float64", "diagonal")
 
-# The root mean square of an update, so that a learning rate means what it means to AdamW: Adam's own, as Liu et al.
-# (2025, arXiv 2502.16982) measured it.
-RMS = 0.2
-
 # The iteration of Newton and Schulz for polar factors and inverse roots, with the coefficients of Jordan et al. (2024,
 # "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times. It takes singular values from 2e-3 on to between 0.68 and
 # 1.13, which is as good as 1 (LOG.md, 2026-11-26). `EXACT` takes them on to 1, to twelve digits.
@@ -127,7 +123,7 @@ def update_squares(square_ND: Tensor, gradient_NDB: Tensor, decay: float | Tenso
 
 
 def row_weights(square_ND: Tensor) -> Tensor:
-    """1/√ŵ, by which F weighs its vectors, so that those of large gradients do not drown the rest; 0 where ŵ is 0.
+    """1/√ŵ of rows, by which F weighs its vectors, so that large ones do not drown the rest; 0 where ŵ is 0.
 
     F is then the right factor of a Kronecker product whose left factor is the diagonal ŵ (one step of "KL-Shampoo", Lin
     et al. 2025, arXiv 2509.03378).
@@ -267,15 +263,26 @@ def without_scale(vectors_NDB: Tensor) -> Tensor:
     return vectors_NDB / torch.where(largest_N11 > 0, largest_N11, 1.0)
 
 
-def orthogonal_update(vectors_NDB: Tensor) -> Tensor:
-    """The update of a stack of blocks: the polar factor of each, with the root mean square `RMS`; of zeros, zeros.
+def orthogonal_update(vectors_NDB: Tensor, by_diagonal_NDB: Tensor) -> Tensor:
+    """The update of a stack of blocks: the polar factor of each, as long as `by_diagonal_NDB`; of zeros, zeros.
 
     The polar factor of X = U Σ Vᵀ is U Vᵀ: of all matrices of this spectral norm that with the most progress along X.
     """
     x_NDB = polar_factor(vectors_NDB)
-    norm_N11 = torch.linalg.vector_norm(x_NDB, dim=(1, 2), keepdim=True)
-    length = RMS * (x_NDB.shape[1] * x_NDB.shape[2]) ** 0.5
-    return x_NDB.mul_(torch.where(norm_N11 > 0, length / norm_N11, 0.0))
+    norm_N11, length_N11 = (torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True) for v in (x_NDB, by_diagonal_NDB))
+    return x_NDB.mul_(torch.where(norm_N11 > 0, length_N11 / norm_N11, 0.0))
+
+
+def second_moment(diagonal_NB: Tensor, square_ND: Tensor | None) -> Tensor:
+    """The second moment of each element, (N, D, B), or (N, 1, B) for blocks of one vector, whose diag F̂ it is.
+
+    Of vectors that share a block it is the product of what is known of rows and of columns, ŵ · diag F̂ / d: Adafactor's
+    (Shazeer and Stern 2018, algorithm 1).
+    """
+    if square_ND is None:
+        return diagonal_NB.unsqueeze(1)
+    d_N1 = diagonal_NB.mean(dim=1, keepdim=True).clamp_min(torch.finfo(diagonal_NB.dtype).tiny)
+    return square_ND.unsqueeze(2) * (diagonal_NB / d_N1).unsqueeze(1)
 
 
 def polar_factor(vectors_NDB: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ class Oracle:
             if block.dense:
                 if state.t == 1 or (block.number + state.t) % n == 0:
                     refresh(block, f_hat, h)
-                u[block.where] = dense_direction(block, part, h)
+                u[block.where] = dense_direction(block, f_hat, block.square * unbias, part, h)
             else:
                 u[block.where] = part / (np.sqrt(f_hat) + h["eps"])
         return u
@@ -240,7 +240,9 @@ def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
     assert np.abs(unit - np.eye(r)).max() < 1e-4, "the block is singular: nothing to compare with"
 
 
-def dense_direction(block: Block, m_hat: np.ndarray, h: Mapping[str, Any]) -> np.ndarray:
+def dense_direction(
+    block: Block, f_hat: np.ndarray, square: np.ndarray, m_hat: np.ndarray, h: Mapping[str, Any]
+) -> np.ndarray:
     """The u of a dense block, (vectors, r)."""
     s = m_hat @ block.inverse
     if h["grafting"] == "none":
@@ -249,7 +251,10 @@ def dense_direction(block: Block, m_hat: np.ndarray, h: Mapping[str, Any]) -> np
     if not s.any():
         return s
     w = polar_factor(s)
-    return 0.2 * w / np.sqrt(np.mean(w**2))
+    moment = np.diag(f_hat)[None, :]
+    if len(m_hat) > 1:
+        moment = square[:, None] * moment / np.mean(moment)
+    return w * np.linalg.norm(m_hat / (np.sqrt(moment) + h["eps"])) / np.linalg.norm(w)
 
 
 def rough_inverse_root(a: np.ndarray) -> np.ndarray:
