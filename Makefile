@@ -38,7 +38,6 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
-	@$(BIN)/python benchmarks/kernel.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)
 	@$(BIN)/python benchmarks/metrics.py $(QUICK)

@@ -179,12 +179,14 @@ def _compute_rows(
     else:
         hat_NDB = momentum_NDB * unbias_m
     decay = _gated(go, settings["fisher_decay"], 1.0, momentum_NDB)  # ρ
-    if batch.dense and settings["grafting"] == "rms":
+    if batch.dense and batch.structure.grafting == "rms":
         square_ND = _squares(batch, start, stop, step, updates, settings, decay)
         weight_ND = None if square_ND is None else fisher.row_weights(square_ND)
-        solved = _solve(batch, start, fisher.without_scale(hat_NDB), weight_ND, step, updates, settings, decay)
+        scaled_NDB = fisher.scale_rows(hat_NDB, weight_ND, batch.structure.exponent)
+        solved = _solve(batch, start, scaled_NDB, weight_ND, step, updates, settings, decay)
         moment_NDB = fisher.second_moment(solved.diagonal_NB, square_ND)
-        update_NDB = fisher.orthogonal_update(solved.vectors_NDB, fisher.diagonal_update(hat_NDB, moment_NDB, eps))
+        by_diagonal_NDB = fisher.diagonal_update(hat_NDB, moment_NDB, eps)
+        update_NDB = fisher.orthogonal_update(solved.vectors_NDB, by_diagonal_NDB)
     elif batch.dense:
         solved = _solve(batch, start, hat_NDB, None, step, updates, settings, decay)
         update_NDB = fisher.natural_update(solved.vectors_NDB, solved.d_N, batch.structure.exponent)
@@ -328,8 +330,7 @@ def _fresh(
     batch: Batch, fisher_NBB: Tensor, rows: Numbers, unbias: float, settings: Mapping[str, Any]
 ) -> fisher.Factor:
     """The factor of these rows of the batch; counts where the ladder was needed."""
-    structure = batch.structure
-    exact = settings["grafting"] == "none"
+    structure, exact = batch.structure, batch.structure.grafting == "none"
     factor = fisher.factorize(
         fisher_NBB, unbias, damping(batch, settings), structure.exponent, structure.compute_dtype, exact
     )

@@ -131,6 +131,14 @@ def row_weights(square_ND: Tensor) -> Tensor:
     return torch.where(square_ND > 0, square_ND.rsqrt(), 0.0)
 
 
+def scale_rows(vectors_NDB: Tensor, weight_ND: Tensor | None, exponent: float) -> Tensor:
+    """Rows times ŵ^(−p), given 1/√ŵ: the left factor's part. Each block's own scale is lost: its direction is meant."""
+    if weight_ND is not None:
+        for _ in range(round(2 * exponent)):
+            vectors_NDB = without_scale(vectors_NDB) * weight_ND.unsqueeze(2)
+    return without_scale(vectors_NDB)
+
+
 def pack(fisher_NBB: Tensor) -> Tensor:
     """The lower triangles of symmetric blocks, row-major, (N, T): element (i, j), i ≥ j, is at i (i + 1) / 2 + j."""
     lower_T, _ = _places(fisher_NBB.shape[1], fisher_NBB.device)
@@ -337,8 +345,8 @@ def _scramble(x: Tensor) -> Tensor:
 
 
 def diagonal_update(momentum: Tensor, moment: Tensor, eps: float) -> Tensor:
-    """m̂ / (√v + ε), v being the second moment: Adam's."""
-    return momentum / moment.sqrt().add_(eps)
+    """m̂ / (√v + ε), v being the second moment: Adam's. 0 where v is: of that element F has not seen a gradient yet."""
+    return torch.where(moment > 0, momentum / moment.sqrt().add_(eps), 0.0)
 
 
 def _climb(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float) -> Tensor:

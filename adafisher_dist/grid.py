@@ -12,6 +12,10 @@ from typing import NamedTuple
 # The longest side of a convolution's window. Longer dimensions at the end of a shape are inputs.
 LARGEST_WINDOW = 32
 
+# A matrix whose one side is more than so many times the other is a table (of tokens, of few outputs, of adapters): its
+# elements are alone, as Adam's. Hidden layers are up to 4 times as wide, and grouped keys and values up to 8.
+LARGEST_RATIO = 8
+
 
 class Kind(NamedTuple):
     """What rows of a batch are alike in: elements of a vector, vectors that share a Fisher, and whether it is dense."""
@@ -216,8 +220,10 @@ def make_grid(
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
     numel = prod(shape)
     matrices, rows, row = view(shape) if numel else (1, 0, 0)
+    if block_grid == "rows" and max_blocks is None and max(rows, row) > LARGEST_RATIO * min(rows, row):
+        matrices, rows, row = 1, 1, numel
     matrix, depth = max(1, numel // matrices), 1
-    if rows == 1 and block_grid == "rows":  # a vector's elements are alone, each with a diagonal Fisher
+    if block_grid == "rows" and rows == 1:  # a vector's elements are alone, each with a diagonal Fisher
         max_blocks = 0
     if block_grid == "flat" or rows <= 1:
         matrix, row, cut = max(1, numel), block_size, block_size

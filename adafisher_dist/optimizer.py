@@ -126,7 +126,7 @@ class AdaFisher(Optimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.95,
         nesterov: bool = True,
-        fisher_decay: float = 0.95,
+        fisher_decay: float = 0.97,
         damping: float = 0.01,
         eps: float = 1e-8,
         block_size: int | str = 128,

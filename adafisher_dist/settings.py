@@ -15,7 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "momentum": 0.95,
     "nesterov": True,
-    "fisher_decay": 0.95,
+    "fisher_decay": 0.97,
     "damping": 0.01,
     "eps": 1e-8,
     "block_size": 128,
@@ -60,6 +60,7 @@ class Structure(NamedTuple):
     max_blocks: int | None
     fisher_dtype: torch.dtype
     exponent: float
+    grafting: str
     keeps_factors: bool
     packed: bool
 
@@ -82,6 +83,7 @@ def structure(group: Mapping[str, Any]) -> Structure:
         group["max_blocks"],
         fisher_dtype(group["fisher_dtype"]),
         group["exponent"],
+        group["grafting"],
         group["inverse_update_freq"] > 1,
         group["packed"],
     )

@@ -20,7 +20,7 @@ from adafisher_dist import comm, layouts, placement
 from adafisher_dist.grid import Grid
 from adafisher_dist.shard import Shard, state_shapes
 
-FORMAT = 2  # 1 had momentum_B (N, B)
+FORMAT = 3
 META = "adafisher_dist"
 CONSOLIDATE = "consolidate_state_dict()"  # in messages
 COUNTERS = ("step", "fisher_updates")
@@ -113,8 +113,8 @@ def check_format(saved: Mapping[str, Any]) -> None:
         )
     if meta.get("format", FORMAT) < FORMAT:
         raise ValueError(
-            f"This state dict has format {meta['format']}, whose rows share no blocks; this version of adafisher_dist"
-            f" reads {FORMAT}. Load it with the version that saved it, an older one."
+            f"This state dict has format {meta['format']}, whose Fisher blocks are cut and weighed otherwise; this"
+            f" version of adafisher_dist reads {FORMAT}. Load it with the version that saved it, an older one."
         )
     if meta.get("part") == "beside":
         raise ValueError(

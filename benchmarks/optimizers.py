@@ -12,7 +12,7 @@ from tasks import Task
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from adafisher_dist import AdaFisher, fisher
+from adafisher_dist import AdaFisher
 from adafisher_dist.settings import DEFAULTS
 
 # A row of its own for each of these settings: add, for instance, "AdaFisher, every 10": {"inverse_update_freq": 10}.
@@ -58,14 +58,28 @@ def _adafisher(settings: dict[str, Any]) -> Contender:
     def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
         return [AdaFisher(model.named_parameters(), lr=lr, **settings)]
 
-    # The defaults and constants too, so that runs from before one of them changed are not taken for today's.
-    constants = {"largest_stretch": fisher.LARGEST_STRETCH, "trust_radius": fisher.TRUST_RADIUS}
-    everything = {name: value for name, value in {**DEFAULTS, **settings, **constants}.items() if name != "lr"}
+    # The defaults and the update too, so that runs from before one of them changed are not taken for today's.
+    everything = {name: value for name, value in {**DEFAULTS, **settings}.items() if name != "lr"}
     written = {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in everything.items()
     }
-    return Contender(build, written, slow_start=everything["inverse_update_freq"] > 1)
+    return Contender(build, {**written, "update": _update(settings)}, slow_start=everything["inverse_update_freq"] > 1)
+
+
+def _update(settings: dict[str, Any]) -> list[float]:
+    """What a few steps make of a matrix and of a vector: other numbers where AdaFisher computes another update.
+
+    To three digits, which another machine rounds alike.
+    """
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((6, 5), (7,))]
+    waves = [torch.sin(torch.arange(1.0, 1 + p.numel()) ** 2).view_as(p) for p in parameters]
+    optimizer = AdaFisher(parameters, lr=1.0, **settings)
+    for step in range(3):
+        for parameter, wave in zip(parameters, waves, strict=True):
+            parameter.grad = wave.exp() + (wave * (step + 1)).cos()
+        optimizer.step()
+    return [float(f"{(p.detach() * wave).sum():.3g}") for p, wave in zip(parameters, waves, strict=True)]
 
 
 def _adamw(betas: tuple[float, float]) -> Contender:

@@ -17,14 +17,6 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton decides when it is imported whether it interprets: a run of pytest has one kind of tests or the other."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    kept = [item for item in items if (item.get_closest_marker("interpreted") is not None) == interpreting]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """An empty one. In memory, where there is such a disk: a kill does not lose what the kernel was given."""

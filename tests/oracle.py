@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,  # α
     "momentum": 0.95,  # μ
     "nesterov": True,
-    "fisher_decay": 0.95,  # ρ
+    "fisher_decay": 0.97,  # ρ
     "damping": 0.01,  # δ
     "eps": 1e-8,  # ε
     "block_size": 128,  # b
@@ -34,8 +34,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def slabs(
-    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1
-) -> list[list[list[range]]]:
+    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
+    max_blocks: int | None = None,
+) -> list[list[list[range]]]:  # fmt: skip
     """What a parameter is cut into: slabs of blocks of vectors, each a range of its row-major flattening."""
     n = math.prod(shape)
     if n == 0:
@@ -44,7 +45,7 @@ def slabs(
         return [[[piece]] for piece in cut(range(n), block_size)]
     assert block_grid == "rows", block_grid
     matrices = matrices_of(shape)
-    if len(matrices) == 1 and len(matrices[0]) == 1:  # a vector: cut as the elements that it is, none of them dense
+    if by_element(shape, max_blocks):  # cut as the elements that it is, none of them dense
         return [[[piece]] for piece in cut(range(n), block_size)]
     length = len(matrices[0][0])
     if rows_per_block == 1 and len(matrices) == 1 and length < block_size:
@@ -57,6 +58,13 @@ def slabs(
             pieces = [cut(row, size) for row in members]
             result.append([list(block) for block in zip(*pieces, strict=True)])
     return result
+
+
+def by_element(shape: Sequence[int], max_blocks: int | None) -> bool:
+    """Whether a parameter is a vector, or a table: a matrix whose one side is more than 8 times the other."""
+    matrix = matrices_of(shape)[0]
+    sides = len(matrix), len(matrix[0])
+    return sides[0] == 1 or (max_blocks is None and max(sides) > 8 * min(sides))
 
 
 def matrices_of(shape: Sequence[int]) -> list[list[range]]:
@@ -73,10 +81,11 @@ def matrices_of(shape: Sequence[int]) -> list[list[range]]:
 
 
 def blocks_of(
-    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1
-) -> list[list[tuple[int, int]]]:
+    shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
+    max_blocks: int | None = None,
+) -> list[list[tuple[int, int]]]:  # fmt: skip
     """The blocks in order: of each the (start, stop) of its vectors, in elements of the row-major flattening."""
-    every = slabs(shape, block_size, block_grid, rows_per_block)
+    every = slabs(shape, block_size, block_grid, rows_per_block, max_blocks)
     return [[(vector.start, vector.stop) for vector in block] for slab in every for block in slab]
 
 
@@ -144,9 +153,9 @@ class Oracle:
             setting = {**DEFAULTS, **hyper, **own}
             blocks: list[Block] = []
             shape, rows = np.shape(theta), setting["rows_per_block"]
-            for slab in slabs(shape, setting["block_size"], setting["block_grid"], rows):
-                limit = setting["max_blocks"]
-                alone = setting["block_grid"] == "rows" and len(matrices_of(shape)[0]) == 1
+            limit = setting["max_blocks"]
+            for slab in slabs(shape, setting["block_size"], setting["block_grid"], rows, limit):
+                alone = setting["block_grid"] == "rows" and by_element(shape, limit)
                 dense = not alone and (limit is None or len(blocks) + len(slab) <= limit)
                 for vectors in slab:
                     where = np.array(vectors)
@@ -213,8 +222,13 @@ class Oracle:
                     refresh(block, f_hat, h)
                 u[block.where] = dense_direction(block, f_hat, block.square * unbias, part, h)
             else:
-                u[block.where] = part / (np.sqrt(f_hat) + h["eps"])
+                u[block.where] = by_diagonal(part, f_hat, h)
         return u
+
+
+def by_diagonal(m_hat: np.ndarray, moment: np.ndarray, h: Mapping[str, Any]) -> np.ndarray:
+    """Adam's update; none where no gradient has been seen."""
+    return np.where(moment > 0, m_hat / (np.sqrt(moment) + h["eps"]), 0)
 
 
 def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
@@ -244,17 +258,27 @@ def dense_direction(
     block: Block, f_hat: np.ndarray, square: np.ndarray, m_hat: np.ndarray, h: Mapping[str, Any]
 ) -> np.ndarray:
     """The u of a dense block, (vectors, r)."""
-    s = m_hat @ block.inverse
     if h["grafting"] == "none":
+        s = m_hat @ block.inverse
         return block.d ** -h["exponent"] * s if block.d > 0 else np.zeros_like(s)
     assert h["grafting"] == "rms", h["grafting"]
+    s = (m_hat if len(m_hat) == 1 else scaled_rows(m_hat, square, h["exponent"])) @ block.inverse
     if not s.any():
         return s
     w = polar_factor(s)
     moment = np.diag(f_hat)[None, :]
     if len(m_hat) > 1:
-        moment = square[:, None] * moment / np.mean(moment)
-    return w * np.linalg.norm(m_hat / (np.sqrt(moment) + h["eps"])) / np.linalg.norm(w)
+        moment = square[:, None] * moment / (np.mean(moment) or 1)
+    a = by_diagonal(m_hat, moment, h)
+    return w * np.linalg.norm(a) / np.linalg.norm(w)
+
+
+def scaled_rows(m_hat: np.ndarray, square: np.ndarray, exponent: float) -> np.ndarray:
+    """Rows times ŵ^(−p); 0 where no gradient has been seen."""
+    seen = square > 0
+    factor = np.zeros_like(square)
+    factor[seen] = square[seen] ** -exponent
+    return factor[:, None] * m_hat
 
 
 def rough_inverse_root(a: np.ndarray) -> np.ndarray:

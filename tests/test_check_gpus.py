@@ -24,16 +24,11 @@ sys.path.append(str(GPU))
 import correct  # noqa: E402
 from correct_runner import Here, NotChecked, Report, run_checks  # noqa: E402
 
-# All but those that are interpreted for long; test_interpreted.py has the like.
-CHOSEN = (
-    "blocks ladder optimizer tf32 skipped-torch waiting-kernel *metrics comm* train* scaler fsdp2* checkpoint* zero*"
-)
-
 
 def call(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command without what this process's launcher may have left in the environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PART_", "TORCHELASTIC"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "TRITON_INTERPRET", "VIRTUAL_ENV"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "VIRTUAL_ENV"):
         kept.pop(name, None)
     kept |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PART_SECONDS": "500", **environment}
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=kept, timeout=560)
@@ -50,11 +45,10 @@ def found(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.dist
 @pytest.mark.deepspeed
 def test_one_rank(tmp_path: Path) -> None:
-    command = [sys.executable, GPU / "correct.py", "--rehearse", "--out", tmp_path, "--only", *CHOSEN.split()]
-    done = call(*command)
+    done = call(sys.executable, GPU / "correct.py", "--rehearse", "--out", tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     checks = found(tmp_path)
-    assert len(checks) == 49, list(checks)
+    assert len(checks) == 55, list(checks)
     assert {name for name, entry in checks.items() if not entry["ok"]} == set()
     assert "loaded bit for bit" in checks["zero3-checkpoint"]["said"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
@@ -68,17 +62,17 @@ def test_one_rank(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.deepspeed
 def test_two_ranks_by_the_launcher(tmp_path: Path) -> None:
-    chosen = "comm* scaler train-bf16 waiting-kernel fsdp2-offload checkpoint zero2-fp16"
+    chosen = "comm* scaler train-bf16 skipped waiting fsdp2-offload checkpoint zero2-fp16"
     done = call(CHECK_GPUS, "--rehearse", "--ranks", "2", "--out", tmp_path / "a", "--only", chosen)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     checks = found(tmp_path / "a")
-    assert {name: entry["ok"] for name, entry in checks.items() if not entry["ok"]} == {"waiting-kernel": None}
-    assert len(checks) == 8 and "DDP over 2 ranks" in checks["train-bf16"]["said"]
+    assert {name: entry["ok"] for name, entry in checks.items() if not entry["ok"]} == {"waiting": None}
+    assert len(checks) == 9 and "DDP over 2 ranks" in checks["train-bf16"]["said"]
     block = done.stdout.partition("---- please report from here ----")[2].partition("---- to here ----")[0]
     for words in (
         "ranks           2\n",
         f"torch           {torch.__version__}\n",
-        "7 checks passed, 0 failed, 1 were not",
+        "8 checks passed, 0 failed, 1 were not",
     ):
         assert words in block, done.stdout
     assert "ok   zero2-fp16" in block and str((tmp_path / "a" / "correct.json").resolve()) in done.stdout
@@ -138,7 +132,7 @@ def kept(
     """Run them; the exit status, and what this rank has kept, the first one in a file too."""
     path = folder / "report.json"
     report = Report(rank, lambda checks, running: path.write_text(json.dumps(checks)) and None)
-    here = Here(rank, world, torch.device("cpu"), folder, True, limit)
+    here = Here(rank, world, torch.device("cpu"), folder, limit)
     return run_checks({check.__name__: check for check in checks}, here, report, patience=patience), report.checks
 
 
@@ -227,7 +221,7 @@ def test_a_check_that_never_ends_is_ended(tmp_path: Path) -> None:
 
 def test_no_check_begins_when_no_time_is_left(tmp_path: Path) -> None:
     report = Report(0, lambda checks, running: None)
-    here = Here(0, 1, torch.device("cpu"), tmp_path, True)
+    here = Here(0, 1, torch.device("cpu"), tmp_path)
     assert run_checks({"a": passes, "b": passes, "c": passes}, here, report, left=lambda: -1.0) == 0
     assert [(entry["ok"], entry["said"]) for entry in report.checks] == [
         (True, "as it should be"), (None, "no time was left"), (None, "no time was left")

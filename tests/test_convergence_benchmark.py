@@ -220,7 +220,11 @@ def test_ratios_of_cycles() -> None:
     assert convergence.FULL.file.name == convergence.QUICK.file.name == "convergence.jsonl"
 
 
-def test_trainings_of_other_constants_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_by_another_update_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     before = optimizers.contenders()["AdaFisher"].settings
-    monkeypatch.setattr("adafisher_dist.fisher.TRUST_RADIUS", 0.5)
-    assert optimizers.contenders()["AdaFisher"].settings != before
+    assert optimizers.contenders()["AdaFisher"].settings == before
+    for name, other in (("polar_factor", lambda x: x), ("diagonal_update", lambda m, v, eps: m)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"adafisher_dist.fisher.{name}", other)
+            now = optimizers.contenders()["AdaFisher"].settings
+        assert now["update"] != before["update"] and {**now, "update": before["update"]} == before

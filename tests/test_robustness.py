@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -197,3 +199,71 @@ def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any],
         optimizer.step()
     assert optimizer.memory_usage()["rank"]["fisher"] >= 2**25
     assert 2**20 < noted.largest <= 2**21
+
+
+# ---- whose blocks they were, and what no Fisher has seen ----
+
+
+def test_the_ladder_is_counted_by_parameter() -> None:
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((2, 7), (3, 7))]
+    optimizer = AdaFisher(zip("ab", parameters, strict=True), exponent=1.0, block_size=7, rows_per_block=1)
+
+    def diagonals_after_a_step() -> dict[str, int]:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ladders = {name: entry.ladder for name, entry in optimizer.fisher_stats().items()}
+        assert all(sum(ladder.values()) == ladder["diagonal"] for ladder in ladders.values())
+        return {name: ladder["diagonal"] for name, ladder in ladders.items()}
+
+    assert diagonals_after_a_step() == {"a": 0, "b": 0}
+    fisher_NBB = optimizer.state[parameters[1]]["fisher_7"]
+    fisher_NBB[2, 0, 1] = fisher_NBB[2, 1, 0] = 9.0
+    assert [diagonals_after_a_step() for _ in range(2)] == [{"a": 0, "b": 1}, {"a": 0, "b": 2}]
+
+
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+@pytest.mark.parametrize("max_blocks", [None, 0])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_gradient_that_the_fisher_has_not_seen(rows: int, max_blocks: int | None, grafting: str) -> None:
+    """It would be divided by ε."""
+    gradients = [torch.zeros(5, 7), torch.ones(5, 7)]
+    settings = {"rows_per_block": rows, "max_blocks": max_blocks, "grafting": grafting, "fisher_update_freq": 2}
+    parameter, optimizer = run(gradients, **settings)
+    assert not parameter.any() and state_is_finite(optimizer)
+
+
+# ---- what a user allows their model ----
+
+
+@pytest.mark.parametrize("how", ["nothing", "old", "new", "high", "medium", "all"])
+def test_products_are_in_full_precision(how: str) -> None:
+    """Whichever of torch's two names for TF32 the user has set, it is off in a step, and as it was after it."""
+    code = f"""
+import torch
+from adafisher_dist import fisher
+matmul = torch.backends.cuda.matmul
+how = {how!r}
+if how == "old": matmul.allow_tf32 = True
+if how == "new": matmul.fp32_precision = "tf32"
+if how in ("high", "medium"): torch.set_float32_matmul_precision(how)
+if how == "all": torch.backends.fp32_precision = "tf32"
+def read(ask):
+    try:
+        return ask()
+    except RuntimeError:
+        return "torch refuses"
+def state():
+    return [
+        read(lambda: matmul.allow_tf32), read(lambda: matmul.fp32_precision), read(torch.get_float32_matmul_precision)
+    ]
+before = state()
+with fisher.full_precision(torch.device("cuda")):
+    assert state()[0] is False, state()
+assert state() == before, (state(), before)
+assert (before[0] is False) == (how == "nothing"), before
+if how == "nothing":  # what is set later still counts
+    torch.backends.fp32_precision = "tf32"
+    assert matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -22,7 +22,11 @@ from adafisher_dist.checkpoint import schema
 # How files are opened: not to wait for a writer, where one is a pipe.
 READ = os.O_RDONLY | os.O_NONBLOCK
 
-FORMAT = 3  # 1 had whole Fisher blocks, 2 no rows_per_block
+FORMAT = 4
+
+# The earlier format whose weights can be read, and not its optimizer's state: F was of rows that were not weighed, and
+# blocks were cut by other rules.
+WEIGHTS_ONLY = 3
 MANIFEST = "manifest.json"
 
 # What is said of a parameter whose values are not in the checkpoint: they stay what they are in the model.
@@ -93,18 +97,20 @@ class Manifest:
         about: whatever is no tensor, as JSON: who wrote it, step, world size, parameters, param groups, values.
         files: by name.
         tensors: by key.
+        format: `FORMAT`, or `WEIGHTS_ONLY`.
     """
 
     about: Mapping[str, Any]
     files: Mapping[str, File]
     tensors: Mapping[str, Stored]
+    format: int = FORMAT
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
         names = list(self.files)
         number = {name: index for index, name in enumerate(names)}
         content = {
-            "format": FORMAT,
+            "format": self.format,
             "about": self.about,
             "files": [{"name": name, "bytes": f.nbytes, "crc32": f"{f.crc32:08x}"} for name, f in self.files.items()],
             "tensors": {
@@ -155,11 +161,11 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
         raise CheckpointError(f"{path} is damaged: its checksum is {summed}, and it says {crc32}.")
     try:
         own = schema.whole_number_in(content, "format", "the manifest", low=1)
-        if own == FORMAT:
-            schema.check(content, DTYPES)
+        if own in (FORMAT, WEIGHTS_ONLY):
+            schema.check(content, DTYPES, old=own != FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
-    if own != FORMAT:
+    if own not in (FORMAT, WEIGHTS_ONLY):
         remedy = "update" if own > FORMAT else "load it with the version that saved it, an older"
         raise CheckpointError(
             f"{folder} has format {own}, and this version of adafisher_dist reads {FORMAT}: {remedy} adafisher_dist."
@@ -190,6 +196,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
             )
             for key, tensor in content["tensors"].items()
         },
+        content["format"],
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
+from adafisher_dist.checkpoint.manifest import FORMAT, LEFT_OUT, CheckpointError, Manifest
 from adafisher_dist.checkpoint.ranges import FIELDS
 from adafisher_dist.checkpoint.training import (
     OWN_SETTINGS,
@@ -61,8 +61,17 @@ def match(
         states: whether the optimizer's state is asked for.
 
     Raises:
-        CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice.
+        CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice; the optimizer's
+            state is asked for, and is of an earlier version's kind.
     """
+    if states and manifest.format != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint's optimizer state is of adafisher_dist {manifest.about['versions'].get('adafisher_dist')}"
+            f" (format {manifest.format}; this version's is {FORMAT}), whose Fisher blocks are cut and weighed"
+            " otherwise: it would not mean the same here. Load the weights alone (load_optimizer_states=False of"
+            " DeepSpeed's load_checkpoint, or a file made by `adafisher_dist export`), or go on with that version."
+            " Nothing was changed."
+        )
     found = Match()
     model = manifest.about["model"]
     stored = {**model["parameters"], **model["buffers"]}
@@ -191,7 +200,12 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
                 there, shape = saved["state"][old]["structure"], shape_of(training.parameters[name])
-                if _grid(own, shape) == _grid(there, shape):
+                if there["grafting"] != own["grafting"]:
+                    found.problems.append(
+                        f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}:"
+                        " it is of other vectors"
+                    )
+                elif _grid(own, shape) == _grid(there, shape):
                     found.states[name] = old
                 else:
                     changed = [key for key in _OF_GRID if own[key] != there[key]]

@@ -22,8 +22,13 @@ _OF_STATE = ("momentum", "fisher", "square", "factor", "curvature")
 _LARGEST = 2**62
 
 
-def check(content: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
-    """Check a manifest's content; `dtypes` are the dtypes of tensors by the names that files have for them.
+def check(content: Mapping[str, Any], dtypes: Mapping[str, Any], old: bool) -> None:
+    """Check a manifest's content.
+
+    Args:
+        content: of the manifest.
+        dtypes: of tensors, by the names that files have for them.
+        old: whether it is of a version whose optimizer's state is not read: what that was built for is not looked at.
 
     Raises:
         ValueError: names the first value that cannot be right, and what it should be.
@@ -42,7 +47,7 @@ def check(content: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
     about = _object(content, "about", "the manifest")
     _check_origin(about)
     names = _check_model(about)
-    _check_optimizer(_object(about, "optimizer", "about"), names)
+    _check_optimizer(_object(about, "optimizer", "about"), names, old)
     _check_values(about, tensors, dtypes)
     _check_keys(about, tensors)
 
@@ -116,7 +121,7 @@ def _check_model(about: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     return {name: entry["shape"] for name, entry in kinds["parameter"].items()}
 
 
-def _check_optimizer(optimizer: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+def _check_optimizer(optimizer: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], old: bool) -> None:
     whole_number_in(optimizer, "skipped_steps", "optimizer")
     managed: set[str] = set()
     for number, group in enumerate(_list(optimizer, "groups", "optimizer")):
@@ -129,16 +134,25 @@ def _check_optimizer(optimizer: Mapping[str, Any], shapes: Mapping[str, Sequence
     for name, entry in _object(optimizer, "state", "optimizer").items():
         if name not in managed:
             raise _wrong("a name in the optimizer's state", "a parameter's of a param group", name)
-        _check_state(entry, name, shapes[name])
+        _check_counters(entry, name)
+        _check_structure(entry, name, None if old else shapes[name])
 
 
-def _check_state(entry: Any, name: str, shape: Sequence[int]) -> None:
+def _check_counters(entry: Any, name: str) -> None:
     where = f"the state of {name}"
     step, updates = (whole_number_in(entry, key, where) for key in ("step", "fisher_updates"))
     if not min(step, 1) <= updates <= step:
         raise _wrong(f"fisher_updates of {where}", f"between {min(step, 1)} and its {step} steps", updates)
+
+
+def _check_structure(entry: Any, name: str, shape: Sequence[int] | None) -> None:
+    """Of the state of a parameter of this shape; of an old version's state, whether it kept factors."""
+    where, inner = f"the state of {name}", f"structure of {name}"
     structure = _object(entry, "structure", where)
-    inner = f"structure of {name}"
+    if type(_entry(structure, "keeps_factors", inner)) is not bool:
+        raise _wrong(f"keeps_factors of {inner}", "true or false", structure["keeps_factors"])
+    if shape is None:
+        return
     for key in ("block_size", "rows_per_block"):
         whole_number_in(structure, key, inner, low=1)
     if _entry(structure, "max_blocks", inner) is not None:
@@ -148,8 +162,8 @@ def _check_state(entry: Any, name: str, shape: Sequence[int]) -> None:
     exponent = _entry(structure, "exponent", inner)
     if type(exponent) is not float or exponent not in (1.0, 0.5):
         raise _wrong(f"exponent of {inner}", "1.0 or 0.5", exponent)
-    if type(_entry(structure, "keeps_factors", inner)) is not bool:
-        raise _wrong(f"keeps_factors of {inner}", "true or false", structure["keeps_factors"])
+    if _entry(structure, "grafting", inner) not in ("rms", "none"):
+        raise _wrong(f"grafting of {inner}", "'rms' or 'none'", structure["grafting"])
     settings = {key: structure[key] for key in ("block_size", "rows_per_block", "block_grid", "max_blocks")}
     grid = make_grid(shape, **settings)
     for key, count in (("blocks", grid.num_blocks), ("dense_blocks", grid.dense_blocks)):

@@ -25,7 +25,7 @@ from adafisher_dist.shard import Shard
 # What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
 OWN_SETTINGS = (
     *("block_size", "rows_per_block", "block_grid", "max_blocks"),
-    *("fisher_dtype", "exponent", "inverse_update_freq", "packed", "memory_budget_gb"),
+    *("fisher_dtype", "exponent", "grafting", "inverse_update_freq", "packed", "memory_budget_gb"),
 )
 
 # What torch puts into the names of parameters when it wraps a module in place.
@@ -292,6 +292,7 @@ def structure_of(structure: Structure) -> dict[str, Any]:
         "block_grid": structure.block_grid,
         "max_blocks": structure.max_blocks,
         "exponent": structure.exponent,
+        "grafting": structure.grafting,
         "keeps_factors": structure.keeps_factors,
     }
 

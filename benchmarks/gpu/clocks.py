@@ -6,17 +6,23 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import kernel
 import torch
-from kernel import Effort
 
+HEAD_START_CYCLES = 2_000_000  # about a millisecond, so that no launch is waited for between the events
 SLOW_SECONDS = 2.5  # of counted steps, past which there are no more of them (but three)
 LONGEST_HEAD_START_MS = 200.0
 
 Step = Callable[[], Any]
 Row = dict[str, Any]
+
+
+class Effort(NamedTuple):
+    """How often a thing is done before it is timed, and while."""
+
+    warm_up: int
+    repeats: int
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,6 +44,31 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def median_ms(run: Step, prepare: Step, effort: Effort, device: torch.device) -> float:
+    """Milliseconds on the device for `run`; `prepare` goes before each, and is not counted."""
+    one = _one_by_clock if device.type == "cpu" else _one_by_events
+    return statistics.median([one(run, prepare) for _ in range(sum(effort))][effort.warm_up :])
+
+
+def _one_by_clock(run: Step, prepare: Step) -> float:
+    prepare()
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _one_by_events(run: Step, prepare: Step, head_start: int = HEAD_START_CYCLES) -> float:
+    """With the device kept busy for so many cycles, while the launches are queued."""
+    prepare()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(head_start)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def time_step(step: Step, device: torch.device, effort: Effort, cycle: int = 1) -> Row:
@@ -90,16 +121,10 @@ def _by_clock(step: Step, device: torch.device, effort: Effort, cycle: int) -> t
 
 def _by_events(step: Step, host_ms: float, effort: Effort) -> list[float]:
     """With the device kept busy until the launches of a step are queued, which takes the host `host_ms`."""
-    head_start = int(kernel.HEAD_START_CYCLES * min(LONGEST_HEAD_START_MS, 1 + 1.5 * host_ms))
+    head_start = int(HEAD_START_CYCLES * min(LONGEST_HEAD_START_MS, 1 + 1.5 * host_ms))
     times: list[float] = []
     while len(times) < effort.repeats and (sum(times) < 1e3 * SLOW_SECONDS or len(times) < 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(head_start)
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(_one_by_events(step, lambda: None, head_start))
     return times
 
 

@@ -49,9 +49,7 @@ def options(part: str, description: str | None, seconds: float, rehearsal_second
     given.seconds = float(os.environ.get("PART_SECONDS", rehearsal_seconds if given.rehearse else seconds))
     given.began = float(os.environ["PART_BEGAN"]) if given.resume and "PART_BEGAN" in os.environ else time.time()
     os.environ["PART_BEGAN"] = str(given.began)  # for the same part, should it start itself again
-    if given.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    elif not has_cuda():
+    if not given.rehearse and not has_cuda():
         raise SystemExit(no_device(part))
     return given
 
@@ -90,17 +88,8 @@ def head(rehearse: bool) -> dict[str, Any]:
         "driver": "none" if rehearse else driver(),
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
-        "triton": triton_version(),
         "python": platform.python_version(),
     }
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except Exception as error:  # not installed, or built for another machine
-        return f"cannot be imported: {said(error)}"
-    return str(triton.__version__)
 
 
 def driver() -> str:

@@ -53,21 +53,17 @@ def main() -> int:
     prepare(given.rehearse)
     from correct_checks import all_checks
 
-    checks = select(all_checks(given.rehearse), chosen.only)
+    checks = select(all_checks(), chosen.only)
     here = start(given.rehearse, limit=min(600.0, 0.7 * given.seconds))
     code = check(checks, here, given)
     leave(code, here)
 
 
 def prepare(rehearsing: bool) -> None:
-    """What has to be set before DeepSpeed, Triton and cuBLAS are loaded."""
+    """What has to be set before DeepSpeed and cuBLAS are loaded."""
     warnings.simplefilter("ignore")  # those of torch and DeepSpeed of each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu" if rehearsing else "cuda"
-    if rehearsing:
-        os.environ["TRITON_INTERPRET"] = "1"
-    else:
-        os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits in the same training
     import torch
 
@@ -110,7 +106,7 @@ def start(rehearsing: bool, limit: float) -> Here:
         dist.broadcast_object_list(folder, 0, control)
     if not Path(folder[0]).is_dir():
         raise SystemExit(f"correct: rank {rank} does not see {folder[0]} of rank 0: start all ranks on one machine")
-    return Here(rank, world, device, Path(folder[0]), rehearsing, limit)
+    return Here(rank, world, device, Path(folder[0]), limit)
 
 
 def _free_port() -> int:
@@ -207,7 +203,7 @@ def show(path: Path) -> int:
 
 
 def _block(found: Mapping[str, Any], failed: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = ("card", "driver", "cuda", "nccl", "torch", "triton", "deepspeed", "adafisher_dist", "python", "commit")
+    keys = ("card", "driver", "cuda", "nccl", "torch", "deepspeed", "adafisher_dist", "python", "commit")
     lines = [f"{key:15} {found.get(key, 'unknown')}" for key in (*keys, "ranks", "command", "date")]
     counts = Counter(entry["ok"] for entry in found["checks"])
     lines += ["", f"{counts[True]} checks passed, {counts[False]} failed, {counts[None]} were not made"]

@@ -1,11 +1,10 @@
-"""What `correct.py` checks: the package's paths on a device beside the numpy oracle of tests/oracle.py, bit for bit, or
-beside a twin. Each check is given a `Here`, returns in a line what it found, and raises where something is wrong.
+"""What `correct.py` checks: the optimizer on a device beside the numpy oracle of tests/oracle.py, or beside a twin, bit
+for bit. Each check is given a `Here`, returns in a line what it found, and raises where something is wrong.
 
 With several ranks each check runs on all of them: batches are cut by rank, and what is not data is the same on each. A
 check asks nothing that a rank knows alone before a collective, so that the ranks stay together while all goes well.
 
-Everything also runs on CPU tensors, in a rehearsal. The kernel is interpreted there, which takes seconds a step: so
-only some checks use it, and on smaller shapes.
+Everything also runs on CPU tensors, in a rehearsal.
 """
 
 from __future__ import annotations
@@ -15,14 +14,10 @@ import io
 import itertools
 import logging
 import os
-import re
-import signal
-import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
@@ -32,22 +27,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common_gpu import ROOT
+from correct_blocks import blocks, gate, host, ladder, not_numbers, same_bits
 from correct_runner import TIMEOUT, Check, Here, NotChecked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adafisher_dist
-from adafisher_dist import AdaFisher, comm, fisher, fused
-from adafisher_dist import batch as stacked
+from adafisher_dist import AdaFisher, comm, verdict
 from adafisher_dist.comm import Group, Waits, Wire
-from adafisher_dist.grid import Kind
 from adafisher_dist.metrics import NAMES
-from adafisher_dist.settings import DEFAULTS, Structure
 
 sys.path.insert(0, str(ROOT / "tests"))  # before launch/, which has modules of the same names
 
 import models
-import test_fused as kernels
 from models import OWN_SETTINGS, distance, model, param_groups
 from oracle import Oracle
 from test_oracle import assert_blocks_agree
@@ -55,18 +47,13 @@ from test_oracle import assert_blocks_agree
 Arrays = dict[str, np.ndarray]
 Settings = dict[str, Any]
 
-PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+PARAMS: Settings = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
 STEPS = 5
 NAN, INF = float("nan"), float("inf")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 # ---- trainings ----
-
-
-def host(tensor: Tensor) -> np.ndarray:
-    """A tensor of any device as a float64 array."""
-    return tensor.detach().double().cpu().numpy().copy()
 
 
 def weights(module: nn.Module) -> Arrays:
@@ -88,18 +75,6 @@ def samples(here: Here) -> int:
     return 12 if 12 % here.world == 0 else 2 * here.world
 
 
-def usual(here: Here) -> Settings:
-    """What most checks train with: on a GPU the kernel, if "auto" trusts it."""
-    return {**PARAMS, "backend": "torch" if here.rehearsing else "auto"}
-
-
-def needs_kernel(here: Here) -> None:
-    """Raise NotChecked where the kernel cannot run."""
-    obstacle = fused.obstacle(here.device)
-    if obstacle is not None:
-        raise NotChecked(obstacle)
-
-
 def batch(step: int, here: Here) -> tuple[Tensor, Tensor]:
     x, y = models.batch(step, here.rank, here.world, size=samples(here))
     return x.to(here.device), y.to(here.device)
@@ -111,21 +86,14 @@ def same_on_all(found: Arrays, here: Here) -> None:
     assert all(other == prints[0] for other in prints), f"the weights on this rank, {here.rank}, or on others differ"
 
 
-def same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    assert len(got) == len(want)
-    for number, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(a, b), f"tensor {number}, {tuple(a.shape)} {a.dtype}, is not the same"
-
-
 class Given(nn.Module):
     """Parameters of a few shapes, whose gradients are given, and no model's."""
 
     SHAPES: ClassVar = {"a": (37, 11), "b": (37,), "c": (3, 1, 3), "d": (1,)}
-    SMALL: ClassVar = {"a": (3, 6), "b": (3,)}
 
     def __init__(self, here: Here, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        for number, (name, shape) in enumerate((self.SMALL if here.rehearsing else self.SHAPES).items()):
+        for number, (name, shape) in enumerate(self.SHAPES.items()):
             value = torch.from_numpy(np.random.default_rng(number).standard_normal(shape))
             setattr(self, name, nn.Parameter(value.to(device or here.device, dtype)))
 
@@ -155,7 +123,7 @@ class Beside:
         self.names, self.tolerance = list(start), tolerance
         self.rounding = float(torch.finfo(dtype).eps)
         arithmetic: type = np.float64 if dtype == torch.float64 else np.float32
-        for name in ("fisher_dtype", "packed", "backend"):
+        for name in ("fisher_dtype", "packed"):
             hyper.pop(name, None)
         self.oracle = Oracle([(start[name], own.get(name, {})) for name in self.names], arithmetic, **hyper)
         self.steps = 0
@@ -189,135 +157,22 @@ def both(here: Here) -> Any:
     return other_group("gloo" if here.device.type == "cpu" else "cpu:gloo,cuda:nccl")
 
 
-# ---- the kernel, by its own tests ----
-
-
-def kernel(here: Here) -> str:
-    """tests/test_fused.py, which takes the GPU where there is one; on the first rank."""
-    needs_kernel(here)
-    if here.rank:
-        return ""
-    chosen = ["-k", "test_no_gradient_yet and rms-1"] if here.rehearsing else ["-m", "gpu"]
-    workers = min(12, len(os.sched_getaffinity(0)))
-    if not here.rehearsing and workers > 1 and find_spec("xdist") is not None:  # it compiles most of the time
-        chosen += ["-n", str(workers), "--dist", "worksteal"]
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "RANK", "WORLD_SIZE")}
-    kept |= {"TRITON_INTERPRET": "1"} if here.rehearsing else {"DS_ACCELERATOR": "cuda"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "tests/test_fused.py", *chosen]
-    output, status = _in_time(command, kept, min(90.0, 0.9 * here.limit))
-    wrong = [text for text in output.splitlines() if text.startswith(("FAILED", "ERROR"))]
-    assert status == 0, "\n".join([*wrong, "", output[-6000:]])
-    last = output.strip().splitlines()[-1].strip("= ")
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped)", last)}
-    assert counts.get("passed", 0) > 0 and "skipped" not in counts, last
-    return f"{' '.join(command[2:])}: {last}"
-
-
-def _in_time(command: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[str, int | str]:
-    """What a command says, and its status; with all that it started it is ended when the time is over.
-
-    Into a file, so that what it had said by then is kept.
-    """
-    with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, start_new_session=True
-        )  # fmt: skip
-        try:
-            status: int | str = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = f"cut after {seconds:.0f} s"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        file.seek(0)
-        return f"{file.read()}\n{status if isinstance(status, str) else ''}", status
-
-
-# ---- the torch path ----
-
-
-SIZES, DEPTHS = (1, 7, 16, 64, 128), (1, 5, 64)
-
-
-def blocks(here: Here) -> str:
-    """Steps of dense blocks of all kinds by torch: F, m and u beside numpy in float64."""
-    kernels.DEVICE = here.device
-    kinds = list(itertools.product(SIZES, DEPTHS, (False, True)))
-    told = []
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        apart = max(_blocks(size, depth, dtype, packed) for size, depth, packed in kinds)
-        told.append(f"{str(dtype).removeprefix('torch.')} {apart:.1e}")
-    return f"{len(kinds)} kinds of blocks; u is apart by at most {', '.join(told)}"
-
-
-def _blocks(size: int, depth: int, dtype: torch.dtype, packed: bool) -> float:
-    """How far u is from numpy's, relative to the vector."""
-    h = kernels.settings("torch", damping=0.3)
-    blocks_ = kernels.make(size, 3, dtype, packed=packed, depth=depth)
-    rounding = 1e-15 if dtype == torch.float64 else 3e-7
-    # Of u, times the largest condition number that A can have. In float64 numpy's own rounding shows.
-    tolerance = (1e-13 if dtype == torch.float64 else 1e-6) * (1 + size / h["damping"])
-    where, furthest = f"size {size}, {depth} rows, {dtype}, packed {packed}", 0.0
-    for t, gradient_NDB in enumerate(kernels.gradients(3, size, 2, depth=depth), start=1):
-        g = kernels.double(gradient_NDB)
-        rho, mu = h["fisher_decay"], h["momentum"]
-        want = rho * kernels.double(kernels.whole(blocks_)) + (1 - rho) / depth * g.swapaxes(1, 2) @ g
-        parts = mu * kernels.double(blocks_.momentum_NDB), (1 - mu) * g
-        blocks_.gradient_NDB.copy_(gradient_NDB)
-        stacked.compute(blocks_, 0, 3, t, t, h)
-        got = kernels.double(kernels.whole(blocks_))
-        diagonal = np.sqrt(want.diagonal(axis1=1, axis2=2))
-        bound = 2.0**-7 if dtype == torch.bfloat16 else 2 * (3 + depth) * rounding
-        off = np.abs(got - want) > bound * diagonal[:, :, None] * diagonal[:, None, :]
-        assert not np.tril(off).any(), f"F, {where}, step {t}"
-        apart_NDB = np.abs(kernels.double(blocks_.momentum_NDB) - sum(parts))
-        assert (apart_NDB <= 4 * rounding * (np.abs(parts[0]) + np.abs(parts[1]))).all(), f"m, {where}, step {t}"
-        # The u that goes with the F that came out, however that was rounded.
-        apart = kernels.distance(blocks_.gradient_NDB, kernels.by_oracle(blocks_, gradient_NDB, t, t, h))
-        assert apart < tolerance, f"u, {where}, step {t}: {apart:.2g}"
-        furthest = max(furthest, apart)
-    return furthest
-
-
-def ladder(here: Here) -> str:
-    """Blocks that cannot be factorised climb as far as on a CPU, and their neighbours do not notice."""
-    for exponent, packed, depth in itertools.product((1.0, 0.5), (False, True), (1, 3)):
-        found, want = (_climb(device, exponent, packed, depth) for device in (here.device, torch.device("cpu")))
-        assert found.rungs == want.rungs and found.rungs, f"exponent {exponent}: {found.rungs}, on a CPU {want.rungs}"
-        apart = kernels.distance(found.gradient_NDB.flatten(1), want.gradient_NDB.flatten(1))
-        assert apart < 1e-4, f"exponent {exponent}, packed {packed}, {depth} rows: u apart by {apart:.2g}"
-    return f"as on a CPU: rungs {found.rungs}"
-
-
-def _climb(device: torch.device, exponent: float, packed: bool, depth: int) -> stacked.Batch:
-    structure = Structure(7, depth, "rows", None, torch.float32, exponent, False, packed)
-    blocks_ = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), np.full(5, 7), device)
-    if blocks_.square_ND is not None:
-        blocks_.square_ND.fill_(1.0)
-    whole_NBB = torch.eye(7).repeat(5, 1, 1)
-    whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05  # indefinite by little: more damping helps
-    whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0  # by much: the diagonal
-    blocks_.fisher.copy_(fisher.pack(whole_NBB) if packed else whole_NBB)
-    blocks_.gradient_NDB.copy_(torch.arange(35 * depth).view(5, depth, 7) % 11)
-    settings = {**DEFAULTS, "backend": "torch", "damping": 0.01, "fisher_update_freq": 2}  # F is used as it is
-    stacked.compute(blocks_, 0, 5, 2, 1, settings)
-    return blocks_
+# ---- the whole optimizer ----
 
 
 VARIANTS: list[Settings] = [
     {},
     {"packed": True, "rows_per_block": 1},
-    {"exponent": 0.5},
+    {"exponent": 1.0},
     {"inverse_update_freq": 3, "fisher_decay": 0.8},
-    {"exponent": 0.5, "inverse_update_freq": 3, "fisher_update_freq": 2, "packed": True},
+    {"exponent": 1.0, "inverse_update_freq": 3, "fisher_update_freq": 2, "packed": True},
     {"max_blocks": 3, "grafting": "none", "nesterov": False},
     {"block_grid": "flat", "block_size": 5, "bias_correction": False},
 ]
 
 
 def optimizer(here: Here) -> str:
-    """The whole optimizer by torch, with settings of every kind, in float32 and float64."""
+    """Settings of every kind, in float32 and float64."""
     for dtype, variant in itertools.product((torch.float32, torch.float64), VARIANTS):
         _beside_given(here, dtype, {**PARAMS, **variant})
     return f"{len(VARIANTS)} settings in float32 and float64, {STEPS + 3} steps each"
@@ -327,7 +182,7 @@ def _beside_given(here: Here, dtype: torch.dtype, settings: Settings) -> Given:
     tolerance = 1e-9 if dtype == torch.float64 else 3e-4
     module = Given(here, dtype=dtype)
     beside = Beside(weights(module), {}, dtype, tolerance, **settings)
-    trained = AdaFisher(module.named_parameters(), backend="torch", fisher_dtype=dtype, **settings)
+    trained = AdaFisher(module.named_parameters(), fisher_dtype=dtype, **settings)
     for step in range(STEPS + 3):
         gradients, before = module.take_gradients(step), weights(module)
         trained.step()
@@ -362,13 +217,21 @@ def tf32(here: Here) -> str:
 PLAN = [None, None, NAN, None, INF, 3e19, None]  # bad at calls 3, 5, 6: at 1, 2, 4, 8, … ranks compare gradients
 
 
-def bad_gradients(here: Here, backend: str, **more: Any) -> str:
+@contextmanager
+def deciding_on_the_device() -> Iterator[None]:
+    """On a CPU too, as tests/test_verdict.py does."""
+    before, verdict.is_meant_for = verdict.is_meant_for, lambda device: True
+    try:
+        yield
+    finally:
+        verdict.is_meant_for = before
+
+
+@deciding_on_the_device()
+def bad_gradients(here: Here, **more: Any) -> str:
     """One bad gradient, on the last rank alone: weights, state and counters are those of a twin that never saw it."""
-    if backend != "torch":
-        needs_kernel(here)
     module, twin = Given(here), Given(here)
-    settings = {**PARAMS, "backend": backend, **more}
-    ours, other = (AdaFisher(m.named_parameters(), **settings) for m in (module, twin))
+    ours, other = (AdaFisher(m.named_parameters(), **PARAMS, **more) for m in (module, twin))
     for step, bad in enumerate(PLAN):
         before = [p.detach().clone() for p in module.parameters()]
         module.take_gradients(step)
@@ -385,7 +248,7 @@ def bad_gradients(here: Here, backend: str, **more: Any) -> str:
     assert (ours.skipped_steps, other.skipped_steps) == (3, 0), (ours.skipped_steps, other.skipped_steps)
     same_bits(state_of(ours), state_of(other))
     same_on_all(weights(module), here)
-    return f"{len(PLAN)} calls, 3 of them skipped without a trace, backend {backend}"
+    return f"{len(PLAN)} calls, 3 of them skipped without a trace"
 
 
 def _spoil(module: Given, bad: float, everywhere: bool) -> None:
@@ -402,12 +265,12 @@ def _spoil(module: Given, bad: float, everywhere: bool) -> None:
 # ---- nothing waits for the device ----
 
 
-def waiting(here: Here, backend: str, **more: Any) -> str:
+@deciding_on_the_device()
+def waiting(here: Here, **more: Any) -> str:
     """Calls 3, 5, 6 and 7, in which ranks compare nothing; in call 9 the device is busy, and the host comes back."""
-    needs_kernel(here)
     module = Given(here)
-    ours = AdaFisher(module.named_parameters(), **{**PARAMS, "backend": backend, "max_blocks": 3, **more})
-    for call in range(1, 4 if here.rehearsing else 9):
+    ours = AdaFisher(module.named_parameters(), **PARAMS, **more)
+    for call in range(1, 9):
         module.take_gradients(call)
         with nullcontext() if call.bit_count() == 1 else no_waiting(here, f"call {call}"):
             ours.step()
@@ -419,8 +282,8 @@ def waiting(here: Here, backend: str, **more: Any) -> str:
         ours.step()
         assert not slept.query(), "step() came back after the work that was queued before it"
     same_on_all(weights(module), here)
-    which = "call 3" if here.rehearsing else "calls 3, 5, 6, 7 and, beside a busy device, 9"
-    return f"in {which} the host waits for nothing on the device; backend {backend}"
+    which = "3, 5, 6, 7" + (" and, beside a busy device, 9" if here.device.type == "cuda" else "")
+    return f"in calls {which} the host waits for nothing on the device"
 
 
 @contextmanager
@@ -445,14 +308,14 @@ def no_waiting(here: Here, where: str) -> Iterator[None]:
     assert not noted.seen, f"{where} waits: {noted.seen}"
 
 
-# ---- metrics, and what "auto" chooses ----
+# ---- metrics ----
 
 
 def metrics(here: Here) -> str:
     """A measured step's numbers arrive on the first rank, all of them, and are finite."""
     found: list[tuple[int, dict[str, float]]] = []
     module = Given(here)
-    ours = AdaFisher(module.named_parameters(), **usual(here))
+    ours = AdaFisher(module.named_parameters(), **PARAMS)
     ours.report_metrics(lambda step, values: found.append((step, values)), every=2)
     module.train(ours, range(2))
     ours.flush_metrics()
@@ -464,11 +327,11 @@ def metrics(here: Here) -> str:
     return f"of step 2: {told}"
 
 
+@deciding_on_the_device()
 def metrics_wait(here: Here) -> str:
     """Nor does the host wait in a step that is measured, the third one."""
-    needs_kernel(here)
     module = Given(here)
-    ours = AdaFisher(module.named_parameters(), **PARAMS, backend="triton")
+    ours = AdaFisher(module.named_parameters(), **PARAMS)
     ours.report_metrics(lambda step, values: None, every=3)
     module.train(ours, range(2))
     module.take_gradients(2)
@@ -476,28 +339,6 @@ def metrics_wait(here: Here) -> str:
         ours.step()
     ours.flush_metrics()
     return "the host waits for nothing on the device in a measured step"
-
-
-def auto(here: Here) -> str:
-    """That backend="auto" finds nothing wrong with the kernel, and that its steps are the torch path's."""
-    needs_kernel(here)
-    steps = 2 if here.rehearsing else STEPS
-    records: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("adafisher_dist").addHandler(handler)
-    try:
-        modules, chosen = [Given(here), Given(here)], set()
-        for module, backend in zip(modules, ("auto", "torch"), strict=True):
-            ours = AdaFisher(module.named_parameters(), **PARAMS, backend=backend)
-            module.train(ours, range(steps))
-            chosen |= {entry.backend for entry in ours.fisher_stats().values()} if backend == "auto" else set()
-    finally:
-        logging.getLogger("adafisher_dist").removeHandler(handler)
-    apart = distance(*map(weights, modules))
-    assert apart < 1e-4, f"{steps} steps by {chosen} and by torch: the weights are {apart:.2g} apart"
-    assert chosen == {"triton"}, f"it chose {chosen}: {records}"
-    return f"it trusts the kernel; after {steps} steps {apart:.1e} from the torch path's weights"
 
 
 # ---- one process, or DDP ----
@@ -516,7 +357,7 @@ def replicated(here: Here, precision: str, group: Callable[[Here], Any] = lambda
     dtype, chosen = FLOATS[precision], group(here)
     module = model(dtype).to(here.device)
     net = wrapped(module, here, chosen)
-    ours = AdaFisher(param_groups(module), **{**usual(here), **more}, process_group=chosen)
+    ours = AdaFisher(param_groups(module), **{**PARAMS, **more}, process_group=chosen)
     beside = beside_groups(module, weights(module), dtype=dtype, **more)
     for step in range(STEPS):
         x, y = batch(step, here)
@@ -534,7 +375,7 @@ def replicated(here: Here, precision: str, group: Callable[[Here], Any] = lambda
 def scaler(here: Here) -> str:
     """torch.amp's GradScaler and autocast in fp16; it skips a step whose gradients overflow on the last rank."""
     module = model().to(here.device)
-    net, ours = wrapped(module, here), AdaFisher(param_groups(module), **usual(here))
+    net, ours = wrapped(module, here), AdaFisher(param_groups(module), **PARAMS)
     beside, bad = beside_groups(module, weights(module)), 2
     grad_scaler = torch.amp.GradScaler(here.device.type, init_scale=2.0**10, growth_interval=100)
     for step in range(STEPS):
@@ -583,7 +424,7 @@ def with_deepspeed() -> Any:
 def engine_config(here: Here, stage: int, precision: str, offload: bool = False, accumulate: int = 1) -> Settings:
     engines = with_deepspeed()
     config = engines.config(
-        stage, here.world, usual(here), precision=precision, offload=offload, accumulate=accumulate
+        stage, here.world, PARAMS, precision=precision, offload=offload, accumulate=accumulate
     )  # fmt: skip
     config["train_batch_size"] = samples(here) * accumulate
     config["train_micro_batch_size_per_gpu"] = samples(here) // here.world
@@ -709,7 +550,7 @@ def fsdp2(here: Here, policy: str, group: Callable[[Here], Any] = lambda here: N
     module = model()
     for part in (module.inner, module.conv, module):
         fully_shard(part, mesh=mesh, **policies[policy])
-    ours = AdaFisher(param_groups(module), **usual(here))
+    ours = AdaFisher(param_groups(module), **PARAMS)
     whole = partial(_whole, module, here)
     beside = beside_groups(module, whole())
     for step in range(STEPS):
@@ -804,7 +645,7 @@ def checkpoint(here: Here) -> str:
         {"inverse_update_freq": 2, "packed": True, "fisher_dtype": torch.bfloat16, "rows_per_block": 2},
     ]
     for (number, variant), asynchronous in itertools.product(enumerate(variants), (False, True)):
-        settings = {**usual(here), **variant}
+        settings = {**PARAMS, **variant}
         module = Given(here)
         ours = AdaFisher(module.named_parameters(), **settings)
         module.train(ours, range(3))
@@ -836,7 +677,7 @@ def checkpoint_elsewhere(here: Here) -> str:
     cpu, apart = torch.device("cpu"), 0.0
     for name, first, second in (("to-cpu", here.device, cpu), ("from-cpu", cpu, here.device)):
         module, again = Given(here, first), Given(here, second)
-        ours, other = (AdaFisher(m.named_parameters(), **usual(here)) for m in (module, again))
+        ours, other = (AdaFisher(m.named_parameters(), **PARAMS) for m in (module, again))
         module.train(ours, range(3))
         path = here.folder / name / "step3"
         adafisher_dist.save_checkpoint(path, module, ours)
@@ -853,32 +694,30 @@ def checkpoint_elsewhere(here: Here) -> str:
 # ---- all of them ----
 
 
-def all_checks(rehearsing: bool) -> dict[str, Check]:
+def all_checks() -> dict[str, Check]:
     """By name, in the order in which they are made: what is most likely to be wrong first."""
     checks: dict[str, Check] = {
-        "kernel": kernel,
-        "auto": auto,
         "blocks": blocks,
         "ladder": ladder,
+        "not-numbers": not_numbers,
+        "gate": gate,
         "optimizer": optimizer,
         "tf32": tf32,
-        "skipped-torch": partial(bad_gradients, backend="torch", inverse_update_freq=2, exponent=0.5),
-        "skipped-kernel": partial(bad_gradients, backend="triton"),
-        "waiting-kernel": partial(waiting, backend="triton"),
-        "waiting-auto": partial(waiting, backend="auto"),
+        "skipped": bad_gradients,
+        "skipped-bf16": partial(bad_gradients, max_blocks=3, fisher_dtype=torch.bfloat16),
+        "skipped-by-hosts": partial(bad_gradients, exponent=1.0, inverse_update_freq=2),
+        "waiting": waiting,
+        "waiting-bf16": partial(waiting, packed=True, max_blocks=3, fisher_dtype=torch.bfloat16),
+        "waiting-plain": partial(waiting, grafting="none", fisher_update_freq=2),
         "metrics": metrics,
         "waiting-metrics": metrics_wait,
         "comm": communication,
         "comm-both": partial(communication, group=both),
     }
-    if not rehearsing:
-        bf16 = {"fisher_dtype": torch.bfloat16}
-        checks["skipped-kernel-bf16"] = partial(bad_gradients, backend="triton", max_blocks=3, **bf16)
-        checks["waiting-kernel-bf16"] = partial(waiting, backend="triton", packed=True, **bf16)
     for precision in ("fp32", "bf16", "fp16"):
         checks[f"train-{precision}"] = partial(replicated, precision=precision)
     checks["train-fp32-both"] = partial(replicated, precision="fp32", group=both)
-    checks["train-fp32-torch"] = partial(replicated, precision="fp32", backend="torch", inverse_update_freq=2)
+    checks["train-fp32-p1"] = partial(replicated, precision="fp32", exponent=1.0, inverse_update_freq=2)
     checks["scaler"] = scaler
     for policy in ("fp32", "bf16", "offload"):
         checks[f"fsdp2-{policy}"] = partial(fsdp2, policy=policy)

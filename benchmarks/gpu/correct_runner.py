@@ -41,7 +41,6 @@ class Here:
         world: how many there are.
         device: of this rank.
         folder: for files; all ranks see it.
-        rehearsing: whether the CPU stands for a GPU, and Triton's interpreter for its compiler.
         limit: seconds that a check may take.
     """
 
@@ -49,7 +48,6 @@ class Here:
     world: int
     device: torch.device
     folder: Path
-    rehearsing: bool
     limit: float = 240.0
 
     @property

@@ -1,14 +1,13 @@
-"""How fast it is on a GPU: the kernel beside its bytes, the whole step beside other optimizers, its share of training.
+"""How fast it is on a GPU: blocks beside their floor, the whole step beside other optimizers, its share of training.
 
     python benchmarks/gpu/fast.py [--out FOLDER] [--rehearse]       # writes FOLDER/fast.json; `make gpu` calls it
 
-- kernel: `benchmarks/kernel.py`'s measurement, some kinds of blocks of it. Each kind is compiled, and tried on a few
-  blocks, in a process of its own first, all at once: a kernel that crashes takes nothing else along.
+- blocks: a step of 1 GB of blocks of one kind, beside the least that its bytes and its products take (fast_blocks.py).
 - steps: one optimizer's step on all parameters of a GPT, with random gradients. `device_ms`: between two events, the
   launches queued ahead as they are behind a backward; `host_ms`: until `step()` returns, which is what keeps the
   next forward from being queued; `wall_ms`: from an idle device to an idle device. Medians; `wall_ms_mean` is the mean
   of wall_ms, since some optimizers have a slow step in every ten. A step that waits for the device, as AdaFisher's
-  torch path does, cannot be queued ahead: its device_ms has those waits in it.
+  with exponent 1 does, cannot be queued ahead: its device_ms has those waits in it.
 - share: forward and backward of a GPT, and the step on an eighth of each of its parameters' blocks, which is what one
   of eight ranks owns. What travels between ranks is not in it.
 
@@ -25,57 +24,30 @@ import importlib.util
 import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import gpt
-import kernel
 import torch
-from clocks import Memory, Row, Step, answers, free, synchronize, time_step
+from clocks import Effort, Memory, Row, Step, answers, free, synchronize, time_step
 from common_gpu import Results, left, said
+from fast_blocks import STATE_BYTES, Block, Speeds, measure, speeds
 from gpt import GPT, SHAPES, TINY, Shape
-from kernel import Effort
 from torch import nn
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.grid import Kind
 from adafisher_dist.settings import DEFAULTS
 
 SECONDS, REHEARSAL_SECONDS = 122, 70
 RANKS, ROWS = 8, DEFAULTS["rows_per_block"]
 EFFORT, REHEARSAL_EFFORT = Effort(3, 20), Effort(0, 1)
-COMPILE_SECONDS = 75
 SOAP_SECONDS, SOAP_CYCLE = 40, 10
-BASE = "AdamW (fused)"
+BASE, OURS = "AdamW (fused)", "AdaFisher"
 
 Named = Mapping[str, nn.Parameter]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A kind of block, as the kernel is compiled for it."""
-
-    size: int
-    rows: int
-    dtype: str = "float32"
-    packed: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"b={self.size} rows={self.rows} {self.dtype}{' packed' if self.packed else ''}"
-
-    @property
-    def kind(self) -> Kind:
-        return Kind(self.size, self.rows, True)
-
-    @property
-    def bytes(self) -> int:
-        """Of the state of one, as kernel.measure counts it."""
-        return self.size**2 * getattr(torch, self.dtype).itemsize + 8 * self.size * self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,66 +120,6 @@ def _answer(sender: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -
     sender.close()
 
 
-# ---- the kernel ----
-
-
-def try_kernel(block: Block, count: int, on_gpu: bool) -> float:
-    """Compile the kernel for a kind of block and take a step of some; returns the seconds of that."""
-    device = torch.device("cuda" if on_gpu else "cpu")
-    batch = kernel.make(block.kind, getattr(torch, block.dtype), block.packed, count, device)
-    steps = kernel.Steps(batch, torch.randn_like(batch.gradient_NDB), "triton", count)
-    steps.prepare()
-    synchronize(device)
-    began = time.perf_counter()
-    steps.run()
-    synchronize(device)
-    if not bool(batch.gradient_NDB.isfinite().all()):
-        raise RuntimeError("the kernel's update is not finite")
-    return time.perf_counter() - began
-
-
-class Compilers:
-    """Processes that try the kernel for each kind of block; the compiled code stays in Triton's cache."""
-
-    def __init__(self, given: argparse.Namespace, results: Results, blocks: Iterable[Block]) -> None:
-        self.given, self.results = given, results
-        self.told = results.content["compile"]
-        self.until = time.time() + COMPILE_SECONDS
-        count = 2 if given.rehearse else 1000
-        self.going = {b: Apart(try_kernel, b, count, not given.rehearse) for b in blocks if b.name not in self.told}
-
-    def need(self, blocks: Iterable[Block]) -> None:
-        """Wait for these.
-
-        Raises:
-            RuntimeError: the kernel failed on one of them.
-        """
-        for block in blocks:
-            if block.name not in self.told:
-                try:
-                    row = {"seconds": self.going[block].result(min(self.until - time.time(), left(self.given) - 5))}
-                except (RuntimeError, LeftOutError) as error:
-                    row = {"failure": str(error)}
-                self.told[block.name] = row
-                self.results.save()
-                print(f"  compiled for {block.name}: {row.get('failure') or format(row['seconds'], '.1f') + ' s'}")
-            if "failure" in self.told[block.name]:
-                raise RuntimeError(f"the kernel failed on {block.name}: {self.told[block.name]['failure']}")
-
-    def end(self) -> None:
-        for apart in self.going.values():
-            apart.end()
-
-
-def measure_kernel(block: Block, bandwidth: float, rehearse: bool) -> Row:
-    dtype = getattr(torch, block.dtype)
-    if rehearse:
-        arguments = (3 * block.bytes, bandwidth, torch.device("cpu"), Effort(0, 1), Effort(0, 1))
-    else:
-        arguments = (kernel.STATE_BYTES, bandwidth, torch.device("cuda"), kernel.KERNEL, kernel.TORCH)
-    return kernel.measure(block.kind, dtype, block.packed, *arguments)
-
-
 # ---- steps ----
 
 
@@ -215,11 +127,11 @@ def optimizers() -> dict[str, Callable[[Named], Step]]:
     """By name, what builds them and returns their step; AdamW first."""
     return {
         BASE: lambda named: torch.optim.AdamW(named.values(), fused=True).step,
-        "AdaFisher, kernel": partial(adafisher, backend="triton"),
-        "AdaFisher, torch": partial(adafisher, backend="torch"),
+        OURS: adafisher,
         "Muon, AdamW (fused) for the rest": muon,
-        "AdaFisher, kernel, packed": partial(adafisher, backend="triton", packed=True),
-        "AdaFisher, kernel, bf16 Fisher": partial(adafisher, backend="triton", fisher_dtype=torch.bfloat16),
+        f"{OURS}, packed": partial(adafisher, packed=True),
+        f"{OURS}, bf16 Fisher": partial(adafisher, fisher_dtype=torch.bfloat16),
+        f"{OURS}, exponent 1": partial(adafisher, exponent=1.0),
         "SOAP": soap,
     }
 
@@ -286,14 +198,8 @@ def eighth(model: GPT) -> dict[str, nn.Parameter]:
     return own
 
 
-def measure_share(shape: Shape, rehearse: bool, need: Callable[[str], None]) -> Row:
-    """Forward and backward of the whole, and optimizers' steps on an eighth; of those, one may fail.
-
-    Args:
-        shape: of the model.
-        rehearse: whether it is on a CPU.
-        need: raises where the kernel cannot be had for an optimizer of this name.
-    """
+def measure_share(shape: Shape, rehearse: bool) -> Row:
+    """Forward and backward of the whole, and optimizers' steps on an eighth; of those, one may fail."""
     device = torch.device("cpu" if rehearse else "cuda")
     effort = REHEARSAL_EFFORT if rehearse else EFFORT
     model = gpt.build(shape, device)
@@ -308,10 +214,9 @@ def measure_share(shape: Shape, rehearse: bool, need: Callable[[str], None]) -> 
     whole = time_step(forward_and_backward, device, effort)
     own = eighth(model)
     cases: dict[str, Row] = {}
-    for name in ("AdaFisher, kernel", "AdaFisher, torch", BASE):
+    for name in (OURS, BASE):
         free(device)
         try:
-            need(name)
             timed = time_step(optimizers()[name](own), device, effort)
         except Exception as error:
             synchronize(device)  # raises where the device is lost: then nothing after it would be true
@@ -340,44 +245,33 @@ class Plan:
 
     Attributes:
         usual, slow: seconds that most items may take, and that SOAP's may.
-        blocks: kinds of blocks for the part "kernel", by dtype; the first two are those that a GPT's parameters have.
     """
 
     def __init__(self, given: argparse.Namespace, results: Results) -> None:
         self.given, self.results = given, results
         self.usual, self.slow = (1.0, 1.0) if given.rehearse else (9.0, 20.0)
         self.shapes = TINY if given.rehearse else SHAPES
-        self.blocks = _blocks(given.rehearse)
-        of_gpt = {"AdaFisher, kernel": "float32", "AdaFisher, kernel, packed": "packed"}
-        of_gpt["AdaFisher, kernel, bf16 Fisher"] = "bfloat16"
-        # A rehearsal interprets: nothing needs to be compiled.
-        self.of_gpt = {} if given.rehearse else {name: self.blocks[key][:2] for name, key in of_gpt.items()}
-        self.compilers = Compilers(given, results, [block for each in self.blocks.values() for block in each])
-
-    def need(self, name: str) -> None:
-        """Wait until the kernel is compiled for the optimizer of this name; raises where it cannot be."""
-        self.compilers.need(self.of_gpt.get(name, ()))
 
     def items(self) -> list[Item]:
         first, *others = self.shapes
-        usual, more, slow = list(optimizers())[:4], list(optimizers())[4:6], list(optimizers())[6]
+        usual, more, slow = list(optimizers())[:3], list(optimizers())[3:6], list(optimizers())[6]
+        blocks, other_blocks = _blocks(self.given.rehearse)
         return [
-            *(self._kernel(block) for block in self.blocks["float32"]),
+            *(self._block(block) for block in blocks),
             *(self._step(first, name) for name in usual),
             self._share(first),
             *(self._step(other, name) for other in others for name in usual),
             *(self._step(first, name) for name in more),
-            *(self._kernel(block) for block in self.blocks["bfloat16"]),
+            *(self._block(block) for block in other_blocks),
             *(self._step(other, name) for other in others for name in more),
             *(self._step(shape, slow) for shape in (*others, first)),
         ]
 
-    def _kernel(self, block: Block) -> Item:
-        def run() -> Row:
-            self.compilers.need([block])
-            return measure_kernel(block, self.results.content["copy_bytes_a_second"], self.given.rehearse)
-
-        return Item("kernel", block.name, self.usual, run)
+    def _block(self, block: Block) -> Item:
+        content = self.results.content
+        speed = Speeds(content["copy_bytes_a_second"], content["flops_a_second"])
+        size, device = (3 * block.bytes, "cpu") if self.given.rehearse else (STATE_BYTES, "cuda")
+        return Item("blocks", block.name, self.usual, partial(measure, block, size, speed, torch.device(device)))
 
     def _step(self, key: str, name: str) -> Item:
         shape, rows, slow = self.shapes[key], self.results.content["steps"], name == "SOAP"
@@ -386,7 +280,6 @@ class Plan:
             missing = lacking(name)
             if missing is not None:
                 raise LeftOutError(missing)
-            self.need(name)
             measure = partial(measure_step, shape, name, self.given.rehearse)
             # SOAP's first step takes long and cannot be interrupted; in a process of its own it can.
             seconds = min(SOAP_SECONDS, left(self.given) - 3)
@@ -396,19 +289,16 @@ class Plan:
         return Item("steps", f"{name}, {shape.title}", self.slow if slow else self.usual, run)
 
     def _share(self, key: str) -> Item:
-        run = partial(measure_share, self.shapes[key], self.given.rehearse, self.need)
+        run = partial(measure_share, self.shapes[key], self.given.rehearse)
         return Item("share", f"share, {self.shapes[key].title}", 1.5 * self.usual, run)
 
 
-def _blocks(rehearse: bool) -> dict[str, list[Block]]:
+def _blocks(rehearse: bool) -> tuple[list[Block], list[Block]]:
+    """What is measured early, and what late."""
     if rehearse:
-        return {"float32": [Block(4, 2)], "bfloat16": [], "packed": []}
-    order = [(128, 64), (128, 1), (64, 64), (128, 16), (64, 16), (64, 1)]
-    return {
-        "float32": [Block(*each) for each in order],
-        "bfloat16": [Block(*each, "bfloat16") for each in order],
-        "packed": [Block(*each, "float32", True) for each in order[:2]],
-    }
+        return [Block(4, 2)], [Block(4, 1, "bfloat16", packed=True)]
+    first = [Block(size, rows) for size, rows in ((128, 64), (128, 1), (64, 64), (128, 16), (64, 16), (64, 1))]
+    return first, [replace(block, **own) for own in ({"dtype": "bfloat16"}, {"packed": True}) for block in first[:3]]
 
 
 def lacking(name: str) -> str | None:
@@ -445,7 +335,7 @@ def work(given: argparse.Namespace, results: Results, plan: Plan) -> None:
         except Exception as error:
             _tell(results, item, {"failure": said(error)})
             if not answers(device):
-                start_again(plan)
+                start_again()
         else:
             _tell(results, item, row)
         results.save()
@@ -457,10 +347,8 @@ def _tell(results: Results, item: Item, row: Row) -> None:
     results.save()
     if "failure" in row:
         print(f"{item.name}: FAILED: {row['failure']}")
-    elif item.section == "kernel":
-        print(
-            f"{item.name}: kernel {row['kernel_ms']:.3f} ms, floor {row['floor_ms']:.3f}, torch {row['torch_ms']:.1f}"
-        )
+    elif item.section == "blocks":
+        print(f"{item.name}: {row['step_ms']:.2f} ms; floors {row['bytes_ms']:.2f} and {row['flops_ms']:.2f} ms")
     elif item.section == "steps":
         times = ", ".join(f"{key} {row[f'{key}_ms']:.2f} ms" for key in ("device", "host", "wall"))
         print(f"{item.name}: {times}, first step {row['first_step_seconds']:.1f} s")
@@ -471,10 +359,9 @@ def _tell(results: Results, item: Item, row: Row) -> None:
             print(f"  {name}: {told}")
 
 
-def start_again(plan: Plan) -> None:
+def start_again() -> None:
     """As a new process, behind what the JSON has."""
     print("The device answers no more: starting again behind that.")
-    plan.compilers.end()
     sys.stdout.flush()
     again = [word for word in sys.argv[1:] if word != "--resume"]
     os.execv(sys.executable, [sys.executable, sys.argv[0], *again, "--resume"])
@@ -482,7 +369,7 @@ def start_again(plan: Plan) -> None:
 
 def failures(content: Mapping[str, Any]) -> list[str]:
     """The names of what failed."""
-    rows = [row for section in ("kernel", "steps", "share") for row in content[section]]
+    rows = [row for section in ("blocks", "steps", "share") for row in content[section]]
     failed = [row["name"] for row in rows if "failure" in row]
     cases = [(row["name"], name, case) for row in rows for name, case in row.get("cases", {}).items()]
     return failed + [f"{of}: {name}" for of, name, case in cases if "failure" in case]
@@ -491,16 +378,15 @@ def failures(content: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     given = common_gpu.options("fast", __doc__, SECONDS, REHEARSAL_SECONDS)
     torch.set_num_threads(1)
-    results = Results(given, copy_bytes_a_second=None, compile={}, kernel=[], steps=[], share=[], left_out=[])
-    if results.content["copy_bytes_a_second"] is None:  # while nothing else uses the device
-        device, numel = ("cpu", 2**20) if given.rehearse else ("cuda", kernel.STATE_BYTES)
-        results.content["copy_bytes_a_second"] = kernel.copy_bandwidth(torch.device(device), numel)
-        free(torch.device(device))
-    plan = Plan(given, results)
-    try:
-        work(given, results, plan)
-    finally:
-        plan.compilers.end()
+    results = Results(given, copy_bytes_a_second=None, flops_a_second=None, blocks=[], steps=[], share=[], left_out=[])
+    content = results.content
+    if content["copy_bytes_a_second"] is None:
+        device = torch.device("cpu" if given.rehearse else "cuda")
+        content["copy_bytes_a_second"], content["flops_a_second"] = (
+            speeds(device, 2**20, 64) if given.rehearse else speeds(device)
+        )
+        free(device)
+    work(given, results, Plan(given, results))
     results.finish()
     failed = failures(results.content)
     print(f"fast: {len(failed)} failed, {len(results.content['left_out'])} left out")

@@ -114,7 +114,7 @@ def page(found: Found) -> str:
 
 
 def _runs(found: Found) -> str:
-    keys = ("ended", "card", "driver", "cuda", "torch", "triton", "python", "date", "commit")
+    keys = ("ended", "card", "driver", "cuda", "torch", "python", "date", "commit")
     rows = [[part, *(content.get(key, "unknown") for key in keys)] for part, content in found.items()]
     rows += [[part, "not run", *[""] * (len(keys) - 1)] for part in PARTS if part not in found]
     return "## What was run\n\n" + table(("part", *keys), rows, texts=len(keys) + 1)
@@ -175,28 +175,27 @@ def _correct(content: Mapping[str, Any] | None) -> str:
 def _fast(content: Mapping[str, Any] | None) -> list[str]:
     if content is None:
         return [_section("How fast is it? (part `fast`)", None)]
-    parts = [_kernel(content), _steps(content), _share(content)]
+    parts = [_blocks(content), _steps(content), _share(content)]
     return [_section("How fast is it? (part `fast`)", content, _left_out(content)), *filter(None, parts)]
 
 
-def _kernel(content: Mapping[str, Any]) -> str:
-    if not content.get("kernel"):
+def _blocks(content: Mapping[str, Any]) -> str:
+    if not content.get("blocks"):
         return ""
-    bandwidth = (content.get("copy_bytes_a_second") or 0) / 1e12
-    intro = f"""One step of about 1 GB of blocks. "floor" is what moving its bytes takes at the {bandwidth:.2f} TB/s
-        that a large copy was measured to have; "of the floor" is floor / kernel. Compiling took what the last column
-        says, all kinds at once."""
-    compiled = content.get("compile", {})
-    headings = ("blocks", "kernel ms", "floor ms", "of the floor", "torch ms", "torch / kernel", "u apart", "compile s")
+    bandwidth, rate = ((content.get(key) or 0) / 1e12 for key in ("copy_bytes_a_second", "flops_a_second"))
+    intro = f"""One step of about 1 GB of blocks, by the defaults. "bytes": what moving F, momentum, gradients and
+        updates once takes at the {bandwidth:.2f} TB/s of a large copy. "flops": what the step's products of matrices
+        take at the {rate:.1f} TFLOP/s of a large product in float32. Both were measured here; "of the floor" is the
+        larger of the two over the step."""
+    headings = ("blocks", "step ms", "bytes ms", "flops ms", "of the floor")
     rows = []
-    for row in content["kernel"]:
+    for row in content["blocks"]:
         if "failure" in row:
-            rows.append((row["name"], f"FAILED: {row['failure']}", *[""] * 6))
+            rows.append((row["name"], f"FAILED: {row['failure']}", "", "", ""))
             continue
-        times = (number(row["kernel_ms"]), number(row["floor_ms"]), percent(row["of_the_floor"]))
-        more = (number(row["torch_ms"]), number(row["times_torch"]), number(row["largest_relative_difference_of_u"]))
-        rows.append((row["name"], *times, *more, number(compiled.get(row["name"], {}).get("seconds"))))
-    return f"### The kernel\n\n{wrap(intro)}\n\n{table(headings, rows)}"
+        times = (number(row[key]) for key in ("step_ms", "bytes_ms", "flops_ms"))
+        rows.append((row["name"], *times, percent(row["of_the_floor"])))
+    return f"### Blocks of one kind\n\n{wrap(intro)}\n\n{table(headings, rows)}"
 
 
 def _steps(content: Mapping[str, Any]) -> str:
@@ -283,8 +282,6 @@ def _run(run: Mapping[str, Any]) -> tuple[str, ...]:
     training = run["train"][-1][2] if run["train"] else None
     each = 1e3 * seconds / step if step else None
     told = run.get("failure") or ("" if run["ended"] == FINISHED else run["ended"])
-    if run.get("backend"):
-        told = "; ".join(filter(None, (told, f"computed by {run['backend']}")))
     numbers = (f"{run['lr']:g}", number(held_out, 4), number(training, 4), str(step), number(each), number(seconds))
     return (run["optimizer"], *numbers, told)
 
@@ -348,7 +345,7 @@ def summary(folder: Path, most: int = 8000) -> str:
     for check in _checks(correct) + _checks(trains):
         if check["ok"] is not True:
             lines.append(f"  {_SAID[check['ok']]}: {check['name']}: {cell(check.get('said') or '', 160)}")
-    for row in [*fast.get("kernel", []), *fast.get("steps", [])]:
+    for row in [*fast.get("blocks", []), *fast.get("steps", [])]:
         lines.append(f"  {_fast_line(row)}")
     for row in fast.get("share", []):
         for name, case in row.get("cases", {}).items():
@@ -366,8 +363,8 @@ def summary(folder: Path, most: int = 8000) -> str:
 def _fast_line(row: Mapping[str, Any]) -> str:
     if "failure" in row:
         return f"{row['name']}: FAILED: {cell(row['failure'], 160)}"
-    if "kernel_ms" in row:
-        return f"{row['name']}: {number(row['kernel_ms'])} ms, {percent(row['of_the_floor'])} of the floor"
+    if "step_ms" in row:
+        return f"{row['name']}: {number(row['step_ms'])} ms, {percent(row['of_the_floor'])} of the floor"
     ratio = number(row.get("to_adamw", {}).get("device_ms"))
     return f"{row['name']}: device {number(row['device_ms'])} ms ({ratio} × AdamW), host {number(row['host_ms'])}"
 

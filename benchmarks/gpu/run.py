@@ -60,7 +60,8 @@ def environment(rehearse: bool, site: bool) -> dict[str, str]:
     """What the parts are started with."""
     folders = [str(path) for path in [*PATHS, *([SITE] if site else [])]]
     before = os.environ.get("PYTHONPATH")
-    own = {
+    return {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join([*folders, *([before] if before else [])]),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -68,9 +69,6 @@ def environment(rehearse: bool, site: bool) -> dict[str, str]:
         "GPU_COMMAND": os.environ.get("GPU_COMMAND", " ".join(["python", *sys.argv])),
         "COMMIT": commit(),
     }
-    if rehearse:
-        own |= {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # the interpreter warns of each padded element
-    return {**os.environ, **own}
 
 
 def install_wheels(log: Log) -> bool:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fills .gpu/wheels with the Python packages that the GPU machine lacks (it reaches no network). For `make gpu-wheels`.
-# It has Python 3.12, torch, Triton, numpy and what else DeepSpeed needs (einops, msgpack, ninja, packaging, psutil,
+# It has Python 3.12, torch, numpy and what else DeepSpeed needs (einops, msgpack, ninja, packaging, psutil,
 # py-cpuinfo, tqdm); `make gpu` installs these wheels there, in a folder of their own.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
