@@ -137,7 +137,7 @@ def estimate(
     block_size: Annotated[list[int] | None, Option(help="Repeat for several; by default 16, 32, 64, 128.")] = None,
     rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
     block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
-    exponent: Annotated[float, Option(help="1.0 or 0.5.")] = 1.0,
+    exponent: Annotated[float, Option(help="0.5 or 1.0.")] = 0.5,
     inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
     max_blocks: Annotated[int | None, Option(help="Dense blocks a parameter.", show_default=False)] = None,
     weight_dtype: Annotated[Dtype, Option(help="Of the weights that ranks gather under DDP.")] = Dtype.float32,

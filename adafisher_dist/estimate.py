@@ -26,7 +26,7 @@ LAYOUTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 
 AUTO: Any = "auto"  # a block size that is still to be chosen
 
-# What `block_size="auto"` chooses from: the sizes that the Triton kernel knows, and smaller ones.
+# What `block_size="auto"` chooses from.
 AUTO_BLOCK_SIZES = (128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1)
 
 

@@ -55,16 +55,19 @@ def _translated(init: Callable[P, None]) -> Callable[P, None]:
 class AdaFisher(Optimizer):
     """Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
 
-    Each row of a parameter (all that feeds one output) is cut into vectors, and consecutive rows share their blocks.
-    For a vector with gradient g, at step t, after k Fisher updates, with means over the vectors of a block (DESIGN.md,
-    section 2):
+    A matrix is cut into blocks of rows_per_block rows and block_size columns. For the gradient G of a block, one row g
+    an output, at step t, after k Fisher updates (DESIGN.md, section 2):
 
-        m ← μ m + (1−μ) g                       m̂ = μ m / (1 − μᵗ) + (1−μ) g  (Nesterov)
-        w ← ρ w + (1−ρ) gᵀg / r                 ŵ = w / (1 − ρᵏ)
-        F ← ρ F + (1−ρ) mean(g gᵀ / ŵ)          F̂ = F / (1 − ρᵏ)
-        S = M̂ (F̂ / d + (δ + ε) I)^(−p)          d = tr(F̂) / r
-        U = polar(S), of root mean square 0.2
-        θ ← θ − η λ θ − η u
+        M ← μ M + (1−μ) G                       M̂ = μ M / (1 − μᵗ) + (1−μ) G  (Nesterov)
+        w ← ρ w + (1−ρ) gᵀg / r, of each row    ŵ = w / (1 − ρᵏ)
+        F ← ρ F + (1−ρ) mean(g gᵀ / ŵ)          F̂ = F / (1 − ρᵏ),  d = tr(F̂) / r
+        S = diag(ŵ)^(−p) M̂ (F̂/d + (δ+ε) I)^(−p)
+        U = polar(S), made as long as M̂ / (√V + ε) with V = ŵ diag(F̂)ᵀ / d
+        Θ ← Θ − η λ Θ − η U
+
+    Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and tables (matrices whose
+    one side is more than 8 times the other: of tokens, of few outputs, LoRA's factors) are Adam's, element by element,
+    with μ and ρ for its betas.
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
     blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block lives where its first element is.
@@ -76,27 +79,25 @@ class AdaFisher(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define groups; dense real tensors of any shape, in
             float32, float64, bfloat16 or float16.
-        lr: learning rate η.
+        lr: learning rate η; what suits AdamW suits here.
         momentum: decay μ of the gradient's average, in [0, 1).
         nesterov: look ahead with the newest gradient.
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
         eps: ε, keeps the diagonal's length finite.
-        block_size: largest vector b. The state takes about 4·b/rows_per_block + 12 bytes an element, shared by all
-            ranks. "auto": the largest that memory_budget_gb allows on these ranks, chosen at the first step.
-        rows_per_block: consecutive rows that share a block of the Fisher, at most. More rows cost less, and tell more
-            of a block in as many steps; fewer follow each row's own curvature.
+        block_size: columns of a block, at most. The state takes about 4·b/rows_per_block + 12 bytes an element, shared
+            by all ranks. "auto": the largest that memory_budget_gb allows on these ranks, chosen at the first step.
+        rows_per_block: rows of a block, at most; they share F. More rows cost less, and tell more of a block in as many
+            steps; fewer follow each row's own curvature.
         block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and nothing is shared.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
-        max_blocks: dense blocks a parameter may have; the rest of its elements keep a diagonal Fisher. None: no limit.
+        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0: all of them. None: no
+            limit, but tables have none.
         fisher_update_freq: steps between updates of F.
         inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
-        exponent: p, 1.0 (natural gradient) or 0.5.
-        grafting: "rms": the update's length is that of the diagonal method, Adam's, or more where the direction needs
-            it to make as much first-order progress: at most 16 times, and η times that is at most 1/L, L being the
-            length of the parameter's rows, so that no step changes what a row gives by more than the size of its
-            inputs, however large η is; "none": plain F^(−p) m̂.
+        exponent: p, 0.5, or 1.0 (natural gradient).
+        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not weighed and no polar factor.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64); or its name, as the param groups have it: "bfloat16".
         packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it

@@ -1,0 +1,92 @@
+"""How a parameter is stored does not decide whether it trains: the table of the documentation, and what it promises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adafisher_dist import AdaFisher
+from adafisher_dist.estimate import estimate
+from adafisher_dist.grid import view
+from adafisher_dist.settings import DEFAULTS, structure
+
+TABLE = Path(__file__).parents[1] / "docs" / "how_it_works.md"
+Shape = tuple[int, ...]
+
+
+def rows_of_the_table() -> list[tuple[str, Shape, str]]:
+    found = re.findall(r"^\| ([^|]+) \| \(([\d, ]*)\) \| ([^|]+) \|$", TABLE.read_text(), re.MULTILINE)
+    return [(name, tuple(int(size) for size in re.findall(r"\d+", shape)), seen) for name, shape, seen in found]
+
+
+def seen_as(shape: Shape) -> str:
+    """In the table's words."""
+    if structure(DEFAULTS).grid(shape).dense_slabs == 0:
+        return "elements"
+    matrices, rows, row = view(shape)
+    return (f"{matrices} matrices of " if matrices > 1 else "") + f"{rows} rows of {row}"
+
+
+def test_the_table_has_enough() -> None:
+    assert len(rows_of_the_table()) >= 20
+
+
+@pytest.mark.parametrize(("name", "shape", "seen"), rows_of_the_table(), ids=lambda value: str(value))
+def test_the_table(name: str, shape: Shape, seen: str) -> None:
+    assert seen_as(shape) == seen
+    memory = estimate([shape], "ddp", 1, structure(DEFAULTS), torch.float32, 1).memory
+    assert memory["total"] <= 24 * max(1, prod(shape))
+    if seen == "elements":
+        assert memory["fisher"] + memory["momentum"] == 8 * max(1, prod(shape))
+
+
+def test_a_group_may_choose() -> None:
+    with_blocks = structure({**DEFAULTS, "max_blocks": 10**6})
+    assert with_blocks.grid((50257, 768)).dense_slabs == with_blocks.grid((50257, 768)).slabs
+    assert structure({**DEFAULTS, "max_blocks": 0}).grid((4096, 4096)).dense_slabs == 0
+
+
+def train(parameters: list[nn.Parameter], gradients: Callable[[int], list[Tensor]], **settings: float) -> list[Tensor]:
+    optimizer = AdaFisher(parameters, lr=1e-2, **settings)
+    for step in range(8):
+        for parameter, gradient in zip(parameters, gradients(step), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def drawn(shape: Shape, step: int) -> Tensor:
+    scales = torch.linspace(-2, 2, shape[-1]).exp()  # so that F is no multiple of the identity
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step)) * scales
+
+
+@pytest.mark.parametrize("shape", [(4, 48, 96), (2, 3, 40, 72), (3, 5, 33)], ids=str)
+def test_stacked_matrices_train_as_matrices(shape: Shape) -> None:
+    """Bit for bit."""
+    matrices = shape[:-2]
+    stacked = train([nn.Parameter(torch.zeros(shape))], lambda step: [drawn(shape, step)])[0]
+    apart = train(
+        [nn.Parameter(torch.zeros(shape[-2:])) for _ in range(prod(matrices))],
+        lambda step: list(drawn(shape, step).flatten(0, -3)),
+    )
+    assert torch.equal(stacked.flatten(0, -3), torch.stack(apart))
+
+
+@pytest.mark.parametrize(
+    ("shape", "plain"),
+    [((1, 64, 96), (64, 96)), ((64, 1, 96), (64, 96)), ((1, 1, 70), (70,)), ((70, 1), (70,)), ((24, 16, 3, 3), (24, 144))],
+    ids=str,
+)
+def test_other_shapes_of_the_same(shape: Shape, plain: Shape) -> None:
+    """Bit for bit."""
+    one, other = (
+        train([nn.Parameter(torch.zeros(own))], lambda step, own=own: [drawn(plain, step).view(own)])[0]  # type: ignore[misc]
+        for own in (shape, plain)
+    )
+    assert torch.equal(one.view(plain), other)
