@@ -125,7 +125,7 @@ class AdaFisher(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         fisher_decay: float = 0.97,
         damping: float = 0.01,

@@ -13,7 +13,7 @@ from adafisher_dist.grid import Grid, make_grid
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
-    "momentum": 0.95,
+    "momentum": 0.9,
     "nesterov": True,
     "fisher_decay": 0.97,
     "damping": 0.01,

@@ -15,7 +15,7 @@ import numpy as np
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,  # α
-    "momentum": 0.95,  # μ
+    "momentum": 0.9,  # μ
     "nesterov": True,
     "fisher_decay": 0.97,  # ρ
     "damping": 0.01,  # δ

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEFAULTS, Oracle, blocks_of, polar_factor, refresh_interval
+from oracle import DEFAULTS, Oracle, blocks_of, by_element, matrices_of, polar_factor, refresh_interval
 from torch import nn
 
 from adafisher_dist import AdaFisher
@@ -23,9 +23,10 @@ from adafisher_dist import AdaFisher
 Gradients = list[list[np.ndarray | None]]  # [step][parameter]
 Settings = dict[str, Any]
 
-SHAPES = [(), (1,), (3,), (5, 7), (64,), (65,), (2, 3, 4, 5), (10, 130), (33, 20), (130,), (4, 1), (1, 9), (0,), (3, 0)]
-FEW = [(3,), (5, 7), (), (2, 3, 4, 5), (2, 45)]  # at blocks of 16: joined rows, cut rows, a short last block
-SMALL = [(4, 6), (11,), (3, 2, 2)]  # at blocks of 4: 6 + 3 + 3 blocks
+SHAPES = [(), (1,), (3,), (5, 7), (64,), (65,), (4, 3, 2, 5), (17, 130), (33, 20), (4, 1), (1, 9), (0,), (3, 0)]
+SHAPES += [(3, 6, 34), (2, 3, 4, 5), (40, 2), (10, 130)]  # three matrices; tables
+FEW = [(3,), (5, 7), (), (4, 3, 2, 5), (6, 45)]  # at blocks of 16: vectors, whole rows, cut ones, a short last block
+SMALL = [(4, 6), (11,), (3, 2, 2)]  # at blocks of 4 and one row each: 8 + 3 (elements alone) + 3 blocks
 
 
 def values(shapes: Sequence[tuple[int, ...]], seed: int = 0, scale: float = 0.1) -> list[np.ndarray]:
@@ -59,7 +60,7 @@ def assert_blocks_agree(
     assert np.isfinite(got).all(), where
     shape = want.shape
     got, want, scale, floor = (a.reshape(-1) for a in (got, want, scale, floor))
-    cuts = [setting[name] for name in ("block_size", "block_grid", "rows_per_block")]
+    cuts = [setting[name] for name in ("block_size", "block_grid", "rows_per_block", "max_blocks")]
     for start, stop in itertools.chain.from_iterable(blocks_of(shape, *cuts)):
         vector = slice(start, stop)
         error, bound = np.abs(got - want)[vector], scale[vector].max() + floor[vector]
@@ -142,18 +143,25 @@ def compare(
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 64, 1000])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_oracle_blocks_are_a_partition(shape: tuple[int, ...], size: int, rows: int, grid: str) -> None:
-    blocks = blocks_of(shape, size, grid, rows)
-    ranges = list(itertools.chain.from_iterable(blocks))
-    covered = [element for start, stop in ranges for element in range(start, stop)]
-    assert sorted(covered) == list(range(int(np.prod(shape))))
-    assert all(0 < stop - start <= size for start, stop in ranges)
+    for limit in (None, 10**6):  # which tells whether there are tables
+        blocks = blocks_of(shape, size, grid, rows, limit)
+        ranges = list(itertools.chain.from_iterable(blocks))
+        covered = [element for start, stop in ranges for element in range(start, stop)]
+        assert sorted(covered) == list(range(int(np.prod(shape))))
+        assert all(0 < stop - start <= size for start, stop in ranges)
+        if not covered or grid == "flat" or by_element(shape, limit):
+            assert blocks == [[(start, min(start + size, len(covered)))] for start in range(0, len(covered), size)]
+        else:
+            assert_blocks_are_of_rows(blocks, len(matrices_of(shape)[0][0]), rows)
+
+
+def assert_blocks_are_of_rows(blocks: list[list[tuple[int, int]]], length: int, rows: int) -> None:
+    """Rows have this length, and at most `rows` of them share a block, or are one together."""
     for block in blocks:
         assert len(block) <= rows and len({stop - start for start, stop in block}) == 1
         steps = {after - before for (before, _), (after, _) in itertools.pairwise(block)}
-        assert steps <= {int(np.prod(shape)) // shape[0] if shape else 0}, "the same columns of consecutive rows"
-    if grid == "rows" and len(shape) >= 2 and covered:
-        length = len(covered) // shape[0]
-        for start, stop in ranges:
+        assert steps <= {length}, "the same columns of consecutive rows"
+        for start, stop in block:
             inside_a_row = start // length == (stop - 1) // length
             whole_rows = start % length == 0 and stop % length == 0
             assert inside_a_row or whole_rows
@@ -172,6 +180,19 @@ def test_oracle_blocks_by_hand() -> None:
     assert blocks_of((), 64) == blocks_of((), 1, "flat", 16) == alone((0, 1))
     assert blocks_of((7,), 3) == blocks_of((1, 7), 3, rows_per_block=16) == alone((0, 3), (3, 6), (6, 7))
     assert blocks_of((2, 8), 4) == blocks_of((2, 8), 4, "flat")
+    # Two matrices: the first one's last row shares nothing with the second one's first.
+    first, second = ([[(a, a + 33), (a + 33, a + 66)], [(a + 66, a + 99)]] for a in (0, 99))
+    assert blocks_of((2, 3, 33), 33, rows_per_block=2, max_blocks=4) == first + second
+
+
+def test_oracle_tables_by_hand() -> None:
+    for shape in ((2, 17), (17, 2), (3, 1, 25), (25, 3, 1), (2, 3, 2, 5), (5, 2, 40), (2, 10, 1, 3)):
+        assert by_element(shape, None) and not by_element(shape, 10**6)
+        n = int(np.prod(shape))
+        assert blocks_of(shape, n, rows_per_block=2) == [[(0, n)]]
+    for shape in ((2, 16), (16, 2), (3, 24, 1), (3, 3, 2, 4), (5, 5, 40)):
+        assert not by_element(shape, None)
+        assert blocks_of(shape, 4, rows_per_block=2) == blocks_of(shape, 4, rows_per_block=2, max_blocks=10**6)
 
 
 def test_oracle_refresh_intervals_by_hand() -> None:
@@ -270,6 +291,16 @@ def test_every_combination(setting: Settings) -> None:
     compare(values(FEW), gradients(FEW, 12), block_size=16, **setting)
 
 
+@pytest.mark.parametrize("rows_per_block", [1, 2, 3, 16])
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+def test_rows_per_block(grafting: str, exponent: float, rows_per_block: int) -> None:
+    shapes = [*FEW, (3, 6, 34), (2, 45)]
+    setting = {"grafting": grafting, "exponent": exponent, "rows_per_block": rows_per_block, "damping": 0.1}
+    for max_blocks in (None, 9):
+        compare(values(shapes), gradients(shapes, 8), block_size=16, max_blocks=max_blocks, **setting)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "setting",
@@ -296,11 +327,13 @@ def test_packed(setting: Settings, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block_grid", ["rows", "flat"])
 @pytest.mark.parametrize("block_size", [1, 3, 7, 20, 64, 128, 2000])
 def test_shapes_and_block_sizes(block_size: int, block_grid: str) -> None:
-    # 1300 blocks of one would take the oracle long and show nothing new.
-    shapes = [s for s in SHAPES if block_size > 3 or s != (10, 130)]
+    # Thousands of blocks of one would take the oracle long and show nothing new.
+    shapes = [s for s in SHAPES if block_size > 3 or np.prod(s) < 1000]
     if block_size == 2000:
         shapes = [s for s in shapes if np.prod(s) <= 130]
-    compare(values(shapes), gradients(shapes, 6), block_size=block_size, block_grid=block_grid, damping=0.1)
+    for rows in (1, DEFAULTS["rows_per_block"]):
+        setting = {"block_size": block_size, "block_grid": block_grid, "rows_per_block": rows, "damping": 0.1}
+        compare(values(shapes), gradients(shapes, 6), **setting)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -325,14 +358,14 @@ def test_each_shape_alone(shape: tuple[int, ...]) -> None:
 def test_frequencies(fisher_update_freq: int, inverse_update_freq: int, setting: Settings) -> None:
     grads = gradients(SMALL, 34)
     for step in (3, 4, 11):  # its count falls behind the others', and the numbers of its blocks do not
-        grads[step][1] = None
-    freqs = {"fisher_update_freq": fisher_update_freq, "inverse_update_freq": inverse_update_freq}
+        grads[step][2] = None
+    freqs = {"fisher_update_freq": fisher_update_freq, "inverse_update_freq": inverse_update_freq, "rows_per_block": 1}
     compare(values(SMALL), grads, block_size=4, **{"fisher_decay": 0.9, **freqs, **setting})
 
 
 def test_old_factors_differ_from_fresh_ones() -> None:
     # Without this, the test above could pass with factors that are never old.
-    settings = {"block_size": 4, "fisher_decay": 0.9}
+    settings = {"block_size": 4, "rows_per_block": 1, "fisher_decay": 0.9}
     oracles = [Oracle(values(SMALL), inverse_update_freq=f, **settings) for f in (1, 5)]
     apart = []
     for row in gradients(SMALL, 12):
@@ -346,7 +379,7 @@ def test_old_factors_differ_from_fresh_ones() -> None:
 def test_old_factors_and_max_blocks(max_blocks: int, block_grid: str) -> None:
     # q counts the blocks of the grid, dense or not: a wrong count shows in whose turn it is.
     setting = {"inverse_update_freq": 5, "fisher_decay": 0.8, "max_blocks": max_blocks, "block_grid": block_grid}
-    compare(values(SMALL), gradients(SMALL, 30), block_size=4, **setting)
+    compare(values(SMALL), gradients(SMALL, 30), block_size=4, rows_per_block=1, **setting)
 
 
 @pytest.mark.parametrize("grafting", ["rms", "none"])
@@ -371,8 +404,9 @@ def test_some_elements_never_see_a_gradient(setting: Settings) -> None:
     grads = gradients(shapes, 12)
     for step, row in enumerate(grads):
         row[0][[1, 2, 3, 7] if step < 6 else [2, 3]] = 0.0
-    for block_size, block_grid in ((4, "rows"), (12, "rows"), (7, "flat")):
-        compare(values(shapes), grads, block_size=block_size, block_grid=block_grid, **setting)
+    for block_size, rows, block_grid in ((4, 1, "rows"), (12, 1, "rows"), (4, 64, "rows"), (7, 1, "flat")):
+        cuts = {"block_size": block_size, "rows_per_block": rows, "block_grid": block_grid}
+        compare(values(shapes), grads, **cuts, **setting)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
@@ -422,7 +456,7 @@ GROUPS = [
     (2, {"momentum": 0.5, "fisher_decay": 0.7, "block_size": 5, "nesterov": False, "eps": 1e-3}),
     (1, {"block_grid": "flat", "grafting": "none", "exponent": 0.5, "max_blocks": 2}),
     (2, {"bias_correction": False, "fisher_update_freq": 2, "inverse_update_freq": 4, "max_blocks": 0}),
-    (2, {"fisher_update_freq": 2, "inverse_update_freq": 7, "fisher_decay": 0.8, "block_size": 4}),
+    (2, {"fisher_update_freq": 2, "inverse_update_freq": 7, "fisher_decay": 0.8, "block_size": 4, "rows_per_block": 2}),
 ]
 GROUP_SHAPES = [(5, 7), (), (3, 9), (2, 3, 4, 5), (11,), (4, 9), (0,), (2, 18), (6, 3), (13,)]
 
@@ -449,7 +483,7 @@ def test_parameters_without_gradients_at_some_steps(seed: int, inverse_update_fr
         row[0] = None  # comes late, and is the first to be counted
     grads[4] = [None] * len(grads[4])
     setting = {"inverse_update_freq": inverse_update_freq, "fisher_decay": 0.8, "fisher_update_freq": 1 + seed}
-    compare(values(SMALL + FEW), grads, block_size=4, **setting)
+    compare(values(SMALL + FEW), grads, block_size=4, rows_per_block=1 + 63 * (seed % 2), **setting)
 
 
 def test_learning_rate_and_weight_decay_may_change() -> None:
@@ -537,6 +571,7 @@ random_settings = st.fixed_dictionaries(
         "damping": st.sampled_from([0.03, 0.1, 1.0]),
         "eps": st.sampled_from([1e-15, 1e-8, 1e-2]),
         "block_size": st.integers(1, 40),
+        "rows_per_block": st.sampled_from([1, 2, 3, 64]),
         "block_grid": st.sampled_from(["rows", "flat"]),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.5]),
         "bias_correction": st.booleans(),
@@ -573,8 +608,8 @@ def test_random_settings(groups: Any, steps: int, seed: int, missing: bool) -> N
 @pytest.mark.parametrize("setting", [{"max_blocks": 0}, {}], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_elements_without_blocks_are_adamws(dtype: torch.dtype, tolerance: float, setting: Settings) -> None:
-    shapes: list[tuple[int, ...]] = [(), (33,), (1, 300), (7, 1), (1, 1, 6, 1)]
-    shapes += [(5, 7), (2, 3, 4, 5)] if "max_blocks" in setting else []
+    shapes: list[tuple[int, ...]] = [(), (33,), (1, 300), (7, 1), (1, 1, 6, 1), (3, 28), (28, 3), (2, 3, 4, 5)]
+    shapes += [(5, 7), (4, 3, 2, 5)] if "max_blocks" in setting else []
     # From zero, so that the change is exact.
     ours, theirs = ([nn.Parameter(to_torch(v, dtype)) for v in values(shapes, scale=0.0)] for _ in range(2))
     setting = {"momentum": 0.9, "fisher_decay": 0.99, "nesterov": False, "fisher_dtype": dtype, **setting}
@@ -639,7 +674,7 @@ def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
 )
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
 def test_float32(scale: float, setting: Settings) -> None:
-    shapes = [*FEW, (65,), (4, 130)]
+    shapes = [*FEW, (65,), (4, 130), (17, 130)]
     # Rounding times the condition number: up to block_size/damping = 640; an inverse that is kept has most of it.
     float32 = {
         "dtype": torch.float32,

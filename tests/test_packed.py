@@ -43,7 +43,7 @@ def test_the_fisher_of_one_vector_is_symmetric_to_the_last_bit(size: int, dtype:
         values = rng.standard_normal((4, 1, size)) * np.exp(3 * rng.standard_normal(size))
         gradient_NDB = torch.tensor(values, dtype=wide)
         seeds = fisher.seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
-        fisher.update(fisher_NBB, gradient_NDB, 0.95, seeds)
+        fisher.update(fisher_NBB, gradient_NDB, 0.95, seed_N=seeds)
         assert torch.equal(fisher_NBB, fisher_NBB.mT)
 
 
@@ -92,7 +92,7 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_ladder(depth: int) -> None:
     def run(packed: bool) -> Batch:
-        structure = Structure(7, depth, "rows", None, torch.float32, 1.0, False, packed)
+        structure = Structure(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
         batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), np.full(5, 7), torch.device("cpu"))
         if batch.square_ND is not None:
             batch.square_ND.fill_(1.0)
@@ -105,7 +105,7 @@ def test_the_ladder(depth: int) -> None:
         return batch
 
     dense, packed = run(False), run(True)
-    assert dense.counted() == packed.counted() == {1: [1, 0, 0], 3: [0, 0, 1]}
+    assert dense.rungs == packed.rungs == {1: [1, 0, 0], 3: [0, 0, 1]}
     assert torch.equal(dense.gradient_NDB, packed.gradient_NDB)
 
 

@@ -7,9 +7,10 @@ from math import prod
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import slabs
+from oracle import by_element, slabs
 
 from adafisher_dist import plan
 from adafisher_dist.grid import Grid, make_grid
@@ -50,7 +51,7 @@ def test_strips_are_the_blocks_of_the_oracle(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None, random: Random
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
-    wanted = slabs(shape, size, name, rows)
+    wanted = slabs(shape, size, name, rows, limit)
     assert (grid.slabs, grid.num_blocks) == (len(wanted), sum(map(len, wanted)))
     first = random.randint(0, grid.slabs)
     last = random.randint(first, grid.slabs)
@@ -72,6 +73,39 @@ def test_strips_are_the_blocks_of_the_oracle(
     assert rest == list(range(grid.start(dense_last), grid.start(last)))
     if limit is not None:
         assert grid.dense_blocks <= limit
+    elif name == "rows" and prod(shape) and by_element(shape, limit):
+        assert grid.dense_blocks == 0
+    else:
+        assert grid.dense_blocks == grid.num_blocks
+
+
+TABLES = [(8, 65), (65, 8), (1, 3, 1, 25), (25, 1, 3), (2, 3, 2, 5), (5, 2, 40), (50257, 768), (16, 4096)]
+MATRICES = [(8, 64), (64, 8), (1, 3, 1, 24), (24, 1, 3), (3, 3, 2, 4), (5, 5, 40), (4096, 1024), (16, 128)]
+
+
+@pytest.mark.parametrize("shape", TABLES + MATRICES, ids=str)
+def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
+    """As soon as one side is more than 8 times the other, whatever else the shape has; unless max_blocks is given."""
+    grid, limited = (make_grid(shape, 16, 4, "rows", limit) for limit in (None, 10**9))
+    assert by_element(shape, None) == (grid.dense_blocks == 0) == (shape in TABLES)
+    assert limited.dense_blocks == limited.num_blocks and not by_element(shape, 10**9)
+    assert make_grid(shape, 16, 4, "flat").dense_blocks == -(-prod(shape) // 16)
+    if shape in MATRICES:
+        assert grid == limited
+    elif prod(shape) < 10_000:
+        assert (grid.slabs, grid.num_blocks) == (len(slabs(shape, 16, "rows", 4)),) * 2
+        elements = [range(s.start, s.start + s.rows) for s in grid.strips(0, grid.numel)]
+        assert elements == [range(prod(shape))]
+
+
+@many
+@given(shapes, block_sizes, row_counts)
+def test_matrices_of_few_rows_keep_no_more(shape: tuple[int, ...], size: int, rows: int) -> None:
+    """An element's part of its block's F is at most what it is where rows_per_block rows share it, or 2."""
+    grid = make_grid(shape, size, rows)
+    first = next(grid.strips(0, grid.numel), None)
+    if first is not None and first.dense:
+        assert first.size <= max(size / rows, 2) * first.depth
 
 
 @many

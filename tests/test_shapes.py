@@ -90,3 +90,47 @@ def test_other_shapes_of_the_same(shape: Shape, plain: Shape) -> None:
         for own in (shape, plain)
     )
     assert torch.equal(one.view(plain), other)
+
+
+# ---- Beside AdamW at AdamW's rates ----
+
+
+def left_of_lora(kind: type[torch.optim.Optimizer], rank: int, width: int, lr: float) -> float:
+    """The share of the loss that two adapters of a wide layer leave after 120 steps."""
+    torch.manual_seed(0)
+    base = torch.randn(64, width) / width**0.5
+    target = base + torch.randn(64, 4) @ torch.randn(4, width) / (2 * width**0.5)
+    a, b = nn.Parameter(torch.randn(rank, width) / width**0.5), nn.Parameter(torch.zeros(64, rank))
+    optimizer = kind([a, b], lr=lr, weight_decay=0)  # type: ignore[call-arg]
+    losses = []
+    for step in range(120):
+        x = torch.randn(64, width, generator=torch.Generator().manual_seed(step))
+        loss = (x @ (base - target).T + 2 * (x @ a.T) @ b.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses[-1] / losses[0]
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16])
+@pytest.mark.parametrize("lr", [2e-4, 2e-3])
+def test_adapters_learn_as_with_adamw(rank: int, lr: float) -> None:
+    """The bound is how far apart two of AdamW's own seeds may be, about."""
+    ours, theirs = (left_of_lora(kind, rank, 1024, lr) for kind in (AdaFisher, torch.optim.AdamW))
+    assert ours <= theirs + 0.05
+
+
+def test_vectors_learn_as_with_adamw() -> None:
+    def left(kind: type[torch.optim.Optimizer], shape: Shape) -> float:
+        torch.manual_seed(0)
+        target = torch.randn(shape).sign()
+        parameter = nn.Parameter(torch.zeros(shape))
+        optimizer = kind([parameter], lr=1e-2, weight_decay=0)  # type: ignore[call-arg]
+        for _ in range(100):
+            parameter.grad = parameter.detach() - target + 0.1 * torch.randn(shape)
+            optimizer.step()
+        return float((parameter.detach() - target).square().mean())
+
+    for shape in ((768,), (1, 5000), (5000, 1)):
+        assert left(AdaFisher, shape) <= left(torch.optim.AdamW, shape)
