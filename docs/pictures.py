@@ -104,7 +104,7 @@ def step() -> Figure:
     boxes = (
         ("agree", "all gradients finite?\nall ranks alike?", "#E4E8EF"),
         ("to the owners", "what of a slab lies\non another rank", "#F3DFC9"),
-        ("compute", "each rank its blocks:\nF, A = LLᵀ, u", "#CFE3D4"),
+        ("compute", "each rank its blocks:\nw, F, $A^{-1/2}$, polar, U", "#CFE3D4"),
         ("and back", "new weights, or\npieces of the update", "#F3DFC9"),
         ("settle", "did every rank\ndo its part?", "#E4E8EF"),
     )

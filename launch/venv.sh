@@ -39,11 +39,6 @@ if ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidia0 ]; then
 fi
 echo "make venv: [2/3] $torch and its dependencies"
 install "$torch"
-# CUDA builds of torch bring the Triton that fits them, and would conflict with another one, so it is not in constraints.txt.
-# CPU builds bring none; with this one the tests interpret and compile the fused kernel. Without it they are skipped.
-if ! .venv/bin/python -c 'import triton' 2>/dev/null; then
-    install 'triton==3.9.0' 2>/dev/null || echo "make venv: no Triton for this platform; the tests of its kernel will be skipped"
-fi
 echo "make venv: [3/3] DeepSpeed, the tools and this project"
 install --editable '.[dev]'
 echo "make venv: done"

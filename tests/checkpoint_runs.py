@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from models import batch, model
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.checkpoint.places import latest_tag
 
 
@@ -75,6 +78,27 @@ class Digests(dict[int, str]):
 
     def __missing__(self, step: int) -> str:
         return digest_after(step)
+
+
+# ---- what a manifest says ----
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a checkpoint's manifest, with the right checksum."""
+    content = json.loads((folder / MANIFEST).read_bytes())["content"]
+    change(content)
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    (folder / MANIFEST).write_text(json.dumps({"crc32": f"{crc32:08x}", "content": content}))
+
+
+def as_version_0_1_wrote_it(content: dict[str, Any]) -> None:
+    """Format 3: no grafting among the settings that state was built for, a backend, and blocks of other cuts."""
+    content["format"], content["about"]["versions"]["adafisher_dist"] = 3, "0.1.0"
+    for group in content["about"]["optimizer"]["groups"]:
+        group["settings"]["backend"] = "auto"
+    for entry in content["about"]["optimizer"]["state"].values():
+        del entry["structure"]["grafting"]
+        entry["blocks"] = entry["dense_blocks"] = entry["blocks"] + 3
 
 
 # ---- what happens to the disk ----

@@ -17,7 +17,8 @@ from torch import nn
 
 from adafisher_dist.ds import from_config
 
-PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+# Of four rows, so that partitions begin in the middle of blocks, and not only of whole matrices.
+PARAMS = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2}
 BATCH = 12
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ _CALLS = (
 _WORDS = 4
 
 # Of those, what is no message: help texts (which `--help` shows), and what the tables of the command line say.
-_SILENT_MODULES = ("tables.py", "fused_kernel.py")
+_SILENT_MODULES = ("tables.py",)
 _SILENT_KEYWORDS = ("help",)
 _SILENT_NAMES = ("NAMES", "PANELS")  # of metrics.py and curves.py: words of pictures
 

@@ -41,6 +41,18 @@ class Tied(Odd):
         return super().forward(x) + self.again(x).mean(dim=1, keepdim=True)
 
 
+class Stacked(Odd):
+    """The same with a stack of matrices, as of experts, whose last rows fill no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 7, 37) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = torch.einsum("ni,eoi->neo", torch.tanh(self.inner(x)), self.experts)
+        return super().forward(x) + torch.tanh(given).mean(dim=(1, 2)).unsqueeze(1)
+
+
 def model(dtype: torch.dtype = torch.float32, kind: type[Odd] = Odd) -> Odd:
     """The model, with the same weights at every call."""
     torch.manual_seed(1)
@@ -48,10 +60,11 @@ def model(dtype: torch.dtype = torch.float32, kind: type[Odd] = Odd) -> Odd:
 
 
 def param_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups with settings of their own."""
-    decay = [p for p in module.parameters() if p.dim() > 1]
-    rest = [p for p in module.parameters() if p.dim() <= 1]
-    return [{"params": decay}, {"params": rest, **OWN_SETTINGS}]
+    """Two groups with settings of their own, each with dense blocks: `mix` is with the vectors."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, p in module.named_parameters():
+        groups[p.dim() <= 1 or name.endswith("mix.weight")].append(p)
+    return [{"params": groups[0]}, {"params": groups[1], **OWN_SETTINGS}]
 
 
 def batch(

@@ -108,17 +108,18 @@ def test_the_first_of_betas_is_momentum_and_the_second_is_left_out(
     build: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
     group = build(betas=[0.8, 0.999]).param_groups[-1]
-    assert (group["momentum"], group["fisher_decay"]) == (0.8, 0.95) and "betas" not in group
+    assert (group["momentum"], group["fisher_decay"]) == (0.8, DEFAULTS["fisher_decay"]) and "betas" not in group
     (warning,) = warnings_of(caplog)
-    assert "momentum is 0.8, the first of them" in warning and "fisher_decay is 0.95" in warning
+    assert "momentum is 0.8, the first of them" in warning
+    assert f"fisher_decay is {DEFAULTS['fisher_decay']}" in warning
 
 
 @everywhere
 def test_a_momentum_that_is_given_wins_also_where_it_is_the_default(
     build: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for momentum in (0.85, 0.7):
-        group = build(betas=(0.9, 0.999), momentum=momentum, fisher_decay=0.9).param_groups[-1]
+    for momentum in (DEFAULTS["momentum"], 0.7):
+        group = build(betas=(0.8, 0.999), momentum=momentum, fisher_decay=0.9).param_groups[-1]
         assert (group["momentum"], group["fisher_decay"]) == (momentum, 0.9)
         assert f"momentum is {momentum}, as given" in warnings_of(caplog)[-1]
         assert "fisher_decay is 0.9." in warnings_of(caplog)[-1]
@@ -378,7 +379,7 @@ def test_momentum_follows_a_schedule_as_adamws_first_beta_does(schedule: Callabl
     torch.manual_seed(0)
     ours, theirs = nn.Linear(16, 4), nn.Linear(16, 4)
     theirs.load_state_dict(ours.state_dict())
-    as_adamw = {"block_size": 1, "rows_per_block": 1, "nesterov": False, "fisher_decay": 0.95}
+    as_adamw = {"max_blocks": 0, "nesterov": False, "fisher_decay": 0.95}
     optimizers = [
         AdaFisher(ours.parameters(), lr=1e-3, betas=(0.9, 0.95), **as_adamw),
         torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95)),
@@ -464,7 +465,8 @@ def test_public_configs_train_when_only_the_type_is_changed() -> None:
     for source, (_, params) in PUBLIC.items():
         told, momentum, decay, trained = first[source]
         assert told == ("betas" in params) and second[source][0] == 0, (source, "one warning, of the first rank")
-        assert (momentum, decay) == (filled(params).get("betas", [0.85])[0], 0.95), source
+        first_beta = filled(params).get("betas", [DEFAULTS["momentum"]])[0]
+        assert (momentum, decay) == (first_beta, DEFAULTS["fisher_decay"]), source
         assert 0 < distance(trained, start) < 1 and distance(trained, second[source][3]) == 0, source
 
 

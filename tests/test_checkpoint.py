@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engines import config, engine_of, fp16_on_the_cpu, full_weights, masters, train
-from models import batch, distance, model, param_groups
+from models import Stacked, batch, distance, model, param_groups
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +25,11 @@ from adafisher_dist.checkpoint.ranges import RANGE_NUMEL
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
 
-# Kept factors, in turns: the state that is hardest to carry over. max_blocks: a diagonal Fisher too.
-SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2, "inverse_update_freq": 3, "max_blocks": 60}
+# Kept factors, in turns: the state that is hardest to carry over. max_blocks: the larger matrices end with a diagonal
+# Fisher, in the middle of a stack too.
+SETTINGS = {
+    "lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2, "inverse_update_freq": 3, "max_blocks": 16,
+}  # fmt: skip
 BEFORE, AFTER = 5, 10  # steps
 
 # How a training is laid out: a layout, a precision, and more of the DeepSpeed config (and "packed", of AdaFisher's).
@@ -64,7 +67,7 @@ class Run:
         more = {key: value for key, value in more.items() if key != "packed"}
         self.layout, self.rank, self.world = layout, rank, world
         self.engine: Any = None
-        module = model()
+        module = model(kind=Stacked)
         if isinstance(self.kind, int):
             ds_config = config(self.kind, world, settings, precision=self.precision, **more)
             self.engine = engine_of(ds_config, module, groups=True)
@@ -335,12 +338,13 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.always = nn.Linear(11, 1)
-        self.sometimes = nn.Linear(11, 1)
+        self.always = nn.Linear(11, 5)
+        self.sometimes = nn.Linear(11, 4)
         self.on = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.always(x) + (self.sometimes(x) if self.on else 0.0)
+        found = self.always(x).mean(1, keepdim=True)
+        return found + (self.sometimes(x).mean(1, keepdim=True) if self.on else 0.0)
 
 
 def uneven_steps(rank: int, world: int, folder: str) -> None:

@@ -15,14 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_runs import as_version_0_1_wrote_it, change_manifest
 from models import Tied, batch, distance, model, param_groups, weights
+from oracle import rough_inverse_root
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
+from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, __version__, fisher, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import Place, save, training_of, values
+from adafisher_dist.checkpoint.export import export_weights
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.opened import Opened
+from adafisher_dist.cli import app
 
 SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
 
@@ -74,7 +80,8 @@ def test_another_fisher_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     for key, value in before.items():
         wanted = value.to(dtype) if "/fisher_" in key and "updates" not in key else value
         assert torch.equal(after[key].double(), wanted.double()), key
-    assert all(value.dtype == dtype for key, value in after.items() if key.endswith("fisher_8"))
+    dense, diagonal = converted.state[other.mix.weight]["fisher_8x5"], converted.state[other.scale]["fisher_diagonal"]
+    assert dense.dtype == diagonal.dtype == dtype
     steps(module, optimizer, 4, 8)
     steps(other, converted, 4, 8)
     assert distance(weights(other), weights(module)) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -112,28 +119,29 @@ def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: 
     assert distance(weights(other), weights(module)) == 0
 
 
-def test_the_backend_is_the_optimizers_own(tmp_path: Path) -> None:
-    module, optimizer = trained(backend="torch")
-    save_checkpoint(tmp_path / "a", module, optimizer)
-    other, resumed = trained(count=0)
-    load_checkpoint(tmp_path / "a", other, resumed)
-    assert resumed.param_groups[0]["backend"] == "auto"
+def exact_inverse_root(a: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(a)
+    return (vectors / np.sqrt(values)) @ vectors.T
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.5])
-def test_factors_that_were_not_saved_are_made_from_the_fisher(exponent: float, tmp_path: Path) -> None:
-    module, optimizer = trained(damping=0.3)
+# A^(−p) by exponent and grafting: A^(−1/2) is exact where the length of the update depends on it.
+ROOTS = {(1.0, "rms"): np.linalg.inv, (0.5, "rms"): rough_inverse_root, (0.5, "none"): exact_inverse_root}
+
+
+@pytest.mark.parametrize(("exponent", "grafting"), ROOTS)
+def test_factors_that_were_not_saved_are_made_from_the_fisher(exponent: float, grafting: str, tmp_path: Path) -> None:
+    module, optimizer = trained(damping=0.3, fisher_decay=0.9, grafting=grafting)
     save_checkpoint(tmp_path / "a", module, optimizer)
-    other, keeping = trained(count=0, inverse_update_freq=3, exponent=exponent)
+    other, keeping = trained(count=0, inverse_update_freq=3, exponent=exponent, grafting=grafting)
     load_checkpoint(tmp_path / "a", other, keeping)
     entry = keeping.state[other.mix.weight]  # 5 rows of 37
-    fisher, unbias = entry["fisher_8x5"].double(), 1 / (1 - 0.95**4)
+    fisher, unbias = entry["fisher_8x5"].double(), 1 / (1 - 0.9**4)
     d = fisher.diagonal(dim1=1, dim2=2).mean(dim=1) * unbias
-    a = fisher * unbias / d[:, None, None] + (0.3 + 1e-8) * torch.eye(8)  # the saved damping, not the optimizer's own
-    root = entry["factor_8x5"].double()  # A^(−p)
-    product = root @ root @ a if exponent == 0.5 else root @ a
-    assert torch.allclose(product, torch.eye(8, dtype=torch.float64).expand_as(product), atol=1e-4)
     assert torch.allclose(entry["curvature_8x5"].double(), d, rtol=1e-5)
+    eye = (0.3 + 1e-8) * torch.eye(8)  # of the saved damping, not of the optimizer's own
+    for f_hat, own_d, root in zip(fisher * unbias, d, entry["factor_8x5"], strict=True):
+        right = ROOTS[exponent, grafting]((f_hat / own_d + eye).numpy())
+        assert np.allclose(root.double().numpy(), right, atol=1e-4 * np.abs(right).max())
     steps(other, keeping, 4, 8)
     save_checkpoint(tmp_path / "b", other, keeping)
     load_checkpoint(tmp_path / "b", module, optimizer)  # factors that are not needed are left out
@@ -154,6 +162,44 @@ def test_settings_come_from_the_checkpoint_and_structure_stays(tmp_path: Path) -
     assert other.param_groups[1]["momentum"] == 0.8 and other.param_groups[1]["block_size"] == 4
 
 
+@pytest.mark.parametrize(("saved", "own"), [("rms", "none"), ("none", "rms")])
+def test_another_grafting_is_refused_by_name(saved: str, own: str, tmp_path: Path) -> None:
+    """The Fisher is then of other vectors: of rows over their root mean square, or of rows as they are."""
+    module, optimizer = trained(grafting=saved)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    other, another = trained(count=2, grafting=own)
+    before, of_state = weights(other), state(another)
+    told = rf"the Fisher of inner\.weight was kept for grafting='{saved}', here '{own}'"
+    with pytest.raises(CheckpointError, match=told) as caught:
+        load_checkpoint(tmp_path / "a", other, another)
+    assert "Nothing was changed" in str(caught.value)
+    assert distance(weights(other), before) == 0 and same(state(another), of_state)
+    steps(other, another, 2, 3)  # and training may go on
+    result = load_checkpoint(tmp_path / "a", other, another, strict=False)
+    assert all("grafting" in text for text in result.not_restored) and not state(another)
+    assert distance(weights(other), weights(module)) == 0 and another.param_groups[0]["grafting"] == own
+
+
+def test_a_checkpoint_of_version_0_1_gives_its_weights_alone(tmp_path: Path) -> None:
+    """Its state is of other blocks, and is refused with the reason; by an export its weights go on."""
+    module, optimizer = trained()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    change_manifest(tmp_path / "a", as_version_0_1_wrote_it)
+    other, own = trained(count=2)
+    before, of_state = weights(other), state(own)
+    told = r"optimizer state is of adafisher_dist 0\.1\.0 \(format 3; this version's is 4\)"
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=told) as caught:
+            load_checkpoint(tmp_path / "a", other, own, strict=strict)
+        assert "adafisher_dist export" in str(caught.value) and "Nothing was changed" in str(caught.value)
+    assert distance(weights(other), before) == 0 and same(state(own), of_state)
+    steps(other, own, 2, 3)  # and training may go on
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path / "a"), "--verify"]).exit_code == 0
+    (file,) = export_weights(tmp_path / "a", tmp_path / "out")
+    other.load_state_dict(load_file(file))
+    assert distance(weights(other), weights(module)) == 0
+
+
 def test_other_blocks_are_refused_or_left_out(tmp_path: Path) -> None:
     module, optimizer = trained()
     save_checkpoint(tmp_path / "a", module, optimizer)
@@ -165,13 +211,13 @@ def test_other_blocks_are_refused_or_left_out(tmp_path: Path) -> None:
     assert distance(weights(other), before) == 0 and same(state(blocks), of_state)
     steps(other, blocks, 2, 3)  # and training may go on
     result = load_checkpoint(tmp_path / "a", other, blocks, strict=False)
-    assert len(result.not_restored) == 4 and all("block_size=8, here 4" in text for text in result.not_restored)
+    assert len(result.not_restored) == 2 and all("block_size=8, here 4" in text for text in result.not_restored)
     assert distance(weights(other), weights(module)) == 0
     kept = state(blocks)  # of what has the same blocks all the same
-    assert len({key.rsplit("/", 1)[0] for key in kept}) == 4
+    assert len({key.rsplit("/", 1)[0] for key in kept}) == 6  # the vectors, and the convolution
     assert same(kept, {key: value for key, value in state(optimizer).items() if key in kept})
     steps(other, blocks, 4, 5)
-    assert sorted(stats.fisher_updates for stats in blocks.fisher_stats().values()) == [1] * 4 + [5] * 4
+    assert sorted(stats.fisher_updates for stats in blocks.fisher_stats().values()) == [1] * 2 + [5] * 6
 
 
 def test_settings_that_make_the_same_blocks_are_none_others(tmp_path: Path) -> None:
@@ -217,7 +263,7 @@ def test_a_larger_model_and_renamed_parameters(tmp_path: Path) -> None:
     assert sorted(result.not_restored) == [f"more.{name} is not in the checkpoint" for name in ("bias", "weight")]
     assert distance(weights(larger.core), weights(module)) == 0
     restored = {key.removeprefix("0."): value for key, value in state(fresh).items()}
-    assert torch.equal(restored["0/fisher_1"], state(optimizer)["0.0/fisher_1"])
+    assert torch.equal(restored["0/fisher_diagonal"], state(optimizer)["0.0/fisher_diagonal"])
     assert len(restored) == len(state(optimizer))
     steps(larger, fresh, 4, 5)
     save_checkpoint(tmp_path / "b", larger, fresh)

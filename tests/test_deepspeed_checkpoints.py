@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_runs import as_version_0_1_wrote_it, change_manifest
 from engines import PARAMS, config, engine_of, fp16_on_the_cpu, full_weights, masters, train
 from models import model, param_groups
 from ranks import run_ranks
@@ -39,15 +39,6 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open, (self.mark, "w")
-
-
-def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a manifest says, with the right checksum."""
-    content = json.loads((folder / "manifest.json").read_bytes())["content"]
-    change(content)
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    whole = {"crc32": f"{zlib.crc32(text.encode()):08x}", "content": content}
-    (folder / "manifest.json").write_text(json.dumps(whole))
 
 
 def poisoned(rank: int, world: int, stage: int, folder: str) -> None:
@@ -246,6 +237,46 @@ def test_adafishers_checkpoint_without_its_folder(stage: int, tmp_path: Path) ->
     run_ranks(adafisher_without_ours, 2, stage, str(tmp_path), deepspeed=True)
 
 
+def of_version_0_1(rank: int, world: int, stage: int, folder: str) -> None:
+    """Its optimizer state is refused, and its weights are there for who asks for these alone."""
+    import torch.distributed as dist
+
+    engine = engine_of(config(stage, world), groups=True)
+    train(engine, 0, 2, rank, world)
+    engine.save_checkpoint(f"{folder}/theirs", "a")
+    ds.save_checkpoint(engine, f"{folder}/ours", "a")
+    saved = masters(engine)
+    dist.barrier()
+    if rank == 0:
+        for own in ("theirs/a/adafisher_dist", "ours/a"):
+            change_manifest(Path(folder) / own, as_version_0_1_wrote_it)
+    dist.barrier()
+    loads: list[Callable[..., Any]] = [
+        lambda e, **flags: e.load_checkpoint(f"{folder}/theirs", **flags),
+        lambda e, **flags: e.load_checkpoint(f"{folder}/ours", **flags),
+        lambda e, **flags: ds.load_checkpoint(e, f"{folder}/ours", **flags),
+    ]
+    for load in loads:
+        other, untouched = (engine_of(config(stage, world), torch_model_of(3), groups=True) for _ in range(2))
+        for each in (other, untouched):
+            train(each, 0, 1, rank, world)
+        with pytest.raises(CheckpointError, match=r"adafisher_dist 0\.1\.0 \(format 3; .*load_optimizer_states=False"):
+            load(other)
+        for each in (other, untouched):  # nothing was changed
+            train(each, 1, 2, rank, world)
+        right = masters(untouched)
+        assert all(np.array_equal(value, right[name]) for name, value in masters(other).items())
+        flags = {"load_module_only": True} if load is loads[-1] else {"load_optimizer_states": False}
+        assert load(other, **flags)[0] is not None
+        assert all(np.array_equal(value, saved[name]) for name, value in masters(other).items())
+        train(other, 2, 3, rank, world)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_of_version_0_1_gives_its_weights_alone(stage: int, tmp_path: Path) -> None:
+    run_ranks(of_version_0_1, 2, stage, str(tmp_path), deepspeed=True)
+
+
 def universal(rank: int, world: int, folder: str) -> None:
     engine = engine_of(config(2, world, checkpoint={"load_universal": True}))
     with pytest.raises(CheckpointError, match=r'"load_universal" out of the config.*any number of ranks'):
@@ -260,13 +291,13 @@ def test_universal_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 class Lora(nn.Module):
-    """A large frozen base, and a small part that is trained."""
+    """A large frozen base, and a small part that is trained, of which one matrix has dense blocks."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
         self.inner = nn.Linear(11, width, bias=False).requires_grad_(False)
         self.base = nn.Linear(width, width, bias=False).requires_grad_(False)
-        self.a, self.b = nn.Linear(width, 2, bias=False), nn.Linear(2, 1, bias=False)
+        self.a, self.b = nn.Linear(width, width // 8, bias=False), nn.Linear(width // 8, 1, bias=False)
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

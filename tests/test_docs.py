@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from messages import PAGE, Message, messages, missing, of_source, quoted, stale, term
 
 import adafisher_dist
-from adafisher_dist.settings import DEFAULTS
+from adafisher_dist.settings import DEFAULTS, PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -39,7 +40,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    # Not --quiet, with which --strict passes over warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     unreachable = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}  # it needs no network
     environment = {**os.environ, **unreachable, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
@@ -226,14 +228,32 @@ def test_the_table_of_rows_per_block_is_todays() -> None:
         assert told == [*(f"{amount:.1f}" for amount in amounts), f"{costs.sent / 1e6:.3g}"]
 
 
-def test_the_trust_radii_are_those_of_the_code() -> None:
-    from adafisher_dist.fisher import largest_stretch
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bytes_an_element"),
+    [((4096, 4096), "float32", 20), ((4096,), "float32", 16), ((50257, 768), "float32", 16), ((4096,), "bfloat16", 18)],
+)
+def test_the_bytes_an_element_are_those_of_the_code(shape: tuple[int, ...], dtype: str, bytes_an_element: int) -> None:
+    from adafisher_dist.estimate import estimate
+    from adafisher_dist.settings import normalize, structure
 
-    rows = re.findall(r"^\| L = (\d+) \| lr = ([\d.e-]+) \|", text("settings.md"), flags=re.MULTILINE)
-    assert len(rows) == 3
-    for length, lr in rows:
-        stretch = largest_stretch(torch.tensor([float(length)]), float(lr)).item()
-        assert stretch == pytest.approx(1.0, rel=0.03)
+    group = {**DEFAULTS, "fisher_dtype": dtype}
+    normalize(group)
+    total = estimate([shape], "ddp", 1, structure(group)).memory["total"]
+    assert round(total / math.prod(shape)) == bytes_an_element
+    page = text("memory.md")
+    if dtype == "float32":
+        assert f"= {bytes_an_element}" in page
+    else:
+        assert "Elements without blocks take 2 bytes more" in page
+
+
+def test_the_presets_are_those_of_the_code() -> None:
+    rows = re.findall(r'`"preset": "(\w+)"` \| (.*) \|$', text("settings.md"), flags=re.MULTILINE)
+    told = {
+        name: {key: float(value) for key, value in re.findall(r"`(\w+)` ([\d.e-]+)", settings)}
+        for name, settings in rows
+    }
+    assert told == PRESETS
 
 
 def test_each_picture_is_drawn_by_the_script_and_shown() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import backward, config, engine_of, masters, run_alone, train
+from engines import PARAMS, backward, config, engine_of, masters, run_alone, train
 from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
@@ -17,6 +17,7 @@ from adafisher_dist import AdaFisher, comm, fisher, shard, state
 pytestmark = pytest.mark.dist
 
 FAULTY = 1  # the rank that fails
+SETTINGS = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}  # every rank owns dense blocks
 
 
 class OutOfMemory(RuntimeError):
@@ -51,7 +52,7 @@ def message_of(rank: int, step: Any) -> str:
 
 def replicated(rank: int, world: int, place: str) -> tuple[str, str]:
     module = model()
-    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
 
     def step(number: int) -> None:
         x, y = batch(number, 0, 1)
@@ -110,7 +111,7 @@ def test_sharded(stage: int, place: str) -> None:
 def recovers(rank: int, world: int):
     """A checkpoint loaded after a failed step makes training go on as if it had not been."""
     module, twin = model(), model()
-    optimizer, reference = (AdaFisher(m.parameters(), lr=1e-2, block_size=8) for m in (module, twin))
+    optimizer, reference = (AdaFisher(m.parameters(), **SETTINGS) for m in (module, twin))
 
     def step(m: nn.Module, o: AdaFisher, number: int) -> None:
         x, y = batch(number, 0, 1)
@@ -142,7 +143,7 @@ def test_recovery() -> None:
 
 def broken_block(rank: int, world: int, stage: int):
     """Every Cholesky factorisation fails on one rank alone: its blocks take the diagonal, and training goes on."""
-    engine = engine_of(config(stage, world))
+    engine = engine_of(config(stage, world, {**PARAMS, "exponent": 1.0}))
     real = torch.linalg.cholesky_ex
 
     def never(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +201,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank(stage: int) -> None:
 def refused_layout(rank: int, world: int) -> str:
     """A layout that is refused on one rank alone."""
     module = model()
-    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
     if rank == FAULTY:
         module.inner.weight.allreduce = False  # marks an expert of DeepSpeed's mixture of experts
     x, y = batch(0, 0, 1)
@@ -220,7 +221,7 @@ def test_a_layout_refused_on_one_rank() -> None:
 def on_the_wire(rank: int, world: int) -> str:
     """Buffers for a backend that cannot send from the tensors' device are made with the state, under guard."""
     module = model()
-    optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
     real = comm.Group.wire
 
     def wire(group: comm.Group, tensor: torch.Tensor) -> comm.Wire:

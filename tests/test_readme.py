@@ -48,6 +48,18 @@ def test_all_settings_are_in_the_table() -> None:
         assert f"`{name}`" in section, name
 
 
+def test_the_defaults_in_the_table_are_the_optimizers() -> None:
+    section = README[README.index("## Settings") : README.index("## What works where")]
+    told: dict[str, str] = {}
+    for names, defaults in re.findall(r"^\| (`.*?`) \| (.*?) \|", section, flags=re.MULTILINE):
+        told |= dict(zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True))
+    for name, default in {**DEFAULTS, "process_group": None}.items():
+        if isinstance(default, float):
+            assert float(told[name]) == default, name
+        else:
+            assert told[name].strip('"') == str(default).removeprefix("torch."), name
+
+
 # ---- its commands ----
 
 BLOCKS = re.findall(r"(?:^    .*\n)+", README, flags=re.MULTILINE)

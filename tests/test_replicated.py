@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,18 @@ from adafisher_dist import AdaFisher
 
 pytestmark = pytest.mark.dist
 
-SETTINGS = {
+# Of few rows a block, so that all ranks have some.
+SMALL: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
     "default": {"lr": 1e-2},
-    "small-blocks": {"lr": 1e-2, "block_size": 7},
+    "small-blocks": {**SMALL, "block_size": 7, "rows_per_block": 3},
     "flat": {"lr": 1e-2, "block_size": 5, "block_grid": "flat"},
-    "old-factors": {"lr": 1e-2, "block_size": 8, "inverse_update_freq": 4, "fisher_update_freq": 2},
-    "diagonal-tail": {"lr": 1e-2, "block_size": 8, "max_blocks": 3},
-    "root": {"lr": 1e-2, "block_size": 16, "exponent": 0.5, "grafting": "none", "damping": 0.3},
-    "packed": {"lr": 1e-2, "block_size": 8, "inverse_update_freq": 4, "max_blocks": 20, "packed": True},
-    "one-element": {"lr": 1e-2, "block_size": 1},
+    "old-factors": {**SMALL, "inverse_update_freq": 4, "fisher_update_freq": 2},
+    "diagonal-tail": {**SMALL, "max_blocks": 3},
+    "cholesky": {**SMALL, "exponent": 1.0, "damping": 0.3},
+    "root": {**SMALL, "block_size": 16, "exponent": 0.5, "grafting": "none", "damping": 0.3},
+    "packed": {**SMALL, "inverse_update_freq": 4, "max_blocks": 20, "packed": True},
+    "one-element": {"lr": 1e-2, "block_size": 1, "rows_per_block": 1},
 }
 
 
@@ -103,7 +107,7 @@ def low_precision(rank: int, world: int, dtype_name: str):
     # A channels-last weight is not contiguous: its flattened order is not its memory's.
     weight = nn.Parameter(torch.randn(6, 4, 3, 3).to(dtype).to(memory_format=torch.channels_last))
     mixed = nn.Parameter(torch.randn(9, 5))
-    optimizer = AdaFisher([weight, mixed], lr=0.05, block_size=8)
+    optimizer = AdaFisher([weight, mixed], lr=0.05, block_size=8, rows_per_block=2)
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
         weight.grad = torch.randn(6, 4, 3, 3, generator=generator).to(dtype).to(memory_format=torch.channels_last)
@@ -126,7 +130,7 @@ def test_low_precision_and_strided_parameters(dtype: str) -> None:
 
 def late_gradients(rank: int, world: int):
     first, second = nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(7, 9))
-    optimizer = AdaFisher([("first", first), ("second", second)], lr=0.1, block_size=8)
+    optimizer = AdaFisher([("first", first), ("second", second)], lr=0.1, block_size=8, rows_per_block=2)
     for step in range(8):
         first.grad = torch.sin(torch.arange(40.0) + step) if step != 4 else None
         second.grad = torch.cos(torch.arange(63.0).view(7, 9) * step) if step > 2 else None
@@ -192,7 +196,7 @@ def test_ranks_that_disagree_stop_together(how: str, words: str) -> None:
 
 def non_finite(rank: int, world: int, value: float):
     tensors = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(9, 9))]
-    optimizer = AdaFisher(tensors, lr=0.1)
+    optimizer = AdaFisher(tensors, lr=0.1, rows_per_block=2)
     seen = []
     for step in range(4):
         for tensor in tensors:
@@ -215,7 +219,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(value: float)
 
 def consolidated(rank: int, world: int, to: int | None, packed: bool):
     module = model()
-    settings = {"lr": 1e-2, "block_size": 8, "max_blocks": 4, "inverse_update_freq": 3, "packed": packed}
+    settings = {**SMALL, "max_blocks": 4, "inverse_update_freq": 3, "packed": packed}
     optimizer = AdaFisher(module.named_parameters(), **settings)
     for step in range(5):
         step_once(module, optimizer, step)
@@ -279,7 +283,7 @@ def test_consolidated_state_resumes_at_any_world_size(world: int, to: int | None
 def subgroups(rank: int, world: int):
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     module = model()
-    optimizer = AdaFisher(module.parameters(), lr=1e-2, process_group=groups[rank // 2])
+    optimizer = AdaFisher(module.parameters(), **SMALL, process_group=groups[rank // 2])
     for step in range(4):
         x, y = batch(step + 50 * (rank // 2), 0, 1)  # the two groups train on their own data
         optimizer.zero_grad()
@@ -314,7 +318,7 @@ def test_settings_that_differ_between_ranks_are_an_error() -> None:
 
 def tries_again(rank: int, world: int):
     tensors = [nn.Parameter(torch.ones(200)), nn.Parameter(torch.ones(7, 9))]
-    optimizer = AdaFisher(tensors, lr=0.1, block_size=4)
+    optimizer = AdaFisher(tensors, lr=0.1, block_size=4, rows_per_block=2)
     for step in range(3):
         for tensor in tensors:
             tensor.grad = torch.full_like(tensor, 0.5)

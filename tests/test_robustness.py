@@ -30,29 +30,31 @@ def state_is_finite(optimizer: AdaFisher) -> bool:
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
-def test_a_singular_fisher_walks_the_ladder_and_is_counted(exponent: float) -> None:
+@pytest.mark.parametrize("shape", [(64,), (8, 8)], ids=str)
+def test_a_singular_fisher_costs_nothing(shape: tuple[int, ...], exponent: float) -> None:
+    """For p = 1 it walks the ladder and is counted; for p = 1/2 there is no need."""
     # One gradient direction and no damping worth the name: A has rank one to float32's rounding.
-    gradient = torch.sin(torch.arange(64.0))
-    parameter, optimizer = run([gradient] * 5, damping=0.0, eps=1e-12, exponent=exponent)
-    ladder = optimizer.fisher_stats()["weight"].ladder
-    assert sum(ladder.values()) > 0, "the factorisation did not fail: this test shows nothing"
+    gradient = torch.sin(torch.arange(64.0)).view(shape)
+    gradient = gradient[:1] * torch.linspace(1, 2, len(gradient))[:, None] if gradient.dim() > 1 else gradient
+    settings = {"exponent": exponent, "block_grid": "flat" if gradient.dim() == 1 else "rows"}
+    parameter, optimizer = run([gradient] * 5, damping=0.0, eps=1e-12, **settings)
+    failures = sum(optimizer.fisher_stats()["weight"].ladder.values())
+    assert (failures > 0) == (exponent == 1.0), "the factorisation did not fail: this test shows nothing"
     assert state_is_finite(optimizer) and torch.isfinite(parameter).all()
     assert (parameter.detach() * gradient).sum() < 0, "not a descent direction"
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.5])
-def test_every_rung_of_the_ladder(exponent: float) -> None:
+def test_every_rung_of_the_ladder() -> None:
     fine = torch.eye(3)
     slightly_negative = torch.diag(torch.tensor([1.0, 1.0, 0.5]))
     slightly_negative[2, 2] = -0.005  # 10 × damping repairs it
     hopeless = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     stack = torch.stack([fine, slightly_negative, hopeless])
-    factor = fisher.factorize(stack, 1.0, 1e-3, exponent, torch.float32)
+    factor = fisher.factorize(stack, 1.0, 1e-3, 1.0, torch.float32, exact=False)
     assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 1, 3]
     assert torch.isfinite(factor.root_NBB).all()
     diagonal = stack[2].diagonal() / factor.d_N[2] + 1e-2
-    expected = diagonal.sqrt() if exponent == 1.0 else diagonal.rsqrt()
-    assert torch.allclose(factor.root_NBB[2], torch.diag(expected))
+    assert torch.allclose(factor.root_NBB[2], torch.diag(diagonal.sqrt()))
 
 
 def test_float64_is_the_second_rung(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,70 +65,74 @@ def test_float64_is_the_second_rung(monkeypatch: pytest.MonkeyPatch) -> None:
         return root, info if a.dtype == torch.float64 else torch.ones_like(info)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", only_in_float64)
-    _, optimizer = run([torch.randn(10)] * 3)
+    _, optimizer = run([torch.randn(10)] * 3, exponent=1.0, block_grid="flat")
     assert optimizer.fisher_stats()["weight"].ladder == {"more damping": 0, "float64": 3, "diagonal": 0}
 
 
-def test_an_eigh_that_does_not_converge_costs_only_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.linalg.eigh
-
-    def fails_on_the_marked_block(a: Tensor) -> tuple[Tensor, Tensor]:
-        if ((a[:, 0, 0] - a[:, 1, 1]).abs() > 1).any():
-            raise torch.linalg.LinAlgError("did not converge")
-        return real(a)
-
-    monkeypatch.setattr(torch.linalg, "eigh", fails_on_the_marked_block)
-    stack = torch.eye(4).repeat(5, 1, 1)
-    stack[3, 0, 0] = 9.0
-    factor = fisher.factorize(stack, 1.0, 0.1, 0.5, torch.float32)
-    assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 0, 0, 3, 0]
-    assert torch.allclose(factor.root_NBB[0], torch.eye(4) / 1.1**0.5)
+# As a vector, whose elements are alone, as pieces of one, and as a matrix, whose rows share a block or do not.
+STORED: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((100,), {}),
+    ((100,), {"block_grid": "flat"}),
+    ((10, 10), {"rows_per_block": 1, "block_size": 10}),
+    ((20, 5), {}),
+]
+stored = pytest.mark.parametrize(("shape", "blocks"), STORED, ids=str)
 
 
+@stored
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-19, 1e-12, 1e6, 1e12, 1e17])
 @pytest.mark.parametrize("grafting", ["rms", "none"])
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
-def test_tiny_and_huge_gradients(scale: float, grafting: str, exponent: float) -> None:
+def test_tiny_and_huge_gradients(
+    scale: float, grafting: str, exponent: float, shape: tuple[int, ...], blocks: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(100, generator=generator) * scale for _ in range(6)]
-    parameter, optimizer = run(gradients, grafting=grafting, exponent=exponent)
+    gradients = [torch.randn(shape, generator=generator) * scale for _ in range(6)]
+    parameter, optimizer = run(gradients, grafting=grafting, exponent=exponent, **blocks)
     assert optimizer.skipped_steps == 0
     assert state_is_finite(optimizer)
     assert not parameter.isnan().any()
     if grafting == "rms":
-        assert parameter.abs().max() < 2, "longer than six steps of lr 0.1 can be"
+        assert parameter.square().mean().sqrt() < 2, "longer than six steps of lr 0.1 can be"
 
 
-def test_a_jump_in_scale() -> None:
+@stored
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_a_jump_in_scale(exponent: float, shape: tuple[int, ...], blocks: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(100, generator=generator) * scale for scale in (1e17, 1e-12, 1e-12, 1.0, 1e17, 1e-30)]
-    parameter, optimizer = run(gradients, fisher_update_freq=2, inverse_update_freq=2)
+    gradients = [torch.randn(shape, generator=generator) * scale for scale in (1e17, 1e-12, 1e-12, 1.0, 1e17, 1e-30)]
+    parameter, optimizer = run(gradients, fisher_update_freq=2, inverse_update_freq=2, exponent=exponent, **blocks)
     assert state_is_finite(optimizer) and torch.isfinite(parameter).all()
 
 
+@stored
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e19])
-def test_a_bad_gradient_leaves_no_trace(value: float, caplog: pytest.LogCaptureFixture) -> None:
-    good = [torch.sin(torch.arange(80.0) + step) for step in range(4)]
+def test_a_bad_gradient_leaves_no_trace(
+    value: float, shape: tuple[int, ...], blocks: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [torch.sin(torch.arange(100.0) + step).view(shape) for step in range(4)]
     bad = good[0].clone()
-    bad[17] = value
-    clean, _ = run(good)
+    bad.view(-1)[17] = value
+    clean, _ = run(good, **blocks)
     with caplog.at_level(logging.WARNING, "adafisher_dist"):
-        parameter, optimizer = run([bad, good[0], good[1], bad, bad, good[2], good[3]])
+        parameter, optimizer = run([bad, good[0], good[1], bad, bad, good[2], good[3]], **blocks)
     assert torch.equal(parameter, clean)
     assert optimizer.skipped_steps == 3
     assert [record.args for record in caplog.records] == [(1,), (2,)]
 
 
-def test_float64_takes_larger_gradients() -> None:
-    _, optimizer = run([torch.full((5,), 1e100, dtype=torch.float64)], fisher_dtype=torch.float64)
+@stored
+def test_float64_takes_larger_gradients(shape: tuple[int, ...], blocks: dict[str, Any]) -> None:
+    _, optimizer = run([torch.full(shape, 1e100, dtype=torch.float64)], fisher_dtype=torch.float64, **blocks)
     assert optimizer.skipped_steps == 0 and state_is_finite(optimizer)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("settings", [{}, {"grafting": "none"}, {"inverse_update_freq": 5}, {"max_blocks": 0}])
-def test_a_block_that_never_saw_a_gradient_does_not_move(settings: dict[str, object]) -> None:
+def test_a_block_that_never_saw_a_gradient_does_not_move(settings: dict[str, object], rows: int) -> None:
     gradient = torch.zeros(4, 10)
     gradient[1] = 1.0
-    parameter, optimizer = run([gradient] * 4, block_size=10, **settings)
+    parameter, optimizer = run([gradient] * 4, block_size=10, rows_per_block=rows, **settings)
     assert torch.equal(parameter.detach().abs().sum(1) > 0, torch.tensor([False, True, False, False]))
     assert state_is_finite(optimizer)
 
@@ -147,8 +153,8 @@ def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_bfloat16_fisher_fills_and_decays(decay: float, max_blocks: int | None) -> None:
     # Rounded to nearest it would stop at 0.8 for ρ = 0.99 and at 0.25 for 0.999, and stay there.
     parameter = nn.Parameter(torch.zeros(30))
-    settings = {"fisher_decay": decay, "block_size": 10, "max_blocks": max_blocks, "fisher_dtype": torch.bfloat16}
-    optimizer = AdaFisher([parameter], **settings)
+    settings = {"fisher_decay": decay, "block_size": 10, "block_grid": "flat", "max_blocks": max_blocks}
+    optimizer = AdaFisher([parameter], fisher_dtype=torch.bfloat16, **settings)
     for size, expected in ((1.0, 1 - decay**1500), (1e-6, (1 - decay**1500) * decay**1500)):
         for _ in range(1500):
             parameter.grad = torch.full((30,), size)
@@ -161,10 +167,13 @@ def test_a_bfloat16_fisher_fills_and_decays(decay: float, max_blocks: int | None
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("scale", [1e-19, 1e-20, 1e-21, 3e-22, 1e-22])
-def test_kept_factors_of_tiny_gradients_are_finite(scale: float, exponent: float) -> None:
+@stored
+def test_kept_factors_of_tiny_gradients_are_finite(
+    scale: float, exponent: float, shape: tuple[int, ...], blocks: dict[str, Any]
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(20, generator=generator) * scale for _ in range(6)]
-    _, optimizer = run(gradients, inverse_update_freq=3, exponent=exponent)
+    gradients = [torch.randn(shape, generator=generator) * scale for _ in range(6)]
+    _, optimizer = run(gradients, inverse_update_freq=3, exponent=exponent, **blocks)
     assert state_is_finite(optimizer)
     assert sum(optimizer.fisher_stats()["weight"].ladder.values()) == 0
 
@@ -187,8 +196,8 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("settings", [{}, {"inverse_update_freq": 3}, {"packed": True}], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("settings", [{}, {"inverse_update_freq": 3}, {"packed": True}, {"exponent": 1.0}], ids=str)
 def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any], rows: int) -> None:
     """After the first step, temporaries are those of a tile: 2 MiB, whatever the model."""
     layer = nn.Linear(1024, 256 * rows, bias=False)

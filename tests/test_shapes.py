@@ -80,7 +80,13 @@ def test_stacked_matrices_train_as_matrices(shape: Shape) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "plain"),
-    [((1, 64, 96), (64, 96)), ((64, 1, 96), (64, 96)), ((1, 1, 70), (70,)), ((70, 1), (70,)), ((24, 16, 3, 3), (24, 144))],
+    [
+        ((1, 64, 96), (64, 96)),
+        ((64, 1, 96), (64, 96)),
+        ((1, 1, 70), (70,)),
+        ((70, 1), (70,)),
+        ((24, 16, 3, 3), (24, 144)),
+    ],
     ids=str,
 )
 def test_other_shapes_of_the_same(shape: Shape, plain: Shape) -> None:

@@ -205,7 +205,7 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
                         f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}:"
                         " it is of other vectors"
                     )
-                elif _grid(own, shape) == _grid(there, shape):
+                elif _alike(_grid(own, shape), _grid(there, shape)):
                     found.states[name] = old
                 else:
                     changed = [key for key in _OF_GRID if own[key] != there[key]]
@@ -220,6 +220,11 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
 def _grid(settings: Mapping[str, Any], shape: Sequence[int]) -> Grid:
     """The blocks of a parameter: other settings may make the same, as block sizes above its rows' length do."""
     return make_grid(shape, **{key: settings[key] for key in _OF_GRID})
+
+
+def _alike(own: Grid, there: Grid) -> bool:
+    """Whether the state is of the same blocks. Elements that are alone have no blocks to tell apart."""
+    return own == there or not (own.dense_slabs or there.dense_slabs)
 
 
 def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping[str, str]) -> int | None:
