@@ -56,7 +56,7 @@ gpu-wheels: $(STAMP)  ## fetch into .gpu/wheels what the GPU machine lacks (netw
 	@PYTHON=$(BIN)/python benchmarks/gpu/wheels.sh
 
 docs: $(STAMP)  ## the documentation's site, into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
 docs-serve: $(STAMP)  ## the same at http://127.0.0.1:8000, while it is written

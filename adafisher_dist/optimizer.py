@@ -92,16 +92,16 @@ class AdaFisher(Optimizer):
         block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and nothing is shared.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
-        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0: all of them. None: no
-            limit, but tables have none.
+        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0: all of them. None:
+            no limit, but tables have none.
         fisher_update_freq: steps between updates of F.
         inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
         exponent: p, 0.5, or 1.0 (natural gradient).
         grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not weighed and no polar factor.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
             (arithmetic in float64); or its name, as the param groups have it: "bfloat16".
-        packed: store a block of F as its lower triangle: half the memory, the same results to the last bit. On CPUs it
-            costs 10 to 20 % of the optimizer's time.
+        packed: store a block of F as its lower triangle: half the memory, the same results to the last bit, somewhat
+            more time.
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
 

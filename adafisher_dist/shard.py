@@ -283,7 +283,7 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _numbers(own, positions), arena.device, zeroed)
+        key: allocate(*key, structures[key[0]], _numbers(own, positions, structures[key[0]]), arena.device, zeroed)
         for key, own in entries.items()
     }
     result, start = [], 0
@@ -295,11 +295,14 @@ def _stack(
     return result, list(batches.values()), by_parameter
 
 
-def _numbers(entries: list[_Planned], positions: Sequence[int]) -> Numbers:
+def _numbers(entries: list[_Planned], positions: Sequence[int], structure: Structure) -> Numbers:
     """The number q of each row's block: its index on the parameter's grid plus the parameter's position.
 
-    Of elements with a diagonal Fisher: the index of the element, likewise.
+    Of elements without blocks: the index of the element, likewise, where their rounding asks for it; else zeros, which
+    take no memory.
     """
+    if not entries[0].strip.dense and structure.fisher_dtype != torch.bfloat16:
+        return np.broadcast_to(np.int64(0), sum(entry.strip.rows for entry in entries))
     numbers = []
     for entry in entries:
         strip = entry.strip

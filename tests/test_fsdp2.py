@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import OWN_SETTINGS, Odd, Tied, batch, distance, model, param_groups, weights
+from models import OWN_SETTINGS, Odd, Stacked, Tied, batch, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
 from test_oracle import assert_blocks_agree
@@ -23,7 +23,7 @@ from adafisher_dist import AdaFisher, UnsupportedLayoutError, layouts
 
 pytestmark = pytest.mark.dist
 
-PARAMS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
+PARAMS = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2}
 
 
 def shard_model(kind: type[Odd], replicas: int, world: int, **policy: Any) -> Odd:
@@ -148,12 +148,13 @@ def test_hsdp(world: int, replicas: int, policy: str) -> None:
 def test_clipping_accumulation_tied_and_unused_weights() -> None:
     follow(2, accumulate=3, clip=0.05)
     follow(2, kind=Tied)
+    follow(3, kind=Stacked)  # of two matrices, so that one rank has nothing of it
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"inverse_update_freq": 4, "fisher_update_freq": 2, "max_blocks": 5},
+        {"inverse_update_freq": 4, "fisher_update_freq": 2, "max_blocks": 5, "exponent": 1.0},
         {"block_grid": "flat", "block_size": 5},
         {"exponent": 0.5, "grafting": "none", "damping": 0.5},
         {"block_size": 1},

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import Odd, Tied, batch, model, param_groups
+from models import Odd, Stacked, Tied, batch, model, param_groups
 from ranks import run_ranks
 from test_fsdp2 import shard_model
 from torch import nn
@@ -44,7 +44,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def build(layout: str, world: int, kind: type[Odd] = Tied, **settings: Any) -> tuple[nn.Module, AdaFisher]:
+class Every(Tied, Stacked):
+    """With a weight used twice, one that is not used, and a stack of matrices."""
+
+
+def build(layout: str, world: int, kind: type[Odd] = Every, **settings: Any) -> tuple[nn.Module, AdaFisher]:
     """The model in its layout, and a fresh optimizer of two param groups."""
     if layout in ("FSDP2", "HSDP"):
         module: nn.Module = shard_model(kind, 2 if layout == "HSDP" else 1, world)

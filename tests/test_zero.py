@@ -23,7 +23,7 @@ from engines import (
     run_alone,
     train,
 )
-from models import OWN_SETTINGS, Odd, Tied, distance, model, param_groups, weights
+from models import OWN_SETTINGS, Odd, Stacked, Tied, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
 from test_oracle import assert_blocks_agree
@@ -225,11 +225,14 @@ def test_clipping_and_accumulation(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("freq", [1, 3])
-def test_old_factors_and_a_diagonal_tail(stage: int, freq: int) -> None:
-    params = {**PARAMS, "inverse_update_freq": 4, "fisher_update_freq": freq, "max_blocks": 9, "block_grid": "flat"}
+@pytest.mark.parametrize(("freq", "grid"), [(1, "rows"), (3, "flat")])
+def test_old_factors_and_a_diagonal_tail(stage: int, freq: int, grid: str) -> None:
+    params = {**PARAMS, "inverse_update_freq": 4, "fisher_update_freq": freq, "max_blocks": 9, "block_grid": grid}
     zero = {"sub_group_size": 150} if stage == 3 else {}
-    same_as_alone(config(stage, 3, params, zero=zero), 3, steps=10, groups=True, bound=2e-4)
+    # For three steps an element with a diagonal Fisher is divided by its first gradient. One of these almost cancels
+    # out, so that its rounding shows: 2.6e-4.
+    bound = 2e-4 if freq == 1 else 1e-3
+    same_as_alone(config(stage, 3, params, zero=zero), 3, steps=10, groups=True, bound=bound)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -239,6 +242,12 @@ def test_tied_and_unused_weights(stage: int) -> None:
     same_as_alone(config(stage, 2, params), 2, kind=Tied)
     if stage:
         follow(config(stage, 2, precision="bf16"), 2, kind=Tied)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_stack_of_matrices(stage: int) -> None:
+    """Partitions begin in the middle of either matrix, and of the blocks of rows that are left over at its end."""
+    follow(config(stage, 3, {**PARAMS, "max_blocks": 16}), 3, kind=Stacked)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -474,7 +483,7 @@ HALVES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("mix.weight", marks=pytest.mark.slow), "out.bias"])  # of either group
+@pytest.mark.parametrize("name", [pytest.param("inner.weight", marks=pytest.mark.slow), "out.bias"])  # of either group
 @pytest.mark.parametrize("case", HALVES)
 def test_a_bad_gradient_in_one_part_skips_all_of_the_step(case: str, name: str) -> None:
     """DeepSpeed steps one param group or sub-group after the other: all of them go on, or none."""

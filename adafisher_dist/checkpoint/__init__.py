@@ -117,9 +117,9 @@ def load_checkpoint(
 
     With the same number of ranks and layout, training goes on bit for bit; with others, to float rounding. The
     settings of the param groups (lr, damping, …) are restored, as by torch.optim; those that shape the state
-    (block_size, block_grid, max_blocks, fisher_dtype, exponent, inverse_update_freq, packed) stay as they
-    are, and the state is converted to this optimizer's fisher_dtype and packing. Random number generators are restored
-    on the ranks that there were. A collective. Nothing is unpickled.
+    (block_size, rows_per_block, block_grid, max_blocks, fisher_dtype, exponent, grafting, inverse_update_freq, packed)
+    stay as they are, and the state is converted to this optimizer's fisher_dtype and packing. Random number generators
+    are restored on the ranks that there were. A collective. Nothing is unpickled.
 
     Args:
         path: the checkpoint's folder, or one of checkpoints: the one that `latest` names.
