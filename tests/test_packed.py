@@ -96,7 +96,7 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
 def test_the_ladder(depth: int) -> None:
     def run(packed: bool) -> Batch:
         structure = Structure(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
-        batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), np.full(5, 7), torch.device("cpu"))
+        batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), torch.device("cpu"))
         if batch.square_ND is not None:
             batch.square_ND.fill_(1.0)
         whole_NBB = torch.eye(7).repeat(5, 1, 1)

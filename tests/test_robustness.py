@@ -201,7 +201,7 @@ class Allocations(TorchDispatchMode):
 def test_a_step_makes_nothing_of_the_size_of_the_state(settings: dict[str, Any], rows: int) -> None:
     """After the first step, temporaries are those of a tile: 2 MiB, whatever the model."""
     layer = nn.Linear(1024, 256 * rows, bias=False)
-    optimizer = AdaFisher(layer.parameters(), block_size=64, rows_per_block=rows, **settings)
+    optimizer = AdaFisher(layer.parameters(), block_size=64, rows_per_block=rows, max_blocks=10**6, **settings)
     layer.weight.grad = torch.randn_like(layer.weight)
     optimizer.step()
     with Allocations() as noted:
