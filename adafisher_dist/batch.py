@@ -153,7 +153,8 @@ def compute(
             is in the gradient; nobody waits to know.
     """
     device = batch.fisher.device
-    rows = max(1, 16 // batch.kind.depth) * tile_rows(batch) if device.type == "cpu" else stop - start
+    tiles = max(1, 16 // batch.kind.depth) if batch.dense else 1
+    rows = tiles * tile_rows(batch) if device.type == "cpu" else stop - start
     with fisher.full_precision(device):
         for begin in range(start, stop, rows):
             _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings, go)
@@ -320,10 +321,10 @@ def _refresh(batch: Batch, due: Numbers, updates: int, settings: Mapping[str, An
         batch.curvature_N.index_copy_(0, rows, factor.d_N)
 
 
-def damping(batch: Batch, settings: Mapping[str, Any]) -> float:
-    """δ + ε in A."""
-    stored = batch.structure.fisher_dtype
-    return fisher.damping(settings["damping"], settings["eps"], settings["fisher_decay"], batch.size, stored)
+def damping(batch: Batch, settings: Mapping[str, Any]) -> tuple[float, float]:
+    """δ + ε in A, and the noise that it may have to outweigh."""
+    noise = fisher.rounding_noise(settings["fisher_decay"], batch.structure.fisher_dtype)
+    return settings["damping"] + settings["eps"], noise
 
 
 def _fresh(
@@ -332,7 +333,7 @@ def _fresh(
     """The factor of these rows of the batch; counts where the ladder was needed."""
     structure, exact = batch.structure, batch.structure.grafting == "none"
     factor = fisher.factorize(
-        fisher_NBB, unbias, damping(batch, settings), structure.exponent, structure.compute_dtype, exact
+        fisher_NBB, unbias, *damping(batch, settings), structure.exponent, structure.compute_dtype, exact
     )
     if factor.rungs_N is not None:
         _count(batch.rungs, rows, factor.rungs_N)

@@ -89,17 +89,25 @@ def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int
 
     For a block of D vectors of r elements: (2D + 1) r² for F, 2D r² for the solutions, and r² + 34r³ for A^(−1/2), by
     17 products of matrices (p = 1: r² + r³/3 for a Cholesky factor, and for an inverse that is kept 3r³ more); for
-    the polar factor 5 (4s²l + 2s³), s being the smaller and l the larger of D and r.
+    the polar factor 5 (4s²l + 2s³), s being the smaller and l the larger of D and r. grafting="none" has no polar
+    factor, and 33 products for an exact A^(−1/2).
     """
     total = 0.0
     for span, strip in _strips(outline, rank):
         r, structure = strip.size, outline.structures[span.parameter]
-        cubed = r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0) if structure.exponent == 1.0 else 34 * r**3
         small, large = sorted((strip.depth, r))
-        polar = 5 * (4 * small**2 * large + 2 * small**3)
-        each = (4 * strip.depth + 1) * r**2 + (r**2 + cubed) / inverse_update_freq + polar if strip.dense else 8
+        polar = 5 * (4 * small**2 * large + 2 * small**3) if structure.grafting == "rms" else 0
+        factor = r**2 + _factorising(r, structure)
+        each = (4 * strip.depth + 1) * r**2 + factor / inverse_update_freq + polar if strip.dense else 8
         total += strip.rows * each
     return round(total)
+
+
+def _factorising(r: int, structure: Structure) -> float:
+    """Floating-point operations for a block's A^(−p)."""
+    if structure.exponent == 1.0:
+        return r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0)
+    return (34 if structure.grafting == "rms" else 66) * r**3
 
 
 def _strips(outline: Outline, rank: int) -> list[tuple[Span, Strip]]:

@@ -171,16 +171,30 @@ def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return row_T * size + column_T, (high_BB * (high_BB + 1) // 2 + low_BB).flatten()
 
 
-def damping(delta: float, eps: float, decay: float, size: int, stored: torch.dtype) -> float:
-    """δ + ε of a block of vectors of `size` elements; more where F is stored in bfloat16.
+def rounding_noise(decay: float, stored: torch.dtype) -> float:
+    """Twice the standard deviation of F's elements for their rounding, as a part of them: 0 but for bfloat16.
 
-    Rounding leaves noise in each element of such an F, of 0.24 % of it at an update and σ = 0.24 % / √(1 − ρ²) in the
-    average. Its norm is about 2 √B σ mean curvatures, which A must outweigh to stay positive definite (LOG.md,
-    2026-11-25).
+    Rounding leaves 0.24 % at an update, and σ = 0.24 % / √(1 − ρ²) in the average (LOG.md, 2026-11-25).
     """
-    if stored == torch.bfloat16:
-        delta = max(delta, 0.005 * (size / (1 - decay**2)) ** 0.5)
-    return delta + eps
+    return 0.005 / (1 - decay**2) ** 0.5 if stored == torch.bfloat16 else 0.0
+
+
+def _scaled(fisher_NBB: Tensor, mean_N: Tensor, damping: float, noise: float) -> Tensor:
+    """A = F̂/d + damping · I, symmetric; with more damping where rounding has left F with more noise than that.
+
+    The norm of a symmetric matrix of independent noise is about twice the largest root of a row's summed variances
+    (Bandeira and van Handel 2016, Annals of Probability 44), which A must outweigh to stay positive definite.
+    """
+    # F̂ / d = F / mean diag F. A mean that is not a normal number counts as the smallest that is: 1 / mean is finite.
+    scale_N = mean_N.clamp_min(torch.finfo(mean_N.dtype).tiny).reciprocal()
+    a_NBB = fisher_NBB.to(mean_N.dtype) * scale_N[:, None, None]
+    a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts
+    if noise:
+        norm_N1 = noise * torch.linalg.vector_norm(a_NBB, dim=2).amax(dim=1, keepdim=True)
+        a_NBB.diagonal(dim1=1, dim2=2).add_(norm_N1.clamp_min_(damping))
+    else:
+        a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
+    return a_NBB
 
 
 def inverted(factor: Factor) -> Factor:
@@ -199,21 +213,18 @@ def inverted(factor: Factor) -> Factor:
 
 
 def factorize(
-    fisher_NBB: Tensor, correction: float, damping: float, exponent: float, dtype: torch.dtype, exact: bool
-) -> Factor:
-    """Factorise A = F̂/d + damping · I, where damping is DESIGN's δ + ε.
+    fisher_NBB: Tensor, correction: float, damping: float, noise: float, exponent: float, dtype: torch.dtype,
+    exact: bool,
+) -> Factor:  # fmt: skip
+    """Factorise A = F̂/d + damping · I, where damping is DESIGN's δ + ε, or more: see `rounding_noise`.
 
     Never raises for a bad block. For p = 1 it walks the ladder (ten times the damping, at least 1e-2; that in float64;
     the diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I. `exact` is of A^(−1/2).
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
-    # F̂ / d = F / mean diag F. A mean that is not a normal number counts as the smallest that is: 1 / mean is finite.
-    scale_N = mean_N.clamp_min(torch.finfo(dtype).tiny).reciprocal_()
-    a_NBB = fisher_NBB.to(dtype) * scale_N[:, None, None]
-    a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
+    a_NBB = _scaled(fisher_NBB, mean_N, damping, noise)
     if exponent != 1.0:
-        a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts
         return Factor(inverse_root(a_NBB, exact), d_N, None, triangular=False)
     root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
     failed_N = info_N != 0
@@ -242,12 +253,10 @@ def inverse_root(a_NBB: Tensor, exact: bool) -> Tensor:
     return z_NBB.mul_(norm_N11.rsqrt())
 
 
-def condition_number(fisher_NBB: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+def condition_number(fisher_NBB: Tensor, damping: float, noise: float, dtype: torch.dtype) -> Tensor:
     """‖A‖₁ ‖A⁻¹‖₁ of each block, (N,), at most B times the ratio of its eigenvalues; NaN or ∞ where A has no factor."""
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
-    a_NBB = fisher_NBB.to(dtype) / mean_N.clamp_min(torch.finfo(dtype).tiny)[:, None, None]
-    a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts
-    a_NBB.diagonal(dim1=1, dim2=2).add_(damping)
+    a_NBB = _scaled(fisher_NBB, mean_N, damping, noise)
     eye_NBB = torch.eye(a_NBB.shape[1], dtype=dtype, device=a_NBB.device).expand_as(a_NBB)
     root_NBB = torch.linalg.cholesky_ex(a_NBB).L  # where there is none, no error, which would wait for the device
     half_NBB = torch.linalg.solve_triangular(root_NBB, eye_NBB, upper=False)

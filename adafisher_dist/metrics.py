@@ -39,7 +39,7 @@ NAMES = {
     "condition_number_median": "1-norm condition number of the damped blocks A that were looked at, median",
     "condition_number_max": "the largest of them",
     "damping_min": "δ + ε in A, the smallest of all param groups",
-    "damping_max": "the largest; a bfloat16 Fisher has more than was asked for",
+    "damping_max": "the largest; blocks of a bfloat16 Fisher have more where its rounding needs it",
     "factor_age_mean": "steps since a block's factor was made, mean; 0 where they are made at every step",
     "factor_age_max": "the largest",
     **{name: f"factorisations so far that needed: {rung}" for name, rung in zip(LADDER, fisher.RUNGS, strict=True)},
@@ -183,9 +183,9 @@ class Meter:
                 settings = inputs.settings[batch.group]
                 if not batch.dense or not settings:
                     continue
-                damping = stacked.damping(batch, settings)
+                damping, noise = stacked.damping(batch, settings)
                 measured.dampings.append(damping)
-                conditions.append(_conditions(batch, damping, step // self._every).double())
+                conditions.append(_conditions(batch, damping, noise, step // self._every).double())
                 for counts in batch.rungs.values():
                     measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
                 ages = batch.ages(step)
@@ -202,14 +202,14 @@ def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
-def _conditions(batch: Batch, damping: float, turn: int) -> Tensor:
+def _conditions(batch: Batch, damping: float, noise: float, turn: int) -> Tensor:
     """Condition numbers of some blocks of a batch, spread evenly over it; others at the next turn."""
     count = batch.fisher.shape[0]
     sample = min(SAMPLE, count)
     # Made on the device: to copy them there would be to wait for it.
     rows = (torch.arange(sample, device=batch.fisher.device) * count // max(1, sample) + turn) % max(1, count)
     whole_NBB = stacked.whole(batch, batch.fisher.index_select(0, rows))
-    return fisher.condition_number(whole_NBB, damping, batch.structure.compute_dtype)
+    return fisher.condition_number(whole_NBB, damping, noise, batch.structure.compute_dtype)
 
 
 def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:

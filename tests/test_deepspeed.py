@@ -185,7 +185,7 @@ def test_preset_and_dtype_by_name() -> None:
     optimizer = torch.optim.AdaFisher(model().parameters(), preset="language_models", lr=5e-4, fisher_dtype="bfloat16")
     assert type(optimizer) is AdaFisher
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["fisher_decay"], group["block_size"], group["weight_decay"]) == (5e-4, 0.95, 128, 0.1)
+    assert (group["lr"], group["fisher_decay"], group["block_size"], group["weight_decay"]) == (5e-4, 0.97, 128, 0.1)
     assert group["fisher_dtype"] == "bfloat16"
 
 

@@ -66,7 +66,7 @@ def test_condition_numbers_are_numpys(packed: bool) -> None:
     f = half.mT @ half
     f[2] = 0  # has seen no gradient
     stored = fisher.unpack(fisher.pack(f), 9) if packed else f.triu(1) * 7 + f.tril()  # only the lower triangle counts
-    found = fisher.condition_number(stored, 0.01, torch.float64)
+    found = fisher.condition_number(stored, 0.01, 0.0, torch.float64)
     for block, number in zip(f.numpy(), found.tolist(), strict=True):
         mean = np.trace(block) / 9
         a = block / (mean if mean else 1) + 0.01 * np.eye(9)
@@ -96,7 +96,7 @@ def test_the_age_of_factors() -> None:
         assert found["factor_age_max"] == 3 and found["factor_age_mean"] == pytest.approx(1.5, abs=0.3)
 
 
-def test_a_bfloat16_fishers_damping_and_two_groups() -> None:
+def test_the_damping_of_two_groups() -> None:
     module = model(torch.float32)
     first = module.inner.weight
     groups = [{"params": [first], "damping": 0.5}, {"params": [p for p in module.parameters() if p is not first]}]
@@ -108,7 +108,7 @@ def test_a_bfloat16_fishers_damping_and_two_groups() -> None:
     optimizer.step()
     optimizer.flush_metrics()
     assert told[0][1]["damping_max"] == 0.5 + 1e-8
-    assert 1e-3 < told[0][1]["damping_min"] < 0.5, "more than was asked for, to outweigh the rounding"
+    assert told[0][1]["damping_min"] == 1e-3 + 1e-8
 
 
 def test_the_ladder_is_counted() -> None:

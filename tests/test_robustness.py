@@ -276,3 +276,24 @@ if how == "nothing":  # what is set later still counts
     assert matmul.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_bfloat16_fisher_of_uneven_columns_stays_positive_definite(rank: int, grafting: str) -> None:
+    """Its rounding leaves noise as large as its largest elements make it, which few directions have to bear."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(rank, 128, generator=generator) * torch.randn(128, generator=generator).exp()
+    gradients = [torch.randn(64, rank, generator=generator) @ directions for _ in range(40)]
+    settings = {"lr": 1e-3, "weight_decay": 0.0, "grafting": grafting, "max_blocks": 10**6}
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = nn.Parameter(torch.zeros(64, 128))
+        optimizer = AdaFisher([parameter], fisher_dtype=dtype, **settings)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.isfinite(parameter).all()
+        span = torch.linalg.qr(directions.T)[0]
+        moved.append(float((parameter.detach() @ span).norm() / parameter.detach().norm()))
+    assert moved[1] > 0.9 * moved[0], "the update lies where the gradients are"
