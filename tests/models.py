@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-OWN_SETTINGS = {"weight_decay": 0.0, "lr": 2e-2, "damping": 0.3, "momentum": 0.8, "block_size": 4}
+OWN_SETTINGS = {"weight_decay": 0.0, "lr": 5e-3, "damping": 0.3, "momentum": 0.8, "block_size": 4}
 
 
 class Odd(nn.Module):
