@@ -13,8 +13,11 @@ from typing import NamedTuple
 LARGEST_WINDOW = 32
 
 # A matrix whose one side is more than so many times the other is a table (of tokens, of few outputs, of adapters): its
-# elements are alone, as Adam's. Hidden layers are up to 4 times as wide, and grouped keys and values up to 8.
+# elements are alone, as Adam's. Grouped keys and values are up to 8 times as wide as high; hidden layers 4 times, and
+# seldom as long as the vocabularies of 32,000 whose tables are less than 8 times as high as wide.
 LARGEST_RATIO = 8
+LARGEST_RATIO_OF_VOCABULARIES = 4
+LEAST_VOCABULARY = 30_000
 
 
 class Kind(NamedTuple):
@@ -220,7 +223,7 @@ def make_grid(
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
     numel = prod(shape)
     matrices, rows, row = view(shape) if numel else (1, 0, 0)
-    if block_grid == "rows" and max_blocks is None and max(rows, row) > LARGEST_RATIO * min(rows, row):
+    if block_grid == "rows" and max_blocks is None and _is_table(rows, row):
         matrices, rows, row = 1, 1, numel
     matrix, depth = max(1, numel // matrices), 1
     if block_grid == "rows" and rows == 1:  # a vector's elements are alone, each with a diagonal Fisher
@@ -253,6 +256,11 @@ def view(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(left) < 2:
         return 1, 1, prod(left) * window
     return prod(left[:-2]), left[-2], left[-1] * window
+
+
+def _is_table(rows: int, row: int) -> bool:
+    short, long = sorted((rows, row))
+    return long > (LARGEST_RATIO_OF_VOCABULARIES if long >= LEAST_VOCABULARY else LARGEST_RATIO) * short
 
 
 def _even(total: int, most: int) -> int:

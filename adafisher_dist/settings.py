@@ -37,8 +37,8 @@ DEFAULTS: dict[str, Any] = {
 OF_ALL_GROUPS = ("fisher_dtype", "memory_budget_gb")
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "language_models": {"lr": 3e-3, "weight_decay": 0.1},
-    "image_classification": {"lr": 3e-3, "weight_decay": 1e-4},
+    "language_models": {"lr": 6e-4, "weight_decay": 0.1},
+    "image_classification": {"lr": 1e-3, "weight_decay": 0.05},
 }
 
 FISHER_DTYPES: dict[str, torch.dtype] = {

@@ -5,6 +5,8 @@ Shape suffixes: B sequences, T positions, W width, H heads, D = W / H, V = 256 b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -68,6 +70,18 @@ class ByteTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Named parameters for AdaFisher: the tables of bytes and positions in a group by themselves, as Adam's.
+
+        Of larger vocabularies AdaFisher knows tables by their shape.
+        """
+        tables = {f"{table}.weight" for table in ("bytes", "positions", "head")}
+        named = list(self.named_parameters())
+        return [
+            {"params": [pair for pair in named if pair[0] not in tables]},
+            {"params": [pair for pair in named if pair[0] in tables], "max_blocks": 0},
+        ]
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross-entropy of each sequence, in nats a byte: (B,), float32."""

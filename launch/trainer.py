@@ -72,11 +72,12 @@ def build(settings: Settings, config: dict[str, Any]) -> Any:
 
     torch.manual_seed(settings.seed)
     model = ByteTransformer(**settings.model)
+    parameters = model.groups() if settings.optimizer == "adafisher" else model.parameters()
     # A scheduler in the JSON is the user's choice; else, warm-up and cosine.
     schedule = None if "scheduler" in config else lambda optimizer: LambdaLR(optimizer, _warm_up_and_cosine(settings))
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=model.parameters(), config=config, lr_scheduler=schedule
+            model=model, model_parameters=parameters, config=config, lr_scheduler=schedule
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"DeepSpeed or the optimizer refuses the configuration.\n{error}") from error

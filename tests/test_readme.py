@@ -82,9 +82,9 @@ def run(words: list[str], path: str = "", **more: Any) -> subprocess.CompletedPr
 
 def test_every_line_of_code_is_run_by_a_test_below() -> None:
     left = [line for line in LINES if not PYTHON.match(line) and not SHELL.match(line)]
-    assert left == ['"optimizer": {"type": "AdaFisher", "params": {"lr": 3e-3}}']
+    assert left == ['"optimizer": {"type": "AdaFisher", "params": {"lr": 1e-3}}']
     section = json.loads("{" + left[0] + "}")["optimizer"]
-    assert ds.from_config(nn.Linear(2, 2).parameters(), **section["params"]).get_lr() == 3e-3
+    assert ds.from_config(nn.Linear(2, 2).parameters(), **section["params"]).get_lr() == 1e-3
     makes = [line for line in LINES if line.startswith("make ")]
     assert [command(line) for line in makes] == [["make", "demo"], ["make", "test"]]
     for line in makes:

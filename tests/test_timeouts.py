@@ -382,11 +382,12 @@ def stuck_writer(rank: int, world: int, folder: str) -> Any:
     """It goes on for longer than the timeout, and then no more; another one goes on."""
     run = Run().train(1)
     run.save(Path(folder) / "first", 1)
+    pieces = len(saving._ranges(saving_of(run), []))
     real, calls = writer.as_bytes, [0]
 
     def stuck(tensor: Any) -> Any:
         calls[0] += 1
-        time.sleep(1000 if rank == LOST and calls[0] == 7 else 1.0)
+        time.sleep(1000 if rank == LOST and calls[0] == pieces else 6 / (pieces - 1))
         return real(tensor)
 
     if rank > 0:

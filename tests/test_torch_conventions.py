@@ -246,10 +246,10 @@ def test_reset_state() -> None:
 
 def test_presets() -> None:
     language = AdaFisher.for_language_models(model().parameters(), damping=0.2).param_groups[0]
-    assert (language["lr"], language["fisher_decay"], language["block_size"]) == (3e-3, 0.97, 128)
+    assert (language["lr"], language["fisher_decay"], language["block_size"]) == (6e-4, 0.97, 128)
     assert (language["weight_decay"], language["damping"]) == (0.1, 0.2)
     image = AdaFisher.for_image_classification(model().parameters(), lr=0.5).param_groups[0]
-    assert (image["lr"], image["fisher_decay"], image["block_size"], image["weight_decay"]) == (0.5, 0.97, 128, 1e-4)
+    assert (image["lr"], image["fisher_decay"], image["block_size"], image["weight_decay"]) == (0.5, 0.97, 128, 0.05)
     with pytest.raises(TypeError, match="Did you mean 'damping'"):
         AdaFisher.for_language_models(model().parameters(), dampening=1)
 

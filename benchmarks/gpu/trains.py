@@ -166,9 +166,9 @@ def set_up(rehearse: bool) -> tuple[Setup, dict[str, Any]]:
 # ---- optimizers ----
 
 
-def build(name: str, model: nn.Module, lr: float) -> list[Optimizer]:
+def build(name: str, model: ByteTransformer, lr: float) -> list[Optimizer]:
     if name == "AdaFisher":
-        return [AdaFisher(model.named_parameters(), lr=lr, weight_decay=WEIGHT_DECAY)]
+        return [AdaFisher(model.groups(), lr=lr, weight_decay=WEIGHT_DECAY)]
     if name == "AdamW":
         return [_adamw(list(model.parameters()), lr)]
     hidden = [p for key, p in model.named_parameters() if p.dim() == 2 and key.startswith("layers.")]
