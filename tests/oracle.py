@@ -234,14 +234,15 @@ def by_diagonal(m_hat: np.ndarray, moment: np.ndarray, h: Mapping[str, Any]) -> 
     return np.where(moment > 0, m_hat / (np.sqrt(moment) + h["eps"]), 0)
 
 
-def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any]) -> None:
-    """Makes A^(−p) anew, and the d that goes with it."""
+def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any], noise: float = 0.0) -> None:
+    """Makes A^(−p) anew, and the d that goes with it; `noise` is what an element of F may be off, as a part of it."""
     r = len(f_hat)
     block.d = float(np.trace(f_hat)) / r
     if block.d == 0:
         block.inverse = np.eye(r)  # no direction is stiffer than another; the scale is never used
         return
-    a = f_hat / block.d + (h["damping"] + h["eps"]) * np.eye(r)
+    a = f_hat / block.d
+    a += max(h["damping"] + h["eps"], noise * np.sqrt((a**2).sum(axis=1)).max()) * np.eye(r)
     if h["exponent"] == 1:
         block.inverse = np.linalg.inv(a)
         unit = a @ block.inverse

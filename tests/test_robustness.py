@@ -50,7 +50,7 @@ def test_every_rung_of_the_ladder() -> None:
     slightly_negative[2, 2] = -0.005  # 10 × damping repairs it
     hopeless = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     stack = torch.stack([fine, slightly_negative, hopeless])
-    factor = fisher.factorize(stack, 1.0, 1e-3, 1.0, torch.float32, exact=False)
+    factor = fisher.factorize(stack, 1.0, 1e-3, 0.0, 1.0, torch.float32, exact=False)
     assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 1, 3]
     assert torch.isfinite(factor.root_NBB).all()
     diagonal = stack[2].diagonal() / factor.d_N[2] + 1e-2

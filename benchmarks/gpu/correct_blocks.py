@@ -151,10 +151,11 @@ def _by_oracle(batch: Batch, g: Rows, t: int, h: dict[str, Any]) -> Rows:
     mu, unbias = h["momentum"], 1 / (1 - h["fisher_decay"] ** t)
     hat_NDB = mu / (1 - mu**t) * host(batch.momentum_NDB) + (1 - mu) * g
     square_ND = np.ones(g.shape[:2]) if batch.square_ND is None else host(batch.square_ND) * unbias
+    noise = 0.005 / (1 - h["fisher_decay"] ** 2) ** 0.5 if batch.structure.fisher_dtype == torch.bfloat16 else 0.0
     u_NDB = np.zeros_like(hat_NDB)
     for row, f_hat in enumerate(_whole(batch) * unbias):
         block = Block(np.empty(0), 0, True, f_hat, square_ND[row])
-        refresh(block, f_hat, h)
+        refresh(block, f_hat, h, noise)
         u_NDB[row] = dense_direction(block, f_hat, square_ND[row], hat_NDB[row], h)
     return u_NDB
 
