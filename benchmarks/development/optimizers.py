@@ -71,6 +71,11 @@ def _soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[O
 def _adafisher(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
     from adafisher_dist import AdaFisher
 
+    if "beta2" in own:  # torch's AdamW for what has no blocks
+        hidden, rest = _parted(named, _is_hidden)
+        matrices = [{"params": hidden, "weight_decay": weight_decay}]
+        other = _adamw(rest, lr, weight_decay, {"beta2": own.pop("beta2")})
+        return [AdaFisher(matrices, lr=lr, **own), *other]
     tables = [(key, p) for key, p in named if p.dim() > 1 and not _is_hidden(key, p)]
     others = [(key, p) for key, p in named if p.dim() <= 1 or _is_hidden(key, p)]
     by_element = [{**group, "max_blocks": 0} for group in _decayed(tables, weight_decay)]  # of a small vocabulary
