@@ -17,6 +17,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 sys.path.append(str(LAUNCH))  # behind tests/, which has a `ranks` of its own
 
 import corpus  # noqa: E402
+from model import ByteTransformer  # noqa: E402
 from settings import Settings, deepspeed_config  # noqa: E402
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -211,3 +212,13 @@ def test_mpirun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["world_size"] == 2
     assert (tmp_path / "a" / "loss.png").exists()
+
+
+def test_groups_of_the_model() -> None:
+    """Each parameter once; the tables, and they alone, without blocks."""
+    model = ByteTransformer(width=8, layers=1, heads=1, seq_len=4)
+    others, tables = model.groups()
+    assert {name for name, _ in tables["params"]} == {"bytes.weight", "positions.weight", "head.weight"}
+    assert tables["max_blocks"] == 0 and "max_blocks" not in others
+    assert dict(others["params"] + tables["params"]).keys() == dict(model.named_parameters()).keys()
+    assert len(others["params"]) + len(tables["params"]) == len(list(model.parameters()))
