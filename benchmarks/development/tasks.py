@@ -1,6 +1,7 @@
 """What is trained on the development bench, by name.
 
 gpt64x20        the GPT of width 64 on code, 20 bytes a parameter; any width and number
+gpt64s2000      the same for 2,000 steps of a quarter of the batch, to compare rates over widths
 cnn, vit        digits, to the end of their training
 tune64, lora64  a GPT that AdamW has trained on Python, on C++ headers: whole, or by adapters of rank 8
 """
@@ -59,16 +60,19 @@ def task_of(name: str) -> Task:
         return _language(
             "code", round(budget * numel / (SEQUENCES * text.SEQ_LEN)), lambda seed: GPT(width, text.SEQ_LEN)
         )
+    if found := re.fullmatch(r"gpt(\d+)s(\d+)", name):
+        width, steps = int(found[1]), int(found[2])
+        return _language("code", steps, lambda seed: GPT(width, text.SEQ_LEN), SEQUENCES // 4)
     if found := re.fullmatch(r"(tune|lora)(\d+)", name):
         return _language("headers", TUNING_STEPS, lambda seed: _pretrained(int(found[2]), found[1] == "lora"))
     if name in ("cnn", "vit"):
         build = digits.CNN if name == "cnn" else digits.ViT
         return Task(DIGIT_STEPS, lambda seed: build(), digits.loss, digits.held_out_loss)
-    raise ValueError(f"no such task: {name}. There are gpt64x20 and the like, cnn, vit, tune64, lora64.")
+    raise ValueError(f"no such task: {name}. There are gpt64x20, gpt64s2000 and the like, cnn, vit, tune64, lora64.")
 
 
-def _language(kind: str, steps: int, build: Callable[[int], nn.Module]) -> Task:
-    return Task(steps, build, lambda model, seed, step: model(text.batch(kind, seed, step, SEQUENCES)), _held_out(kind))
+def _language(kind: str, steps: int, build: Callable[[int], nn.Module], sequences: int = SEQUENCES) -> Task:
+    return Task(steps, build, lambda model, seed, step: model(text.batch(kind, seed, step, sequences)), _held_out(kind))
 
 
 def _held_out(kind: str) -> Callable[[nn.Module], float]:
