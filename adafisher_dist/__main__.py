@@ -10,7 +10,7 @@ _EXTRA = ("click", "rich", "safetensors", "typer")
 def main() -> None:
     """Run the command line, or say what to install for it."""
     try:
-        from adafisher_dist.cli import app
+        from adafisher_dist.tools.cli import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafisher_dist.keys import translate
+from adafisher_dist.adamw_keys import translate
 from adafisher_dist.layouts import engine_that_builds, left_idle
-from adafisher_dist.metrics import Callback
-from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.settings import preset
+from adafisher_dist.stepping.metrics import Callback
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -219,8 +219,8 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
         CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all ranks that see the
             same files; on others DeepSpeed fails as it would have, since no rank's file of its own has such a state.
     """
+    from adafisher_dist.checkpoint.directory import BESIDE, LATEST
     from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
-    from adafisher_dist.checkpoint.places import BESIDE, LATEST
 
     if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
         return

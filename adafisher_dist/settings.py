@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adafisher_dist.grid import Grid, make_grid
-
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "momentum": 0.9,
@@ -63,10 +61,6 @@ class Structure(NamedTuple):
     grafting: str
     keeps_factors: bool
     packed: bool
-
-    def grid(self, shape: Sequence[int]) -> Grid:
-        """The blocks of a parameter of this shape."""
-        return make_grid(shape, self.block_size, self.rows_per_block, self.block_grid, self.max_blocks)
 
     @property
     def compute_dtype(self) -> torch.dtype:

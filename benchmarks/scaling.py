@@ -30,7 +30,7 @@ from common import Quick, rounded, spread
 from model import ByteTransformer
 from rich.table import Table
 
-import adafisher_dist.engine
+import adafisher_dist.stepping.step
 from adafisher_dist import AdaFisher
 
 WORLDS = (1, 2, 4)
@@ -66,7 +66,7 @@ def arithmetic() -> Iterator[list[tuple[float, float]]]:
     It is replaced under the name by which a step calls it.
     """
     seconds: list[tuple[float, float]] = []
-    original = adafisher_dist.engine.compute
+    original = adafisher_dist.stepping.step.compute
 
     @functools.wraps(original)
     def measured(*args: Any, **kwargs: Any) -> None:
@@ -74,11 +74,11 @@ def arithmetic() -> Iterator[list[tuple[float, float]]]:
         original(*args, **kwargs)
         seconds.append((time.perf_counter() - clock, time.thread_time() - processor))
 
-    adafisher_dist.engine.compute = measured
+    adafisher_dist.stepping.step.compute = measured
     try:
         yield seconds
     finally:
-        adafisher_dist.engine.compute = original
+        adafisher_dist.stepping.step.compute = original
 
 
 def step_on_ranks(rank: int, world: int, worlds: tuple[int, ...], rounds: int) -> list[dict[int, tuple[float, ...]]]:

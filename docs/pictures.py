@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from adafisher_dist import placement, plan
-from adafisher_dist.grid import Grid, make_grid
-from adafisher_dist.plan import Assignment, Placed
+from adafisher_dist.blocks import placement, sharding
+from adafisher_dist.blocks.grid import Grid, make_grid
+from adafisher_dist.blocks.sharding import Assignment, Placed
 
 FOLDER = Path(__file__).parent / "pictures"
 COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#B07AA1")
@@ -77,7 +77,7 @@ def ranks() -> Figure:
         (left, everywhere, True, "DDP, ZeRO-0: equal runs of slabs"),
         (right, _cut_by_partitions(numel[0], world), False, "ZeRO-1 to 3, FSDP2: where its first element is"),
     ):
-        assignment = plan.assign([grid], placed, replicated)
+        assignment = sharding.assign([grid], placed, replicated)
         _matrix(axes, grid, lambda slab, piece, of=assignment: COLOURS[_owner(of, grid.start(slab))])
         axes.set_title(title, fontsize=10)
         if not replicated:

@@ -23,8 +23,8 @@ from models import batch, model
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.directory import latest_tag
 from adafisher_dist.checkpoint.manifest import MANIFEST
-from adafisher_dist.checkpoint.places import latest_tag
 
 
 class Run:

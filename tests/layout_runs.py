@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import AdaFisher, ds, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint.opened import Opened
+from adafisher_dist.checkpoint.open_checkpoint import Opened
 
 # Kept factors, in turns: the state that is hardest to carry over. max_blocks: the larger matrices end with a diagonal
 # Fisher, in the middle of a stack too.

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from adafisher_dist.cli import app
 from checkpoint_runs import (
     Child,
     Digests,
@@ -47,12 +48,11 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import deepspeed as of_deepspeed
-from adafisher_dist.checkpoint import loading, places, random_state
-from adafisher_dist.checkpoint.export import export_weights
+from adafisher_dist.checkpoint import directory, loading, random_state
+from adafisher_dist.checkpoint.directory import Place
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
-from adafisher_dist.checkpoint.opened import Opened
-from adafisher_dist.checkpoint.places import Place
-from adafisher_dist.cli import app
+from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.tools.export import export_weights
 
 # ---- nothing changes before all is checked ----
 
@@ -526,7 +526,7 @@ def ranks_hold_different_ones(rank: int, world: int, root: str, source: str) -> 
         shutil.copytree(Path(source) / "step2", path / "step2")
     dist.barrier()
     Opened.hold = hold  # type: ignore[method-assign]
-    find = places.find
+    find = directory.find
 
     def later(where: Any) -> Any:
         while rank == 1 and not replaced.exists():

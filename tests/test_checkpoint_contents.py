@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adafisher_dist.cli import app
 from checkpoint_runs import as_version_0_1_wrote_it, change_manifest
 from models import Tied, batch, distance, model, param_groups, weights
 from oracle import rough_inverse_root
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, OneCycleLR
 from typer.testing import CliRunner
 
-from adafisher_dist import AdaFisher, CheckpointError, __version__, fisher, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import Place, save, training_of, values
-from adafisher_dist.checkpoint.export import export_weights
+from adafisher_dist import AdaFisher, CheckpointError, __version__, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint import Place, encoding, save, training_of
 from adafisher_dist.checkpoint.manifest import _checksum, read
-from adafisher_dist.checkpoint.opened import Opened
-from adafisher_dist.cli import app
+from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.numerics import fisher
+from adafisher_dist.tools.export import export_weights
 
 SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}
 
@@ -451,7 +452,7 @@ def test_skipped_steps_and_a_failed_step(tmp_path: Path, monkeypatch: pytest.Mon
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("adafisher_dist.fisher.factorize", fail)
+        patch.setattr("adafisher_dist.numerics.fisher.factorize", fail)
         with pytest.raises(MemoryError):
             steps(module, optimizer, 2, 3)
     with pytest.raises(RuntimeError, match="incomplete"):
@@ -561,10 +562,10 @@ def test_extra_values_come_back(tmp_path: Path) -> None:
 
 
 def test_not_a_number_comes_back() -> None:
-    assert math.isnan(values.decode(values.encode(math.nan, "x", []), []))
-    back = values.decode(json.loads(json.dumps(values.encode(complex(math.nan, math.inf), "x", []))), [])
+    assert math.isnan(encoding.decode(encoding.encode(math.nan, "x", []), []))
+    back = encoding.decode(json.loads(json.dumps(encoding.encode(complex(math.nan, math.inf), "x", []))), [])
     assert math.isnan(back.real) and back.imag == math.inf
-    assert values.decode({"$complex": [1.0, 2.0]}, []) == 1 + 2j  # as version 0.1 wrote it
+    assert encoding.decode({"$complex": [1.0, 2.0]}, []) == 1 + 2j  # as version 0.1 wrote it
 
 
 def _of_itself() -> dict[str, Any]:

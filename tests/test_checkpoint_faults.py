@@ -39,7 +39,7 @@ from checkpoint_runs import (
 from ranks import run_ranks
 
 from adafisher_dist import CheckpointError
-from adafisher_dist.checkpoint.places import latest_tag
+from adafisher_dist.checkpoint.directory import latest_tag
 
 # ---- killed at a change of the disk ----
 

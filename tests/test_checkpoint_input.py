@@ -35,9 +35,9 @@ from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.directory import Place
 from adafisher_dist.checkpoint.manifest import FORMAT, MANIFEST
-from adafisher_dist.checkpoint.opened import Opened
-from adafisher_dist.checkpoint.places import Place
+from adafisher_dist.checkpoint.open_checkpoint import Opened
 
 # ---- damage ----
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adafisher_dist.cli import app
 from engines import config, engine_of, masters, train
 from models import Tied, batch, model, param_groups
 from ranks import run_ranks
@@ -20,13 +21,12 @@ from typer.testing import CliRunner
 
 import adafisher_dist
 from adafisher_dist import AdaFisher, CheckpointError
-from adafisher_dist.checkpoint import export as exporting
 from adafisher_dist.checkpoint import place_of
-from adafisher_dist.checkpoint.export import export_weights
 from adafisher_dist.checkpoint.manifest import read
-from adafisher_dist.checkpoint.opened import Opened
-from adafisher_dist.checkpoint.summary import summarize
-from adafisher_dist.cli import app
+from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.tools import export as exporting
+from adafisher_dist.tools.export import export_weights
+from adafisher_dist.tools.inspection import summarize
 
 SETTINGS = {"block_size": 8, "inverse_update_freq": 3, "max_blocks": 60}
 SHARD = "shard-00000-of-00001.safetensors"
@@ -399,7 +399,7 @@ def test_as_a_process(checkpoint: Path) -> None:
 @pytest.mark.parametrize("library", ["typer", "rich", "safetensors"])
 def test_without_the_extra(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] == library or name in ("adafisher_dist.cli", "adafisher_dist.checkpoint.export"):
+        if name.split(".")[0] == library or name in ("adafisher_dist.tools.cli", "adafisher_dist.tools.export"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
     from adafisher_dist.__main__ import main

@@ -225,6 +225,6 @@ def test_trainings_by_another_update_are_other_trainings(monkeypatch: pytest.Mon
     assert optimizers.contenders()["AdaFisher"].settings == before
     for name, other in (("polar_factor", lambda x: x), ("diagonal_update", lambda m, v, eps: m)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"adafisher_dist.fisher.{name}", other)
+            patch.setattr(f"adafisher_dist.numerics.fisher.{name}", other)
             now = optimizers.contenders()["AdaFisher"].settings
         assert now["update"] != before["update"] and {**now, "update": before["update"]} == before

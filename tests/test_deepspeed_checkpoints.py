@@ -351,7 +351,7 @@ def test_frozen_parameters_are_left_out(stage: int, tmp_path: Path) -> None:
 
 
 def test_frozen_parameters_in_one_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from adafisher_dist.checkpoint.export import export_weights
+    from adafisher_dist.tools.export import export_weights
 
     module = lora()
     optimizer = AdaFisher(module.named_parameters(), **PARAMS)
@@ -397,7 +397,7 @@ optimizer = AdaFisher(module.parameters(), lr=1e-2, block_size=8)
 assert not any(name.startswith("deepspeed") for name in sys.modules)
 import deepspeed
 import deepspeed.runtime.engine as imported
-assert type(imported.__loader__).__module__ != "adafisher_dist.layouts.deepspeed"
+assert type(imported.__loader__).__module__ != "adafisher_dist.layouts.deepspeed_wrappers"
 assert imported.__spec__.loader is imported.__loader__
 from deepspeed.ops import __compatible_ops__
 __compatible_ops__["deepspeed_shm_comm"] = False

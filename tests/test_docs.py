@@ -135,7 +135,6 @@ def test_a_message_without_an_entry_is_told() -> None:
 
 def test_the_command_line_page_has_all_options_and_defaults() -> None:
     import typer
-
     from adafisher_dist.cli import app
 
     command: Any = typer.main.get_command(app)
@@ -193,9 +192,8 @@ def test_the_deepspeed_config_is_accepted() -> None:
 
 
 def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
     from adafisher_dist.cli import app
+    from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -212,7 +210,7 @@ def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_table_of_rows_per_block_is_todays() -> None:
-    from adafisher_dist.estimate import estimate, transformer_shapes
+    from adafisher_dist.blocks.estimate import estimate, transformer_shapes
     from adafisher_dist.settings import normalize, structure
 
     shapes = transformer_shapes(int(7e9))
@@ -233,7 +231,7 @@ def test_the_table_of_rows_per_block_is_todays() -> None:
     [((4096, 4096), "float32", 20), ((4096,), "float32", 16), ((50257, 768), "float32", 16), ((4096,), "bfloat16", 18)],
 )
 def test_the_bytes_an_element_are_those_of_the_code(shape: tuple[int, ...], dtype: str, bytes_an_element: int) -> None:
-    from adafisher_dist.estimate import estimate
+    from adafisher_dist.blocks.estimate import estimate
     from adafisher_dist.settings import normalize, structure
 
     group = {**DEFAULTS, "fisher_dtype": dtype}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adafisher_dist.cli import app
 from engines import config, engine_of, train
 from models import Odd, batch, model
 from ranks import run_ranks
@@ -18,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from adafisher_dist import AdaFisher, estimate
-from adafisher_dist.cli import app
-from adafisher_dist.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
+from adafisher_dist import AdaFisher
+from adafisher_dist.blocks import estimate
+from adafisher_dist.blocks.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
 from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
 
 SHAPES = [tuple(p.shape) for p in model().parameters() if p.requires_grad]

@@ -12,7 +12,11 @@ from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
 
-from adafisher_dist import AdaFisher, comm, fisher, shard, state
+from adafisher_dist import AdaFisher
+from adafisher_dist.comm import collectives
+from adafisher_dist.numerics import fisher
+from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.state import shard
 
 pytestmark = pytest.mark.dist
 
@@ -222,16 +226,16 @@ def on_the_wire(rank: int, world: int) -> str:
     """Buffers for a backend that cannot send from the tensors' device are made with the state, under guard."""
     module = model()
     optimizer = AdaFisher(module.parameters(), **SETTINGS)
-    real = comm.Group.wire
+    real = collectives.Group.wire
 
-    def wire(group: comm.Group, tensor: torch.Tensor) -> comm.Wire:
+    def wire(group: collectives.Group, tensor: torch.Tensor) -> collectives.Wire:
         if tensor.dtype.is_floating_point:
             if rank == FAULTY:
                 fail()
-            return comm.Wire(tensor, tensor.clone())  # as on a device of its own
+            return collectives.Wire(tensor, tensor.clone())  # as on a device of its own
         return real(group, tensor)
 
-    comm.Group.wire = wire
+    collectives.Group.wire = wire
     x, y = batch(0, 0, 1)
     nn.functional.mse_loss(module(x), y).backward()
     return message_of(rank, optimizer.step)
@@ -245,7 +249,7 @@ def test_no_room_on_the_wire() -> None:
 
 def through_copies(rank: int, world: int, stage: int):
     """All data goes through copies, as with CPU offload on a backend that knows accelerators alone."""
-    comm.Group.wire = lambda group, tensor: comm.Wire(tensor, tensor.clone())
+    collectives.Group.wire = lambda group, tensor: collectives.Wire(tensor, tensor.clone())
     engine = engine_of(config(stage, world))
     train(engine, 0, 4, rank, world)
     return masters(engine)
@@ -263,14 +267,14 @@ def host_verdicts(rank: int, world: int, stage: int, accelerator_only: bool):
     """As with a backend that cannot send from the CPU, as NCCL: what hosts agree on takes a gloo group of its own."""
     used = []
     if accelerator_only:
-        comm.dist.get_backend_config = lambda handle: "cuda:nccl"
-        real = comm.control
+        collectives.dist.get_backend_config = lambda handle: "cuda:nccl"
+        real = collectives.control
 
         def control(*arguments: Any) -> Any:
             used.append(real(*arguments))
             return used[-1]
 
-        comm.control = control
+        collectives.control = control
     engine = engine_of(config(stage, world))
     train(engine, 0, 4, rank, world)
     assert bool(used) == accelerator_only and len({id(group) for group in used}) == bool(used)
@@ -292,7 +296,7 @@ def no_room(rank: int, world: int) -> str:
     nn.functional.mse_loss(module(x), y).backward()
     optimizer.step()
     if rank == FAULTY:
-        state.room = fail
+        state_dicts.room = fail
     with pytest.raises(RuntimeError) as caught:
         optimizer.consolidate_state_dict(to=FAULTY)
     optimizer.step()  # nothing is broken

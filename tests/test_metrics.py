@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adafisher_dist.cli import app
 from engines import BATCH, PARAMS, backward, config, engine_of, fp16_on_the_cpu
 from engines import train as train_engine
 from models import batch, model, weights
@@ -19,10 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typer.testing import CliRunner
 
-from adafisher_dist import AdaFisher, comm, ds, fisher, metrics
-from adafisher_dist.cli import app
-from adafisher_dist.control import Control
-from adafisher_dist.metrics import NAMES, CsvLog
+from adafisher_dist import AdaFisher, ds
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.control_group import Control
+from adafisher_dist.numerics import fisher
+from adafisher_dist.stepping import metrics
+from adafisher_dist.stepping.metrics import NAMES, CsvLog
 
 Told = list[tuple[int, dict[str, float]]]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}
@@ -226,7 +229,7 @@ def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-def collectives(rank: int, world: int) -> list[int]:
+def count_collectives(rank: int, world: int) -> list[int]:
     """How many collectives of the control group each step makes."""
     count = [0]
     gather = Control.gather
@@ -249,13 +252,13 @@ def collectives(rank: int, world: int) -> list[int]:
         optimizer.step()
         optimizer.zero_grad()
         seen.append(count[0])
-        assert (comm._measuring is None) or (step + 1) % 3 == 0
+        assert (collectives._measuring is None) or (step + 1) % 3 == 0
     return seen
 
 
 @pytest.mark.dist
 def test_between_measured_steps_nothing_is_done() -> None:
-    for seen in run_ranks(collectives, 2):
+    for seen in run_ranks(count_collectives, 2):
         assert seen == [0, 0, 0, 1, 1, 1, 2, 2]
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adafisher_dist import AdaFisher, fisher
-from adafisher_dist import batch as stacked
-from adafisher_dist.batch import Batch
-from adafisher_dist.grid import Kind
+from adafisher_dist import AdaFisher
+from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.numerics import batch as stacked
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.batch import Batch
 from adafisher_dist.settings import DEFAULTS, Structure
 
 SIZES = (1, 2, 7, 16, 33, 64, 101)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import by_element, slabs
 
-from adafisher_dist import plan
-from adafisher_dist.grid import Grid, make_grid
-from adafisher_dist.plan import Placed
-from adafisher_dist.span import Span
+from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.grid import Grid, make_grid
+from adafisher_dist.blocks.sharding import Placed
+from adafisher_dist.blocks.spans import Span
 
 shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
 block_sizes = st.sampled_from([1, 2, 3, 7, 16, 64])
@@ -33,12 +33,12 @@ def grids(draw: st.DrawFn) -> list[Grid]:
     return [make_grid(shape, size, rows, name, limit) for shape in draw(st.lists(shapes, min_size=1, max_size=5))]
 
 
-def elements(spans: plan.Spans) -> list[tuple[int, int]]:
+def elements(spans: sharding.Spans) -> list[tuple[int, int]]:
     return [(span.parameter, element) for span in spans for element in range(span.start, span.stop)]
 
 
 def all_elements(grids: list[Grid]) -> list[tuple[int, int]]:
-    return elements(plan.whole(grids))
+    return elements(sharding.whole(grids))
 
 
 def starts(grid: Grid) -> set[int]:
@@ -131,12 +131,12 @@ def test_closed_forms_count_what_strips_have(
 @many
 @given(grids(), worlds)
 def test_every_element_has_one_owner_and_work_is_even(grids: list[Grid], world: int) -> None:
-    runs = plan.cut(plan.whole(grids), grids, world)
+    runs = sharding.cut(sharding.whole(grids), grids, world)
     assert [element for run in runs for element in elements(run)] == all_elements(grids)
     for run in runs:
         for span in run:
             assert {span.start, span.stop} <= starts(grids[span.parameter]), "a block with two owners"
-    work = [plan.work(run, grids) for run in runs]
+    work = [sharding.work(run, grids) for run in runs]
     largest = max(max(grid.pieces * grid.cut**2, grid.depth * grid.row) for grid in grids)
     assert max(work) <= sum(work) / world + largest
 
@@ -144,8 +144,8 @@ def test_every_element_has_one_owner_and_work_is_even(grids: list[Grid], world: 
 @many
 @given(grids(), worlds, st.integers(1, 9))
 def test_cutting_a_run_again_keeps_its_order(grids: list[Grid], world: int, parts: int) -> None:
-    run = plan.cut(plan.whole(grids), grids, world)[world // 2]
-    chunks = plan.cut(run, grids, parts)
+    run = sharding.cut(sharding.whole(grids), grids, world)[world // 2]
+    chunks = sharding.cut(run, grids, parts)
     assert [element for chunk in chunks for element in elements(chunk)] == elements(run)
 
 
@@ -153,7 +153,7 @@ def test_cutting_a_run_again_keeps_its_order(grids: list[Grid], world: int, part
 @given(grids(), worlds, st.integers(0, 5))
 def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], world: int, padding: int) -> None:
     stored = flat_partitions(grids, world, padding)
-    owned = plan.owned_where_stored(stored, grids)
+    owned = sharding.owned_where_stored(stored, grids)
     assert sorted(e for run in owned for e in elements(run)) == all_elements(grids)
     tensors = [np.full(10_000, -1.0) for _ in range(world)]
     value = {element: float(index) for index, element in enumerate(all_elements(grids))}
@@ -161,8 +161,8 @@ def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], worl
         for place in places:
             for offset, element in enumerate(elements((place.span,))):
                 tensors[rank][place.offset + offset] = value[element]
-    routes = [plan.route(stored, owned, rank) for rank in range(world)]
-    arenas = [np.full(plan.count(run), -1.0) for run in owned]
+    routes = [sharding.route(stored, owned, rank) for rank in range(world)]
+    arenas = [np.full(sharding.count(run), -1.0) for run in owned]
     for rank, route in enumerate(routes):
         for piece in route.local:
             arenas[rank][piece.arena_offset :][: piece.numel] = tensors[rank][piece.tensor_offset :][: piece.numel]
@@ -175,7 +175,7 @@ def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], worl
                 arenas[owner][into.arena_offset :][: into.numel] = data
     for run, arena in zip(owned, arenas, strict=True):
         assert arena.tolist() == [value[element] for element in elements(run)]
-    assert plan.any_crossing(stored, owned) == any(route.receive for route in routes)
+    assert sharding.any_crossing(stored, owned) == any(route.receive for route in routes)
 
 
 def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[Placed]]:
@@ -196,7 +196,7 @@ def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[Pl
 
 def test_a_large_model_is_planned_in_closed_form() -> None:
     grids = [make_grid(shape, 64, 16) for shape in [(50257, 4096), *[(4096, 11008), (11008, 4096)] * 64]]
-    runs = plan.cut(plan.whole(grids), grids, 64)
-    assert sum(plan.count(run) for run in runs) == sum(grid.numel for grid in grids)
-    work = [plan.work(run, grids) for run in runs]
+    runs = sharding.cut(sharding.whole(grids), grids, 64)
+    assert sum(sharding.count(run) for run in runs) == sum(grid.numel for grid in grids)
+    work = [sharding.work(run, grids) for run in runs]
     assert max(work) - min(work) <= 2 * 11008 // 64 * 64**2, "each end may be off by less than a slab"

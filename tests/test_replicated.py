@@ -16,7 +16,8 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import adafisher_dist.shard
+import adafisher_dist.blocks.sharding
+import adafisher_dist.state.shard
 from adafisher_dist import AdaFisher
 
 pytestmark = pytest.mark.dist
@@ -39,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def train(rank: int, world: int, settings: dict, steps: int = 12, chunk: int | None = None, dtype=torch.float32):
     """Losses and final weights of a short run."""
     if chunk:
-        adafisher_dist.plan.CHUNK_FISHER_NUMEL = chunk  # several chunks: the overlapped path
+        adafisher_dist.blocks.sharding.CHUNK_FISHER_NUMEL = chunk  # several chunks: the overlapped path
     module = model(dtype)
     wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if world > 1 else module
     decay = [p for p in module.parameters() if p.dim() > 1]
@@ -81,7 +82,7 @@ def test_n_ranks_equal_one_in_float32() -> None:
 @pytest.mark.parametrize("chunk", [1, 300, 10**9])
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = train(0, 1, SETTINGS["old-factors"], dtype=torch.float32)
-    monkeypatch.setattr(adafisher_dist.plan, "CHUNK_FISHER_NUMEL", chunk)
+    monkeypatch.setattr(adafisher_dist.blocks.sharding, "CHUNK_FISHER_NUMEL", chunk)
     cut, _ = train(0, 1, SETTINGS["old-factors"], dtype=torch.float32)
     assert distance(cut, whole) < 1e-5
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adafisher_dist import AdaFisher, fisher
+from adafisher_dist import AdaFisher
+from adafisher_dist.numerics import fisher
 
 
 def run(gradients: list[Tensor], **settings: object) -> tuple[nn.Parameter, AdaFisher]:
@@ -250,7 +251,7 @@ def test_products_are_in_full_precision(how: str) -> None:
     """Whichever of torch's two names for TF32 the user has set, it is off in a step, and as it was after it."""
     code = f"""
 import torch
-from adafisher_dist import fisher
+from adafisher_dist.numerics import fisher
 matmul = torch.backends.cuda.matmul
 how = {how!r}
 if how == "old": matmul.allow_tf32 = True

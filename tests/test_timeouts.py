@@ -26,11 +26,12 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from adafisher_dist import AdaFisher, CheckpointError, comm, ds, save_checkpoint
-from adafisher_dist import control as controls
-from adafisher_dist.checkpoint import opened, reader, saving, writer
-from adafisher_dist.metrics import Meter
-from adafisher_dist.waiting import Meetings, meetings, timeout_of
+from adafisher_dist import AdaFisher, CheckpointError, ds, save_checkpoint
+from adafisher_dist.checkpoint import open_checkpoint, reader, saving, writer
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm import control_group as controls
+from adafisher_dist.comm.timeouts import Meetings, meetings, timeout_of
+from adafisher_dist.stepping.metrics import Meter
 
 pytestmark = pytest.mark.dist
 
@@ -87,9 +88,9 @@ def in_a_step(rank: int, world: int, how: str, where: str) -> Any:
     if rank == LOST and where == "before":
         disappear(how)
     if rank == LOST and where == "gather":
-        disappear_in(comm, "gather", how)
+        disappear_in(collectives, "gather", how)
     if where == "host":  # as under NCCL, where the hosts agree over a group of their own
-        comm.join = lambda *_: comm.Group(dist.group.WORLD, rank, world, "cuda:nccl")
+        collectives.join = lambda *_: collectives.Group(dist.group.WORLD, rank, world, "cuda:nccl")
         run = Run()
         if rank == LOST:
             disappear(how)
@@ -233,7 +234,7 @@ def in_a_load(rank: int, world: int, folder: str, how: str, where: str) -> Any:
     if rank == LOST and where == "before":
         disappear(how)
     if rank == LOST:
-        owner, name = {"verify": (opened, "_sum"), "read": (reader.ShardReader, "_read")}[where]
+        owner, name = {"verify": (open_checkpoint, "_sum"), "read": (reader.ShardReader, "_read")}[where]
         disappear_in(owner, name, how)
     return caught(lambda: run.load(Path(folder)))
 
@@ -321,11 +322,11 @@ def slowly(rank: int, world: int, folder: str) -> dict[str, float]:
     fast = slow(saving, "_copied", pieces)
     timed("copy", lambda: run.save(Path(folder) / "fifth", 1, asynchronous=True).wait())
     fast()
-    fast = slow(opened.Opened, "read_at", pieces)
+    fast = slow(open_checkpoint.Opened, "read_at", pieces)
     timed("load", lambda: run.load(Path(folder) / "fifth"))
     fast()
     if rank == LOST:  # a file as long as one that takes three timeouts to read
-        real = opened.beat
+        real = open_checkpoint.beat
 
         def beat() -> None:
             time.sleep(TIMEOUT / 2)
@@ -333,10 +334,10 @@ def slowly(rank: int, world: int, folder: str) -> dict[str, float]:
 
         def long(handle: int) -> int:
             for _ in range(6):
-                opened.beat()
+                open_checkpoint.beat()
             return check_sum(handle)
 
-        opened.beat, check_sum, opened._sum = beat, opened._sum, long
+        open_checkpoint.beat, check_sum, open_checkpoint._sum = beat, open_checkpoint._sum, long
     timed("verify", lambda: run.load(Path(folder) / "fifth"))
     return seconds
 

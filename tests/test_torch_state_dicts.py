@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from adafisher_dist import AdaFisher, OptimizerState, load_checkpoint, save_checkpoint, state
+from adafisher_dist import AdaFisher, OptimizerState, load_checkpoint, save_checkpoint
+from adafisher_dist.optimizer import state_dicts
 
 pytestmark = pytest.mark.dist
 
@@ -364,12 +365,12 @@ def one_rank_fails(rank: int, world: int) -> None:
     steps(module, optimizer, 0, 2, rank, world)
     right = held(module, optimizer)
     saved = get_optimizer_state_dict(module, optimizer)
-    make_room = state.spread_room
+    make_room = state_dicts.spread_room
     if rank == 1:
-        state.spread_room = no_room
+        state_dicts.spread_room = no_room
     with pytest.raises((MemoryError, RuntimeError), match=r"no room|rank 1 failed to make room"):
         get_optimizer_state_dict(module, optimizer)
-    state.spread_room = make_room
+    state_dicts.spread_room = make_room
     name, key = "inner.weight", "step"
     good = saved["state"][name][key]
     if rank == 1:

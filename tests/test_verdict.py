@@ -17,20 +17,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adafisher_dist import AdaFisher, verdict
-from adafisher_dist.verdict import Verdict
+from adafisher_dist import AdaFisher
+from adafisher_dist.stepping import found_inf
+from adafisher_dist.stepping.found_inf import Verdict
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}  # every rank has dense blocks
 
 
 def decide_on_device(yes: bool) -> None:
     """In this process: whether it is as if the CPU were an accelerator."""
-    verdict.is_meant_for = lambda device: yes
+    found_inf.is_meant_for = lambda device: yes
 
 
 @pytest.fixture(autouse=True)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "is_meant_for", lambda device: True)
+    monkeypatch.setattr(found_inf, "is_meant_for", lambda device: True)
 
 
 def gradients(module: nn.Module, step: int, bad: float | None = None) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 from torch import nn
 
 from adafisher_dist.checkpoint.begin import training_for, training_of
+from adafisher_dist.checkpoint.directory import Place, latest_tag, place_of
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.places import Place, latest_tag, place_of
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.stateful import OptimizerState
-from adafisher_dist.checkpoint.training import without_frozen
-from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.checkpoint.target import without_frozen
+from adafisher_dist.optimizer.adafisher import AdaFisher
 
 __all__ = [
     "IGNORED",

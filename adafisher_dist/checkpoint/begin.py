@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint.agree import attempt, together
+from adafisher_dist.checkpoint.all_ranks import attempt, together
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.saving import finish_pending
-from adafisher_dist.checkpoint.training import Training, observe
-from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.checkpoint.target import Training, observe
+from adafisher_dist.optimizer.adafisher import AdaFisher
 
 
 def training_for(model: nn.Module, optimizer: AdaFisher) -> Training:

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adafisher_dist.checkpoint import others, scheduler_state, training_of, without_frozen
-from adafisher_dist.checkpoint.agree import attempt, together
+from adafisher_dist.checkpoint import foreign, scheduler_state, training_of, without_frozen
+from adafisher_dist.checkpoint.all_ranks import attempt, together
+from adafisher_dist.checkpoint.directory import BESIDE, LATEST, Place, read_latest
+from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.loading import IGNORED, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.places import BESIDE, LATEST, Place, read_latest
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.schema import whole_numbers
-from adafisher_dist.checkpoint.training import Training
-from adafisher_dist.checkpoint.trial import Part
-from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.checkpoint.target import Training
+from adafisher_dist.optimizer.adafisher import AdaFisher
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -134,7 +134,7 @@ def load_with_deepspeed(
 
     there = attempt(lambda: place().find())[0] is not None
     if not any(training.control.gather(there)):
-        return others.load(original, engine, training.control, root, name, flags)
+        return foreign.load(original, engine, training.control, root, name, flags)
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]

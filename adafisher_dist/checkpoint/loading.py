@@ -15,22 +15,25 @@ import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist import batch, layouts, plan
-from adafisher_dist.checkpoint import random_state, trial, values
-from adafisher_dist.checkpoint import training as trained
-from adafisher_dist.checkpoint.agree import together
+from adafisher_dist import layouts
+from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.grid import grid_of
+from adafisher_dist.checkpoint import dry_run, encoding, random_state
+from adafisher_dist.checkpoint import target as trained
+from adafisher_dist.checkpoint.all_ranks import together
+from adafisher_dist.checkpoint.directory import Place, find
+from adafisher_dist.checkpoint.dry_run import Part, Tried
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
-from adafisher_dist.checkpoint.opened import PAUSES, Opened, Vanished, found_again, vanished
-from adafisher_dist.checkpoint.places import Place, find
+from adafisher_dist.checkpoint.open_checkpoint import PAUSES, Opened, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.ranges import FIELDS, Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
-from adafisher_dist.checkpoint.training import Training
-from adafisher_dist.checkpoint.trial import Part, Tried
-from adafisher_dist.control import beat
+from adafisher_dist.checkpoint.target import Training
+from adafisher_dist.comm.control_group import beat
+from adafisher_dist.numerics import batch
 from adafisher_dist.settings import Structure, structure
-from adafisher_dist.shard import Shard
+from adafisher_dist.state.shard import Shard
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -196,8 +199,8 @@ def _spans_of_state(training: Training, matched: Match) -> Iterator[tuple[str, i
         groups[number]["block_size"] = size
     names, tensors = training.names, [tensor for tensor, _ in _chosen(training, matched)]
     for storage in training.optimizer._roster.storages_of(tensors, training.wrapper) if tensors else ():
-        grids = [structure(groups[p.given.group]).grid(p.shape) for p in storage.parameters]
-        for span in plan.assign(grids, storage.placed, storage.replicated).owned[storage.group.rank]:
+        grids = [grid_of(p.shape, structure(groups[p.given.group])) for p in storage.parameters]
+        for span in sharding.assign(grids, storage.placed, storage.replicated).owned[storage.group.rank]:
             old = matched.states.get(names[storage.parameters[span.parameter].given.position])
             grid = grids[span.parameter]
             for kind, before in FIELDS.items() if old is not None else ():
@@ -250,14 +253,14 @@ def _check(
 ) -> None:
     own, key = options.lr_scheduler, f"random/{training.control.rank}"
     if options.states:
-        checked.settings = trial.settings(training, loaded.values["settings"], matched)
+        checked.settings = dry_run.settings(training, loaded.values["settings"], matched)
     if own is not None and own is not IGNORED and not _scheduler_problems(loaded, options):
         checked.scheduler = loaded.values["lr_scheduler"]["state"]
-        trial.scheduler(own, checked.scheduler, training)
+        dry_run.scheduler(own, checked.scheduler, training)
     if options.random and key in opened.manifest.tensors:
         checked.random = random_state.parse(opened.read_tensor(key))
     if options.weights:
-        checked.parts += trial.extra_states(training, loaded.values["extra_state"], matched)
+        checked.parts += dry_run.extra_states(training, loaded.values["extra_state"], matched)
     checked.parts += options.more(loaded.values)
 
 
@@ -292,7 +295,7 @@ def _apply(opened: Opened, training: Training, options: Options, matched: Match,
 
     def finish() -> None:
         if options.states:
-            trial.take_over(training, checked.settings)
+            dry_run.take_over(training, checked.settings)
             _complete(training, manifest, matched, shards)
         for part in checked.parts:
             part.restore()  # once more: what it makes of its state may depend on the weights
@@ -445,13 +448,13 @@ def _values(opened: Opened) -> dict[str, Any]:
     tensors, manifest = [], opened.manifest
     for number, entry in enumerate(manifest.about["value_tensors"]):
         key = f"value/{number}"
-        empty = torch.empty(0, dtype=values.dtype_of(entry["dtype"]))
+        empty = torch.empty(0, dtype=encoding.dtype_of(entry["dtype"]))
         flat = opened.read_tensor(key) if key in manifest.tensors else empty
         tensors.append(flat.view(entry["shape"]))
-    found = {name: values.decode(value, tensors) for name, value in manifest.about["values"].items()}
-    found["extra_state"] = values.decode(manifest.about["model"]["extra_state"], tensors)
+    found = {name: encoding.decode(value, tensors) for name, value in manifest.about["values"].items()}
+    found["extra_state"] = encoding.decode(manifest.about["model"]["extra_state"], tensors)
     groups = manifest.about["optimizer"]["groups"]
-    found["settings"] = [values.decode(group["settings"], tensors) for group in groups]
+    found["settings"] = [encoding.decode(group["settings"], tensors) for group in groups]
     scheduler = found.get("lr_scheduler")
     if scheduler is not None and not ({"class", "state"} <= set(scheduler) and isinstance(scheduler["class"], str)):
         raise ValueError("lr_scheduler has no class and state")

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.checkpoint.manifest import FORMAT, LEFT_OUT, CheckpointError, Manifest
 from adafisher_dist.checkpoint.ranges import FIELDS
-from adafisher_dist.checkpoint.training import (
+from adafisher_dist.checkpoint.target import (
     OWN_SETTINGS,
     Training,
     members_of_groups,
@@ -17,7 +18,6 @@ from adafisher_dist.checkpoint.training import (
     structure_of,
     with_extra_state,
 )
-from adafisher_dist.grid import Grid, make_grid
 from adafisher_dist.settings import structure
 
 _SHOWN = 20

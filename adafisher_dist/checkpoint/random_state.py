@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist.checkpoint import values
+from adafisher_dist.checkpoint import encoding
 
 
 def capture() -> Tensor:
@@ -23,7 +23,7 @@ def capture() -> Tensor:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
-    encoded = values.encode(_without_arrays(state), "the random state", tensors)
+    encoded = encoding.encode(_without_arrays(state), "the random state", tensors)
     return torch.frombuffer(bytearray(json.dumps(encoded).encode()), dtype=torch.uint8)
 
 
@@ -34,7 +34,7 @@ def parse(captured: Tensor) -> dict[str, Any]:
         ValueError: it is no state of these generators.
     """
     try:
-        state = values.decode(json.loads(captured.numpy().tobytes()), [])
+        state = encoding.decode(json.loads(captured.numpy().tobytes()), [])
         version, numbers, gauss = state["python"]
         state["python"] = version, tuple(numbers), gauss
         random.Random().setstate(state["python"])

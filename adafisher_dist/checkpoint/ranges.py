@@ -17,11 +17,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from adafisher_dist import fisher, plan
-from adafisher_dist.batch import Batch
-from adafisher_dist.grid import Grid, Kind, Strip
-from adafisher_dist.shard import Shard
-from adafisher_dist.span import Span
+from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.grid import Grid, Kind, Strip
+from adafisher_dist.blocks.spans import Span
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.batch import Batch
+from adafisher_dist.state.shard import Shard
 
 # Elements a range holds at most, but for one block: what is packed at a time (64 MiB in fp32).
 RANGE_NUMEL = 2**24
@@ -147,8 +148,8 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
     for span in shard.owned[shard.storage.group.rank]:
         if span.parameter in names and len(span):
             grid = shard.grids[span.parameter]
-            parts = -(-plan.work((span,), shard.grids) // RANGE_NUMEL)
-            for part in chain.from_iterable(plan.cut((span,), shard.grids, parts)):
+            parts = -(-sharding.work((span,), shard.grids) // RANGE_NUMEL)
+            for part in chain.from_iterable(sharding.cut((span,), shard.grids, parts)):
                 yield from _of_blocks(names[span.parameter], grid, span, part, places[span.parameter])
 
 

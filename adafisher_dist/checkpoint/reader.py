@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.opened import Opened
+from adafisher_dist.checkpoint.open_checkpoint import Opened
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
-from adafisher_dist.control import Control
+from adafisher_dist.comm.control_group import Control
 
 _Place = tuple[str, int, int]  # key, number, start
 

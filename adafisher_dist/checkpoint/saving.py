@@ -19,15 +19,15 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist.checkpoint import random_state, ranges, values
-from adafisher_dist.checkpoint import training as trained
-from adafisher_dist.checkpoint.agree import together
+from adafisher_dist.checkpoint import encoding, random_state, ranges
+from adafisher_dist.checkpoint import target as trained
+from adafisher_dist.checkpoint.all_ranks import together
+from adafisher_dist.checkpoint.directory import Place, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Piece, Range
-from adafisher_dist.checkpoint.training import Training
+from adafisher_dist.checkpoint.target import Training
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
-from adafisher_dist.control import Control, beat
+from adafisher_dist.comm.control_group import Control, beat
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -169,7 +169,7 @@ def _about(
     training: Training, facts: Mapping[str, Any], extra: Mapping[str, Any], tensors: list[Tensor]
 ) -> dict[str, Any]:
     """What the manifest says besides files and tensors; rank 0's is written."""
-    encoded = {name: values.encode(value, name, tensors) for name, value in extra.items()}
+    encoded = {name: encoding.encode(value, name, tensors) for name, value in extra.items()}
     described = trained.describe(training, tensors)
     state = described["optimizer"]["state"]
     return {

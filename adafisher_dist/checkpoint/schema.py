@@ -12,8 +12,8 @@ from math import prod
 from reprlib import repr as short
 from typing import Any
 
-from adafisher_dist.checkpoint.values import dtype_of
-from adafisher_dist.grid import make_grid
+from adafisher_dist.blocks.grid import make_grid
+from adafisher_dist.checkpoint.encoding import dtype_of
 
 # The kinds of tensors that belong to a parameter's state in the optimizer.
 _OF_STATE = ("momentum", "fisher", "square", "factor", "curvature")

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adafisher_dist import state
-from adafisher_dist.checkpoint import values
+from adafisher_dist.checkpoint import encoding
 from adafisher_dist.checkpoint.begin import training_for
-from adafisher_dist.checkpoint.training import Training, members_of_groups
-from adafisher_dist.optimizer import AdaFisher
+from adafisher_dist.checkpoint.target import Training, members_of_groups
+from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.optimizer.adafisher import AdaFisher
 
 
 class OptimizerState:
@@ -74,7 +74,7 @@ class OptimizerState:
                     {**found, "params": [numbers[name] for name in names]}
                     for found, names in zip(settings, members, strict=True)
                 ],
-                state.META: state.whole(),
+                state_dicts.META: state_dicts.whole(),
             }
         )
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
@@ -89,7 +89,7 @@ def _settings(training: Training) -> dict[str, str]:
         tensors: list[Tensor] = []
         plain = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         plain["lr"] = float(plain["lr"])
-        text = json.dumps(values.encode(plain, "a param group", tensors))
+        text = json.dumps(encoding.encode(plain, "a param group", tensors))
         if tensors:
             raise TypeError("A param group holds a tensor, other than lr, which OptimizerState cannot save.")
         found |= dict.fromkeys(names, text)
@@ -108,5 +108,5 @@ def _of_group(names: Sequence[str], saved: Mapping[str, str]) -> dict[str, Any]:
             f"The parameters of one param group, as {names[0]}, were saved with different settings: {texts}. Make the"
             " param groups as they were when the state was saved."
         )
-    found: dict[str, Any] = values.decode(json.loads(texts[0]), []) if texts else {}
+    found: dict[str, Any] = encoding.decode(json.loads(texts[0]), []) if texts else {}
     return found

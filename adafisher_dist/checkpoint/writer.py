@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from adafisher_dist.checkpoint.directory import Place, PublishedError
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
-from adafisher_dist.checkpoint.places import Place, PublishedError
 from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.control import Control, beat
+from adafisher_dist.comm.control_group import Control, beat
 
 logger = logging.getLogger("adafisher_dist")
 

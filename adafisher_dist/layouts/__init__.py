@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adafisher_dist.comm import Group, join
-from adafisher_dist.control import Control, control
+from adafisher_dist.comm.collectives import Group, join
+from adafisher_dist.comm.control_group import Control, control
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed import (
+from adafisher_dist.layouts.deepspeed_wrappers import (
     PartOfStep,
     calling_wrapper,
     engine_that_builds,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from adafisher_dist.comm import Group
+from adafisher_dist.comm.collectives import Group
 from adafisher_dist.layouts.storage import Storage
 
 _meshes: dict[tuple[int, str], tuple[Any, DeviceMesh]] = {}  # by the id of a process group, beside it, and device type

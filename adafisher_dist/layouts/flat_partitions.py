@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from adafisher_dist import placement
-from adafisher_dist.comm import join
-from adafisher_dist.layouts.deepspeed import known_as, refuse_modes, unexpected
+from adafisher_dist.blocks import placement
+from adafisher_dist.comm.collectives import join
+from adafisher_dist.layouts.deepspeed_wrappers import known_as, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import Parameter, Registry, Storage
 
 

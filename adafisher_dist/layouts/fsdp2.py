@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from adafisher_dist import placement
-from adafisher_dist.comm import Group, join
+from adafisher_dist.blocks import placement
+from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.layouts.storage import Given, Held, Parameter, Storage, UnsupportedLayoutError
 
 

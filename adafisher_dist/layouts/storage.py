@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adafisher_dist.comm import Group
-from adafisher_dist.plan import Placed
+from adafisher_dist.blocks.sharding import Placed
+from adafisher_dist.comm.collectives import Group
 
 
 class UnsupportedLayoutError(RuntimeError):

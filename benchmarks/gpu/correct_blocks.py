@@ -18,10 +18,10 @@ from correct_runner import Here
 from oracle import Block, dense_direction, refresh
 from torch import Tensor
 
-from adafisher_dist import batch as stacked
-from adafisher_dist import fisher
-from adafisher_dist.batch import Batch
-from adafisher_dist.grid import Kind
+from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.numerics import batch as stacked
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.batch import Batch
 from adafisher_dist.settings import DEFAULTS, normalize, structure
 
 Rows = np.ndarray[Any, np.dtype[np.float64]]

@@ -23,26 +23,27 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
+import models
 import numpy as np
 import torch
 import torch.distributed as dist
 from common_gpu import ROOT
 from correct_blocks import blocks, gate, host, ladder, not_numbers, same_bits
 from correct_runner import TIMEOUT, Check, Here, NotChecked
+from models import OWN_SETTINGS, distance, model, param_groups
+from oracle import Oracle
+from test_oracle import assert_blocks_agree
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adafisher_dist
-from adafisher_dist import AdaFisher, comm, verdict
-from adafisher_dist.comm import Group, Waits, Wire
-from adafisher_dist.metrics import NAMES
+from adafisher_dist import AdaFisher
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.collectives import Group, Waits, Wire
+from adafisher_dist.stepping import found_inf
+from adafisher_dist.stepping.metrics import NAMES
 
 sys.path.insert(0, str(ROOT / "tests"))  # before launch/, which has modules of the same names
-
-import models
-from models import OWN_SETTINGS, distance, model, param_groups
-from oracle import Oracle
-from test_oracle import assert_blocks_agree
 
 Arrays = dict[str, np.ndarray]
 Settings = dict[str, Any]
@@ -82,7 +83,7 @@ def batch(step: int, here: Here) -> tuple[Tensor, Tensor]:
 
 def same_on_all(found: Arrays, here: Here) -> None:
     """Raise where ranks hold other weights. A collective."""
-    prints = comm.control(None).gather([value.tobytes() for value in found.values()])
+    prints = collectives.control(None).gather([value.tobytes() for value in found.values()])
     assert all(other == prints[0] for other in prints), f"the weights on this rank, {here.rank}, or on others differ"
 
 
@@ -220,11 +221,11 @@ PLAN = [None, None, NAN, None, INF, 3e19, None]  # bad at calls 3, 5, 6: at 1, 2
 @contextmanager
 def deciding_on_the_device() -> Iterator[None]:
     """On a CPU too, as tests/test_verdict.py does."""
-    before, verdict.is_meant_for = verdict.is_meant_for, lambda device: True
+    before, found_inf.is_meant_for = found_inf.is_meant_for, lambda device: True
     try:
         yield
     finally:
-        verdict.is_meant_for = before
+        found_inf.is_meant_for = before
 
 
 @deciding_on_the_device()
@@ -592,20 +593,20 @@ def communication(here: Here, group: Callable[[Here], Any] = lambda here: None) 
 
     Tensors are on the device and on the host, which with NCCL alone travel through the device.
     """
-    real = comm.join(group(here))
+    real = collectives.join(group(here))
     forced = dataclasses.replace(real, size=max(2, real.size))  # past "there is nobody to tell"
-    comm.measure_waits(waits := Waits())
+    collectives.measure_waits(waits := Waits())
     try:
-        lowest = comm.minimum(forced, torch.tensor([5 - here.rank, here.rank]))
+        lowest = collectives.minimum(forced, torch.tensor([5 - here.rank, here.rank]))
         assert lowest.tolist() == [5 - (here.world - 1), 0], lowest
         for device in {here.device, torch.device("cpu")}:
             _all_of_comm(real, forced, device, here)
     finally:
-        comm.measure_waits(None)
+        collectives.measure_waits(None)
     seconds = waits.seconds()
     assert 0 < seconds < TIMEOUT, seconds
-    again = comm.control(None)
-    assert again.gather(here.rank) == list(range(here.world)) and comm.control(None) is again
+    again = collectives.control(None)
+    assert again.gather(here.rank) == list(range(here.world)) and collectives.control(None) is again
     assert real.members == frozenset(range(here.world))
     return f"{real.devices}: waited {1e3 * seconds:.2f} ms in all"
 
@@ -619,19 +620,19 @@ def _all_of_comm(real: Group, forced: Group, device: torch.device, here: Here) -
         return wire
 
     flag = full(own, 1, torch.int32)
-    comm.minimum_on_device(forced, flag)
+    collectives.minimum_on_device(forced, flag)
     assert flag.tensor.tolist() == [1], flag
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = full(0.0, 3 * here.world, dtype)
-        comm.gather(real, full(own, 4, dtype).part(1, 4), out)()
+        collectives.gather(real, full(own, 4, dtype).part(1, 4), out)()
         assert out.tensor.tolist() == [rank + 1.0 for rank in ranks for _ in range(3)], (device, out.tensor)
     counts = [1 + rank for rank in ranks]  # so many to each rank
     received = full(0.0, here.world * (1 + here.rank))
-    comm.exchange(real, full(own, sum(counts)), counts, received, [1 + here.rank] * here.world)()
+    collectives.exchange(real, full(own, sum(counts)), counts, received, [1 + here.rank] * here.world)()
     assert received.tensor.tolist() == [rank + 1.0 for rank in ranks for _ in range(1 + here.rank)], received.tensor
     for source in {0, here.world - 1}:
         value = torch.full((2, 3), own, device=device)
-        got = comm.broadcast(forced, value, source, "a check")
+        got = collectives.broadcast(forced, value, source, "a check")
         assert got.device.type == device.type and set(got.flatten().tolist()) == {source + 1.0}, got
 
 

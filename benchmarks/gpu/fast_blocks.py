@@ -15,11 +15,11 @@ import torch
 from clocks import Effort, Row, median_ms
 from torch.utils.flop_counter import FlopCounterMode
 
-from adafisher_dist import batch as stacked
-from adafisher_dist import fisher
-from adafisher_dist.batch import Batch
-from adafisher_dist.grid import Kind
-from adafisher_dist.plan import CHUNK_FISHER_NUMEL
+from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.blocks.sharding import CHUNK_FISHER_NUMEL
+from adafisher_dist.numerics import batch as stacked
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.batch import Batch
 from adafisher_dist.settings import DEFAULTS, normalize, structure
 
 STATE_BYTES, PRODUCT_SIDE = 2**30, 8192

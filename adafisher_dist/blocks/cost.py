@@ -1,0 +1,151 @@
+"""What a plan costs each rank: bytes of memory, bytes sent in a step, arithmetic. From integers alone.
+
+DESIGN.md, "Bytes", has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.grid import Grid, Strip
+from adafisher_dist.blocks.sharding import Assignment, Placed, Spans
+from adafisher_dist.blocks.spans import Span
+from adafisher_dist.settings import Structure
+
+MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
+TRAFFIC_KINDS = ("weights", "blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A plan as far as it costs anything.
+
+    Attributes:
+        grids: of each parameter.
+        structures: the settings of each parameter's state.
+        placed: for each rank, the spans that it stores.
+        assignment: who owns which blocks.
+        replicated: whether every rank stores everything.
+        weight_itemsize: bytes of an element that is gathered, where it is.
+    """
+
+    grids: Sequence[Grid]
+    structures: Sequence[Structure]
+    placed: Sequence[Sequence[Placed]]
+    assignment: Assignment
+    replicated: bool
+    weight_itemsize: int
+
+    @property
+    def world(self) -> int:
+        """Ranks that share the blocks."""
+        return len(self.assignment.owned)
+
+
+def memory(outline: Outline, rank: int) -> dict[str, int]:
+    """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
+
+    "buffers" are the stacked gradients, the arena, what is sent and received, and where F is bfloat16 the seeds.
+    """
+    sums = dict.fromkeys(MEMORY_KINDS, 0)
+    wide = _wide(outline)
+    for span, strip in _strips(outline, rank):
+        structure = outline.structures[span.parameter]
+        a_block = strip.size * (strip.size + 1) // 2 if structure.packed else strip.size**2
+        sums["fisher"] += strip.rows * (a_block if strip.dense else 1) * structure.fisher_dtype.itemsize
+        if strip.depth > 1:
+            sums["fisher"] += strip.rows * strip.depth * wide  # the mean square of each vector
+        if structure.keeps_factors and strip.dense:
+            sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
+        if structure.fisher_dtype.itemsize < wide:
+            sums["buffers"] += 4 * strip.rows
+    elements = sharding.count(outline.assignment.owned[rank])
+    sums["momentum"] = elements * wide
+    sums["buffers"] += 2 * elements * wide + _wire(outline, rank, wide)
+    return sums
+
+
+def traffic(outline: Outline, rank: int) -> dict[str, int]:
+    """Bytes that a rank sends in a step in which every parameter has a gradient, by kind, but for the verdicts.
+
+    "weights": its new weights, to each of the others. "blocks": of blocks that a boundary between ranks cuts, gradients
+    to their owner and updates back.
+    """
+    sums = dict.fromkeys(TRAFFIC_KINDS, 0)
+    if outline.replicated:
+        padded = sum(_longest(by_rank) for by_rank in outline.assignment.chunks)
+        sums["weights"] = (outline.world - 1) * padded * outline.weight_itemsize
+    else:
+        away, guests = _crossing(outline, rank)
+        sums["blocks"] = (away + guests) * _wide(outline)
+    return sums
+
+
+def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int:
+    """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
+
+    For a block of D vectors of r elements: (2D + 1) r² for F, 2D r² for the solutions, and r² + 34r³ for A^(−1/2), by
+    17 products of matrices (p = 1: r² + r³/3 for a Cholesky factor, and for an inverse that is kept 3r³ more); for
+    the polar factor 5 (4s²l + 2s³), s being the smaller and l the larger of D and r. grafting="none" has no polar
+    factor, and 33 products for an exact A^(−1/2).
+    """
+    total = 0.0
+    for span, strip in _strips(outline, rank):
+        r, structure = strip.size, outline.structures[span.parameter]
+        small, large = sorted((strip.depth, r))
+        polar = 5 * (4 * small**2 * large + 2 * small**3) if structure.grafting == "rms" else 0
+        factor = r**2 + _factorising(r, structure)
+        each = (4 * strip.depth + 1) * r**2 + factor / inverse_update_freq + polar if strip.dense else 8
+        total += strip.rows * each
+    return round(total)
+
+
+def _factorising(r: int, structure: Structure) -> float:
+    """Floating-point operations for a block's A^(−p)."""
+    if structure.exponent == 1.0:
+        return r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0)
+    return (34 if structure.grafting == "rms" else 66) * r**3
+
+
+def _strips(outline: Outline, rank: int) -> list[tuple[Span, Strip]]:
+    return [
+        (span, strip)
+        for span in outline.assignment.owned[rank]
+        for strip in outline.grids[span.parameter].strips(span.start, span.stop)
+    ]
+
+
+def _wide(outline: Outline) -> int:
+    """Bytes of an element of the arithmetic: one for the whole optimizer."""
+    return outline.structures[0].compute_dtype.itemsize
+
+
+def _wire(outline: Outline, rank: int, wide: int) -> int:
+    if not outline.replicated:
+        return sum(_crossing(outline, rank)) * wide
+    if outline.world == 1:
+        return 0
+    turns = min(2, len(outline.assignment.chunks))
+    longest = max(map(_longest, outline.assignment.chunks))
+    return turns * longest * (outline.world + 1) * outline.weight_itemsize
+
+
+def _longest(by_rank: Sequence[Spans]) -> int:
+    return max(map(sharding.count, by_rank))
+
+
+def _crossing(outline: Outline, rank: int) -> tuple[int, int]:
+    """Elements that the rank stores and does not own, and that it owns and does not store."""
+    stored = Counter[int]()
+    both = 0
+    owned = outline.assignment.owned[rank]
+    by_parameter = {span.parameter: span for span in owned}
+    for place in outline.placed[rank]:
+        stored[place.span.parameter] += len(place.span)
+        own = by_parameter.get(place.span.parameter)
+        common = own.intersect(place.span) if own is not None else None
+        both += len(common) if common is not None else 0
+    return stored.total() - both, sharding.count(owned) - both

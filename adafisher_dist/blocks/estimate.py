@@ -1,0 +1,269 @@
+"""What AdaFisher will cost a model on some ranks, before anything is built: the plan is made from shapes alone.
+
+It is the plan that training makes, by the same functions, so that the figures are exact where the layout is (DeepSpeed
+pads its partitions as told here; tests compare with real engines).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+
+from adafisher_dist.blocks import cost, placement, sharding
+from adafisher_dist.blocks.cost import Outline
+from adafisher_dist.blocks.grid import grid_of
+from adafisher_dist.blocks.placement import Places
+from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
+
+Shapes = Sequence[tuple[int, ...]]
+
+LAYOUTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+
+AUTO: Any = "auto"  # a block size that is still to be chosen
+
+# What `block_size="auto"` chooses from.
+AUTO_BLOCK_SIZES = (128, 96, 64, 48, 32, 24, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one setting, for the rank that has the most of each.
+
+    Attributes:
+        memory: bytes on the device by kind, and "total"; without the model's own parameters and gradients.
+        least: bytes in all on the rank that has the least.
+        sent: bytes sent in a step.
+        flops: floating-point operations in a step.
+        blocks: on all ranks.
+    """
+
+    memory: dict[str, int]
+    least: int
+    sent: int
+    flops: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Estimates for a table of settings.
+
+    Attributes:
+        elements: of the model.
+        parameters: of the model.
+        layout: one of `LAYOUTS`.
+        world: ranks.
+        rows: for each setting, what is varied (block_size, fisher_dtype, packed) and what it costs.
+        fits: the largest block size that fits the budget, for each pair of the others; empty without a budget.
+        budget: GB (10⁹ bytes) a rank, or None.
+    """
+
+    elements: int
+    parameters: int
+    layout: str
+    world: int
+    rows: list[tuple[Structure, Estimate]]
+    fits: list[tuple[Structure, int | None]]
+    budget: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {
+            "elements": self.elements,
+            "parameters": self.parameters,
+            "layout": self.layout,
+            "world_size": self.world,
+            "settings": [{**_varied(kind), **asdict(costs)} for kind, costs in self.rows],
+            "memory_budget_gb": self.budget,
+            "largest_block_size": [{**_varied(kind), "block_size": size} for kind, size in self.fits],
+        }
+
+
+def _varied(kind: Structure) -> dict[str, Any]:
+    dtype = str(kind.fisher_dtype).removeprefix("torch.")
+    return {"block_size": kind.block_size, "fisher_dtype": dtype, "packed": kind.packed}
+
+
+def forecast_of(
+    shapes: Shapes, layout: str, world: int, block_sizes: Sequence[int], settings: Mapping[str, Any],
+    weight_dtype: torch.dtype, budget: float | None,
+) -> Forecast:  # fmt: skip
+    """Estimates for these block sizes, float32 and bfloat16, packed or not.
+
+    Args:
+        shapes: of the parameters.
+        layout: see `outline`.
+        world: likewise.
+        block_sizes: to tell of.
+        settings: those that are the same in all rows.
+        weight_dtype: see `outline`.
+        budget: GB (10⁹ bytes) a rank; then the largest block size that fits is told too.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: a setting is out of bounds.
+    """
+    storages = [(dtype, packed) for dtype in (torch.float32, torch.bfloat16) for packed in (False, True)]
+    freq = settings["inverse_update_freq"]
+    rows = []
+    for size in block_sizes:
+        for dtype, packed in storages:
+            kind = _structure(settings, block_size=size, fisher_dtype=dtype, packed=packed)
+            rows.append((kind, estimate(shapes, layout, world, kind, weight_dtype, freq)))
+    fits: list[tuple[Structure, int | None]] = []
+    for dtype, packed in storages if budget is not None else ():
+        kind = _structure(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
+        try:
+            fits.append((kind, largest_block_size([(shapes, kind)], layout, world, weight_dtype, (budget or 0) * 1e9)))
+        except ValueError:
+            fits.append((kind, None))
+    return Forecast(sum(map(prod, shapes)), len(shapes), layout, world, rows, fits, budget)
+
+
+def _structure(settings: Mapping[str, Any], **more: Any) -> Structure:
+    group = {**DEFAULTS, **settings, **more}
+    normalize(group)
+    return structure(group)
+
+
+def layout_named(name: str) -> str:
+    """Which of `LAYOUTS` the layout of a `layouts.Storage` is."""
+    known = {"ZeRO-1": "zero1", "BF16_Optimizer": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+    return known.get(name, "fsdp2" if name in ("FSDP2", "HSDP") else "ddp")
+
+
+def outline(shapes: Shapes, layout: str, world: int, kind: Structure, weight_dtype: torch.dtype) -> Outline:
+    """The plan for parameters of these shapes, all in one param group.
+
+    Args:
+        shapes: of the parameters, in order.
+        layout: one of `LAYOUTS`.
+        world: ranks that share the blocks.
+        kind: the settings that shape the state.
+        weight_dtype: of the tensors that the optimizer steps, where they are gathered ("ddp", "zero0").
+
+    Raises:
+        ValueError: the layout is unknown, or there is no rank.
+    """
+    if world < 1:
+        raise ValueError(f"The world size should be at least 1, got {world}.")
+    replicated = layout in ("ddp", "zero0")
+    placed = _placed([prod(shape) for shape in shapes], shapes, layout, world)
+    grids = [grid_of(shape, kind) for shape in shapes]
+    assignment = sharding.assign(grids, placed, replicated)
+    return Outline(grids, [kind] * len(grids), placed, assignment, replicated, weight_dtype.itemsize)
+
+
+def _placed(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> Places:
+    if layout in ("ddp", "zero0"):
+        return placement.everywhere(numels, world)
+    if layout in ("zero1", "zero2"):
+        # DeepSpeed pads the flat buffer to a multiple of 2 W elements.
+        offsets = [end - numel for end, numel in zip(accumulate(numels), numels, strict=True)]
+        return placement.in_partitions(offsets, numels, max(1, -(-sum(numels) // (2 * world))) * 2, world)
+    if layout == "zero3":
+        return placement.one_by_one(numels, [-(-numel // world) for numel in numels], world)
+    if layout == "fsdp2":
+        return placement.by_rows(shapes, world)
+    raise ValueError(f"The layout should be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+
+
+def estimate(
+    shapes: Shapes, layout: str, world: int, kind: Structure, weight_dtype: torch.dtype = torch.float32,
+    inverse_update_freq: int = 1,
+) -> Estimate:  # fmt: skip
+    """What a setting costs; see `outline` for the arguments and what is raised."""
+    planned = outline(shapes, layout, world, kind, weight_dtype)
+    by_rank = [cost.memory(planned, rank) for rank in range(world)]
+    totals = [sum(kinds.values()) for kinds in by_rank]
+    largest = by_rank[totals.index(max(totals))]
+    return Estimate(
+        memory={**largest, "total": max(totals)},
+        least=min(totals),
+        sent=max(sum(cost.traffic(planned, rank).values()) for rank in range(world)),
+        flops=max(cost.arithmetic(planned, rank, inverse_update_freq) for rank in range(world)),
+        blocks=sum(grid.num_blocks for grid in planned.grids),
+    )
+
+
+def shapes_of(factory: str) -> list[tuple[int, ...]]:
+    """The shapes of the parameters of a model that need a gradient.
+
+    Args:
+        factory: "package.module:function", which is called without arguments and returns the model. It is built on
+            torch's meta device, so that its parameters take no memory.
+
+    Raises:
+        ValueError: there is no such function, or it fails, or it returns no model with parameters.
+    """
+    module, colon, name = factory.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"A model is given as package.module:function, got {factory!r}.")
+    try:
+        build = getattr(import_module(module), name)
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:
+        raise ValueError(f"{factory} gave no model: {type(error).__name__}: {error}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{factory} returned a {type(model).__name__}, and not a torch.nn.Module.")
+    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    if not shapes:
+        raise ValueError(f"The model of {factory} has no parameter that needs a gradient.")
+    return shapes
+
+
+def transformer_shapes(parameters: int) -> list[tuple[int, ...]]:
+    """The matrices of a decoder with about so many parameters: d/128 layers of 12 d² each, and an embedding.
+
+    d is a multiple of 128, and the embedding takes what is left. Norms and biases, which cost little, are left out.
+
+    Raises:
+        ValueError: fewer parameters than the smallest such model has.
+    """
+    width: int = max(128, round(float(128 * parameters / 12) ** (1 / 3) / 128) * 128)
+    while width > 128 and 12 * width**2 > parameters:
+        width -= 128
+    layers = max(1, min(width // 128, parameters // (12 * width**2)))
+    rest = (parameters - layers * 12 * width**2) // width
+    if rest < 0:
+        raise ValueError(f"A model that is made up has at least {12 * 128**2:,} parameters, got {parameters:,}.")
+    layer: list[tuple[int, ...]] = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return ([(rest, width)] if rest else []) + layer * layers
+
+
+def largest_block_size(
+    groups: Sequence[tuple[Shapes, Structure]], layout: str, world: int, weight_dtype: torch.dtype, budget: float
+) -> int:
+    """The largest block size with which no rank needs more than `budget` bytes.
+
+    Args:
+        groups: the shapes and settings of each param group; those whose block_size is a number keep it.
+        layout: see `outline`.
+        world: likewise.
+        weight_dtype: likewise.
+        budget: bytes a rank.
+
+    Raises:
+        ValueError: not even blocks of one element fit; names what they need.
+    """
+
+    def need(shapes: Shapes, kind: Structure) -> int:
+        return estimate(shapes, layout, world, kind, weight_dtype).memory["total"] if shapes else 0
+
+    fixed = sum(need(shapes, kind) for shapes, kind in groups if kind.block_size != AUTO)
+    for size in AUTO_BLOCK_SIZES:
+        sized = [(shapes, kind._replace(block_size=size)) for shapes, kind in groups if kind.block_size == AUTO]
+        needed = fixed + sum(need(shapes, kind) for shapes, kind in sized)
+        if needed <= budget:
+            return size
+    raise ValueError(
+        f"AdaFisher needs {needed / 1e9:.3g} GB a rank even with blocks of one element, and memory_budget_gb is"
+        f" {budget / 1e9:.3g}. Use more ranks, or fisher_dtype=torch.bfloat16."
+    )

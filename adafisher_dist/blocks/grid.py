@@ -1,0 +1,275 @@
+"""How one parameter is cut into blocks: integers in closed form, so that a block has no object of its own."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from adafisher_dist.settings import Structure
+
+# The longest side of a convolution's window. Longer dimensions at the end of a shape are inputs.
+LARGEST_WINDOW = 32
+
+# A matrix whose one side is more than so many times the other is a table (of tokens, of few outputs, of adapters): its
+# elements are alone, as Adam's. Grouped keys and values are up to 8 times as wide as high; hidden layers 4 times, and
+# seldom as long as the vocabularies of 32,000 whose tables are less than 8 times as high as wide.
+LARGEST_RATIO = 8
+LARGEST_RATIO_OF_VOCABULARIES = 4
+LEAST_VOCABULARY = 30_000
+
+
+class Kind(NamedTuple):
+    """What rows of a batch are alike in: elements of a vector, vectors that share a Fisher, and whether it is dense."""
+
+    size: int
+    depth: int
+    dense: bool
+
+    @property
+    def name(self) -> str:
+        """As state dicts have it: "64", "64x16", or "diagonal"."""
+        if not self.dense:
+            return "diagonal"
+        return str(self.size) if self.depth == 1 else f"{self.size}x{self.depth}"
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Blocks of one kind that lie evenly spaced in the flattened parameter: `count` in each of `slabs` slabs.
+
+    Vector v of block c of slab s begins at element start + s·stride + c·size + v·row. A strip that is not dense stands
+    for elements with a diagonal Fisher: size and depth are 1, and `count` counts elements.
+
+    Attributes:
+        kind: size, depth, and whether they are dense.
+        start: the first element.
+        slabs: slabs that it goes through.
+        stride: elements from one slab to the next.
+        row: elements from one vector of a block to the next.
+        count: blocks in a slab.
+        block: number of the first block.
+        blocks_per_slab: from one slab to the next.
+    """
+
+    kind: Kind
+    start: int
+    slabs: int
+    stride: int
+    row: int
+    count: int
+    block: int
+    blocks_per_slab: int
+
+    @property
+    def rows(self) -> int:
+        """Blocks in the strip: rows of a batch."""
+        return self.slabs * self.count
+
+    @property
+    def size(self) -> int:
+        """Elements of a vector."""
+        return self.kind.size
+
+    @property
+    def depth(self) -> int:
+        """Vectors that share a block's Fisher."""
+        return self.kind.depth
+
+    @property
+    def dense(self) -> bool:
+        """Whether the Fisher is a matrix."""
+        return self.kind.dense
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A parameter's blocks.
+
+    The flattened parameter is a sequence of matrices of `matrix` elements, each of rows of `row` elements. `depth` rows
+    make a slab (the last one of a matrix may have fewer), which is what ranks own: it is never shared out. Within a
+    slab the rows are cut at the same places, every `cut` elements: each cut is one block, whose Fisher is shared by the
+    slab's rows. Blocks are numbered slab by slab. Those of the slabs from `dense_slabs` on keep a diagonal Fisher.
+
+    Only where there is one matrix, `depth` is 1 and rows are not cut may the last row be short.
+    """
+
+    numel: int
+    matrix: int
+    row: int
+    cut: int
+    depth: int
+    dense_slabs: int
+
+    @property
+    def pieces(self) -> int:
+        """Blocks in a slab."""
+        return -(-self.row // self.cut)
+
+    @property
+    def slabs(self) -> int:
+        """Slabs, dense and diagonal ones."""
+        return self.numel // self.matrix * self.slabs_per_matrix
+
+    @property
+    def slabs_per_matrix(self) -> int:
+        """Slabs of each matrix, of which the last may have fewer rows."""
+        return -(-self.matrix // (self.row * self.depth))
+
+    @property
+    def num_blocks(self) -> int:
+        """Dense and diagonal blocks."""
+        return self.slabs * self.pieces
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks that have a matrix."""
+        return self.dense_slabs * self.pieces
+
+    def start(self, slab: int) -> int:
+        """First element of a slab; `numel` for the one past the last."""
+        matrix, own = divmod(slab, self.slabs_per_matrix)
+        return min(self.numel, matrix * self.matrix + own * self.row * self.depth)
+
+    def slab_from(self, element: int) -> int:
+        """The first slab that starts at or after `element`."""
+        matrix, own = divmod(element, self.matrix)
+        return matrix * self.slabs_per_matrix + -(-own // (self.row * self.depth))
+
+    def fisher_numel(self, slab: int) -> int:
+        """Elements of the Fisher in the slabs before `slab`: the measure by which work is shared out."""
+        dense = min(slab, self.dense_slabs)
+        whole = (self.pieces - 1) * self.cut**2 + self._last**2
+        missing = whole - self._tail**2 if dense * self.row > self.numel and self.depth == 1 else 0
+        return dense * whole - missing + self.start(slab) - self.start(dense)
+
+    def triangle_numel(self, slab: int) -> int:
+        """Elements of the lower triangles of the Fisher in the slabs before `slab`; a diagonal one's are its own."""
+        dense = min(slab, self.dense_slabs)
+        diagonal = self.start(slab) - self.start(dense)
+        # The sum of (r² + r) / 2 over the dense blocks: of their r, a row for each slab, or what the last one has.
+        sizes = min(dense * self.row, self.numel) if self.depth == 1 else dense * self.row
+        return (self.fisher_numel(slab) - diagonal + sizes) // 2 + diagonal
+
+    def sharing(self, slab: int) -> int:
+        """Vectors in the slabs before `slab` that share a dense block with another."""
+        if self.depth == 1:
+            return 0
+        dense = min(slab, self.dense_slabs)
+        ends_alone = self.matrix // self.row % self.depth == 1  # a matrix's last slab has one row
+        alone = dense // self.slabs_per_matrix if ends_alone else 0
+        return (self.start(dense) // self.row - alone) * self.pieces
+
+    def slab_of_fisher_numel(self, amount: int) -> int:
+        """The first slab whose predecessors hold at least `amount` elements of the Fisher."""
+        return bisect_left(range(self.slabs), amount, key=self.fisher_numel)
+
+    def strips(self, start: int, stop: int) -> Iterator[Strip]:
+        """The blocks of the elements [start, stop), both on slab boundaries, in the order of their numbers by kind."""
+        first, last = self.slab_from(start), self.slab_from(stop)
+        dense_last = max(first, min(last, self.dense_slabs))
+        whole, rest = divmod(self.matrix, self.row * self.depth)
+        if not rest:
+            yield from self._pieces(first, dense_last, self.row, self.depth)
+        each = self.slabs_per_matrix
+        for begin in range(first // each * each, dense_last if rest else 0, each):  # matrix by matrix
+            yield from self._pieces(max(first, begin), min(dense_last, begin + whole), self.row, self.depth)
+            if first <= begin + whole < dense_last:  # the last slab has fewer rows, or a shorter one
+                row, depth = min(self.row, rest), max(1, rest // self.row)
+                yield from self._pieces(begin + whole, begin + each, row, depth)
+        if dense_last < last:
+            begin = self.start(dense_last)
+            count = stop - begin
+            yield Strip(Kind(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
+
+    def rows_by_kind(self, stop: int) -> Counter[Kind]:
+        """How many rows of each kind the elements before `stop`, a slab boundary, fill."""
+        rows: Counter[Kind] = Counter()
+        for strip in self.strips(0, stop):
+            rows[strip.kind] += strip.rows
+        return rows
+
+    @property
+    def _last(self) -> int:
+        """Elements of a row's last piece."""
+        return self.row - (self.pieces - 1) * self.cut
+
+    @property
+    def _tail(self) -> int:
+        """Elements of the last row, where it may be short."""
+        return self.numel - (self.slabs - 1) * self.row
+
+    def _pieces(self, first: int, stop: int, row: int, depth: int) -> Iterator[Strip]:
+        """The blocks of slabs [first, stop), of `depth` rows of `row` elements each."""
+        if first >= stop:
+            return
+        begin, block, stride = self.start(first), first * self.pieces, self.row * self.depth
+        whole, rest = divmod(row, self.cut)
+        for size, count, offset in ((self.cut, whole, 0), (rest, 1, whole * self.cut)):
+            if size and count:
+                kind = Kind(size, depth, True)
+                number = block + offset // self.cut
+                yield Strip(kind, begin + offset, stop - first, stride, row, count, number, self.pieces)
+
+
+def make_grid(
+    shape: Sequence[int],
+    block_size: int,
+    rows_per_block: int = 1,
+    block_grid: str = "rows",
+    max_blocks: int | None = None,
+) -> Grid:
+    """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
+    numel = prod(shape)
+    matrices, rows, row = view(shape) if numel else (1, 0, 0)
+    if block_grid == "rows" and max_blocks is None and _is_table(rows, row):
+        matrices, rows, row = 1, 1, numel
+    matrix, depth = max(1, numel // matrices), 1
+    if block_grid == "rows" and rows == 1:  # a vector's elements are alone, each with a diagonal Fisher
+        max_blocks = 0
+    if block_grid == "flat" or rows <= 1:
+        matrix, row, cut = max(1, numel), block_size, block_size
+    elif rows_per_block == 1 and matrices == 1 and row < block_size:
+        row = cut = block_size // row * row
+    else:
+        depth = _even(rows, rows_per_block)
+        # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an element than another's.
+        most = depth * max(block_size, 2 * rows_per_block) // rows_per_block
+        cut = _even(row, min(block_size, most))
+    slabs = Grid(numel, matrix, row, cut, depth, 0).slabs
+    dense = slabs if max_blocks is None else min(slabs, max_blocks // -(-row // cut))
+    return Grid(numel, matrix, row, cut, depth, dense)
+
+
+def grid_of(shape: Sequence[int], config: Structure) -> Grid:
+    """The blocks of a parameter of this shape, with the settings of its group."""
+    return make_grid(shape, config.block_size, config.rows_per_block, config.block_grid, config.max_blocks)
+
+
+def view(shape: Sequence[int]) -> tuple[int, int, int]:
+    """What a parameter is seen as: so many matrices, of so many rows, of so many elements (DESIGN.md, section 2).
+
+    Dimensions of 1 do not count. What is left is a vector (one matrix of one row); a matrix; or more dimensions, of
+    which short ones at the end are a convolution's window and belong to its row, and those before the last two stack
+    matrices, as of experts.
+    """
+    left = [size for size in shape if size != 1]
+    window = 1
+    while len(left) > 2 and left[-1] <= LARGEST_WINDOW:
+        window *= left.pop()
+    if len(left) < 2:
+        return 1, 1, prod(left) * window
+    return prod(left[:-2]), left[-2], left[-1] * window
+
+
+def _is_table(rows: int, row: int) -> bool:
+    short, long = sorted((rows, row))
+    return long > (LARGEST_RATIO_OF_VOCABULARIES if long >= LEAST_VOCABULARY else LARGEST_RATIO) * short
+
+
+def _even(total: int, most: int) -> int:
+    """The length of parts of at most `most`, as few and as equal as can be, of which only the last may be shorter."""
+    return -(-total // -(-total // most))

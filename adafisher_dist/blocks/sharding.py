@@ -1,0 +1,199 @@
+"""Which rank owns which blocks, and the routes by which pieces reach their owner. Integers only, no process group."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+from adafisher_dist.blocks.grid import Grid
+from adafisher_dist.blocks.spans import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A span that a rank stores: it begins `offset` elements into that rank's tensor number `tensor`."""
+
+    span: Span
+    tensor: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements that lie in a stored tensor and, on their owner, in the arena (the owner's elements in a row)."""
+
+    rank: int  # the other end of the transfer
+    tensor: int
+    tensor_offset: int
+    arena_offset: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How one rank's gradients reach the owners of their blocks; read backwards, how the updates come back.
+
+    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's arena, `receive` enters this rank's
+    arena; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
+    """
+
+    local: tuple[Piece, ...]
+    send: tuple[Piece, ...]
+    receive: tuple[Piece, ...]
+
+
+Spans = tuple[Span, ...]
+
+# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
+CHUNK_FISHER_NUMEL = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who owns which blocks.
+
+    Attributes:
+        owned: for each rank, the spans of its blocks.
+        chunks: for each chunk and rank, the spans of the rank's chunk: its blocks in parts of equal work.
+    """
+
+    owned: tuple[Spans, ...]
+    chunks: tuple[tuple[Spans, ...], ...]
+
+
+def assign(grids: Sequence[Grid], placed: Sequence[Sequence[Placed]], replicated: bool) -> Assignment:
+    """Equal runs of slabs where every rank stores everything; otherwise each slab to who stores its first element."""
+    owned = cut(whole(grids), grids, len(placed)) if replicated else owned_where_stored(placed, grids)
+    parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
+    by_rank = [cut(spans, grids, parts) for spans in owned]
+    return Assignment(owned, tuple(zip(*by_rank, strict=True)))
+
+
+def whole(grids: Sequence[Grid]) -> Spans:
+    """All elements of all parameters, in order."""
+    return tuple(Span(index, grid.numel, 0, grid.numel) for index, grid in enumerate(grids))
+
+
+def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
+    """Cut a run of blocks into contiguous runs of equal work, on the boundaries of slabs.
+
+    Work is measured in elements of the Fisher, so that blocks of several sizes, and diagonal ones, weigh what they
+    cost in memory and time. No run exceeds its even share by more than one slab.
+    """
+    before = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.start)) for s in spans]
+    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.stop)) for s in spans]
+    totals = [0, *accumulate(b - a for a, b in zip(before, upto, strict=True))]
+
+    def boundary(part: int) -> tuple[int, int]:
+        """(span, element) where this part begins."""
+        if part == parts:
+            return len(spans), 0
+        target = -(-totals[-1] * part // parts)
+        index = bisect_right(totals, target) - 1
+        if index >= len(spans):
+            return len(spans), 0
+        grid = grids[spans[index].parameter]
+        slab = grid.slab_of_fisher_numel(before[index] + target - totals[index])
+        return index, max(spans[index].start, min(grid.start(slab), spans[index].stop))
+
+    ends = [boundary(part) for part in range(parts + 1)]
+    return tuple(_between(spans, low, high) for low, high in pairwise(ends))
+
+
+def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans:
+    result = []
+    for index in range(low[0], min(high[0] + 1, len(spans))):
+        span = spans[index]
+        start = max(span.start, low[1]) if index == low[0] else span.start
+        stop = min(span.stop, high[1]) if index == high[0] else span.stop
+        if start < stop:
+            result.append(Span(span.parameter, span.numel, start, stop))
+    return tuple(result)
+
+
+def owned_where_stored(stored: Sequence[Sequence[Placed]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
+    """Each rank owns the slabs whose first element it stores."""
+    return tuple(tuple(own for place in places if (own := _owned(place.span, grids))) for places in stored)
+
+
+def _owned(span: Span, grids: Sequence[Grid]) -> Span | None:
+    grid = grids[span.parameter]
+    start, stop = (grid.start(grid.slab_from(element)) for element in (span.start, span.stop))
+    return Span(span.parameter, span.numel, start, stop) if start < stop else None
+
+
+def route(stored: Sequence[Sequence[Placed]], owned: Sequence[Spans], rank: int) -> Route:
+    """How `rank` passes on what it stores and is sent what it owns, where every element is stored on one rank."""
+    send = [piece for owner in range(len(owned)) for piece in _pieces(stored[rank], owned[owner], owner)]
+    receive = [piece for source in range(len(stored)) for piece in _pieces(stored[source], owned[rank], source)]
+    return Route(
+        local=tuple(piece for piece in send if piece.rank == rank),
+        send=tuple(piece for piece in send if piece.rank != rank),
+        receive=tuple(piece for piece in receive if piece.rank != rank),
+    )
+
+
+def any_crossing(stored: Sequence[Sequence[Placed]], owned: Sequence[Spans]) -> bool:
+    """Whether any rank owns an element that it does not store."""
+    here = (sum(p.numel for p in _pieces(stored[rank], spans, rank)) for rank, spans in enumerate(owned))
+    return any(stored_here < count(spans) for stored_here, spans in zip(here, owned, strict=True))
+
+
+def local_pieces(stored: Sequence[Placed], owned: Spans, rank: int) -> tuple[Piece, ...]:
+    """The stored elements that lie in the arena of the owner of `owned`."""
+    return tuple(_pieces(stored, owned, rank))
+
+
+def _pieces(stored: Sequence[Placed], owned: Spans, rank: int) -> list[Piece]:
+    places: dict[int, list[Placed]] = {}
+    for place in stored:
+        places.setdefault(place.span.parameter, []).append(place)
+    pieces, arena = [], 0
+    for span in owned:
+        for place in places.get(span.parameter, ()):
+            common = span.intersect(place.span)
+            if common is not None:
+                tensor_offset = place.offset + common.start - place.span.start
+                arena_offset = arena + common.start - span.start
+                pieces.append(Piece(rank, place.tensor, tensor_offset, arena_offset, len(common)))
+        arena += len(span)
+    return pieces
+
+
+def merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The same pieces, those that go on where the one before ends, in the tensor and in the arena, as one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if (
+            last is not None
+            and (last.rank, last.tensor) == (piece.rank, piece.tensor)
+            and last.tensor_offset + last.numel == piece.tensor_offset
+            and last.arena_offset + last.numel == piece.arena_offset
+        ):
+            result[-1] = replace(last, numel=last.numel + piece.numel)
+        else:
+            result.append(piece)
+    return tuple(result)
+
+
+def count(spans: Spans) -> int:
+    """Elements in the spans."""
+    return sum(len(span) for span in spans)
+
+
+def work(spans: Spans, grids: Sequence[Grid]) -> int:
+    """Elements of the Fisher in the blocks of the spans."""
+    total = 0
+    for span in spans:
+        grid = grids[span.parameter]
+        total += grid.fisher_numel(grid.slab_from(span.stop)) - grid.fisher_numel(grid.slab_from(span.start))
+    return total
+
+
+def digest(*parts: object) -> int:
+    """A 62-bit fingerprint of anything whose repr is exact: what ranks compare to know that they made one plan."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2

@@ -1,0 +1,38 @@
+"""Work that every rank does by itself, and whose failure on one is an error on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.comm.control_group import Control
+
+T = TypeVar("T")
+
+
+def together(control: Control, work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank, in the order of the ranks; it may not call a collective.
+
+    Raises:
+        Exception: what `work` raised here.
+        CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did not come, or no
+            further, within the timeout of the process group.
+    """
+    with control.at_work():
+        value, error = attempt(work)
+    answers = control.gather((value, None if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    for rank, (_, problem) in enumerate(answers):
+        if problem is not None:
+            raise CheckpointError(f"Rank {rank} failed, so all stop. {problem}")
+    return [answer for answer, _ in answers]  # type: ignore[misc]
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it returns, or what it raised."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error

@@ -1,0 +1,291 @@
+"""Where a checkpoint lies, and how it is published: under a temporary name until it is complete, then by one rename.
+
+ROOT/TAG            a checkpoint
+ROOT/latest         the tag of the newest one
+ROOT/.TAG.saving    being written
+ROOT/.TAG.replaced  the one that TAG held before, until the new one has its name
+ROOT/.TAG.deleting  going away
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.comm.control_group import beat
+
+logger = logging.getLogger("adafisher_dist")
+
+LATEST = "latest"
+
+# The folder with our checkpoint, in DeepSpeed's own of a tag.
+BESIDE = "adafisher_dist"
+_TEMPORARY = (".saving", ".deleting")
+_REPLACED = ".replaced"
+
+
+class PublishedError(CheckpointError):
+    """A save failed after its checkpoint had got its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The folder of one checkpoint."""
+
+    root: Path
+    tag: str
+
+    def __post_init__(self) -> None:
+        plain = self.tag == self.tag.strip() and self.tag.isprintable() and "/" not in self.tag
+        if not plain or self.tag in ("", LATEST) or self.tag.startswith("."):
+            raise ValueError(f"{self.tag!r} cannot be the name of a checkpoint: it should be a plain folder name.")
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies when it is complete."""
+        return self.root / self.tag
+
+    @property
+    def saving(self) -> Path:
+        """Where it is written."""
+        return self.root / f".{self.tag}.saving"
+
+    @property
+    def _replaced(self) -> Path:
+        return self.root / f".{self.tag}{_REPLACED}"
+
+    def find(self) -> Path:
+        """The folder of the complete checkpoint.
+
+        Raises:
+            CheckpointError: there is none; names those that there are.
+        """
+        # The second, where a save was killed between two renames; the third, where DeepSpeed's own function saved.
+        # Once more from the first: a save may just have published between the looks.
+        for folder in (self.folder, self._replaced, self.folder / BESIDE, self.folder):
+            if (folder / MANIFEST).is_file():
+                return folder
+        if any(self.folder.glob("*.safetensors")):
+            raise CheckpointError(f"{self.folder / MANIFEST} is missing: the checkpoint is damaged.")
+        root = self.folder if tags(self.folder) else self.root
+        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist. {_those_in(root)}")
+
+    def prepare(self) -> None:
+        """Make the folder to write into, and clear away what killed saves have left.
+
+        Raises:
+            CheckpointError: something else has the name.
+        """
+        if self.folder.exists() and not (self.folder / MANIFEST).is_file() and not _is_empty(self.folder):
+            raise CheckpointError(f"{self.folder} exists and is no checkpoint of adafisher_dist; choose another name.")
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in list(self.root.iterdir()):
+            if path.name.startswith(".") and path.name.endswith(_TEMPORARY):
+                _remove(path)
+            elif path.name.startswith(".") and path.name.endswith(_REPLACED):
+                _roll_back(path)
+        self.saving.mkdir()
+
+    def publish(self, latest: bool) -> None:
+        """Give what was written its name, and point `latest` at it.
+
+        Raises:
+            OSError: it could not; `discard` then brings back what there was.
+            PublishedError: it has its name, and `latest` does not name it.
+        """
+        sync(self.saving)
+        if latest:
+            _prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
+        if (self.folder / MANIFEST).is_file():
+            if self._replaced.exists():
+                _remove(self._replaced)
+            self.folder.rename(self._replaced)
+        elif self.folder.exists():
+            self.folder.rmdir()  # it is empty
+        self.saving.rename(self.folder)
+        try:
+            sync(self.root)
+            if latest:
+                _publish_latest(self.root)
+        except OSError as error:
+            try:
+                self.folder.rename(self.saving)
+            except OSError:
+                raise PublishedError(f"`{LATEST}` could not be changed: {error}") from error
+            raise
+
+    def clear_away(self, keep_last: int | None) -> None:
+        """Delete what was replaced, and the oldest checkpoints of the root."""
+        try:
+            sync(self.root)
+            if self._replaced.exists():
+                _remove(self._replaced)
+            if keep_last is not None:
+                self._delete_old(keep_last)
+        except Exception as error:  # it is published; CheckpointError where `latest` cannot be read
+            logger.warning("%s is saved; what it replaces could not be taken away: %s", self.folder, error)
+
+    def discard(self) -> None:
+        """Take away what was written of a save that failed, and give what it was to replace its name again."""
+        try:
+            for path in (self.saving, self.root / f".{LATEST}.saving"):
+                if path.exists():
+                    _remove(path)
+            if self._replaced.exists():
+                _roll_back(self._replaced)
+        except OSError as error:
+            logger.warning("What a failed save left in %s could not be taken away: %s", self.root, error)
+
+    def _delete_old(self, keep_last: int) -> None:
+        linked = {path.resolve().name for path in self.root.iterdir() if path.is_symlink()}
+        keep = {self.tag, read_latest(self.root), *linked}
+        for tag in tags(self.root)[:-keep_last]:
+            if tag not in keep:
+                beat()
+                leaving = self.root / f".{tag}.deleting"
+                (self.root / tag).rename(leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _prepare_latest(root: Path, tag: str) -> None:
+    """Write what `latest` will say."""
+    with (root / f".{LATEST}.saving").open("w", encoding="utf-8") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish_latest(root: Path) -> None:
+    """Let `latest` say it, by one rename."""
+    (root / f".{LATEST}.saving").rename(root / LATEST)
+
+
+def read_latest(root: Path) -> str | None:
+    """What `latest` says, if there is one; DeepSpeed also writes paths into it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = root / LATEST
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. {_those_in(root)}") from error
+
+
+def latest_tag(root: Path) -> str | None:
+    """The tag that `latest` names, if there is one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is damaged.
+    """
+    tag = read_latest(root)
+    if tag is not None:
+        try:
+            Place(root, tag)
+        except ValueError as error:
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} {_those_in(root)}") from error
+    return tag
+
+
+def tags(root: Path) -> list[str]:
+    """The checkpoints in a folder, the oldest first."""
+    if not root.is_dir():
+        return []
+    own = [path for path in root.iterdir() if not path.name.startswith(".") and not path.is_symlink()]
+    found = []
+    for path in own:
+        with suppress(OSError):  # it has none, or another process is deleting it
+            status = (path / MANIFEST).stat()
+            if S_ISREG(status.st_mode):
+                found.append((status.st_mtime_ns, path.name))
+    return [name for _, name in sorted(found)]
+
+
+def _those_in(root: Path) -> str:
+    return f"Checkpoints in {root}: {', '.join(tags(root)) or 'none'}."
+
+
+def place_of(path: Path) -> Place:
+    """The checkpoint that a path names: its own folder, or the newest in a folder of checkpoints.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = path.absolute()
+    tag = latest_tag(path)
+    if tag is not None and not (path / MANIFEST).is_file():
+        return Place(path, tag)
+    return Place(path.parent, path.name)
+
+
+def is_in_place(folder: Path, handle: int) -> bool:
+    """Whether a checkpoint's folder that was opened has its name still, and is not about to be deleted."""
+    try:
+        there, here = folder.stat(), os.fstat(handle)
+    except OSError:  # also where a file system over a network has forgotten it
+        return False
+    if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+        return False
+    put_aside = folder.name.startswith(".") and folder.name.endswith(_REPLACED)
+    return not (put_aside and (_name_before(folder) / MANIFEST).is_file())
+
+
+def _name_before(replaced: Path) -> Path:
+    return replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+
+
+def find(where: Callable[[], Place]) -> tuple[Place, Path]:
+    """The place that `where` gives, and the folder of its checkpoint; looks twice, since a save may have just moved it.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be looked for.
+    """
+    with suppress(CheckpointError, OSError):
+        place = where()
+        return place, place.find()
+    try:
+        place = where()
+        return place, place.find()
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint cannot be looked for: {error}") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _remove(path: Path) -> None:
+    """Take away a file or a folder."""
+    beat()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _roll_back(replaced: Path) -> None:
+    """A save was killed while it replaced a checkpoint: give the old one its name again, or take it away."""
+    folder = _name_before(replaced)
+    if (folder / MANIFEST).is_file():
+        _remove(replaced)
+    elif not folder.exists() or _is_empty(folder):
+        replaced.rename(folder)  # which takes the place of an empty one
+
+
+def sync(path: Path) -> None:
+    """Make a file, or what was renamed or created in a folder, outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

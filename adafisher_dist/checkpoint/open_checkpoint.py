@@ -1,0 +1,285 @@
+"""A checkpoint that is held open: what is read of it is what was found, whatever becomes of its names meanwhile.
+
+A save beside it may replace or delete the checkpoint at any moment. So a load opens the folder once, and all files that
+it will read relative to that; a rename then changes nothing for it, and what is deleted stays readable until it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from stat import S_ISREG
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.checkpoint.directory import is_in_place
+from adafisher_dist.checkpoint.manifest import READ, CheckpointError, Chunk, File, Manifest, dtype_name, read
+from adafisher_dist.checkpoint.writer import ID, as_bytes
+from adafisher_dist.comm.control_group import beat
+
+PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
+"""Seconds before each further try to open a checkpoint that was replaced meanwhile."""
+
+# Files that a process has open besides: libraries, sockets, logs.
+_OTHERS = 256
+
+# What the safetensors library reads at most.
+_LONGEST_HEADER = 100_000_000
+
+
+class Vanished(CheckpointError):
+    """The checkpoint was replaced or deleted while it was being opened: there may be another in its place."""
+
+
+class Opened:
+    """See the module's docstring. Use as a context manager, or `close` it.
+
+    Attributes:
+        folder: its path, when it was opened.
+        manifest: what the folder's manifest says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder, and read its manifest.
+
+        Raises:
+            Vanished: the folder was there a moment ago.
+            CheckpointError: see `manifest.read`.
+        """
+        self.folder = folder
+        self._handles: dict[str, int] = {}
+        self._unreadable: dict[str, str] = {}
+        self._by_file: dict[str, list[tuple[str, Chunk]]] | None = None
+        try:
+            self._directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            raise vanished(folder) from None
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be opened: {error.strerror or error}.") from error
+        try:
+            self.manifest = read(folder, self._directory)
+        except CheckpointError:
+            gone = not is_in_place(folder, self._directory)
+            self.close()
+            if gone:
+                raise vanished(self.folder) from None
+            raise
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder and of all files; once more does nothing."""
+        self.keep(())
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Let go of all files but these."""
+        for name in self._handles.keys() - set(names):
+            os.close(self._handles.pop(name))
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Open files, for `problems` and `read_at`. One that cannot be opened is a problem that `problems` tells.
+
+        Raises:
+            Vanished: one is not there any more.
+            CheckpointError: there are too many.
+        """
+        wanted = [name for name in dict.fromkeys(names) if name not in self._handles]
+        _allow(len(self._handles) + len(wanted))
+        for name in wanted:
+            try:
+                self._handles[name] = os.open(name, READ, dir_fd=self._directory)
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise CheckpointError(
+                        f"{self.folder} has {len(self.manifest.files)} files, of which {len(self._handles)} could be"
+                        f" held open ({error.strerror}). Raise the limit of open files, as by `ulimit -n"
+                        f" {len(self.manifest.files) + 2 * _OTHERS}`."
+                    ) from error
+                if not is_in_place(self.folder, self._directory):
+                    raise vanished(self.folder) from None
+                self._unreadable[name] = error.strerror or str(error)
+
+    @property
+    def held(self) -> set[str]:
+        """The files that were asked for: those that are open, and those that could not be opened."""
+        return {*self._handles, *self._unreadable}
+
+    def problems(self, names: Iterable[str], checksums: bool) -> list[str]:
+        """What is wrong with these files, which are held; reads all their bytes, but for checksums=False."""
+        found = (self._problem(name, checksums) for name in names)
+        return [problem for problem in found if problem is not None]
+
+    def read_at(self, name: str, offset: int, into: Tensor) -> None:
+        """Read a file's bytes from `offset` on into a contiguous 1-d tensor on the CPU.
+
+        Raises:
+            CheckpointError: the file ends before.
+            OSError: it cannot be read.
+        """
+        view, handle = as_bytes(into), self._handles[name]
+        while len(view):
+            count = os.preadv(handle, [view], offset)
+            if count == 0:
+                raise CheckpointError(f"{name} ends before byte {offset + len(view)}")
+            view, offset = view[count:], offset + count
+
+    def read_tensor(self, key: str) -> Tensor:
+        """One whole tensor, (numel,), on the CPU; its files are held, or opened for it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        stored = self.manifest.tensors[key]
+        missing = [name for name in self.files_of([key]) if name not in self._handles]
+        self.hold(missing)
+        out = torch.empty(stored.numel, dtype=stored.dtype)
+        for chunk in stored.chunks:
+            if chunk.file not in self._handles:
+                raise CheckpointError(f"{chunk.file} cannot be read ({self._unreadable[chunk.file]})")
+            try:
+                self.read_at(chunk.file, chunk.offset, out[chunk.start : chunk.start + chunk.numel])
+            except OSError as error:
+                raise CheckpointError(f"{chunk.file} cannot be read ({error.strerror or error})") from error
+        self.keep(self._handles.keys() - set(missing))
+        return out
+
+    def files_of(self, keys: Iterable[str]) -> set[str]:
+        """The files that hold these tensors, of which there need not be all."""
+        tensors = self.manifest.tensors
+        return {chunk.file for key in keys if key in tensors for chunk in tensors[key].chunks}
+
+    # ---- whether a file is what the manifest says ----
+
+    def _problem(self, name: str, checksum: bool) -> str | None:
+        if name in self._unreadable:
+            return f"{name} cannot be read ({self._unreadable[name]})"
+        expected, handle = self.manifest.files[name], self._handles[name]
+        try:
+            status = os.fstat(handle)
+            if not S_ISREG(status.st_mode):
+                return f"{name} cannot be read (it is no file)"
+            if status.st_size != expected.nbytes:
+                return f"{name} has {status.st_size} bytes, and should have {expected.nbytes}"
+            if checksum and (crc32 := _sum(handle)) != expected.crc32:
+                own = File(expected.nbytes, crc32)
+                other = next((n for n, file in self.manifest.files.items() if file == own), None)
+                should = f"should have {expected.crc32:08x}: it is damaged"
+                return f"{name} has checksum {crc32:08x}, and {f'holds what {other} should hold' if other else should}"
+            return self._problem_of_header(name, handle, expected.nbytes)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+
+    def _problem_of_header(self, name: str, handle: int, nbytes: int) -> str | None:
+        """A shard tells the checkpoint that it belongs to, and where its tensors are: as the manifest does, or not."""
+        length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        try:
+            header = json.loads(os.pread(handle, length, 8)) if length <= min(nbytes - 8, _LONGEST_HEADER) else None
+            placed = {key: entry for key, entry in header.items() if key != "__metadata__"}  # type: ignore[union-attr]
+            own = header.get("__metadata__", {}).get(ID, self.manifest.about["id"])  # type: ignore[union-attr]
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return f"{name} is damaged: it has no header of a safetensors file"
+        if own != self.manifest.about["id"]:
+            return f"{name} belongs to the checkpoint {own}, and the manifest to {self.manifest.about['id']}"
+        for key, chunk in self._chunks_of(name):
+            dtype = self.manifest.tensors[key].dtype
+            begin = chunk.offset - 8 - length
+            wanted: Any = {
+                "dtype": dtype_name(dtype),
+                "shape": [chunk.numel],
+                "data_offsets": [begin, begin + chunk.numel * dtype.itemsize],
+            }
+            if placed.pop(f"{key}[{chunk.start}:{chunk.start + chunk.numel}]", None) != wanted:
+                return f"{name} does not hold {key} from {chunk.start} on where the manifest has it"
+        if placed:
+            return f"{name} holds {next(iter(placed))}, which is not in the manifest"
+        return None
+
+    def _chunks_of(self, name: str) -> Sequence[tuple[str, Chunk]]:
+        if self._by_file is None:
+            self._by_file = {}
+            for key, tensor in self.manifest.tensors.items():
+                for chunk in tensor.chunks:
+                    self._by_file.setdefault(chunk.file, []).append((key, chunk))
+        return self._by_file.get(name, ())
+
+
+def vanished(folder: Path) -> Vanished:
+    """The error for a folder that is not what it was."""
+    return Vanished(
+        f"Another save replaced or deleted {folder} while it was being loaded. Nothing was changed: load again, or load"
+        f" the newest checkpoint of {folder.parent}."
+    )
+
+
+def open_checkpoint(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]] = lambda _: ()) -> Opened:
+    """Open the checkpoint that `where` finds, and hold those of its files; again, where a save replaces it meanwhile.
+
+    Raises:
+        CheckpointError: there is none, its manifest is damaged, or it is replaced again and again.
+    """
+    gone: list[Vanished] = []
+    for pause in PAUSES:
+        try:
+            return _open(lambda: found_again(where, gone), files)
+        except Vanished as error:
+            gone[:] = [error]
+            time.sleep(pause)
+    return _open(lambda: found_again(where, gone), files)
+
+
+def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
+    """What `where` finds.
+
+    Raises:
+        CheckpointError: it finds nothing: what it raises, or, where it found something before that is gone, that.
+    """
+    try:
+        return where()
+    except CheckpointError:
+        if gone:
+            raise gone[0] from None
+        raise
+
+
+def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]]) -> Opened:
+    opened = Opened(where())
+    try:
+        opened.hold(files(opened.manifest))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _allow(files: int) -> None:
+    """Let this process hold so many files open besides those that it has, as far as it may; it stays so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = files + _OTHERS
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+def _sum(handle: int) -> int:
+    crc32, offset = 0, 0
+    buffer = memoryview(bytearray(1 << 22))
+    while count := os.preadv(handle, [buffer], offset):
+        beat()
+        crc32, offset = zlib.crc32(buffer[:count], crc32), offset + count
+    return crc32

@@ -1,0 +1,1 @@
+"""The maths on stacked blocks: functions of tensors, no communication."""

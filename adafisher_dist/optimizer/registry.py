@@ -1,0 +1,387 @@
+"""Which parameters an optimizer was given, and which shards hold their state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adafisher_dist import layouts
+from adafisher_dist.blocks import estimate
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.layouts import Storage
+from adafisher_dist.numerics import fisher
+from adafisher_dist.optimizer import replaced_parameters, state_dicts
+from adafisher_dist.settings import normalize, structure
+from adafisher_dist.state.shard import Shard, build
+from adafisher_dist.stepping.consistency import settle
+from adafisher_dist.stepping.step import Engine
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # noqa: TID251 (a type)
+
+logger = logging.getLogger("adafisher_dist")
+
+
+_Changed = tuple[Shard, int, Any]  # a stored tensor's shard, its number there, and its entry in `state`
+
+
+class Roster:
+    """Beside an optimizer's `param_groups` and `state`, which belong to torch: what stands behind them.
+
+    Attributes:
+        optimizer: whose parameters they are.
+        process_group: the user's.
+        registry: the parameters that it was given.
+        groups: all its param groups; DeepSpeed takes some away while it steps one.
+        engine: the shards that hold their state.
+        foreseen: of those, the ones that were made before their parameters had a gradient, to be shown to torch's
+            checkpoint functions.
+    """
+
+    def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
+        self.optimizer = optimizer
+        self.process_group = process_group
+        self.registry = layouts.Registry()
+        self.groups: list[dict[str, Any]] = []
+        self.engine = Engine()
+        self.foreseen: list[Shard] = []
+
+    @property
+    def shards(self) -> list[Shard]:
+        """In the order in which their tensors first had a gradient."""
+        return self.engine.shards
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are sharded themselves, as far as they were given or have had a gradient."""
+        return any(layouts.is_dtensor(tensor) for tensor in self.registry) or state_dicts.is_partial(self.shards)
+
+    def standing(self) -> list[tuple[Shard, int, Tensor]]:
+        """The stored tensors that stand in the param groups: their shards, and their numbers there."""
+        return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if i not in s.retired]
+
+    def enlist(self, tensors: list[Tensor]) -> None:
+        """Build shards for tensors that have none yet."""
+        storages = self._storages(tensors)
+        self._choose_block_size(storages)
+        for shard in self._build(storages, self.optimizer.param_groups):
+            # A copied or unpickled optimizer has a state, but no shard.
+            for index, tensor in enumerate(shard.storage.tensors):
+                state_dicts.restore(shard, index, self.optimizer.state.get(tensor, {}), own=True)
+            self.install(shard)
+
+    def _choose_block_size(self, storages: list[Storage]) -> None:
+        """Put the largest block size that fits the memory budget in the place of "auto", alike on all ranks."""
+        if not storages or all(group["block_size"] != "auto" for group in self.groups):
+            return
+        shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
+        for parameter, given in self.registry.given():
+            shapes[given.group].append(layouts.whole_shape(parameter))
+        by_group = [(of_group, structure(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
+        storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
+        kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
+        size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
+        for group in self.groups:
+            if group["block_size"] == "auto":
+                group["block_size"] = size
+        if storage.group.is_first:
+            logger.info("AdaFisher: block_size %d is the largest that takes at most %g GB a rank.", size, budget)
+
+    def install(self, shard: Shard) -> None:
+        """Take a shard in, and show its state in the optimizer's."""
+        self.engine.add(shard)
+        for index, tensor in enumerate(shard.storage.tensors):
+            self.optimizer.state[tensor] = dict(shard.views[index])
+
+    def _storages(self, tensors: list[Tensor]) -> list[Storage]:
+        """What is stored where. Shards and copies of parameters that a library has put in their places are refused."""
+        return layouts.storages(self.optimizer, tensors, self.registry, self.process_group) if tensors else []
+
+    def follow(self) -> None:
+        """Take note of what has been put into the param groups, and taken out of them. Local; not under DeepSpeed.
+
+        Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and writes the new
+        parameters into `param_groups`, each where the old one stood; Lightning puts more groups there before it loads.
+        Afterwards anything goes that `succession` tells, if it is an nn.Parameter. What wrappers of other libraries put
+        there is none, or has another shape; that is refused by `layouts`.
+        """
+        groups = self.optimizer.param_groups
+        if self.registry.stands_as(groups):
+            return
+        standing = [tensor for group in groups for tensor in group["params"]]
+        new = [tensor for tensor in standing if self.registry.find(tensor) is None]
+        gone = self._gone(standing)
+        if not self._may_follow(standing, new, gone):
+            return
+        vacancies = replaced_parameters.vacancies(self.shards, self.registry, groups, self.optimizer.state)
+        registry = self._registered()  # may refuse; nothing has changed by then
+        forgotten = []
+        for vacancy in vacancies:
+            old = vacancy.shard.storage.tensors[vacancy.index]
+            replaced_parameters.succeed(vacancy)
+            self.engine.replace(old, vacancy.successor)
+            if vacancy.successor is None and self.optimizer.state.get(old):
+                forgotten.append(next(p.name for p in vacancy.shard.storage.parameters if p.tensor == vacancy.index))
+        for tensor in gone:
+            self.optimizer.state.pop(tensor, None)
+        self.registry, self.groups = registry, groups
+        for shard in self.shards:
+            replaced_parameters.rename(shard, registry)
+        if forgotten and self.ranks().is_first:
+            logger.warning(
+                "AdaFisher forgets the state of %d parameter(s) that stand in no param group any more, as %s.",
+                len(forgotten),
+                forgotten[0],
+            )
+
+    def _gone(self, standing: list[Tensor]) -> list[Tensor]:
+        here = set(map(id, standing))
+        return [tensor for tensor in self.registry if id(tensor) not in here]
+
+    def _may_follow(self, standing: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
+        """Whether the param groups have changed in a way that is not a wrapper's."""
+        held = [tensor for shard in self.engine.planned for tensor in shard.living_tensors]
+        if any(self.registry.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
+            return False
+        if not standing or not all(isinstance(tensor, nn.Parameter) for tensor in new):
+            return False
+        if new and gone and not held and not self.registry.could_be(standing):
+            return False
+        return not layouts.is_called_by_deepspeed(self.optimizer)
+
+    def adopt(self, shards: list[Shard]) -> None:
+        """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
+
+        Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
+        """
+        changed = []
+        for shard in shards:
+            for index, tensor in enumerate(shard.storage.tensors):
+                views, entry = shard.views[index], self.optimizer.state.get(tensor)
+                if index in shard.retired:
+                    continue
+                if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
+                    changed.append((shard, index, entry))
+        for shard, index, entry in self._apart(changed):
+            if entry:
+                state_dicts.restore(shard, index, entry, own=True)
+            else:
+                state_dicts.clear(shard, index)
+            self.optimizer.state[shard.storage.tensors[index]] = dict(shard.views[index])
+
+    def _apart(self, changed: list[_Changed]) -> list[_Changed]:
+        """The same, with copies of what lies in a shard's own memory: another entry may be about to overwrite it."""
+        if not any(entry for _, _, entry in changed):
+            return changed
+        ours = {_memory(value) for shard in self.shards for views in shard.views for value in views.values()}
+
+        def copied(value: Any) -> Any:
+            plain = isinstance(value, Tensor) and not layouts.is_dtensor(value)
+            return value.clone() if plain and _memory(value) in ours else value
+
+        return [(s, i, {key: copied(value) for key, value in (entry or {}).items()}) for s, i, entry in changed]
+
+    # ---- for torch's checkpoint functions ----
+
+    def foresee(self) -> None:
+        """Build shards for the parameters that can be trained and have none, so that a state to load into is there.
+
+        A training step drops those that no state was loaded into: it plans as if nobody had asked.
+        """
+        groups = self.optimizer.param_groups
+        trainable = [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
+        before = self.shards
+        self.enlist([tensor for tensor in trainable if tensor not in self.engine])
+        self.foreseen += [shard for shard in self.shards if shard not in before]
+
+    def drop_foreseen(self) -> None:
+        """Forget the shards of `foresee` that have no step, since no state was put into them."""
+        self.adopt(self.foreseen)
+        unused = [shard for shard in self.foreseen if not shard.stepped]
+        for shard in unused:
+            for tensor in shard.living_tensors:
+                self.optimizer.state.pop(tensor, None)
+        self.engine.drop(unused)
+        self.foreseen = []
+
+    def spread(self) -> dict[int, dict[str, Tensor]]:
+        """The whole state as DTensors, by the id of the stored tensor. A collective.
+
+        Raises:
+            RuntimeError: on all ranks: one of them has no room for it, or the layout cannot be cut so.
+        """
+        faults = Faults()
+        rooms: dict[int, dict[str, Tensor]] = {}
+
+        def make_room() -> None:
+            self.foresee()
+            self.adopt(self.shards)
+            _check_one_each(self.shards)
+            for shard, index, tensor in self.standing():
+                if shard.storage.on_ranks:
+                    rooms[id(tensor)] = state_dicts.spread_room(shard, index)
+
+        faults.attempt(make_room)
+        settle(self.ranks(), faults, "to make room for the whole state")
+        return {
+            id(tensor): state_dicts.spread(shard, index, rooms[id(tensor)])
+            if shard.storage.on_ranks
+            else dict(shard.views[index])
+            for shard, index, tensor in self.standing()
+        }
+
+    def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
+        """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
+        return layouts.storages(self.optimizer, tensors, self.registry, self.process_group, wrapper)
+
+    def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
+        """Shards without any step for these tensors, with the settings that the param groups have now.
+
+        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps. See
+        `batch.allocate` for `zeroed`.
+        """
+        storages = self.storages_of(tensors, wrapper) if tensors else []
+        numbers = {id(s.tensors[p.tensor]): p.given.group for s in storages for p in s.parameters}
+        return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
+
+    def _build(
+        self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,
+        zeroed: bool = True,
+    ) -> list[Shard]:  # fmt: skip
+        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
+
+        `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some groups in a step.
+        """
+        if numbers is None:
+            standing = enumerate(self.optimizer.param_groups)
+            numbers = {id(tensor): number for number, group in standing for tensor in group["params"]}
+        shards = []
+        for storage in storages:
+            mine = [numbers[id(tensor)] for tensor in storage.tensors]
+            order = sorted(set(mine))
+            structures = [structure(groups[number]) for number in order]
+            shards.append(build(storage, [order.index(number) for number in mine], structures, zeroed))
+        return shards
+
+    def stage(self, saved: Mapping[str, Any]) -> list[Shard]:
+        """Shards that hold a saved state; the optimizer itself is not touched."""
+        state_dicts.check_format(saved)
+        self.follow()
+        own = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        lengths, saved_lengths = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.optimizer.param_groups, saved["param_groups"])
+        )
+        if lengths != saved_lengths and state_dicts.is_whole(saved):
+            return []  # torch's own check reports it
+        states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
+        if not states:
+            return []
+        chosen = [tensor for tensor in own if id(tensor) in states]
+        shards: list[Shard] = []
+
+        def check() -> None:
+            shards.extend(self._build(self._storages(chosen), self.completed(saved["param_groups"])))
+            state_dicts.check_part(saved, shards)
+            for shard in shards:
+                for index, tensor in enumerate(shard.storage.tensors):
+                    if states[id(tensor)]:
+                        state_dicts.check(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
+                    elif layouts.is_called_by_torch_checkpoint():
+                        name = next(p.name for p in shard.storage.parameters if p.tensor == index)
+                        raise ValueError(
+                            f"torch.distributed.checkpoint brought no state for {name}: it takes the names in a flat"
+                            " state dict from what the optimizer has, which was nothing. Call"
+                            " get_optimizer_state_dict(model, optimizer) before set_optimizer_state_dict."
+                        )
+
+        faults = Faults()
+        faults.attempt(check)
+        if any(layouts.is_dtensor(value) for entry in states.values() for value in entry.values()):
+            settle(self.ranks(), faults, "before it took over a saved state")
+        elif faults.error is not None:
+            raise faults.error
+        for shard in shards:
+            for index, tensor in enumerate(shard.storage.tensors):
+                state_dicts.restore(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
+        return shards
+
+    def completed(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved param groups, checked; what an older version did not save is taken from this optimizer's groups."""
+        if len(saved) != len(self.optimizer.param_groups):
+            return saved  # torch's own check reports it
+        result = [{**now, **then} for now, then in zip(self.optimizer.param_groups, saved, strict=True)]
+        for group in result:
+            normalize(group)
+        return result
+
+    def largest_gradient(self) -> float:
+        """The largest gradient element that the blocks of every param group can square and sum up."""
+        own = [structure(group) for group in self.groups if group["block_size"] != "auto"]
+        return min((fisher.largest_gradient(s.compute_dtype, s.block_size) for s in own), default=math.inf)
+
+    def ranks(self) -> collectives.Group:
+        """The ranks that take each step together: of the device mesh where there is one, else of the process group."""
+        return layouts.mesh_group(self.registry) or collectives.join(self.process_group)
+
+    def register_all(self) -> None:
+        """Register anew what stands in the param groups now."""
+        self.registry, self.groups = self._registered(), self.optimizer.param_groups
+
+    def register(self, group: int) -> None:
+        """Register the parameters of a param group."""
+        self.groups = self.optimizer.param_groups
+        for index, tensor in enumerate(self.groups[group]["params"]):
+            self.registry.add(tensor, self.name(group, index), group)
+
+    def check(self, group: int) -> None:
+        """Refuse a parameter of a param group that cannot be trained.
+
+        Raises:
+            TypeError: it is complex, or not floating-point.
+            UnsupportedLayoutError: its layout is not supported.
+        """
+        for index, tensor in enumerate(self.optimizer.param_groups[group]["params"]):
+            name = self.name(group, index)
+            if not tensor.is_floating_point():
+                raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
+            layouts.check_parameter(tensor, name)
+
+    def _registered(self) -> layouts.Registry:
+        """What stands in the param groups now."""
+        registry = layouts.Registry()
+        for number, group in enumerate(self.optimizer.param_groups):
+            self.check(number)
+            for index, tensor in enumerate(group["params"]):
+                registry.add(tensor, self.name(number, index), number)
+        return registry
+
+    def name(self, group: int, index: int) -> str:
+        """The name of a parameter: the user's, or its place in the param groups."""
+        names = self.optimizer.param_groups[group].get("param_names")
+        return names[index] if names and index < len(names) else f"{group}.{index}"
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _check_one_each(shards: list[Shard]) -> None:
+    """Refuse a state that torch's checkpoint functions cannot carry.
+
+    Raises:
+        RuntimeError: a tensor holds pieces of several parameters.
+    """
+    for shard in shards:
+        if not shard.storage.one_each:
+            raise RuntimeError(
+                f"torch.distributed.checkpoint cannot carry AdaFisher's state under {shard.storage.layout}, and would"
+                " save one rank's part for all. Use adafisher_dist.ds.save_checkpoint and load_checkpoint."
+            )

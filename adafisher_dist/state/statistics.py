@@ -1,0 +1,96 @@
+"""What the optimizer tells of itself: statistics by parameter, memory, and the line at the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adafisher_dist.blocks import cost
+from adafisher_dist.blocks.cost import Outline
+from adafisher_dist.numerics import fisher
+from adafisher_dist.state.shard import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterStats:
+    """Of one parameter.
+
+    Attributes:
+        blocks: dense and diagonal blocks, on all ranks.
+        dense_blocks: those with a dense Fisher.
+        fisher_updates: updates of its Fisher.
+        mean_block_size: elements a block.
+        ladder: how often one of this rank's blocks needed each rung of the fallback ladder.
+    """
+
+    blocks: int
+    dense_blocks: int
+    fisher_updates: int
+    mean_block_size: float
+    ladder: dict[str, int]
+
+
+def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
+    """By parameter name."""
+    ladders = [[0] * len(fisher.RUNGS) for _ in shard.storage.parameters]
+    for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
+        for segment in segments if batch.rungs else ():
+            for row, counts in batch.rungs.items():
+                if segment.start <= row < segment.stop:
+                    ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
+    result = {}
+    updates_of = shard.counters[:, 1].tolist()
+    for parameter, grid, ladder, updates in zip(
+        shard.storage.parameters, shard.grids, ladders, updates_of, strict=True
+    ):
+        if parameter.tensor in shard.retired:
+            continue
+        blocks = grid.num_blocks
+        result[parameter.name] = ParameterStats(
+            blocks=blocks,
+            dense_blocks=grid.dense_blocks,
+            fisher_updates=updates,
+            mean_block_size=grid.numel / blocks if blocks else 0.0,
+            ladder=dict(zip(fisher.RUNGS, ladder, strict=True)),
+        )
+    return result
+
+
+def memory_usage(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
+    """Bytes by kind, of this rank and of all; from the plan, so no collective is needed."""
+    return _usage(shards, cost.MEMORY_KINDS, cost.memory)
+
+
+def traffic(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
+    """Bytes sent in a step by kind, by this rank and by all, where every parameter has a gradient."""
+    return _usage(shards, cost.TRAFFIC_KINDS, cost.traffic)
+
+
+def _usage(
+    shards: Sequence[Shard], kinds: Sequence[str], of_rank: Callable[[Outline, int], dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    usage = {scope: dict.fromkeys(kinds, 0) for scope in ("rank", "all")}
+    for shard in shards:
+        outline = shard.outline
+        for rank in range(outline.world):
+            for kind, amount in of_rank(outline, rank).items():
+                usage["all"][kind] += amount
+                if rank == shard.storage.group.rank:
+                    usage["rank"][kind] += amount
+    for scope in usage.values():
+        scope["total"] = sum(scope.values())
+    return usage
+
+
+def summary(shard: Shard) -> str:
+    """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
+    elements = sum(grid.numel for grid in shard.grids)
+    dense = sum(grid.start(grid.dense_slabs) for grid in shard.grids)
+    outline = shard.outline
+    per_rank = [sum(cost.memory(outline, rank).values()) for rank in range(outline.world)]
+    return (
+        f"AdaFisher: layout {shard.storage.layout}, {shard.storage.group.size} rank(s), {len(shard.grids)} parameters,"
+        f" {elements} elements in {sum(grid.num_blocks for grid in shard.grids)} blocks,"
+        f" {100 * dense / max(1, elements):.1f} % of the elements on dense blocks,"
+        f" {min(per_rank) / 2**20:.1f} to {max(per_rank) / 2**20:.1f} MiB a rank"
+    )

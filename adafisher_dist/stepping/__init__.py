@@ -1,0 +1,1 @@
+"""A step: the ranks agree, gradients reach the owners of their blocks, updates come back."""

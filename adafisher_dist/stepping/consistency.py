@@ -1,0 +1,219 @@
+"""What the ranks agree on, in one small all-reduce before any of them changes state and one at the end of the step.
+
+A rank that raised alone would leave the others waiting in the next collective; so an error of one rank, like a gradient
+that is not finite, first becomes known to all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.blocks import sharding
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.collectives import Group
+from adafisher_dist.comm.control_group import STEP
+from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.settings import DEFAULTS
+from adafisher_dist.state.shard import Shard
+from adafisher_dist.stepping.exchange import Inputs
+
+logger = logging.getLogger("adafisher_dist")
+
+
+def agree(
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
+    faults: Faults, compare_copies: bool,
+) -> bool:  # fmt: skip
+    """Whether every gradient of every rank is finite and small enough to square, as far as hosts know.
+
+    Args:
+        group: the ranks.
+        shards: those that take part in the step.
+        inputs: for each shard; after a fault some may be missing.
+        finite: whether that is so of this rank's gradients.
+        on_device: whether that is decided on the device instead.
+        metrics: which steps are measured, and which is being; None where none is.
+        faults: what went wrong on this rank while its gradients were collected.
+        compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
+            they always are in the first step of a shard. Alike on all ranks.
+
+    Raises:
+        RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
+            Or some did not come within the timeout of the process group; it names them.
+        Exception: the fault itself, on the rank that had it.
+    """
+    values = [int(finite), _failed(faults)]
+    if group.together == 1:
+        _raise(faults, values[1], "")
+    else:
+        prints = [
+            *_fingerprints(shards, inputs, on_device, metrics),
+            *_of_copies(shards, inputs, faults, compare_copies),
+        ]
+        same_replicas = _same_in_replicas(group, shards, inputs, faults, compare_copies) if group.replicas else 1
+        values = [int(finite), _failed(faults), same_replicas]
+        values += chain.from_iterable((print_, -print_) for print_, _ in prints)
+        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different devices would all wait.
+        values = collectives.minimum(group, torch.tensor(values)).tolist()
+        _raise(faults, values[1], "before anything changed")
+        for low, minus_high, (_, message) in zip(values[3::2], values[4::2], prints, strict=True):
+            if low != -minus_high:
+                raise RuntimeError(message)
+        if not values[2]:
+            raise RuntimeError("The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE)
+    for shard in shards:
+        shard.checked = True
+    return bool(values[0])
+
+
+_SYNCHRONISE = (
+    " Leave gradient synchronisation on in the last backward before step(): under DDP no no_sync(), and no local SGD."
+)
+
+
+def _fingerprints(
+    shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool, metrics: object
+) -> list[tuple[int, str]]:
+    """What must be the same on all ranks, and what to say if it is not."""
+    active = [[gradient is not None for gradient in own.gradients] for own in inputs]
+    return [
+        (
+            sharding.digest([shard.storage.group.size for shard in shards], active),
+            "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"
+            " the same parameters a gradient on every rank.",
+        ),
+        (
+            int(on_device),
+            "Some ranks keep AdaFisher's state on a GPU and others on the CPU. Use one kind of device on all.",
+        ),
+        (
+            sharding.digest(metrics),
+            "Some ranks report AdaFisher's metrics and others do not, or of other steps. Call"
+            " optimizer.report_metrics(callback, every) alike on all of them; only the first one calls back.",
+        ),
+        (
+            sharding.digest([shard.digest() for shard in shards if not shard.checked]),
+            "The ranks planned different blocks: their parameters' shapes, order, or block settings differ (or one of"
+            " them has begun anew, by reset_state() or load_state_dict()). Build, reset and load the same model and"
+            " optimizer on every rank.",
+        ),
+        (
+            sharding.digest([shard.counters.tolist() for shard in shards]),
+            "The ranks have taken different numbers of steps. Load the optimizer's state on every rank, not on one"
+            " alone, and reset it on all.",
+        ),
+        (
+            sharding.digest([_values(group) for own in inputs for group in own.settings]),
+            "The ranks' param groups have different settings (lr, momentum, damping, …). Change them alike on every"
+            " rank; a scheduler that follows a metric, as ReduceLROnPlateau, needs the same metric on all.",
+        ),
+    ]
+
+
+def _of_copies(
+    shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, everything: bool
+) -> list[tuple[int, str]]:
+    """The same of the replicated parameters and of their gradients, bit by bit: of new shards, or of all."""
+    chosen = [
+        own
+        for shard, own in zip(shards, inputs, strict=False)
+        if shard.storage.replicated and shard.storage.group.size > 1 and (everything or not shard.checked)
+    ]
+    sums = _checksums(chosen, faults)
+    return [
+        (
+            sums[0],
+            "The ranks hold different parameters, though AdaFisher was told that they are replicated. Synchronise them"
+            " before the first step (DDP and DeepSpeed do), or pass the process group whose ranks share the parameters"
+            " as process_group (independent replicas: a group of one rank). Inside ZeroRedundancyOptimizer, which"
+            " shards by itself, use AdaFisher alone instead.",
+        ),
+        (
+            sums[1],
+            "The ranks hold different gradients, though AdaFisher was told that they are averaged. Wrap the model in"
+            " DDP, or all-reduce the gradients before step() (independent replicas: pass a process_group of one rank)."
+            + _SYNCHRONISE,
+        ),
+    ]
+
+
+def _same_in_replicas(
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, compare: bool
+) -> int:
+    """Whether the replicas of this rank hold the same parts of parameters and gradients, bit by bit.
+
+    A collective whether they are compared or not, so that ranks which are not of one mind on that do not hang.
+    """
+    assert group.replicas is not None
+    pairs_of = zip(shards, inputs, strict=False)
+    sharded = [own for shard, own in pairs_of if compare and not shard.storage.replicated]
+    sums = _checksums(sharded, faults)
+    pairs = torch.tensor(list(chain.from_iterable((value, -value) for value in sums)))
+    low = collectives.minimum(group.replicas, pairs).tolist()
+    return int(low[0] == -low[1] and low[2] == -low[3])
+
+
+def settle(group: Group, faults: Faults, when: str = "in the middle of a step", purpose: str = STEP) -> None:
+    """Let all ranks know whether each of them did its own work.
+
+    Raises:
+        RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete. Or some did not
+            come to `purpose` within the timeout of the process group.
+        Exception: the fault itself, on the rank that had it.
+    """
+    failure = _failed(faults)
+    if group.together > 1:
+        failure = int(collectives.minimum(group, torch.tensor([failure]), purpose).item())
+    _raise(faults, failure, when)
+
+
+def _failed(faults: Faults) -> int:
+    """0, or a negative number that tells which rank failed."""
+    return 0 if faults.error is None else -1 - collectives.own_rank()
+
+
+def _raise(faults: Faults, failure: int, when: str) -> None:
+    if faults.error is not None:
+        raise faults.error
+    if failure:
+        raise RuntimeError(
+            f"AdaFisher stops on all ranks, since rank {-1 - failure} failed {when}; its error tells why."
+        )
+
+
+def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """A param group's settings, in a form whose repr is exact."""
+    return [(name, float(value) if name == "lr" else value) for name, value in group.items() if name in DEFAULTS]
+
+
+def _checksums(chosen: Sequence[Inputs], faults: Faults) -> list[int]:
+    """Of the parameters that have a gradient, and of those gradients; zeros after a fault."""
+    sums = [0, 0]
+
+    def add_up() -> None:
+        weights = [weight for own in chosen for weight in own.weights if weight is not None]
+        gradients = [gradient for own in chosen for gradient in own.gradients if gradient is not None]
+        sums[:] = _checksum(weights), _checksum(gradients)
+
+    faults.attempt(add_up)
+    return sums
+
+
+def _checksum(tensors: Sequence[Tensor]) -> int:
+    """The sum of all bit patterns, each tensor's times its own odd number, modulo 2^62."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [tensor.contiguous().view(-1).view(bits[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(sums):
+        by_device.setdefault(value.device, []).append(index)
+    total = 0
+    for indices in by_device.values():  # one transfer a device
+        read = torch.stack([sums[index] for index in indices]).tolist()
+        total += sum(value * (2 * index + 1) for index, value in zip(indices, read, strict=True))
+    return int(total % (1 << 62))

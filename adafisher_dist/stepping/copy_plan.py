@@ -1,0 +1,70 @@
+"""Pieces of the stored tensors beside where they lie in a buffer, as lists of views that one call for all copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adafisher_dist.blocks.sharding import Piece
+
+Flats = Sequence[Tensor | None]  # of each stored tensor, flattened; None where it takes no part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """How one stored tensor is cut: lengths of consecutive parts, which of them are pieces, and their buffer views."""
+
+    tensor: int
+    lengths: list[int]
+    chosen: list[int]
+    parts: list[Tensor]
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of the flattened tensor."""
+        if len(self.lengths) == 1:
+            return [flat]
+        views = flat.split_with_sizes(self.lengths)
+        return [views[index] for index in self.chosen]
+
+
+class Pairing:
+    """Pieces of stored tensors, and for each its view of a buffer.
+
+    The buffer's views are made once; those of the tensors in each step, since libraries replace gradients, and the
+    memory of parameters.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], parts: Sequence[Tensor], numels: Sequence[int]) -> None:
+        """Args: pieces in any order, for each its 1-d view of the buffer, and the numel of each stored tensor."""
+        by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
+        for piece, part in zip(pieces, parts, strict=True):
+            by_tensor.setdefault(piece.tensor, []).append((piece, part))
+        self._cuts = [_cut(tensor, pairs, numels[tensor]) for tensor, pairs in by_tensor.items()]
+
+    def of(self, flats: Flats) -> tuple[list[Tensor], list[Tensor]]:
+        """Two lists that belong together, for the tensors that take part: views of theirs, and of the buffer."""
+        present = [(cut, flat) for cut in self._cuts if (flat := flats[cut.tensor]) is not None]
+        theirs = [view for cut, flat in present for view in cut.pieces(flat)]
+        return theirs, [part for cut, _ in present for part in cut.parts]
+
+    def missing(self, flats: Flats) -> list[Tensor]:
+        """The buffer's views of the tensors that take no part."""
+        return [part for cut in self._cuts if flats[cut.tensor] is None for part in cut.parts]
+
+
+def _cut(tensor: int, pairs: list[tuple[Piece, Tensor]], numel: int) -> _Cut:
+    pairs = sorted(pairs, key=lambda pair: pair[0].tensor_offset)
+    lengths: list[int] = []
+    chosen: list[int] = []
+    reached = 0
+    for piece, _ in pairs:
+        if piece.tensor_offset > reached:
+            lengths.append(piece.tensor_offset - reached)
+        chosen.append(len(lengths))
+        lengths.append(piece.numel)
+        reached = piece.tensor_offset + piece.numel
+    if reached < numel:
+        lengths.append(numel - reached)
+    return _Cut(tensor, lengths, chosen, [part for _, part in pairs])

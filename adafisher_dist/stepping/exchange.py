@@ -1,0 +1,322 @@
+"""How gradients reach the owners of their blocks, and how the results come back to where the weights are stored.
+
+Each layout has a way, with the same two calls in the order of a step: `collect` (local) and `run` (a collective: brings
+gradients to the owners, computes the chunks, and brings back what changes the weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.sharding import Piece
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.collectives import Wire
+from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.state.shard import Chunk, Shard, wire_dtype
+from adafisher_dist.stepping.copy_plan import Pairing
+
+
+@dataclass(slots=True, eq=False)
+class Inputs:
+    """What one call of step() brings for a shard.
+
+    Attributes:
+        settings: of each param group of the shard; empty where none of its tensors has a gradient.
+        weights: what this rank holds of each stored tensor, flattened; None where it has no gradient in this call.
+        gradients: likewise.
+    """
+
+    settings: list[dict[str, Any]]
+    weights: list[Tensor | None] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+    _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, weight: Tensor | None, gradient: Tensor | None) -> None:
+        """The next stored tensor: both, or neither."""
+        flat = None if weight is None else weight.reshape(-1)
+        if weight is not None and flat is not None and not weight.is_contiguous():
+            self._copied.append((weight, flat))
+        self.weights.append(flat)
+        self.gradients.append(None if gradient is None else gradient.reshape(-1))
+
+    def write_back(self) -> None:
+        """Bring changed weights to where those are that could not be flattened in place."""
+        for weight, flat in self._copied:
+            weight.copy_(flat.view(weight.shape))
+
+
+class Transfer(Protocol):
+    """What a step needs of a layout."""
+
+    shard: Shard
+
+    def collect(self, inputs: Inputs) -> Tensor:
+        """Bring this rank's gradients to where they leave from; their largest absolute element, 0-d. Local."""
+
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Bring all gradients to the owners, compute the chunks, and change the stored weights. A collective.
+
+        After a fault this rank goes on through the collectives, and leaves its part of the weights as it is.
+
+        Args:
+            inputs: of this call.
+            compute: turns the gradients in a chunk of the arena into updates.
+            go: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
+            faults: of this rank.
+        """
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """After `run`: weights, and by how much each was changed, in lists that belong together. Local.
+
+        Of all ranks together these are all weights that have a gradient, each once.
+        """
+
+
+def transfer(shard: Shard) -> Transfer:
+    """The way of the shard's layout."""
+    if not shard.storage.replicated:
+        return Routed(shard)
+    return Gathered(shard) if shard.storage.group.size > 1 else Alone(shard)
+
+
+class Alone:
+    """One process has all gradients, all blocks and all weights."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        pieces = sharding.local_pieces(shard.storage.placed[0], shard.owned[0], 0)
+        self.own = _pairing(pieces, shard.arena, shard)
+
+    def collect(self, inputs: Inputs) -> Tensor:
+        """Into the arena."""
+        _read(self.own, inputs.gradients)
+        return _largest([self.shard.arena])
+
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Nothing is sent."""
+        for chunk in self.shard.chunks:
+            _compute(self.shard, chunk, compute, faults)
+        faults.attempt(partial(_change_weights, self.shard, self.own, inputs, go))
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The arena has been scaled."""
+        yield self.own.of(inputs.weights)
+
+
+class Gathered:
+    """Every rank has all gradients and all weights: an owner reads its own gradients, and its new weights go to all.
+
+    Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes of the updates.
+    The all-gather of one chunk runs while the next chunk is computed; two buffers take turns.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        storage, group = shard.storage, shard.storage.group
+        self.own = _pairing(
+            sharding.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank), shard.arena, shard
+        )
+        self.lengths = [max(sharding.count(spans) for spans in by_rank) for by_rank in shard.assignment.chunks]
+        dtype, longest = wire_dtype(shard), max(self.lengths)
+        turns = range(min(2, len(self.lengths)))
+        self.mine = [group.wire(shard.arena.new_zeros(longest, dtype=dtype)) for _ in turns]
+        self.everyone = [group.wire(shard.arena.new_zeros(group.size * longest, dtype=dtype)) for _ in turns]
+        self.chunks = [self._pairings(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
+
+    def _pairings(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[Pairing, Pairing, Pairing]:
+        """Of the own part of a chunk with the arena and with what is sent, and of all parts with what is received."""
+        shard, group, turn = self.shard, self.shard.storage.group, number % 2
+        pieces = [sharding.local_pieces(shard.storage.placed[r], spans, r) for r, spans in enumerate(by_rank)]
+        mine, start = pieces[group.rank], shard.chunks[number].start
+        received = self.everyone[turn].tensor
+        parts = [received[rank * self.lengths[number] :] for rank in range(group.size)]
+        return (
+            _pairing(mine, shard.arena[start:], shard),
+            _pairing(mine, self.mine[turn].tensor, shard),
+            Pairing(
+                [piece for of_rank in pieces for piece in of_rank],
+                [_part(part, piece) for of_rank, part in zip(pieces, parts, strict=True) for piece in of_rank],
+                shard.numels,
+            ),
+        )
+
+    def collect(self, inputs: Inputs) -> Tensor:
+        """The owner reads its own elements."""
+        _read(self.own, inputs.gradients)
+        return _largest([self.shard.arena])
+
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Compute a chunk while the one before is gathered."""
+        finish: Callable[[], None] | None = None
+        for number, chunk in enumerate(self.shard.chunks):
+            _compute(self.shard, chunk, compute, faults)
+            wait = self._send(number, inputs, go, faults)
+            if finish is not None:
+                finish()
+            finish = partial(self._receive, number, wait, inputs, faults)
+        if finish is not None:
+            finish()
+
+    def _send(self, number: int, inputs: Inputs, go: Tensor | None, faults: Faults) -> Callable[[], None]:
+        group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
+        in_arena, in_mine, _ = self.chunks[number]
+        weights, new = in_mine.of(inputs.weights)
+        _, updates = in_arena.of(inputs.weights)
+
+        def make() -> None:
+            _copy(new, weights)
+            _scale(self.shard, in_arena, inputs, go)
+            _add(new, updates)
+
+        if not faults.attempt(make):
+            faults.rescue(lambda: _copy(new, weights))
+        # Behind this rank's part stands padding: all ranks' parts are equally long.
+        return collectives.gather(
+            group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length)
+        )
+
+    def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, faults: Faults) -> None:
+        wait()
+        weights, new = self.chunks[number][2].of(inputs.weights)
+        faults.attempt(lambda: _copy(weights, new))
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The arena has been scaled; it holds this rank's part."""
+        for in_arena, _, _ in self.chunks:
+            yield in_arena.of(inputs.weights)
+
+
+class Routed:
+    """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
+
+    Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks' elements of blocks
+    that are owned here. Gradients go from the first to the second, updates come back.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        storage, arena = shard.storage, shard.arena
+        route = sharding.route(storage.placed, shard.owned, storage.group.rank)
+        self.crossing = sharding.any_crossing(storage.placed, shard.owned)
+        ranks = range(storage.group.size)
+        self.away_counts = [sum(p.numel for p in route.send if p.rank == rank) for rank in ranks]
+        self.guest_counts = [sum(p.numel for p in route.receive if p.rank == rank) for rank in ranks]
+        self.away = storage.group.wire(arena.new_zeros(sum(self.away_counts)))
+        self.guests = storage.group.wire(arena.new_zeros(sum(self.guest_counts)))
+        self.local = _pairing(sharding.merged(route.local), arena, shard)
+        self.stored_elsewhere = _in_a_row(self.guests.tensor, route.receive)
+        self.guests_in_arena = [_part(arena, piece) for piece in route.receive]
+        self.owned_elsewhere = Pairing(route.send, _in_a_row(self.away.tensor, route.send), shard.numels)
+        starts = sorted(piece.arena_offset for piece in route.receive)
+        waits = [any(c.start <= start < c.stop for start in starts) for c in shard.chunks]
+        self.chunks = [
+            [c for c, late in zip(shard.chunks, waits, strict=True) if late == want] for want in (False, True)
+        ]
+
+    def collect(self, inputs: Inputs) -> Tensor:
+        """Own elements go into the arena, those of cut blocks into the buffer for their owners."""
+        _read(self.local, inputs.gradients)
+        _read(self.owned_elsewhere, inputs.gradients)
+        if self.guests_in_arena:
+            torch._foreach_zero_(self.guests_in_arena)  # of the step before; their rank looks at the new ones
+        return _largest([self.away.tensor, self.shard.arena])
+
+    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+        """Compute the chunks without guests while those travel, and change weights while updates travel home."""
+        ready, late = self.chunks
+        wait = self._exchange(self.away, self.away_counts, self.guests, self.guest_counts)
+        for chunk in ready:
+            _compute(self.shard, chunk, compute, faults)
+        wait()
+        faults.attempt(lambda: _copy(self.guests_in_arena, self.stored_elsewhere))
+        for chunk in late:
+            _compute(self.shard, chunk, compute, faults)
+        if not faults.attempt(lambda: _copy(self.stored_elsewhere, self.guests_in_arena)):
+            self.guests.tensor.zero_()
+        wait = self._exchange(self.guests, self.guest_counts, self.away, self.away_counts)
+        faults.attempt(partial(_change_weights, self.shard, self.local, inputs, go))
+        wait()
+        faults.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, go))
+
+    def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """What is stored here: its updates stand in the arena, or came home into the buffer of cut blocks."""
+        yield self.local.of(inputs.weights)
+        yield self.owned_elsewhere.of(inputs.weights)
+
+    def _exchange(self, send: Wire, counts: list[int], receive: Wire, expected: list[int]) -> Callable[[], None]:
+        if not self.crossing:
+            return lambda: None
+        return collectives.exchange(self.shard.storage.group, send, counts, receive, expected)
+
+
+def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:
+    if not faults.attempt(partial(compute, chunk)):
+        shard.arena[chunk.start : chunk.stop].zero_()
+
+
+def _change_weights(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+    """θ ← θ − lr·(u + λ·θ), from the updates in a buffer; 16-bit weights are rounded once, at the end."""
+    _scale(shard, pairing, inputs, go)
+    _add(*pairing.of(inputs.weights))
+
+
+def _scale(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+    """In the buffer: u ← −lr·(u + λ·θ), by param group."""
+    for group, settings in enumerate(inputs.settings):
+        members = [
+            weight if number == group else None for weight, number in zip(inputs.weights, shard.groups, strict=True)
+        ]
+        weights, updates = pairing.of(members)
+        if not updates:
+            continue
+        if settings["weight_decay"]:
+            torch._foreach_add_(updates, weights, alpha=settings["weight_decay"])
+        lr = float(settings["lr"])
+        torch._foreach_mul_(updates, -lr if go is None else go.to(shard.arena.dtype) * -lr)
+
+
+def _read(pairing: Pairing, gradients: Sequence[Tensor | None]) -> None:
+    """Copy gradients into a buffer, and zeros where there are none."""
+    theirs, ours = pairing.of(gradients)
+    _copy(ours, theirs)
+    missing = pairing.missing(gradients)
+    if missing:
+        torch._foreach_zero_(missing)
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+def _add(to: list[Tensor], more: list[Tensor]) -> None:
+    if to:
+        torch._foreach_add_(to, more)
+
+
+def _pairing(pieces: Sequence[Piece], buffer: Tensor, shard: Shard) -> Pairing:
+    return Pairing(pieces, [_part(buffer, piece) for piece in pieces], shard.numels)
+
+
+def _part(buffer: Tensor, piece: Piece) -> Tensor:
+    return buffer[piece.arena_offset : piece.arena_offset + piece.numel]
+
+
+def _in_a_row(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+    """The stretch of a buffer that each piece takes, one after the other."""
+    stops = list(accumulate(piece.numel for piece in pieces))
+    return [buffer[stop - piece.numel : stop] for piece, stop in zip(pieces, stops, strict=True)]
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute element, 0-d; NaN where there is one."""
+    ends = [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor)]  # 20 times as fast as a norm
+    return torch.stack(ends).abs().amax() if ends else tensors[0].new_zeros(())

@@ -1,0 +1,60 @@
+"""Whether a step may change anything, decided and kept on the device: the host reads it when it comes back.
+
+A host that looked at the gradients would wait for the device, which would then wait for the host to queue new work. So
+the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite; the
+host learns of it at the next call, and takes back that it counted the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.collectives import Group
+from adafisher_dist.comm.deferred_errors import Faults
+
+
+def is_meant_for(device: torch.device) -> bool:
+    """Whether a host would have to wait for this device."""
+    return device.type != "cpu"
+
+
+class Verdict:
+    """Of one step after the other, on the ranks of a group; made once, so that a step allocates nothing for it."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self._group = group
+        self._go = group.wire(torch.ones(1, dtype=torch.int32, device=device))
+        on_accelerator = device.type != "cpu"
+        self._seen = torch.ones(1, dtype=torch.int32, pin_memory=on_accelerator)
+        self._arrival = torch.Event(device) if on_accelerator else None
+
+    def decide(self, largest: Sequence[Tensor], limits: Sequence[float], faults: Faults) -> Tensor:
+        """Let all ranks know whether every gradient can be used. A collective, for which no host waits.
+
+        Args:
+            largest: the largest absolute gradient elements of this rank, 0-d.
+            limits: how large each may be.
+            faults: of this rank.
+
+        Returns:
+            0-d int32 on the device: 0 if the step is to change nothing.
+        """
+        flag = self._go.tensor
+        faults.attempt(
+            lambda: flag.copy_(torch.stack([n <= limit for n, limit in zip(largest, limits, strict=True)]).all())
+        )
+        collectives.minimum_on_device(self._group, self._go)
+        self._seen.copy_(flag, non_blocking=True)
+        if self._arrival is not None:
+            self._arrival.record()
+        return flag.squeeze(0)
+
+    def read(self) -> bool:
+        """The verdict on the last step; waits until the device has come to it."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return bool(self._seen.numpy()[0])  # no operation of torch: it is on the host

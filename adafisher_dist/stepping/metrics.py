@@ -1,0 +1,255 @@
+"""Metrics of every n-th step: how well conditioned the blocks are, how far the step went, what it sent.
+
+Nothing waits for a device: what is computed there is read, compared over the ranks and told when the next step is
+taken. Between measured steps nothing is done at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafisher_dist.comm import collectives
+from adafisher_dist.comm.collectives import Group, Waits
+from adafisher_dist.comm.control_group import control
+from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.numerics import batch as stacked
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.batch import Batch
+from adafisher_dist.stepping.exchange import Inputs, Transfer
+
+logger = logging.getLogger("adafisher_dist")
+
+Callback = Callable[[int, dict[str, float]], None]
+"""Called with the step and its metrics by name, on the first rank alone."""
+
+LADDER = tuple(f"ladder_{rung.replace(' ', '_')}" for rung in fisher.RUNGS)
+
+NAMES = {
+    "condition_number_median": "1-norm condition number of the damped blocks A that were looked at, median",
+    "condition_number_max": "the largest of them",
+    "damping_min": "δ + ε in A, the smallest of all param groups",
+    "damping_max": "the largest; blocks of a bfloat16 Fisher have more where its rounding needs it",
+    "factor_age_mean": "steps since a block's factor was made, mean; 0 where they are made at every step",
+    "factor_age_max": "the largest",
+    **{name: f"factorisations so far that needed: {rung}" for name, rung in zip(LADDER, fisher.RUNGS, strict=True)},
+    "update_to_weight": "‖change of the weights‖ / ‖weights‖, of all that had a gradient",
+    "communication_bytes": "bytes sent in the step, by all ranks",
+    "communication_ms": "milliseconds that the step waited for other ranks, the longest of all ranks",
+    "skipped_steps": "steps so far that changed nothing",
+}
+"""Each metric, and what it is."""
+
+SAMPLE = 32  # blocks of a batch whose condition is measured: others at each measured step
+
+
+@dataclass(slots=True)
+class _Measured:
+    """What one rank has measured of a step; travels to the others."""
+
+    conditions: list[float] = field(default_factory=list)
+    change: float = 0.0  # the sum of the squares
+    weights: float = 0.0  # likewise
+    ladder: list[float] = field(default_factory=lambda: [0.0] * len(fisher.RUNGS))
+    dampings: list[float] = field(default_factory=list)
+    blocks: int = 0  # whose factors' ages are known
+    age: int = 0  # of all of them together
+    oldest: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    problem: str | None = None
+
+
+class _Reading:
+    """Numbers of a device, on their way to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        on_accelerator = numbers.device.type != "cpu"
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_accelerator)
+        self._host.copy_(numbers, non_blocking=True)
+        self._arrival = torch.Event(numbers.device) if on_accelerator else None
+        if self._arrival is not None:
+            self._arrival.record()
+
+    def read(self) -> list[float]:
+        """The numbers; they were asked for a step ago."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [float(number) for number in self._host.tolist()]
+
+
+class Meter:
+    """Measures an optimizer's steps, and tells a callback.
+
+    A call of `step` may be a part of one: DeepSpeed makes one for each param group or sub-group. What the calls of a
+    step measure is put together, and told when the first call of another step has come.
+    """
+
+    def __init__(self, callback: Callback, every: int) -> None:
+        """Tell the callback of every n-th step.
+
+        Raises:
+            ValueError: `every` is no whole number, or below 1.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Metrics are taken every so many steps, a whole number from 1 on, and not {every!r}.")
+        self._callback, self._every = callback, every
+        self._step: int | None = None  # that is being measured
+        self._measured = _Measured()
+        self._readings: list[_Reading] = []
+        self._waits: list[Waits] = []
+        self._warned = False
+
+    @property
+    def plan(self) -> tuple[int, int | None]:
+        """What has to be the same on all ranks, so that they deliver together: the interval, and what is pending."""
+        return self._every, self._step
+
+    def begin(self, step: int, group: Group, skipped: int) -> None:
+        """Before the work of a call that belongs to this step; 0 where no parameter has a gradient.
+
+        A collective when another step's metrics are due.
+        """
+        if step != self._step:
+            self.deliver(group, skipped)
+        if step > 0 and step % self._every == 0:
+            self._step = step
+            self._waits.append(Waits())
+            collectives.measure_waits(self._waits[-1])
+
+    def end(self, calls: Sequence[tuple[Transfer, Inputs]], sent: Counter[str]) -> None:
+        """After the work of a call. Local; an error is told with the metrics, and stops nobody."""
+        if self._step is None:
+            return
+        collectives.measure_waits(None)
+        self._measured.bytes += sum(sent.values())
+        self._attempt(partial(self._take, calls, self._step))
+
+    def deliver(self, group: Group, skipped: int) -> None:
+        """Put together what the ranks have measured, if there is anything; call back on the first. A collective."""
+        if self._step is None:
+            return
+        self._attempt(self._read)
+        step, measured = self._step, self._measured
+        self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
+        ranks = control(sorted(group.members), group.handle).gather(measured) if group.size > 1 else [measured]
+        if not group.is_first:
+            return
+        problems = [f"rank {number}: {rank.problem}" for number, rank in enumerate(ranks) if rank.problem is not None]
+        if not problems:
+            try:  # an error here would leave the other ranks waiting for this one
+                self._callback(step, _metrics(ranks, skipped))
+            except Exception as error:
+                problems = [f"the callback failed: {type(error).__name__}: {error}"]
+        if problems and not self._warned:
+            self._warned = True
+            logger.warning("AdaFisher's metrics of step %d are left out; %s.", step, "; ".join(problems))
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """Do it; an error goes to the other ranks with what was measured."""
+        faults = Faults()
+        if not faults.attempt(work):
+            self._measured.problem = f"{type(faults.error).__name__}: {faults.error}"
+
+    def _read(self) -> None:
+        """What the device has been asked for."""
+        measured = self._measured
+        for reading in self._readings:
+            change, weights, *more = reading.read()
+            measured.change += change
+            measured.weights += weights
+            measured.conditions += more
+        measured.seconds = sum(waits.seconds() for waits in self._waits)
+
+    def _take(self, calls: Sequence[tuple[Transfer, Inputs]], step: int) -> None:
+        measured = self._measured
+        for transfer, inputs in calls:
+            shard = transfer.shard
+            pairs = list(transfer.changed(inputs))
+            weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.arena)
+            change = _square([tensor for _, ours in pairs for tensor in ours], shard.arena)
+            conditions: list[Tensor] = []
+            for batch in shard.batches:
+                settings = inputs.settings[batch.group]
+                if not batch.dense or not settings:
+                    continue
+                damping, noise = stacked.damping(batch, settings)
+                measured.dampings.append(damping)
+                conditions.append(_conditions(batch, damping, noise, step // self._every).double())
+                for counts in batch.rungs.values():
+                    measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
+                ages = batch.ages(step)
+                measured.blocks += len(ages)
+                measured.age += int(ages.sum())
+                measured.oldest = max(measured.oldest, int(ages.max(initial=0)))
+            self._readings.append(_Reading(torch.cat([torch.stack([change, weights]), *conditions])))
+
+
+def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """The sum of the squares of all elements, 0-d float64, on the device of `like`."""
+    if not tensors:
+        return like.new_zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+
+
+def _conditions(batch: Batch, damping: float, noise: float, turn: int) -> Tensor:
+    """Condition numbers of some blocks of a batch, spread evenly over it; others at the next turn."""
+    count = batch.fisher.shape[0]
+    sample = min(SAMPLE, count)
+    # Made on the device: to copy them there would be to wait for it.
+    rows = (torch.arange(sample, device=batch.fisher.device) * count // max(1, sample) + turn) % max(1, count)
+    whole_NBB = stacked.whole(batch, batch.fisher.index_select(0, rows))
+    return fisher.condition_number(whole_NBB, damping, noise, batch.structure.compute_dtype)
+
+
+def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
+    """What is told, by the names of NAMES; without those that nothing was measured of."""
+    conditions = [number for rank in ranks for number in rank.conditions if np.isfinite(number)]
+    dampings = [number for rank in ranks for number in rank.dampings]
+    blocks = sum(rank.blocks for rank in ranks)
+    weights = sum(rank.weights for rank in ranks)
+    ladder = [sum(counts) for counts in zip(*(rank.ladder for rank in ranks), strict=True)]
+    found: dict[str, float] = {}
+    if conditions:
+        found |= {"condition_number_median": median(conditions), "condition_number_max": max(conditions)}
+    if dampings:
+        found |= {"damping_min": min(dampings), "damping_max": max(dampings)}
+    if blocks:
+        found["factor_age_mean"] = sum(rank.age for rank in ranks) / blocks
+        found["factor_age_max"] = float(max(rank.oldest for rank in ranks))
+    found |= {name: count for name, count in zip(LADDER, ladder, strict=True)}
+    if weights > 0:
+        found["update_to_weight"] = (sum(rank.change for rank in ranks) / weights) ** 0.5
+    found["communication_bytes"] = float(sum(rank.bytes for rank in ranks))
+    found["communication_ms"] = 1e3 * max(rank.seconds for rank in ranks)
+    found["skipped_steps"] = float(skipped)
+    return found
+
+
+class CsvLog:
+    """A callback that keeps the metrics in a CSV file, a line a step, for `python -m adafisher_dist plot`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Appends to a file that is there; its folder is made."""
+        self._path = Path(path)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line; a file that is new gets its heading first."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self._path.exists() or self._path.stat().st_size == 0
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["step", *NAMES], restval="")
+            if new:
+                writer.writeheader()
+            writer.writerow({"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}})

@@ -1,0 +1,1 @@
+"""The command line: what a checkpoint holds, what a model will cost, plots."""

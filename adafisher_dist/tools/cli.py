@@ -1,0 +1,268 @@
+"""The command line: python -m adafisher_dist. Facts go to stdout, what is wrong and progress to stderr.
+
+Exit codes: 1, a checkpoint is damaged, or something could not be read or written; 2, what was asked for is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from math import nan
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typer import Argument, Option
+
+from adafisher_dist.blocks.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
+from adafisher_dist.checkpoint import CheckpointError, Place, place_of
+from adafisher_dist.checkpoint.directory import find
+from adafisher_dist.checkpoint.open_checkpoint import Opened, open_checkpoint
+from adafisher_dist.settings import DEFAULTS
+from adafisher_dist.tools import plots
+from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
+from adafisher_dist.tools.inspection import damage, summarize
+from adafisher_dist.tools.tables import forecast_table, tables_of
+
+app = typer.Typer(
+    help="Foretell what AdaFisher costs, draw its metrics, look into its checkpoints and make something of them.",
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+DAMAGED, WRONG = 1, 2  # exit codes
+_MAX_PARAMETERS = 40
+_MAX_SHARD_GB = MAX_SHARD_BYTES / 1e9
+_WIDTH_OF_A_FILE = 120  # columns, where stdout is no terminal
+
+Checkpoint = Annotated[
+    Path,
+    Argument(help="Its folder, or one of checkpoints: the newest, as its file `latest` has it."),
+]
+
+
+class Format(str, Enum):
+    """What `export` writes."""
+
+    safetensors = "safetensors"
+
+
+class Dtype(str, Enum):
+    """The dtypes that `export` converts to."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Layout = Enum("Layout", {name: name for name in LAYOUTS}, type=str)  # type: ignore[misc]
+
+
+class Grids(str, Enum):
+    """The values of block_grid."""
+
+    rows = "rows"
+    flat = "flat"
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    verify: Annotated[
+        bool, Option("--verify", help="Check every file's checksum; exit code 1 if one is wrong.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False,
+    every: Annotated[bool, Option("--all", help=f"List all parameters, not the first {_MAX_PARAMETERS}.")] = False,
+) -> None:
+    """Tell what is in a checkpoint."""
+    with _open(checkpoint, verify) as opened:
+        folder = opened.folder
+        problems = damage(opened, bar) if verify else None
+        summary = summarize(opened)
+    if as_json:
+        print(json.dumps({**summary.as_json(), "damage": problems}))
+    else:
+        _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
+    if problems:
+        fail(f"{folder} is damaged: {'; '.join(problems)}.", DAMAGED)
+    if verify and not as_json:
+        print("All files have the right checksum.")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    to: Annotated[Format, Option(help="The format.")],
+    out: Annotated[Path | None, Option(help="The folder to write to; by default CHECKPOINT-safetensors.")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Of the parameters; by default what they had in the model.")] = None,
+    max_shard_gb: Annotated[float, Option(help="What a file holds at most, in GB (10⁹ bytes).")] = _MAX_SHARD_GB,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier export.")] = False,
+    verify: Annotated[bool, Option(help="Check every file's checksum first.")] = True,
+) -> None:
+    """Write a checkpoint's weights and buffers alone, for serving."""
+    place, folder = _find(checkpoint)
+    out = out or place.root / f"{place.tag}-{to.value}"
+    if out.suffix == f".{to.value}":
+        fail(f"--out names a folder, in which model.safetensors is written; got {out}.", WRONG)
+    wanted = getattr(torch, dtype.value) if dtype else None
+    try:
+        files = export_weights(
+            folder, out, wanted, int(max_shard_gb * 1e9), overwrite=overwrite, verify=verify, bar=bar
+        )
+    except (FileExistsError, ValueError) as error:
+        fail(error, WRONG)
+    except (CheckpointError, OSError, OverflowError) as error:
+        fail(error, DAMAGED)
+    for file in files:
+        print(file)
+
+
+@app.command()
+def estimate(
+    params: Annotated[
+        str | None, Option(help="Elements of a transformer that is made up: 7e9, 350M.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="Instead: package.module:function, which returns the model.", show_default=False)
+    ] = None,
+    world_size: Annotated[int, Option(help="Data-parallel ranks.")] = 8,
+    zero_stage: Annotated[int | None, Option(help="DeepSpeed's, 0 to 3.", show_default=False)] = None,
+    layout: Annotated[Layout | None, Option(help="Instead: another layout.", show_default=False)] = None,
+    block_size: Annotated[list[int] | None, Option(help="Repeat for several; by default 16, 32, 64, 128.")] = None,
+    rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
+    block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
+    exponent: Annotated[float, Option(help="0.5 or 1.0.")] = 0.5,
+    inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
+    max_blocks: Annotated[int | None, Option(help="Dense blocks a parameter.", show_default=False)] = None,
+    weight_dtype: Annotated[Dtype, Option(help="Of the weights that ranks gather under DDP.")] = Dtype.float32,
+    memory_budget_gb: Annotated[
+        float | None, Option(help="Also tell the largest block size that fits.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Tell what AdaFisher will need: bytes a rank, bytes sent, arithmetic, for a table of settings."""
+    try:
+        shapes = _shapes(params, model)
+        chosen = _layout(zero_stage, layout)
+        settings = {
+            "rows_per_block": rows_per_block,
+            "block_grid": block_grid.value,
+            "exponent": exponent,
+            "inverse_update_freq": inverse_update_freq,
+            "max_blocks": max_blocks,
+        }
+        forecast = forecast_of(
+            shapes, chosen, world_size, block_size or [16, 32, 64, 128], settings,
+            getattr(torch, weight_dtype.value), memory_budget_gb,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        fail(error, WRONG)
+    if as_json:
+        print(json.dumps(forecast.as_json()))
+    else:
+        _console().print(forecast_table(forecast))
+
+
+@app.command()
+def plot(
+    log: Annotated[Path, Argument(help="A file of metrics.CsvLog, or the folder of DeepSpeed's csv_monitor.")],
+    out: Annotated[Path | None, Option(help="The picture: .png, .svg or .pdf.  [default: LOG.png]")] = None,
+) -> None:
+    """Draw metrics that were logged in training."""
+    out = out or log.with_name(f"{log.name.removesuffix('.csv')}.png")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        fail(f"--out should end in .png, .svg or .pdf, got {out}.", WRONG)
+    try:
+        axis, found = plots.read(log)
+    except (OSError, ValueError) as error:
+        fail(error, WRONG)
+    try:
+        plots.draw(axis, found, out)
+    except ImportError:
+        fail("Drawing needs matplotlib: pip install matplotlib", WRONG)
+    except OSError as error:
+        fail(error, DAMAGED)
+    print(out)
+
+
+def _shapes(params: str | None, model: str | None) -> list[tuple[int, ...]]:
+    if (params is None) == (model is None):
+        raise ValueError("Give either --params, as 7e9, or --model, as package.module:function.")
+    if model is not None:
+        sys.path.insert(0, os.getcwd())
+        return shapes_of(model)
+    assert params is not None
+    return transformer_shapes(_number(params))
+
+
+def _number(text: str) -> int:
+    """How many "7e9", "350M" or "7B" is."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    unit = units.get(text[-1:].upper(), 0.0)
+    try:
+        number = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        number = nan
+    if not 1 <= number < 1e15:
+        raise ValueError(f"--params should be a number of elements, as 7e9, 350M or 7B, got {text!r}.")
+    return int(number)
+
+
+def _layout(zero_stage: int | None, layout: Layout | None) -> str:
+    if (zero_stage is None) == (layout is None):
+        raise ValueError(f"Give either --zero-stage, or --layout ({', '.join(LAYOUTS)}).")
+    if layout is not None:
+        return str(layout.value)
+    if zero_stage not in range(4):
+        raise ValueError(f"--zero-stage should be 0, 1, 2 or 3, got {zero_stage}.")
+    return f"zero{zero_stage}"
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def fail(problem: object, code: int) -> NoReturn:
+    """Say what is wrong on stderr, and end."""
+    typer.echo(str(problem), err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def bar(what: str, nbytes: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on stderr, if that is a terminal; see `summary.Bar`."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=nbytes)
+        yield lambda done: progress.advance(task, done)
+
+
+def _find(checkpoint: Path) -> tuple[Place, Path]:
+    """The place of a checkpoint that exists, and its folder."""
+    path = Path(os.path.abspath(checkpoint))  # not resolve(): it would follow links, to names that nobody gave
+    try:
+        return find(lambda: place_of(path))
+    except (CheckpointError, ValueError) as error:
+        fail(error, WRONG)
+
+
+def _open(checkpoint: Path, verify: bool) -> Opened:
+    """Held open with all its files, where they will be checked."""
+    try:
+        return open_checkpoint(lambda: _find(checkpoint)[1], lambda manifest: manifest.files if verify else ())
+    except (CheckpointError, OSError) as error:
+        fail(error, DAMAGED)
