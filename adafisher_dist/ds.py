@@ -219,7 +219,7 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
         CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all ranks that see the
             same files; on others DeepSpeed fails as it would have, since no rank's file of its own has such a state.
     """
-    from adafisher_dist.checkpoint.directory import BESIDE, LATEST
+    from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER
     from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 
     if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
@@ -231,7 +231,7 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
         name = str(tag) if tag is not None else (root / LATEST).read_text().strip()
     except (OSError, ValueError):  # DeepSpeed tells what is wrong with it
         return
-    if (root / name / BESIDE / MANIFEST).is_file():
+    if (root / name / SUBFOLDER / MANIFEST).is_file():
         raise CheckpointError(
             f"{root / name} was saved by AdaFisher, whose state {type(engine.basic_optimizer).__name__} cannot"
             " take over. Load with load_optimizer_states=False: weights, learning rate schedule and counters. Nothing"
@@ -246,7 +246,7 @@ def _warn_of_another_optimizer(engine: Any) -> None:
         return
 
     def given_to(own: Optimizer) -> list[Tensor]:
-        return list(own._roster.registry) if isinstance(own, AdaFisher) and not own._roster.shards else []
+        return list(own._registry.given_parameters) if isinstance(own, AdaFisher) and not own._registry.shards else []
 
     idle = left_idle(engine.module, used, given_to)
     if idle and not isinstance(used, AdaFisher) and engine.global_rank == 0:

@@ -49,7 +49,7 @@ FISHER_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class Structure(NamedTuple):
+class StateConfig(NamedTuple):
     """The settings of a param group that shape its state, and so cannot change once there is state."""
 
     block_size: int
@@ -68,9 +68,9 @@ class Structure(NamedTuple):
         return torch.float64 if self.fisher_dtype == torch.float64 else torch.float32
 
 
-def structure(group: Mapping[str, Any]) -> Structure:
+def structure(group: Mapping[str, Any]) -> StateConfig:
     """The structural settings of a validated param group; block_size="auto" stands there until it is chosen."""
-    return Structure(
+    return StateConfig(
         group["block_size"],
         group["rows_per_block"],
         group["block_grid"],

@@ -92,7 +92,7 @@ def run_rank(rank: int, world: int, folder: str, rounds: int, results: Any) -> N
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()
     share = [
-        b.detach() for shard in optimizer._roster.shards for batch in shard.batches for b in batch.tensors().values()
+        b.detach() for shard in optimizer._registry.shards for batch in shard.batches for b in batch.tensors().values()
     ]
     own = sum(tensor.nbytes for tensor in share)
     mine = here / f"plain-{rank}"

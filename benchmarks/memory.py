@@ -109,10 +109,10 @@ def predicted(optimizer: AdaFisher) -> int:
 def storages(optimizer: AdaFisher) -> dict[int, int]:
     """Bytes by address of all storages that the optimizer keeps; it does not ask `report`, which is what is tested."""
     given = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    given += [tensor for shard in optimizer._roster.shards for tensor in shard.storage.tensors]
+    given += [tensor for shard in optimizer._registry.shards for tensor in shard.storage.tensors]
     theirs = {local(t).untyped_storage().data_ptr() for p in given for t in (p, p.grad) if t is not None}
     found = {}
-    for tensor in tensors_in([list(optimizer.state.values()), optimizer._roster], set()):
+    for tensor in tensors_in([list(optimizer.state.values()), optimizer._registry], set()):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in theirs and storage.nbytes():
             found[storage.data_ptr()] = storage.nbytes()

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from adafisher_dist.blocks import placement, sharding
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.blocks.sharding import Assignment, Placed
+from adafisher_dist.blocks.sharding import Assignment, StoredSpan
 
 FOLDER = Path(__file__).parent / "pictures"
 COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#B07AA1")
@@ -42,7 +42,7 @@ def blocks() -> Figure:
     grid = make_grid((ROWS, LENGTH), 16, 8, "rows", None)
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    _matrix(left, grid, lambda slab, piece: COLOURS[0] if (slab, piece) == (1, 1) else "#E4E8EF")
+    _matrix(left, grid, lambda row_group, piece: COLOURS[0] if (row_group, piece) == (1, 1) else "#E4E8EF")
     left.set_title(f"a weight of {ROWS} rows of L = {LENGTH}: block_size=16, rows_per_block=8", fontsize=10)
     left.text(LENGTH / 2, ROWS + 2.2, "a row: all that feeds one output", ha="center")
     left.annotate("", (0, ROWS + 0.8), (LENGTH, ROWS + 0.8), arrowprops={"arrowstyle": "<->", "color": INK})
@@ -73,21 +73,21 @@ def ranks() -> Figure:
     everywhere = placement.everywhere(numel, world)
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2)
-    for axes, placed, replicated, title in (
+    for axes, stored_spans, replicated, title in (
         (left, everywhere, True, "DDP, ZeRO-0: equal runs of slabs"),
         (right, _cut_by_partitions(numel[0], world), False, "ZeRO-1 to 3, FSDP2: where its first element is"),
     ):
-        assignment = sharding.assign([grid], placed, replicated)
-        _matrix(axes, grid, lambda slab, piece, of=assignment: COLOURS[_owner(of, grid.start(slab))])
+        assignment = sharding.assign([grid], stored_spans, replicated)
+        _matrix(axes, grid, lambda row_group, piece, of=assignment: COLOURS[_owner(of, grid.start(row_group))])
         axes.set_title(title, fontsize=10)
         if not replicated:
-            _boundaries(axes, placed)
+            _boundaries(axes, stored_spans)
     for rank, colour in enumerate(COLOURS):
         figure.text(0.3 + 0.12 * rank, 0.02, f"■ rank {rank}", color=colour, ha="center")
     return figure
 
 
-def _cut_by_partitions(numel: int, world: int) -> list[list[Placed]]:
+def _cut_by_partitions(numel: int, world: int) -> list[list[StoredSpan]]:
     """Partitions that cut slabs: as if another parameter of 70 elements lay before this one in the flat buffer."""
     offset = 70
     length = -(-(numel + offset) // world)
@@ -124,8 +124,8 @@ def _matrix(axes: Axes, grid: Grid, colour_of: Callable[[int, int], str]) -> Non
     axes.set_axis_off()
     axes.set_xlim(-1, LENGTH + 1)
     axes.set_ylim(ROWS + 1, -1)
-    for slab in range(grid.slabs):
-        top, bottom = slab * grid.depth, min(ROWS, (slab + 1) * grid.depth)
+    for row_group in range(grid.row_groups):
+        top, bottom = row_group * grid.depth, min(ROWS, (row_group + 1) * grid.depth)
         for piece in range(grid.pieces):
             start, stop = piece * grid.cut, min(LENGTH, (piece + 1) * grid.cut)
             axes.add_patch(
@@ -133,7 +133,7 @@ def _matrix(axes: Axes, grid: Grid, colour_of: Callable[[int, int], str]) -> Non
                     (start, top),
                     stop - start,
                     bottom - top,
-                    facecolor=colour_of(slab, piece),
+                    facecolor=colour_of(row_group, piece),
                     edgecolor=PAPER,
                     linewidth=2.5,
                 )
@@ -148,9 +148,9 @@ def _owner(assignment: Assignment, element: int) -> int:
     )
 
 
-def _boundaries(axes: Axes, placed: list[list[Placed]]) -> None:
+def _boundaries(axes: Axes, stored_spans: list[list[StoredSpan]]) -> None:
     """Where one rank's part ends and the next one's begins."""
-    for places in placed[1:]:
+    for places in stored_spans[1:]:
         row, column = divmod(places[0].span.start, LENGTH)
         path = ((LENGTH + 0.6, column, column, -0.6), (row, row, row + 1, row + 1))
         axes.plot(*path, color=INK, linewidth=1.8)

@@ -19,7 +19,7 @@ import corpus as texts
 import ranks
 import typer
 from corpus import Corpus
-from ranks import Place
+from ranks import CheckpointDirectory
 from report import Board, Log, draw_curves
 from rich.console import Console
 from rich.logging import RichHandler
@@ -109,8 +109,8 @@ def run(settings: Settings, console: Console) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(RichHandler(console=console, show_path=False, show_time=False, show_level=False))
     place = ranks.start(settings.device)
-    settings = ranks.gather(ranks.together(lambda: from_checkpoint(settings)))[0]  # as rank 0 sees the files
-    config, corpus = ranks.together(lambda: _prepare(settings, place))
+    settings = ranks.gather(ranks.run_on_all_ranks(lambda: from_checkpoint(settings)))[0]  # as rank 0 sees the files
+    config, corpus = ranks.run_on_all_ranks(lambda: _prepare(settings, place))
     if len(set(ranks.gather(corpus.digest))) > 1:
         raise UsageError("The ranks read different texts; give all machines the same files with --data.")
     console.print(
@@ -137,7 +137,7 @@ def run(settings: Settings, console: Console) -> None:
     _finish(trainer, console)
 
 
-def _prepare(settings: Settings, place: Place) -> tuple[dict, Corpus]:
+def _prepare(settings: Settings, place: CheckpointDirectory) -> tuple[dict, Corpus]:
     settings.check()
     config = deepspeed_config(settings, place.world_size)
     corpus = texts.load(settings.data, settings.corpus_mb, settings.seq_len)

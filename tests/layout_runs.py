@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import AdaFisher, ds, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
 # Kept factors, in turns: the state that is hardest to carry over. max_blocks: the larger matrices end with a diagonal
 # Fisher, in the middle of a stack too.
@@ -107,6 +107,6 @@ class Run:
 def contents(folder: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole; random states left out."""
     folder = Path(folder)
-    with Opened(folder) as opened:
+    with OpenCheckpoint(folder) as opened:
         keys = [key for key in opened.manifest.tensors if not key.startswith("random/")]
         return {key: opened.read_tensor(key) for key in keys}

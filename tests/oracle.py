@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def slabs(
+def row_groups(
     shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
     max_blocks: int | None = None,
 ) -> list[list[list[range]]]:  # fmt: skip
@@ -88,8 +88,8 @@ def blocks_of(
     max_blocks: int | None = None,
 ) -> list[list[tuple[int, int]]]:  # fmt: skip
     """The blocks in order: of each the (start, stop) of its vectors, in elements of the row-major flattening."""
-    every = slabs(shape, block_size, block_grid, rows_per_block, max_blocks)
-    return [[(vector.start, vector.stop) for vector in block] for slab in every for block in slab]
+    every = row_groups(shape, block_size, block_grid, rows_per_block, max_blocks)
+    return [[(vector.start, vector.stop) for vector in block] for row_group in every for block in row_group]
 
 
 def cut(things: Sequence[Any], length: int) -> list[Any]:
@@ -157,10 +157,10 @@ class Oracle:
             blocks: list[Block] = []
             shape, rows = np.shape(theta), setting["rows_per_block"]
             limit = setting["max_blocks"]
-            for slab in slabs(shape, setting["block_size"], setting["block_grid"], rows, limit):
+            for row_group in row_groups(shape, setting["block_size"], setting["block_grid"], rows, limit):
                 alone = setting["block_grid"] == "rows" and by_element(shape, limit)
-                dense = not alone and (limit is None or len(blocks) + len(slab) <= limit)
-                for vectors in slab:
+                dense = not alone and (limit is None or len(blocks) + len(row_group) <= limit)
+                for vectors in row_group:
                     where = np.array(vectors)
                     r = where.shape[1]
                     fisher = np.zeros((r, r) if dense else where.shape)

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from adafisher_dist.cli import app
+from adafisher_dist.tools.cli import app
 from checkpoint_runs import (
     Child,
     Digests,
@@ -49,9 +49,9 @@ from typer.testing import CliRunner
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import deepspeed as of_deepspeed
 from adafisher_dist.checkpoint import directory, loading, random_state
-from adafisher_dist.checkpoint.directory import Place
+from adafisher_dist.checkpoint.directory import CheckpointDirectory
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.tools.export import export_weights
 
 # ---- nothing changes before all is checked ----
@@ -249,10 +249,10 @@ def check_mutants(count: int, seed: int, scheduler: str, folder: Path) -> Counte
             bystander.load(folder / "saved", verify=number % 2 == 0)
         except CheckpointError as error:
             outcomes["refused"] += 1
-            if bystander.optimizer._roster.engine.incomplete or digest(bystander.everything()) != before:
+            if bystander.optimizer._registry.engine.incomplete or digest(bystander.everything()) != before:
                 outcomes["changed state"] += 1
                 problems.append(f"{what} changed state: {error}")
-                bystander.optimizer._roster.engine.incomplete = False
+                bystander.optimizer._registry.engine.incomplete = False
         except Exception as error:
             outcomes["another error"] += 1
             problems.append(f"{what}: {type(error).__name__}: {error}")
@@ -324,7 +324,7 @@ def test_each_kind_of_value_is_checked(path: Steps, value: Any, message: str, tm
     with pytest.raises(CheckpointError, match=message) as caught:
         bystander.load(tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value)
-    assert digest(bystander.everything()) == before and not bystander.optimizer._roster.engine.incomplete
+    assert digest(bystander.everything()) == before and not bystander.optimizer._registry.engine.incomplete
 
 
 @pytest.mark.parametrize("which", ["torch", "numpy", "python"])
@@ -509,9 +509,9 @@ def test_loads_beside_a_saver_that_replaces_the_tag(world: int, folder: Path) ->
 
 def ranks_hold_different_ones(rank: int, world: int, root: str, source: str) -> int:
     """Rank 0 holds the checkpoint, then it is replaced, then rank 1 opens it: both open it once more."""
-    path, replaced, held, opens = Path(root), Path(root) / ".replaced-by-the-test", Opened.hold, []
+    path, replaced, held, opens = Path(root), Path(root) / ".replaced-by-the-test", OpenCheckpoint.hold, []
 
-    def hold(self: Opened, names: Any) -> None:
+    def hold(self: OpenCheckpoint, names: Any) -> None:
         names = list(names)
         held(self, names)
         if not names:
@@ -525,7 +525,7 @@ def ranks_hold_different_ones(rank: int, world: int, root: str, source: str) -> 
     if rank == 0:
         shutil.copytree(Path(source) / "step2", path / "step2")
     dist.barrier()
-    Opened.hold = hold  # type: ignore[method-assign]
+    OpenCheckpoint.hold = hold  # type: ignore[method-assign]
     find = directory.find
 
     def later(where: Any) -> Any:
@@ -625,7 +625,7 @@ def test_a_header_that_contradicts_the_manifest(two: Path, folder: Path) -> None
 
 def split(folder: Path, count: int) -> None:
     """Cut a checkpoint's shard into so many files, each with a part of each larger tensor."""
-    with Opened(folder) as opened:
+    with OpenCheckpoint(folder) as opened:
         tensors = {key: opened.read_tensor(key) for key in opened.manifest.tensors}
     content = content_of(folder)
     names = [f"shard-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
@@ -800,8 +800,8 @@ def test_a_peer_dies_between_publishing_and_the_last_message(asynchronous: bool,
         if rank == 1:
             die_when(root / "step3" / MANIFEST)
         else:
-            publish = Place.publish
-            Place.publish = lambda *a: (publish(*a), time.sleep(1.0))[0]  # type: ignore[method-assign]
+            publish = CheckpointDirectory.publish
+            CheckpointDirectory.publish = lambda *a: (publish(*a), time.sleep(1.0))[0]  # type: ignore[method-assign]
         try:
             run.save(root / "step3", 3, asynchronous=asynchronous).wait()
             tell("saved")
@@ -825,14 +825,14 @@ def test_rank_0_dies_about_publishing(published: bool, two: Path, folder: Path) 
     def work(rank: int, tell: Tell) -> None:
         run = trained(3)
         if rank == 0:
-            publish = Place.publish
+            publish = CheckpointDirectory.publish
 
             def dies(*arguments: Any) -> None:
                 if published:
                     publish(*arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            Place.publish = dies  # type: ignore[method-assign]
+            CheckpointDirectory.publish = dies  # type: ignore[method-assign]
         with pytest.raises(CheckpointError) as caught:
             run.save(root / "step3", 3)
         tell(str(caught.value).replace("\n", " "))

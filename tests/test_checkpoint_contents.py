@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adafisher_dist.cli import app
+from adafisher_dist.tools.cli import app
 from checkpoint_runs import as_version_0_1_wrote_it, change_manifest
 from models import Tied, batch, distance, model, param_groups, weights
 from oracle import rough_inverse_root
@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, O
 from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, __version__, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import Place, encoding, save, training_of
+from adafisher_dist.checkpoint import CheckpointDirectory, encoding, save, target_of
 from adafisher_dist.checkpoint.manifest import _checksum, read
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.numerics import fisher
 from adafisher_dist.tools.export import export_weights
 
@@ -51,7 +51,7 @@ def trained(module: nn.Module | None = None, count: int = 4, **settings: Any) ->
 
 
 def state(optimizer: AdaFisher) -> dict[str, Tensor]:
-    names = {id(t): given.name for t, given in optimizer._roster.registry.given()}
+    names = {id(t): given.name for t, given in optimizer._registry.given_parameters.given()}
     return {
         f"{names[id(p)]}/{key}": lower(key, value)
         for p, entry in optimizer.state.items()
@@ -111,7 +111,7 @@ def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: 
             value, after[key] = (x if x.dim() == 2 else fisher.pack(x) for x in (value, after[key]))
         assert torch.equal(value, after[key]), key
     save_checkpoint(tmp_path / "b", other, resumed)
-    with Opened(tmp_path / "a") as first, Opened(tmp_path / "b") as second:
+    with OpenCheckpoint(tmp_path / "a") as first, OpenCheckpoint(tmp_path / "b") as second:
         for key in first.manifest.tensors:
             if not key.startswith("random/"):
                 assert torch.equal(first.read_tensor(key), second.read_tensor(key)), key
@@ -413,7 +413,7 @@ def test_parameters_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    with Opened(folder) as opened:
+    with OpenCheckpoint(folder) as opened:
         shapes = {name: entry["shape"] for name, entry in opened.manifest.about["model"]["parameters"].items()}
         found = {name: opened.read_tensor(f"weight/{name}").double() for name in shapes}
     return {name: value.numpy().reshape(shapes[name]) for name, value in found.items()}
@@ -712,8 +712,8 @@ def test_a_damaged_latest_does_not_undo_a_save(tmp_path: Path) -> None:
     module, optimizer = trained(count=1)
     save_checkpoint(tmp_path / "a", module, optimizer)
     (tmp_path / "latest").write_bytes(b"\xff")
-    training = training_of(module, optimizer, None)
-    save(Place(tmp_path, "b"), training, {}, dict, keep_last=1, latest=False)
+    training = target_of(module, optimizer, None)
+    save(CheckpointDirectory(tmp_path, "b"), training, {}, dict, keep_last=1, latest=False)
     assert load_checkpoint(tmp_path / "b", module, optimizer).path == tmp_path / "b"
     assert (tmp_path / "a").exists()
 

@@ -35,9 +35,9 @@ from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint.directory import Place
-from adafisher_dist.checkpoint.manifest import FORMAT, MANIFEST
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.directory import CheckpointDirectory
+from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, MANIFEST
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
 # ---- damage ----
 
@@ -209,11 +209,14 @@ def test_another_format(damaged: Path) -> None:
     content = json.loads((damaged / MANIFEST).read_bytes())["content"]
     (damaged / MANIFEST).write_bytes(with_checksum({**content, "format": 1}))
     message = Bystander().refuses(damaged)
-    assert "has format 1" in message and f"reads {FORMAT}: load it with the version that saved it" in message
-    for newer in ({**content, "format": FORMAT + 1}, {"format": FORMAT + 1, "everything": "else"}):
+    assert "has format 1" in message and f"reads {CHECKPOINT_FORMAT}: load it with the version that saved it" in message
+    for newer in (
+        {**content, "format": CHECKPOINT_FORMAT + 1},
+        {"format": CHECKPOINT_FORMAT + 1, "everything": "else"},
+    ):
         (damaged / MANIFEST).write_bytes(with_checksum(newer))
         message = Bystander().refuses(damaged)
-        assert f"has format {FORMAT + 1}" in message and "update adafisher_dist" in message
+        assert f"has format {CHECKPOINT_FORMAT + 1}" in message and "update adafisher_dist" in message
 
 
 LATEST = {"empty": b"", "a tag that is gone": b"step7", "not UTF-8": b"\xff\xfe", "outside": b"../here",
@@ -346,7 +349,7 @@ def test_safetensors_reads_the_shards(of_two_ranks: Path) -> None:
     """Each tensor there is a range of a global one, as its name says, and has its values."""
     safe_open = pytest.importorskip("safetensors").safe_open
     here, covered = of_two_ranks / "here", 0
-    with Opened(here) as opened:
+    with OpenCheckpoint(here) as opened:
         for name in SHARDS:
             with safe_open(here / name, framework="pt") as shard:
                 assert shard.metadata() == {"adafisher_dist": opened.manifest.about["id"]}
@@ -371,7 +374,7 @@ def test_nothing_would_be_kept(keep_last: int, two: Path) -> None:
 @pytest.mark.parametrize("tag", ["", ".", "..", "latest", ".hidden", "a/b", "/", "a/../b"])
 def test_names_that_a_checkpoint_cannot_have(tag: str, folder: Path) -> None:
     with pytest.raises(ValueError, match="cannot be the name of a checkpoint"):
-        Place(folder, tag)
+        CheckpointDirectory(folder, tag)
 
 
 UNUSUAL = [" a", "a ", "a\n", "a\nb", "\ta", "a\0b", "x" * 300, "\u00e9\u4e2d", "\udcff", "-rf", "a.saving"]
@@ -436,7 +439,7 @@ def test_a_checkpoint_of_another_training(two: Path) -> None:
 UNPICKLABLE = [
     (kill, "extra is a builtins.function"),
     ({"a": [1, {"b": object()}]}, r"extra\['a'\]\[1\]\['b'\] is a builtins.object"),
-    ({"run": (Place, 1)}, r"extra\['run'\]\[0\] is a builtins.type"),
+    ({"run": (CheckpointDirectory, 1)}, r"extra\['run'\]\[0\] is a builtins.type"),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adafisher_dist.cli import app
+from adafisher_dist.tools.cli import app
 from engines import config, engine_of, masters, train
 from models import Tied, batch, model, param_groups
 from ranks import run_ranks
@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 import adafisher_dist
 from adafisher_dist import AdaFisher, CheckpointError
-from adafisher_dist.checkpoint import place_of
+from adafisher_dist.checkpoint import checkpoint_directory
 from adafisher_dist.checkpoint.manifest import read
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.tools import export as exporting
 from adafisher_dist.tools.export import export_weights
 from adafisher_dist.tools.inspection import summarize
@@ -341,7 +341,7 @@ def test_extra_state_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     module = model()
     module.note = Note()
     saved(tmp_path / "a", module, steps=0)
-    with Opened(tmp_path / "a") as opened:
+    with OpenCheckpoint(tmp_path / "a") as opened:
         assert summarize(opened).extra_state == ("note",)
     run("export", tmp_path / "a", "--to", "safetensors")
     assert "extra state of note" in caplog.text

@@ -135,7 +135,7 @@ def test_a_message_without_an_entry_is_told() -> None:
 
 def test_the_command_line_page_has_all_options_and_defaults() -> None:
     import typer
-    from adafisher_dist.cli import app
+    from adafisher_dist.tools.cli import app
 
     command: Any = typer.main.get_command(app)
     page = text("command_line.md")
@@ -192,7 +192,7 @@ def test_the_deepspeed_config_is_accepted() -> None:
 
 
 def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adafisher_dist.cli import app
+    from adafisher_dist.tools.cli import app
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)

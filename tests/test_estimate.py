@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adafisher_dist.cli import app
+from adafisher_dist.tools.cli import app
 from engines import config, engine_of, train
 from models import Odd, batch, model
 from ranks import run_ranks
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import estimate
 from adafisher_dist.blocks.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
-from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
+from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, structure
 
 SHAPES = [tuple(p.shape) for p in model().parameters() if p.requires_grad]
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def kind_of(settings: dict[str, Any]) -> Structure:
+def kind_of(settings: dict[str, Any]) -> StateConfig:
     group = {**DEFAULTS, **settings}
     normalize(group)
     return structure(group)
@@ -42,10 +42,10 @@ def kind_of(settings: dict[str, Any]) -> Structure:
 
 def held(optimizer: AdaFisher) -> int:
     """Bytes of all tensors behind an optimizer but parameters, gradients, and what is counted on the host."""
-    shards = optimizer._roster.shards
+    shards = optimizer._registry.shards
     theirs = {id(shard.storage) for shard in shards} | {id(shard.counters) for shard in shards}
     storages: dict[int, int] = {}
-    for tensor in tensors_in([(way, way.shard) for way in optimizer._roster.engine._transfers], theirs):
+    for tensor in tensors_in([(way, way.shard) for way in optimizer._registry.engine._transfers], theirs):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 

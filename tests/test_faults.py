@@ -226,16 +226,16 @@ def on_the_wire(rank: int, world: int) -> str:
     """Buffers for a backend that cannot send from the tensors' device are made with the state, under guard."""
     module = model()
     optimizer = AdaFisher(module.parameters(), **SETTINGS)
-    real = collectives.Group.wire
+    real = collectives.Group.comm_buffer
 
-    def wire(group: collectives.Group, tensor: torch.Tensor) -> collectives.Wire:
+    def comm_buffer(group: collectives.Group, tensor: torch.Tensor) -> collectives.CommBuffer:
         if tensor.dtype.is_floating_point:
             if rank == FAULTY:
                 fail()
-            return collectives.Wire(tensor, tensor.clone())  # as on a device of its own
+            return collectives.CommBuffer(tensor, tensor.clone())  # as on a device of its own
         return real(group, tensor)
 
-    collectives.Group.wire = wire
+    collectives.Group.comm_buffer = comm_buffer
     x, y = batch(0, 0, 1)
     nn.functional.mse_loss(module(x), y).backward()
     return message_of(rank, optimizer.step)
@@ -249,7 +249,7 @@ def test_no_room_on_the_wire() -> None:
 
 def through_copies(rank: int, world: int, stage: int):
     """All data goes through copies, as with CPU offload on a backend that knows accelerators alone."""
-    collectives.Group.wire = lambda group, tensor: collectives.Wire(tensor, tensor.clone())
+    collectives.Group.comm_buffer = lambda group, tensor: collectives.CommBuffer(tensor, tensor.clone())
     engine = engine_of(config(stage, world))
     train(engine, 0, 4, rank, world)
     return masters(engine)

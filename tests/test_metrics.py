@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adafisher_dist.cli import app
+from adafisher_dist.tools.cli import app
 from engines import BATCH, PARAMS, backward, config, engine_of, fp16_on_the_cpu
 from engines import train as train_engine
 from models import batch, model, weights

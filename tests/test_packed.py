@@ -14,7 +14,7 @@ from adafisher_dist.blocks.grid import Kind
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
 from adafisher_dist.numerics.batch import Batch
-from adafisher_dist.settings import DEFAULTS, Structure
+from adafisher_dist.settings import DEFAULTS, StateConfig
 
 SIZES = (1, 2, 7, 16, 33, 64, 101)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -96,7 +96,7 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_ladder(depth: int) -> None:
     def run(packed: bool) -> Batch:
-        structure = Structure(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
+        structure = StateConfig(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
         batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), torch.device("cpu"))
         if batch.square_ND is not None:
             batch.square_ND.fill_(1.0)
@@ -109,7 +109,7 @@ def test_the_ladder(depth: int) -> None:
         return batch
 
     dense, packed = run(False), run(True)
-    assert dense.rungs == packed.rungs == {1: [1, 0, 0], 3: [0, 0, 1]}
+    assert dense.fallback_counts == packed.fallback_counts == {1: [1, 0, 0], 3: [0, 0, 1]}
     assert torch.equal(dense.gradient_NDB, packed.gradient_NDB)
 
 

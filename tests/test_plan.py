@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import by_element, slabs
+from oracle import by_element, row_groups
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.blocks.sharding import Placed
+from adafisher_dist.blocks.sharding import StoredSpan
 from adafisher_dist.blocks.spans import Span
 
 shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
@@ -42,7 +42,7 @@ def all_elements(grids: list[Grid]) -> list[tuple[int, int]]:
 
 
 def starts(grid: Grid) -> set[int]:
-    return {grid.start(slab) for slab in range(grid.slabs + 1)}
+    return {grid.start(row_group) for row_group in range(grid.row_groups + 1)}
 
 
 @many
@@ -51,18 +51,18 @@ def test_strips_are_the_blocks_of_the_oracle(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None, random: Random
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
-    wanted = slabs(shape, size, name, rows, limit)
-    assert (grid.slabs, grid.num_blocks) == (len(wanted), sum(map(len, wanted)))
-    first = random.randint(0, grid.slabs)
-    last = random.randint(first, grid.slabs)
-    dense_last = max(first, min(last, grid.dense_slabs))
+    wanted = row_groups(shape, size, name, rows, limit)
+    assert (grid.row_groups, grid.num_blocks) == (len(wanted), sum(map(len, wanted)))
+    first = random.randint(0, grid.row_groups)
+    last = random.randint(first, grid.row_groups)
+    dense_last = max(first, min(last, grid.dense_row_groups))
     blocks, rest = {}, []
     for strip in grid.strips(grid.start(first), grid.start(last)):
-        for slab, piece in itertools.product(range(strip.slabs), range(strip.count)):
-            begin = strip.start + slab * strip.stride + piece * strip.size
+        for row_group, piece in itertools.product(range(strip.row_groups), range(strip.count)):
+            begin = strip.start + row_group * strip.stride + piece * strip.size
             vectors = [range(begin + v * strip.row, begin + v * strip.row + strip.size) for v in range(strip.depth)]
             if strip.dense:
-                blocks[strip.block + slab * strip.blocks_per_slab + piece] = vectors
+                blocks[strip.block + row_group * strip.blocks_per_row_group + piece] = vectors
             else:
                 rest += vectors[0]
     number = first * grid.pieces
@@ -99,7 +99,7 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
     if shape in MATRICES:
         assert grid == limited
     elif prod(shape) < 10_000:
-        assert (grid.slabs, grid.num_blocks) == (len(slabs(shape, 16, "rows", 4)),) * 2
+        assert (grid.row_groups, grid.num_blocks) == (len(row_groups(shape, 16, "rows", 4)),) * 2
         elements = [range(s.start, s.start + s.rows) for s in grid.strips(0, grid.numel)]
         assert elements == [range(prod(shape))]
 
@@ -120,12 +120,12 @@ def test_closed_forms_count_what_strips_have(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
-    for slab in range(grid.slabs + 1):
-        strips = list(grid.strips(0, grid.start(slab)))
-        assert grid.slab_from(grid.start(slab)) == slab
-        assert grid.fisher_numel(slab) == sum(s.rows * (s.size**2 if s.dense else 1) for s in strips)
-        assert grid.sharing(slab) == sum(s.rows * s.depth for s in strips if s.depth > 1)
-        assert grid.triangle_numel(slab) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in strips)
+    for row_group in range(grid.row_groups + 1):
+        strips = list(grid.strips(0, grid.start(row_group)))
+        assert grid.row_group_from(grid.start(row_group)) == row_group
+        assert grid.fisher_numel(row_group) == sum(s.rows * (s.size**2 if s.dense else 1) for s in strips)
+        assert grid.sharing(row_group) == sum(s.rows * s.depth for s in strips if s.depth > 1)
+        assert grid.triangle_numel(row_group) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in strips)
 
 
 @many
@@ -165,31 +165,31 @@ def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], worl
     arenas = [np.full(sharding.count(run), -1.0) for run in owned]
     for rank, route in enumerate(routes):
         for piece in route.local:
-            arenas[rank][piece.arena_offset :][: piece.numel] = tensors[rank][piece.tensor_offset :][: piece.numel]
+            arenas[rank][piece.buffer_offset :][: piece.numel] = tensors[rank][piece.tensor_offset :][: piece.numel]
         for owner in range(world):
             sent = [p for p in route.send if p.rank == owner]
             received = [p for p in routes[owner].receive if p.rank == rank]
             assert [p.numel for p in sent] == [p.numel for p in received], "the two ends disagree"
             for out, into in zip(sent, received, strict=True):
                 data = tensors[rank][out.tensor_offset :][: out.numel]
-                arenas[owner][into.arena_offset :][: into.numel] = data
-    for run, arena in zip(owned, arenas, strict=True):
-        assert arena.tolist() == [value[element] for element in elements(run)]
+                arenas[owner][into.buffer_offset :][: into.numel] = data
+    for run, flat_buffer in zip(owned, arenas, strict=True):
+        assert flat_buffer.tolist() == [value[element] for element in elements(run)]
     assert sharding.any_crossing(stored, owned) == any(route.receive for route in routes)
 
 
-def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[Placed]]:
+def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[StoredSpan]]:
     """What ZeRO-1/2 stores: one flat buffer, `padding` after each parameter, cut into equal partitions."""
     total = sum(grid.numel + padding for grid in grids)
     length = max(1, -(-total // world))
-    stored: list[list[Placed]] = [[] for _ in range(world)]
+    stored: list[list[StoredSpan]] = [[] for _ in range(world)]
     offset = 0
     for number, grid in enumerate(grids):
         for rank in range(world):
             start, stop = max(0, rank * length - offset), min(grid.numel, (rank + 1) * length - offset)
             if start < stop:
                 span = Span(number, grid.numel, start, stop)
-                stored[rank].append(Placed(span, 0, offset + start - rank * length))
+                stored[rank].append(StoredSpan(span, 0, offset + start - rank * length))
         offset += grid.numel + padding
     return stored
 

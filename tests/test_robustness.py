@@ -52,7 +52,7 @@ def test_every_rung_of_the_ladder() -> None:
     hopeless = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     stack = torch.stack([fine, slightly_negative, hopeless])
     factor = fisher.factorize(stack, 1.0, 1e-3, 0.0, 1.0, torch.float32, exact=False)
-    assert factor.rungs_N is not None and factor.rungs_N.tolist() == [0, 1, 3]
+    assert factor.fallback_N is not None and factor.fallback_N.tolist() == [0, 1, 3]
     assert torch.isfinite(factor.root_NBB).all()
     diagonal = stack[2].diagonal() / factor.d_N[2] + 1e-2
     assert torch.allclose(factor.root_NBB[2], torch.diag(diagonal.sqrt()))

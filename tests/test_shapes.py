@@ -27,7 +27,7 @@ def rows_of_the_table() -> list[tuple[str, Shape, str]]:
 
 def seen_as(shape: Shape) -> str:
     """In the table's words."""
-    if grid_of(shape, structure(DEFAULTS)).dense_slabs == 0:
+    if grid_of(shape, structure(DEFAULTS)).dense_row_groups == 0:
         return "elements"
     matrices, rows, row = view(shape)
     return (f"{matrices} matrices of " if matrices > 1 else "") + f"{rows} rows of {row}"
@@ -48,8 +48,8 @@ def test_the_table(name: str, shape: Shape, seen: str) -> None:
 
 def test_a_group_may_choose() -> None:
     with_blocks = structure({**DEFAULTS, "max_blocks": 10**6})
-    assert grid_of((50257, 768), with_blocks).dense_slabs == grid_of((50257, 768), with_blocks).slabs
-    assert grid_of((4096, 4096), structure({**DEFAULTS, "max_blocks": 0})).dense_slabs == 0
+    assert grid_of((50257, 768), with_blocks).dense_row_groups == grid_of((50257, 768), with_blocks).row_groups
+    assert grid_of((4096, 4096), structure({**DEFAULTS, "max_blocks": 0})).dense_row_groups == 0
 
 
 def train(parameters: list[nn.Parameter], gradients: Callable[[int], list[Tensor]], **settings: float) -> list[Tensor]:

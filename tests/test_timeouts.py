@@ -322,7 +322,7 @@ def slowly(rank: int, world: int, folder: str) -> dict[str, float]:
     fast = slow(saving, "_copied", pieces)
     timed("copy", lambda: run.save(Path(folder) / "fifth", 1, asynchronous=True).wait())
     fast()
-    fast = slow(open_checkpoint.Opened, "read_at", pieces)
+    fast = slow(open_checkpoint.OpenCheckpoint, "read_at", pieces)
     timed("load", lambda: run.load(Path(folder) / "fifth"))
     fast()
     if rank == LOST:  # a file as long as one that takes three timeouts to read
@@ -343,9 +343,9 @@ def slowly(rank: int, world: int, folder: str) -> dict[str, float]:
 
 
 def saving_of(run: Run) -> Any:
-    from adafisher_dist.checkpoint import training_of
+    from adafisher_dist.checkpoint import target_of
 
-    return training_of(run.module, run.optimizer, None)
+    return target_of(run.module, run.optimizer, None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafisher_dist import AdaFisher
 from adafisher_dist.stepping import found_inf
-from adafisher_dist.stepping.found_inf import Verdict
+from adafisher_dist.stepping.found_inf import FoundInf
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}  # every rank has dense blocks
 
@@ -189,14 +189,14 @@ def order_of_calls(rank: int, world: int) -> list[str]:
     """What is decided and read, in which order, where DeepSpeed steps two param groups one after the other."""
     decide_on_device(True)
     order: list[str] = []
-    decide, read = Verdict.decide, Verdict.read
+    decide, read = FoundInf.decide, FoundInf.read
     names: dict[int, str] = {}
 
-    def note(verdict: Verdict, what: str) -> None:
+    def note(verdict: FoundInf, what: str) -> None:
         order.append(f"{what} {names.setdefault(id(verdict), 'ABC'[len(names)])}")
 
-    Verdict.decide = lambda self, *args: (note(self, "decide"), decide(self, *args))[1]
-    Verdict.read = lambda self: (note(self, "read"), read(self))[1]
+    FoundInf.decide = lambda self, *args: (note(self, "decide"), decide(self, *args))[1]
+    FoundInf.read = lambda self: (note(self, "read"), read(self))[1]
     engine = engine_of(config(1, world, SETTINGS), groups=True)
     train(engine, 0, 2, rank, world)
     return order

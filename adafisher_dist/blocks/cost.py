@@ -11,30 +11,30 @@ from dataclasses import dataclass
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import Grid, Strip
-from adafisher_dist.blocks.sharding import Assignment, Placed, Spans
+from adafisher_dist.blocks.sharding import Assignment, Spans, StoredSpan
 from adafisher_dist.blocks.spans import Span
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
 TRAFFIC_KINDS = ("weights", "blocks")
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class PlanSummary:
     """A plan as far as it costs anything.
 
     Attributes:
         grids: of each parameter.
         structures: the settings of each parameter's state.
-        placed: for each rank, the spans that it stores.
+        stored_spans: for each rank, the spans that it stores.
         assignment: who owns which blocks.
         replicated: whether every rank stores everything.
         weight_itemsize: bytes of an element that is gathered, where it is.
     """
 
     grids: Sequence[Grid]
-    structures: Sequence[Structure]
-    placed: Sequence[Sequence[Placed]]
+    structures: Sequence[StateConfig]
+    stored_spans: Sequence[Sequence[StoredSpan]]
     assignment: Assignment
     replicated: bool
     weight_itemsize: int
@@ -45,15 +45,15 @@ class Outline:
         return len(self.assignment.owned)
 
 
-def memory(outline: Outline, rank: int) -> dict[str, int]:
+def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
     """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
 
-    "buffers" are the stacked gradients, the arena, what is sent and received, and where F is bfloat16 the seeds.
+    "buffers" are the stacked gradients, the flat buffer, what is sent and received, and where F is bfloat16 the seeds.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
-    wide = _wide(outline)
-    for span, strip in _strips(outline, rank):
-        structure = outline.structures[span.parameter]
+    wide = _wide(plan)
+    for span, strip in _strips(plan, rank):
+        structure = plan.structures[span.parameter]
         a_block = strip.size * (strip.size + 1) // 2 if structure.packed else strip.size**2
         sums["fisher"] += strip.rows * (a_block if strip.dense else 1) * structure.fisher_dtype.itemsize
         if strip.depth > 1:
@@ -62,29 +62,29 @@ def memory(outline: Outline, rank: int) -> dict[str, int]:
             sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
         if structure.fisher_dtype.itemsize < wide:
             sums["buffers"] += 4 * strip.rows
-    elements = sharding.count(outline.assignment.owned[rank])
+    elements = sharding.count(plan.assignment.owned[rank])
     sums["momentum"] = elements * wide
-    sums["buffers"] += 2 * elements * wide + _wire(outline, rank, wide)
+    sums["buffers"] += 2 * elements * wide + _comm_buffers(plan, rank, wide)
     return sums
 
 
-def traffic(outline: Outline, rank: int) -> dict[str, int]:
+def traffic(plan: PlanSummary, rank: int) -> dict[str, int]:
     """Bytes that a rank sends in a step in which every parameter has a gradient, by kind, but for the verdicts.
 
     "weights": its new weights, to each of the others. "blocks": of blocks that a boundary between ranks cuts, gradients
     to their owner and updates back.
     """
     sums = dict.fromkeys(TRAFFIC_KINDS, 0)
-    if outline.replicated:
-        padded = sum(_longest(by_rank) for by_rank in outline.assignment.chunks)
-        sums["weights"] = (outline.world - 1) * padded * outline.weight_itemsize
+    if plan.replicated:
+        padded = sum(_longest(by_rank) for by_rank in plan.assignment.chunks)
+        sums["weights"] = (plan.world - 1) * padded * plan.weight_itemsize
     else:
-        away, guests = _crossing(outline, rank)
-        sums["blocks"] = (away + guests) * _wide(outline)
+        sent, received = _crossing(plan, rank)
+        sums["blocks"] = (sent + received) * _wide(plan)
     return sums
 
 
-def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int:
+def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> int:
     """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
 
     For a block of D vectors of r elements: (2D + 1) r² for F, 2D r² for the solutions, and r² + 34r³ for A^(−1/2), by
@@ -93,8 +93,8 @@ def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int
     factor, and 33 products for an exact A^(−1/2).
     """
     total = 0.0
-    for span, strip in _strips(outline, rank):
-        r, structure = strip.size, outline.structures[span.parameter]
+    for span, strip in _strips(plan, rank):
+        r, structure = strip.size, plan.structures[span.parameter]
         small, large = sorted((strip.depth, r))
         polar = 5 * (4 * small**2 * large + 2 * small**3) if structure.grafting == "rms" else 0
         factor = r**2 + _factorising(r, structure)
@@ -103,47 +103,47 @@ def arithmetic(outline: Outline, rank: int, inverse_update_freq: int = 1) -> int
     return round(total)
 
 
-def _factorising(r: int, structure: Structure) -> float:
+def _factorising(r: int, structure: StateConfig) -> float:
     """Floating-point operations for a block's A^(−p)."""
     if structure.exponent == 1.0:
         return r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0)
     return (34 if structure.grafting == "rms" else 66) * r**3
 
 
-def _strips(outline: Outline, rank: int) -> list[tuple[Span, Strip]]:
+def _strips(plan: PlanSummary, rank: int) -> list[tuple[Span, Strip]]:
     return [
         (span, strip)
-        for span in outline.assignment.owned[rank]
-        for strip in outline.grids[span.parameter].strips(span.start, span.stop)
+        for span in plan.assignment.owned[rank]
+        for strip in plan.grids[span.parameter].strips(span.start, span.stop)
     ]
 
 
-def _wide(outline: Outline) -> int:
+def _wide(plan: PlanSummary) -> int:
     """Bytes of an element of the arithmetic: one for the whole optimizer."""
-    return outline.structures[0].compute_dtype.itemsize
+    return plan.structures[0].compute_dtype.itemsize
 
 
-def _wire(outline: Outline, rank: int, wide: int) -> int:
-    if not outline.replicated:
-        return sum(_crossing(outline, rank)) * wide
-    if outline.world == 1:
+def _comm_buffers(plan: PlanSummary, rank: int, wide: int) -> int:
+    if not plan.replicated:
+        return sum(_crossing(plan, rank)) * wide
+    if plan.world == 1:
         return 0
-    turns = min(2, len(outline.assignment.chunks))
-    longest = max(map(_longest, outline.assignment.chunks))
-    return turns * longest * (outline.world + 1) * outline.weight_itemsize
+    turns = min(2, len(plan.assignment.chunks))
+    longest = max(map(_longest, plan.assignment.chunks))
+    return turns * longest * (plan.world + 1) * plan.weight_itemsize
 
 
 def _longest(by_rank: Sequence[Spans]) -> int:
     return max(map(sharding.count, by_rank))
 
 
-def _crossing(outline: Outline, rank: int) -> tuple[int, int]:
+def _crossing(plan: PlanSummary, rank: int) -> tuple[int, int]:
     """Elements that the rank stores and does not own, and that it owns and does not store."""
     stored = Counter[int]()
     both = 0
-    owned = outline.assignment.owned[rank]
+    owned = plan.assignment.owned[rank]
     by_parameter = {span.parameter: span for span in owned}
-    for place in outline.placed[rank]:
+    for place in plan.stored_spans[rank]:
         stored[place.span.parameter] += len(place.span)
         own = by_parameter.get(place.span.parameter)
         common = own.intersect(place.span) if own is not None else None

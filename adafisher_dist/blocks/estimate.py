@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from adafisher_dist.blocks import cost, placement, sharding
-from adafisher_dist.blocks.cost import Outline
+from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.grid import grid_of
-from adafisher_dist.blocks.placement import Places
-from adafisher_dist.settings import DEFAULTS, Structure, normalize, structure
+from adafisher_dist.blocks.placement import StoredSpans
+from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, structure
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -68,8 +68,8 @@ class Forecast:
     parameters: int
     layout: str
     world: int
-    rows: list[tuple[Structure, Estimate]]
-    fits: list[tuple[Structure, int | None]]
+    rows: list[tuple[StateConfig, Estimate]]
+    fits: list[tuple[StateConfig, int | None]]
     budget: float | None
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Forecast:
         }
 
 
-def _varied(kind: Structure) -> dict[str, Any]:
+def _varied(kind: StateConfig) -> dict[str, Any]:
     dtype = str(kind.fisher_dtype).removeprefix("torch.")
     return {"block_size": kind.block_size, "fisher_dtype": dtype, "packed": kind.packed}
 
@@ -98,11 +98,11 @@ def forecast_of(
 
     Args:
         shapes: of the parameters.
-        layout: see `outline`.
+        layout: see `plan_of`.
         world: likewise.
         block_sizes: to tell of.
         settings: those that are the same in all rows.
-        weight_dtype: see `outline`.
+        weight_dtype: see `plan_of`.
         budget: GB (10⁹ bytes) a rank; then the largest block size that fits is told too.
 
     Raises:
@@ -116,7 +116,7 @@ def forecast_of(
         for dtype, packed in storages:
             kind = _structure(settings, block_size=size, fisher_dtype=dtype, packed=packed)
             rows.append((kind, estimate(shapes, layout, world, kind, weight_dtype, freq)))
-    fits: list[tuple[Structure, int | None]] = []
+    fits: list[tuple[StateConfig, int | None]] = []
     for dtype, packed in storages if budget is not None else ():
         kind = _structure(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
         try:
@@ -126,7 +126,7 @@ def forecast_of(
     return Forecast(sum(map(prod, shapes)), len(shapes), layout, world, rows, fits, budget)
 
 
-def _structure(settings: Mapping[str, Any], **more: Any) -> Structure:
+def _structure(settings: Mapping[str, Any], **more: Any) -> StateConfig:
     group = {**DEFAULTS, **settings, **more}
     normalize(group)
     return structure(group)
@@ -138,7 +138,7 @@ def layout_named(name: str) -> str:
     return known.get(name, "fsdp2" if name in ("FSDP2", "HSDP") else "ddp")
 
 
-def outline(shapes: Shapes, layout: str, world: int, kind: Structure, weight_dtype: torch.dtype) -> Outline:
+def plan_of(shapes: Shapes, layout: str, world: int, kind: StateConfig, weight_dtype: torch.dtype) -> PlanSummary:
     """The plan for parameters of these shapes, all in one param group.
 
     Args:
@@ -154,13 +154,13 @@ def outline(shapes: Shapes, layout: str, world: int, kind: Structure, weight_dty
     if world < 1:
         raise ValueError(f"The world size should be at least 1, got {world}.")
     replicated = layout in ("ddp", "zero0")
-    placed = _placed([prod(shape) for shape in shapes], shapes, layout, world)
+    stored_spans = _stored_spans([prod(shape) for shape in shapes], shapes, layout, world)
     grids = [grid_of(shape, kind) for shape in shapes]
-    assignment = sharding.assign(grids, placed, replicated)
-    return Outline(grids, [kind] * len(grids), placed, assignment, replicated, weight_dtype.itemsize)
+    assignment = sharding.assign(grids, stored_spans, replicated)
+    return PlanSummary(grids, [kind] * len(grids), stored_spans, assignment, replicated, weight_dtype.itemsize)
 
 
-def _placed(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> Places:
+def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> StoredSpans:
     if layout in ("ddp", "zero0"):
         return placement.everywhere(numels, world)
     if layout in ("zero1", "zero2"):
@@ -175,11 +175,11 @@ def _placed(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> P
 
 
 def estimate(
-    shapes: Shapes, layout: str, world: int, kind: Structure, weight_dtype: torch.dtype = torch.float32,
+    shapes: Shapes, layout: str, world: int, kind: StateConfig, weight_dtype: torch.dtype = torch.float32,
     inverse_update_freq: int = 1,
 ) -> Estimate:  # fmt: skip
-    """What a setting costs; see `outline` for the arguments and what is raised."""
-    planned = outline(shapes, layout, world, kind, weight_dtype)
+    """What a setting costs; see `plan_of` for the arguments and what is raised."""
+    planned = plan_of(shapes, layout, world, kind, weight_dtype)
     by_rank = [cost.memory(planned, rank) for rank in range(world)]
     totals = [sum(kinds.values()) for kinds in by_rank]
     largest = by_rank[totals.index(max(totals))]
@@ -239,13 +239,13 @@ def transformer_shapes(parameters: int) -> list[tuple[int, ...]]:
 
 
 def largest_block_size(
-    groups: Sequence[tuple[Shapes, Structure]], layout: str, world: int, weight_dtype: torch.dtype, budget: float
+    groups: Sequence[tuple[Shapes, StateConfig]], layout: str, world: int, weight_dtype: torch.dtype, budget: float
 ) -> int:
     """The largest block size with which no rank needs more than `budget` bytes.
 
     Args:
         groups: the shapes and settings of each param group; those whose block_size is a number keep it.
-        layout: see `outline`.
+        layout: see `plan_of`.
         world: likewise.
         weight_dtype: likewise.
         budget: bytes a rank.
@@ -254,7 +254,7 @@ def largest_block_size(
         ValueError: not even blocks of one element fit; names what they need.
     """
 
-    def need(shapes: Shapes, kind: Structure) -> int:
+    def need(shapes: Shapes, kind: StateConfig) -> int:
         return estimate(shapes, layout, world, kind, weight_dtype).memory["total"] if shapes else 0
 
     fixed = sum(need(shapes, kind) for shapes, kind in groups if kind.block_size != AUTO)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 
 # The longest side of a convolution's window. Longer dimensions at the end of a shape are inputs.
 LARGEST_WINDOW = 32
@@ -39,35 +39,35 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Blocks of one kind that lie evenly spaced in the flattened parameter: `count` in each of `slabs` slabs.
+    """Blocks of one kind that lie evenly spaced in the flattened parameter: `count` in each of `row_groups` row groups.
 
-    Vector v of block c of slab s begins at element start + s·stride + c·size + v·row. A strip that is not dense stands
+    Vector v of block c of row group s begins at element start + s·stride + c·size + v·row. A strip that is not dense stands
     for elements with a diagonal Fisher: size and depth are 1, and `count` counts elements.
 
     Attributes:
         kind: size, depth, and whether they are dense.
         start: the first element.
-        slabs: slabs that it goes through.
-        stride: elements from one slab to the next.
+        row groups: row groups that it goes through.
+        stride: elements from one row group to the next.
         row: elements from one vector of a block to the next.
-        count: blocks in a slab.
+        count: blocks in a row group.
         block: number of the first block.
-        blocks_per_slab: from one slab to the next.
+        blocks_per_slab: from one row group to the next.
     """
 
     kind: Kind
     start: int
-    slabs: int
+    row_groups: int
     stride: int
     row: int
     count: int
     block: int
-    blocks_per_slab: int
+    blocks_per_row_group: int
 
     @property
     def rows(self) -> int:
         """Blocks in the strip: rows of a batch."""
-        return self.slabs * self.count
+        return self.row_groups * self.count
 
     @property
     def size(self) -> int:
@@ -90,9 +90,9 @@ class Grid:
     """A parameter's blocks.
 
     The flattened parameter is a sequence of matrices of `matrix` elements, each of rows of `row` elements. `depth` rows
-    make a slab (the last one of a matrix may have fewer), which is what ranks own: it is never shared out. Within a
-    slab the rows are cut at the same places, every `cut` elements: each cut is one block, whose Fisher is shared by the
-    slab's rows. Blocks are numbered slab by slab. Those of the slabs from `dense_slabs` on keep a diagonal Fisher.
+    make a row group (the last one of a matrix may have fewer), which is what ranks own: it is never shared out. Within a
+    row group the rows are cut at the same places, every `cut` elements: each cut is one block, whose Fisher is shared by the
+    row group's rows. Blocks are numbered row group by row group. Those of the row groups from `dense_row_groups` on keep a diagonal Fisher.
 
     Only where there is one matrix, `depth` is 1 and rows are not cut may the last row be short.
     """
@@ -102,82 +102,82 @@ class Grid:
     row: int
     cut: int
     depth: int
-    dense_slabs: int
+    dense_row_groups: int
 
     @property
     def pieces(self) -> int:
-        """Blocks in a slab."""
+        """Blocks in a row group."""
         return -(-self.row // self.cut)
 
     @property
-    def slabs(self) -> int:
-        """Slabs, dense and diagonal ones."""
-        return self.numel // self.matrix * self.slabs_per_matrix
+    def row_groups(self) -> int:
+        """Row groups, dense and diagonal ones."""
+        return self.numel // self.matrix * self.row_groups_per_matrix
 
     @property
-    def slabs_per_matrix(self) -> int:
-        """Slabs of each matrix, of which the last may have fewer rows."""
+    def row_groups_per_matrix(self) -> int:
+        """Row groups of each matrix, of which the last may have fewer rows."""
         return -(-self.matrix // (self.row * self.depth))
 
     @property
     def num_blocks(self) -> int:
         """Dense and diagonal blocks."""
-        return self.slabs * self.pieces
+        return self.row_groups * self.pieces
 
     @property
     def dense_blocks(self) -> int:
         """Blocks that have a matrix."""
-        return self.dense_slabs * self.pieces
+        return self.dense_row_groups * self.pieces
 
-    def start(self, slab: int) -> int:
-        """First element of a slab; `numel` for the one past the last."""
-        matrix, own = divmod(slab, self.slabs_per_matrix)
+    def start(self, row_group: int) -> int:
+        """First element of a row group; `numel` for the one past the last."""
+        matrix, own = divmod(row_group, self.row_groups_per_matrix)
         return min(self.numel, matrix * self.matrix + own * self.row * self.depth)
 
-    def slab_from(self, element: int) -> int:
-        """The first slab that starts at or after `element`."""
+    def row_group_from(self, element: int) -> int:
+        """The first row group that starts at or after `element`."""
         matrix, own = divmod(element, self.matrix)
-        return matrix * self.slabs_per_matrix + -(-own // (self.row * self.depth))
+        return matrix * self.row_groups_per_matrix + -(-own // (self.row * self.depth))
 
-    def fisher_numel(self, slab: int) -> int:
-        """Elements of the Fisher in the slabs before `slab`: the measure by which work is shared out."""
-        dense = min(slab, self.dense_slabs)
+    def fisher_numel(self, row_group: int) -> int:
+        """Elements of the Fisher in the row groups before `row_group`: the measure by which work is shared out."""
+        dense = min(row_group, self.dense_row_groups)
         whole = (self.pieces - 1) * self.cut**2 + self._last**2
         missing = whole - self._tail**2 if dense * self.row > self.numel and self.depth == 1 else 0
-        return dense * whole - missing + self.start(slab) - self.start(dense)
+        return dense * whole - missing + self.start(row_group) - self.start(dense)
 
-    def triangle_numel(self, slab: int) -> int:
-        """Elements of the lower triangles of the Fisher in the slabs before `slab`; a diagonal one's are its own."""
-        dense = min(slab, self.dense_slabs)
-        diagonal = self.start(slab) - self.start(dense)
-        # The sum of (r² + r) / 2 over the dense blocks: of their r, a row for each slab, or what the last one has.
+    def triangle_numel(self, row_group: int) -> int:
+        """Elements of the lower triangles of the Fisher in the row groups before `row_group`; a diagonal one's are its own."""
+        dense = min(row_group, self.dense_row_groups)
+        diagonal = self.start(row_group) - self.start(dense)
+        # The sum of (r² + r) / 2 over the dense blocks: of their r, a row for each row group, or what the last one has.
         sizes = min(dense * self.row, self.numel) if self.depth == 1 else dense * self.row
-        return (self.fisher_numel(slab) - diagonal + sizes) // 2 + diagonal
+        return (self.fisher_numel(row_group) - diagonal + sizes) // 2 + diagonal
 
-    def sharing(self, slab: int) -> int:
-        """Vectors in the slabs before `slab` that share a dense block with another."""
+    def sharing(self, row_group: int) -> int:
+        """Vectors in the row groups before `row_group` that share a dense block with another."""
         if self.depth == 1:
             return 0
-        dense = min(slab, self.dense_slabs)
-        ends_alone = self.matrix // self.row % self.depth == 1  # a matrix's last slab has one row
-        alone = dense // self.slabs_per_matrix if ends_alone else 0
+        dense = min(row_group, self.dense_row_groups)
+        ends_alone = self.matrix // self.row % self.depth == 1  # a matrix's last row group has one row
+        alone = dense // self.row_groups_per_matrix if ends_alone else 0
         return (self.start(dense) // self.row - alone) * self.pieces
 
-    def slab_of_fisher_numel(self, amount: int) -> int:
-        """The first slab whose predecessors hold at least `amount` elements of the Fisher."""
-        return bisect_left(range(self.slabs), amount, key=self.fisher_numel)
+    def row_group_of_fisher_numel(self, amount: int) -> int:
+        """The first row group whose predecessors hold at least `amount` elements of the Fisher."""
+        return bisect_left(range(self.row_groups), amount, key=self.fisher_numel)
 
     def strips(self, start: int, stop: int) -> Iterator[Strip]:
-        """The blocks of the elements [start, stop), both on slab boundaries, in the order of their numbers by kind."""
-        first, last = self.slab_from(start), self.slab_from(stop)
-        dense_last = max(first, min(last, self.dense_slabs))
+        """The blocks of the elements [start, stop), both on row group boundaries, in the order of their numbers by kind."""
+        first, last = self.row_group_from(start), self.row_group_from(stop)
+        dense_last = max(first, min(last, self.dense_row_groups))
         whole, rest = divmod(self.matrix, self.row * self.depth)
         if not rest:
             yield from self._pieces(first, dense_last, self.row, self.depth)
-        each = self.slabs_per_matrix
+        each = self.row_groups_per_matrix
         for begin in range(first // each * each, dense_last if rest else 0, each):  # matrix by matrix
             yield from self._pieces(max(first, begin), min(dense_last, begin + whole), self.row, self.depth)
-            if first <= begin + whole < dense_last:  # the last slab has fewer rows, or a shorter one
+            if first <= begin + whole < dense_last:  # the last row group has fewer rows, or a shorter one
                 row, depth = min(self.row, rest), max(1, rest // self.row)
                 yield from self._pieces(begin + whole, begin + each, row, depth)
         if dense_last < last:
@@ -185,8 +185,8 @@ class Grid:
             count = stop - begin
             yield Strip(Kind(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
 
-    def rows_by_kind(self, stop: int) -> Counter[Kind]:
-        """How many rows of each kind the elements before `stop`, a slab boundary, fill."""
+    def blocks_by_shape(self, stop: int) -> Counter[Kind]:
+        """How many rows of each kind the elements before `stop`, a row group boundary, fill."""
         rows: Counter[Kind] = Counter()
         for strip in self.strips(0, stop):
             rows[strip.kind] += strip.rows
@@ -200,10 +200,10 @@ class Grid:
     @property
     def _tail(self) -> int:
         """Elements of the last row, where it may be short."""
-        return self.numel - (self.slabs - 1) * self.row
+        return self.numel - (self.row_groups - 1) * self.row
 
     def _pieces(self, first: int, stop: int, row: int, depth: int) -> Iterator[Strip]:
-        """The blocks of slabs [first, stop), of `depth` rows of `row` elements each."""
+        """The blocks of row groups [first, stop), of `depth` rows of `row` elements each."""
         if first >= stop:
             return
         begin, block, stride = self.start(first), first * self.pieces, self.row * self.depth
@@ -239,12 +239,12 @@ def make_grid(
         # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an element than another's.
         most = depth * max(block_size, 2 * rows_per_block) // rows_per_block
         cut = _even(row, min(block_size, most))
-    slabs = Grid(numel, matrix, row, cut, depth, 0).slabs
-    dense = slabs if max_blocks is None else min(slabs, max_blocks // -(-row // cut))
+    row_groups = Grid(numel, matrix, row, cut, depth, 0).row_groups
+    dense = row_groups if max_blocks is None else min(row_groups, max_blocks // -(-row // cut))
     return Grid(numel, matrix, row, cut, depth, dense)
 
 
-def grid_of(shape: Sequence[int], config: Structure) -> Grid:
+def grid_of(shape: Sequence[int], config: StateConfig) -> Grid:
     """The blocks of a parameter of this shape, with the settings of its group."""
     return make_grid(shape, config.block_size, config.rows_per_block, config.block_grid, config.max_blocks)
 

@@ -13,7 +13,7 @@ from adafisher_dist.blocks.spans import Span
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class StoredSpan:
     """A span that a rank stores: it begins `offset` elements into that rank's tensor number `tensor`."""
 
     span: Span
@@ -22,13 +22,13 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements that lie in a stored tensor and, on their owner, in the arena (the owner's elements in a row)."""
+class TensorPiece:
+    """Elements that lie in a stored tensor and, on their owner, in the flat buffer (the owner's elements in a row)."""
 
     rank: int  # the other end of the transfer
     tensor: int
     tensor_offset: int
-    arena_offset: int
+    buffer_offset: int
     numel: int
 
 
@@ -36,13 +36,13 @@ class Piece:
 class Route:
     """How one rank's gradients reach the owners of their blocks; read backwards, how the updates come back.
 
-    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's arena, `receive` enters this rank's
-    arena; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
+    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer, `receive` enters this rank's
+    flat buffer; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
     """
 
-    local: tuple[Piece, ...]
-    send: tuple[Piece, ...]
-    receive: tuple[Piece, ...]
+    local: tuple[TensorPiece, ...]
+    send: tuple[TensorPiece, ...]
+    receive: tuple[TensorPiece, ...]
 
 
 Spans = tuple[Span, ...]
@@ -64,9 +64,9 @@ class Assignment:
     chunks: tuple[tuple[Spans, ...], ...]
 
 
-def assign(grids: Sequence[Grid], placed: Sequence[Sequence[Placed]], replicated: bool) -> Assignment:
-    """Equal runs of slabs where every rank stores everything; otherwise each slab to who stores its first element."""
-    owned = cut(whole(grids), grids, len(placed)) if replicated else owned_where_stored(placed, grids)
+def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], replicated: bool) -> Assignment:
+    """Equal runs of row groups where every rank stores everything; otherwise each row group to who stores its first element."""
+    owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [cut(spans, grids, parts) for spans in owned]
     return Assignment(owned, tuple(zip(*by_rank, strict=True)))
@@ -78,13 +78,13 @@ def whole(grids: Sequence[Grid]) -> Spans:
 
 
 def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
-    """Cut a run of blocks into contiguous runs of equal work, on the boundaries of slabs.
+    """Cut a run of blocks into contiguous runs of equal work, on the boundaries of row groups.
 
     Work is measured in elements of the Fisher, so that blocks of several sizes, and diagonal ones, weigh what they
-    cost in memory and time. No run exceeds its even share by more than one slab.
+    cost in memory and time. No run exceeds its even share by more than one row group.
     """
-    before = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.start)) for s in spans]
-    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].slab_from(s.stop)) for s in spans]
+    before = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.start)) for s in spans]
+    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.stop)) for s in spans]
     totals = [0, *accumulate(b - a for a, b in zip(before, upto, strict=True))]
 
     def boundary(part: int) -> tuple[int, int]:
@@ -96,8 +96,8 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
         if index >= len(spans):
             return len(spans), 0
         grid = grids[spans[index].parameter]
-        slab = grid.slab_of_fisher_numel(before[index] + target - totals[index])
-        return index, max(spans[index].start, min(grid.start(slab), spans[index].stop))
+        row_group = grid.row_group_of_fisher_numel(before[index] + target - totals[index])
+        return index, max(spans[index].start, min(grid.start(row_group), spans[index].stop))
 
     ends = [boundary(part) for part in range(parts + 1)]
     return tuple(_between(spans, low, high) for low, high in pairwise(ends))
@@ -114,18 +114,18 @@ def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans
     return tuple(result)
 
 
-def owned_where_stored(stored: Sequence[Sequence[Placed]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
-    """Each rank owns the slabs whose first element it stores."""
+def owned_where_stored(stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
+    """Each rank owns the row groups whose first element it stores."""
     return tuple(tuple(own for place in places if (own := _owned(place.span, grids))) for places in stored)
 
 
 def _owned(span: Span, grids: Sequence[Grid]) -> Span | None:
     grid = grids[span.parameter]
-    start, stop = (grid.start(grid.slab_from(element)) for element in (span.start, span.stop))
+    start, stop = (grid.start(grid.row_group_from(element)) for element in (span.start, span.stop))
     return Span(span.parameter, span.numel, start, stop) if start < stop else None
 
 
-def route(stored: Sequence[Sequence[Placed]], owned: Sequence[Spans], rank: int) -> Route:
+def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: int) -> Route:
     """How `rank` passes on what it stores and is sent what it owns, where every element is stored on one rank."""
     send = [piece for owner in range(len(owned)) for piece in _pieces(stored[rank], owned[owner], owner)]
     receive = [piece for source in range(len(stored)) for piece in _pieces(stored[source], owned[rank], source)]
@@ -136,43 +136,43 @@ def route(stored: Sequence[Sequence[Placed]], owned: Sequence[Spans], rank: int)
     )
 
 
-def any_crossing(stored: Sequence[Sequence[Placed]], owned: Sequence[Spans]) -> bool:
+def any_crossing(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans]) -> bool:
     """Whether any rank owns an element that it does not store."""
     here = (sum(p.numel for p in _pieces(stored[rank], spans, rank)) for rank, spans in enumerate(owned))
     return any(stored_here < count(spans) for stored_here, spans in zip(here, owned, strict=True))
 
 
-def local_pieces(stored: Sequence[Placed], owned: Spans, rank: int) -> tuple[Piece, ...]:
-    """The stored elements that lie in the arena of the owner of `owned`."""
+def local_pieces(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> tuple[TensorPiece, ...]:
+    """The stored elements that lie in the flat buffer of the owner of `owned`."""
     return tuple(_pieces(stored, owned, rank))
 
 
-def _pieces(stored: Sequence[Placed], owned: Spans, rank: int) -> list[Piece]:
-    places: dict[int, list[Placed]] = {}
+def _pieces(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
+    places: dict[int, list[StoredSpan]] = {}
     for place in stored:
         places.setdefault(place.span.parameter, []).append(place)
-    pieces, arena = [], 0
+    pieces, flat_buffer = [], 0
     for span in owned:
         for place in places.get(span.parameter, ()):
             common = span.intersect(place.span)
             if common is not None:
                 tensor_offset = place.offset + common.start - place.span.start
-                arena_offset = arena + common.start - span.start
-                pieces.append(Piece(rank, place.tensor, tensor_offset, arena_offset, len(common)))
-        arena += len(span)
+                buffer_offset = flat_buffer + common.start - span.start
+                pieces.append(TensorPiece(rank, place.tensor, tensor_offset, buffer_offset, len(common)))
+        flat_buffer += len(span)
     return pieces
 
 
-def merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """The same pieces, those that go on where the one before ends, in the tensor and in the arena, as one."""
-    result: list[Piece] = []
+def merged(pieces: Sequence[TensorPiece]) -> tuple[TensorPiece, ...]:
+    """The same pieces, those that go on where the one before ends, in the tensor and in the flat buffer, as one."""
+    result: list[TensorPiece] = []
     for piece in pieces:
         last = result[-1] if result else None
         if (
             last is not None
             and (last.rank, last.tensor) == (piece.rank, piece.tensor)
             and last.tensor_offset + last.numel == piece.tensor_offset
-            and last.arena_offset + last.numel == piece.arena_offset
+            and last.buffer_offset + last.numel == piece.buffer_offset
         ):
             result[-1] = replace(last, numel=last.numel + piece.numel)
         else:
@@ -190,7 +190,7 @@ def work(spans: Spans, grids: Sequence[Grid]) -> int:
     total = 0
     for span in spans:
         grid = grids[span.parameter]
-        total += grid.fisher_numel(grid.slab_from(span.stop)) - grid.fisher_numel(grid.slab_from(span.start))
+        total += grid.fisher_numel(grid.row_group_from(span.stop)) - grid.fisher_numel(grid.row_group_from(span.start))
     return total
 
 

@@ -16,32 +16,32 @@ from typing import Any
 
 from torch import nn
 
-from adafisher_dist.checkpoint.begin import training_for, training_of
-from adafisher_dist.checkpoint.directory import Place, latest_tag, place_of
+from adafisher_dist.checkpoint.begin import target_for, target_of
+from adafisher_dist.checkpoint.directory import CheckpointDirectory, checkpoint_directory, latest_tag
 from adafisher_dist.checkpoint.loading import IGNORED, Loaded, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.stateful import OptimizerState
-from adafisher_dist.checkpoint.target import without_frozen
+from adafisher_dist.checkpoint.targets import without_frozen
 from adafisher_dist.optimizer.adafisher import AdaFisher
 
 __all__ = [
     "IGNORED",
+    "CheckpointDirectory",
     "CheckpointError",
     "Loaded",
     "OptimizerState",
     "Options",
-    "Place",
     "Restored",
     "Saving",
+    "checkpoint_directory",
     "latest_tag",
     "load",
     "load_checkpoint",
-    "place_of",
     "save",
     "save_checkpoint",
     "scheduler_state",
-    "training_of",
+    "target_of",
     "without_frozen",
 ]
 
@@ -99,14 +99,14 @@ def save_checkpoint(
         RuntimeError: the optimizer's state is incomplete after a failed step.
     """
     path = Path(path).absolute()
-    training = training_for(model, optimizer)
+    target = target_for(model, optimizer)
     if exclude_frozen_parameters:
-        training = without_frozen(training)
+        target = without_frozen(target)
 
     def values() -> dict[str, Any]:
         return {"extra": extra, "lr_scheduler": scheduler_state(lr_scheduler)}
 
-    return save(Place(path.parent, path.name), training, {}, values, keep_last, asynchronous)
+    return save(CheckpointDirectory(path.parent, path.name), target, {}, values, keep_last, asynchronous)
 
 
 def load_checkpoint(
@@ -137,8 +137,10 @@ def load_checkpoint(
             timeout of the process group. Or, while reading, an I/O error: the optimizer then refuses to step until a
             load succeeds.
     """
-    training = training_for(model, optimizer)
-    found = load(lambda: place_of(Path(path)), training, Options(strict, rename, verify, lr_scheduler=lr_scheduler))
+    target = target_for(model, optimizer)
+    found = load(
+        lambda: checkpoint_directory(Path(path)), target, Options(strict, rename, verify, lr_scheduler=lr_scheduler)
+    )
     return Restored(found.folder, found.values.get("extra", found.values.get("client_state")), found.not_restored)
 
 

@@ -11,7 +11,7 @@ from adafisher_dist.comm.control_group import Control
 T = TypeVar("T")
 
 
-def together(control: Control, work: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(control: Control, work: Callable[[], T]) -> list[T]:
     """What `work` returns on each rank, in the order of the ranks; it may not call a collective.
 
     Raises:

@@ -8,35 +8,35 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint.all_ranks import attempt, together
+from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.saving import finish_pending
-from adafisher_dist.checkpoint.target import Training, observe
+from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.optimizer.adafisher import AdaFisher
 
 
-def training_for(model: nn.Module, optimizer: AdaFisher) -> Training:
+def target_for(model: nn.Module, optimizer: AdaFisher) -> CheckpointTarget:
     """The same of a model that may be wrapped, but not by DeepSpeed."""
     if hasattr(model, "zero_optimization_stage"):
         raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
         inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
         model = inner
-    return training_of(model, optimizer, None)
+    return target_of(model, optimizer, None)
 
 
-def training_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Training:
+def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> CheckpointTarget:
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
     if wrapper is None:
-        optimizer._roster.follow()
-    roster = optimizer._roster
+        optimizer._registry.sync_param_groups()
+    registry = optimizer._registry
     # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
     _, problem = attempt(finish_pending)
-    control = layouts.control_of(roster.registry, roster.process_group, "a save or load", CheckpointError)
-    together(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
-    return observe(module, optimizer, wrapper, control)
+    control = layouts.control_of(registry.given_parameters, registry.process_group, "a save or load", CheckpointError)
+    run_on_all_ranks(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
+    return collect_target(module, optimizer, wrapper, control)
 
 
 def _raise(problem: Exception | None) -> None:

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adafisher_dist.checkpoint import foreign, scheduler_state, training_of, without_frozen
-from adafisher_dist.checkpoint.all_ranks import attempt, together
-from adafisher_dist.checkpoint.directory import BESIDE, LATEST, Place, read_latest
+from adafisher_dist.checkpoint import foreign, scheduler_state, target_of, without_frozen
+from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
+from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, CheckpointDirectory, read_latest
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.loading import IGNORED, Options, load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.saving import Saving, save
 from adafisher_dist.checkpoint.schema import whole_numbers
-from adafisher_dist.checkpoint.target import Training
+from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.optimizer.adafisher import AdaFisher
 
 logger = logging.getLogger("adafisher_dist")
@@ -34,36 +34,41 @@ def save_engine(
     save_latest: bool, keep_last: int | None, asynchronous: bool, exclude_frozen_parameters: bool,
 ) -> Saving:  # fmt: skip
     """See `ds.save_checkpoint`."""
-    training = _training_to_save(engine, exclude_frozen_parameters)
-    place = Place(Path(save_dir).absolute(), _same_tag(training, tag, engine))
+    target = _training_to_save(engine, exclude_frozen_parameters)
+    place = CheckpointDirectory(Path(save_dir).absolute(), _same_tag(target, tag, engine))
 
     def values() -> dict[str, Any]:
         return {"client_state": dict(client_state or {}), **_values(engine)}
 
-    return save(place, training, _facts(engine), values, keep_last, asynchronous, save_latest)
+    return save(place, target, _facts(engine), values, keep_last, asynchronous, save_latest)
 
 
 def load_engine(
     engine: Any, load_dir: str | os.PathLike[str], tag: str | None, options: Options, counters: bool, schedule: bool
 ) -> tuple[str | None, Any]:
     """See `ds.load_checkpoint`; `counters` and `schedule` tell whether those of the engine are restored."""
-    training = _training(engine)
+    target = _training(engine)
     root = Path(load_dir).absolute()
-    name = _tag_to_load(training, root, tag)
+    name = _tag_to_load(target, root, tag)
     if name is None:
         return None, None
-    return _load(engine, lambda: Place(root, name), training, options, counters, schedule)
+    return _load(engine, lambda: CheckpointDirectory(root, name), target, options, counters, schedule)
 
 
 def _load(
-    engine: Any, where: Callable[[], Place], training: Training, options: Options, counters: bool, schedule: bool
+    engine: Any,
+    where: Callable[[], CheckpointDirectory],
+    target: CheckpointTarget,
+    options: Options,
+    counters: bool,
+    schedule: bool,
 ) -> tuple[str, Any]:
     scheduler = engine.lr_scheduler if schedule else IGNORED
 
     def more(values: Mapping[str, Any]) -> list[Part]:
         return _checked(engine, values, counters, options.states)
 
-    loaded = load(where, training, replace(options, lr_scheduler=scheduler, more=more))
+    loaded = load(where, target, replace(options, lr_scheduler=scheduler, more=more))
     values = loaded.values
     if counters:
         _restore_counters(engine, values.get("engine") or {"global_steps": loaded.about["step"]})
@@ -93,19 +98,19 @@ def save_with_deepspeed(
     DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts that fit no other
     world size. A load reads ours alone, so a client state that only a pickle could hold is refused.
     """
-    training = _training_to_save(engine, exclude_frozen_parameters)
-    tag = _same_tag(training, tag, engine)
-    place = Place(Path(save_dir).absolute() / tag, BESIDE)
+    target = _training_to_save(engine, exclude_frozen_parameters)
+    tag = _same_tag(target, tag, engine)
+    place = CheckpointDirectory(Path(save_dir).absolute() / tag, SUBFOLDER)
 
     def values() -> dict[str, Any]:
         return {"client_state": dict(client_state or {}), **_values(engine)}
 
-    save(place, training, _facts(engine), values, latest=False)
-    training.optimizer._beside = True
+    save(place, target, _facts(engine), values, latest=False)
+    target.optimizer._state_is_elsewhere = True
     try:
         return original(engine, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **more)
     finally:
-        training.optimizer._beside = False
+        target.optimizer._state_is_elsewhere = False
 
 
 def load_with_deepspeed(
@@ -116,37 +121,41 @@ def load_with_deepspeed(
     Raises:
         CheckpointError: see `ds.load_checkpoint`; or AdaFisher's state is asked for, and is not there.
     """
-    training = _training(engine)
+    target = _training(engine)
     root = Path(load_dir).absolute()
     if engine.load_universal_checkpoint():
         raise CheckpointError(
             'AdaFisher has no universal checkpoints: take "load_universal" out of the config\'s "checkpoint", and load'
             " the checkpoint as it was saved, which resumes at any number of ranks and any ZeRO stage."
         )
-    name = _tag_to_load(training, root, tag)
+    name = _tag_to_load(target, root, tag)
     if name is None:
         return None, None
     folder = root / name  # ours is in it, or, from ds.save_checkpoint, it is ours
 
-    def place() -> Place:
-        beside = Place(folder, BESIDE)
-        return beside if attempt(beside.find)[0] is not None else Place(folder.parent, folder.name)
+    def place() -> CheckpointDirectory:
+        without_state = CheckpointDirectory(folder, SUBFOLDER)
+        return (
+            without_state
+            if attempt(without_state.find)[0] is not None
+            else CheckpointDirectory(folder.parent, folder.name)
+        )
 
     there = attempt(lambda: place().find())[0] is not None
-    if not any(training.control.gather(there)):
-        return foreign.load(original, engine, training.control, root, name, flags)
+    if not any(target.control.gather(there)):
+        return foreign.load(original, engine, target.control, root, name, flags)
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]
     states = flags["load_optimizer_states"] and counters
     options = Options(strict=flags["load_module_strict"], states=states, random=False)
-    return _load(engine, place, training, options, counters, flags["load_lr_scheduler_states"] and counters)
+    return _load(engine, place, target, options, counters, flags["load_lr_scheduler_states"] and counters)
 
 
 # ---- what an engine has besides ----
 
 
-def _training(engine: Any) -> Training:
+def _training(engine: Any) -> CheckpointTarget:
     """What is saved or loaded.
 
     Raises:
@@ -159,21 +168,21 @@ def _training(engine: Any) -> Training:
             " engine.load_checkpoint."
         )
     wrapper = None if engine.optimizer is optimizer else engine.optimizer  # none at stage 0 in fp32
-    return training_of(engine.module, optimizer, wrapper)
+    return target_of(engine.module, optimizer, wrapper)
 
 
-def _training_to_save(engine: Any, exclude_frozen_parameters: bool) -> Training:
-    training = _training(engine)
-    return without_frozen(training) if exclude_frozen_parameters else training
+def _training_to_save(engine: Any, exclude_frozen_parameters: bool) -> CheckpointTarget:
+    target = _training(engine)
+    return without_frozen(target) if exclude_frozen_parameters else target
 
 
-def _same_tag(training: Training, tag: Any, engine: Any) -> str:
+def _same_tag(target: CheckpointTarget, tag: Any, engine: Any) -> str:
     """The tag, by default as DeepSpeed makes it.
 
     Raises:
         ValueError: the ranks give different ones, or it names no folder inside of that of the checkpoints.
     """
-    tags = training.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
+    tags = target.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
     return _inside(tags[0])
@@ -190,7 +199,7 @@ def _inside(tag: str) -> str:
     return tag
 
 
-def _tag_to_load(training: Training, root: Path, tag: Any) -> str | None:
+def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
     """The tag that was given, or what `latest` names; None where there is neither.
 
     Raises:
@@ -207,7 +216,7 @@ def _tag_to_load(training: Training, root: Path, tag: Any) -> str | None:
         except ValueError as error:
             raise CheckpointError(f"{root / LATEST} is damaged: {error} Nothing was loaded.") from error
 
-    tags = together(training.control, find)
+    tags = run_on_all_ranks(target.control, find)
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     if tags[0] is None:

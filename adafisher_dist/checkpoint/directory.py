@@ -26,7 +26,7 @@ logger = logging.getLogger("adafisher_dist")
 LATEST = "latest"
 
 # The folder with our checkpoint, in DeepSpeed's own of a tag.
-BESIDE = "adafisher_dist"
+SUBFOLDER = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 _REPLACED = ".replaced"
 
@@ -36,7 +36,7 @@ class PublishedError(CheckpointError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CheckpointDirectory:
     """The folder of one checkpoint."""
 
     root: Path
@@ -69,7 +69,7 @@ class Place:
         """
         # The second, where a save was killed between two renames; the third, where DeepSpeed's own function saved.
         # Once more from the first: a save may just have published between the looks.
-        for folder in (self.folder, self._replaced, self.folder / BESIDE, self.folder):
+        for folder in (self.folder, self._replaced, self.folder / SUBFOLDER, self.folder):
             if (folder / MANIFEST).is_file():
                 return folder
         if any(self.folder.glob("*.safetensors")):
@@ -191,7 +191,7 @@ def latest_tag(root: Path) -> str | None:
     tag = read_latest(root)
     if tag is not None:
         try:
-            Place(root, tag)
+            CheckpointDirectory(root, tag)
         except ValueError as error:
             raise CheckpointError(f"{root / LATEST} is damaged: {error} {_those_in(root)}") from error
     return tag
@@ -215,7 +215,7 @@ def _those_in(root: Path) -> str:
     return f"Checkpoints in {root}: {', '.join(tags(root)) or 'none'}."
 
 
-def place_of(path: Path) -> Place:
+def checkpoint_directory(path: Path) -> CheckpointDirectory:
     """The checkpoint that a path names: its own folder, or the newest in a folder of checkpoints.
 
     Raises:
@@ -224,8 +224,8 @@ def place_of(path: Path) -> Place:
     path = path.absolute()
     tag = latest_tag(path)
     if tag is not None and not (path / MANIFEST).is_file():
-        return Place(path, tag)
-    return Place(path.parent, path.name)
+        return CheckpointDirectory(path, tag)
+    return CheckpointDirectory(path.parent, path.name)
 
 
 def is_in_place(folder: Path, handle: int) -> bool:
@@ -244,7 +244,7 @@ def _name_before(replaced: Path) -> Path:
     return replaced.with_name(replaced.name[1 : -len(_REPLACED)])
 
 
-def find(where: Callable[[], Place]) -> tuple[Place, Path]:
+def find(where: Callable[[], CheckpointDirectory]) -> tuple[CheckpointDirectory, Path]:
     """The place that `where` gives, and the folder of its checkpoint; looks twice, since a save may have just moved it.
 
     Raises:

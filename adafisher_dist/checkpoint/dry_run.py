@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adafisher_dist.checkpoint import target as trained
+from adafisher_dist.checkpoint import targets
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.matching import Match, settings_to_restore
-from adafisher_dist.checkpoint.target import OWN_SETTINGS, Training
+from adafisher_dist.checkpoint.targets import OWN_SETTINGS, CheckpointTarget
 from adafisher_dist.settings import DEFAULTS, normalize
 
 logger = logging.getLogger("adafisher_dist")
@@ -31,7 +31,7 @@ _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_moment
 # ---- settings of the param groups ----
 
 
-def settings(training: Training, saved: Sequence[Mapping[str, Any]], matched: Match) -> list[dict[str, Any]]:
+def settings(target: CheckpointTarget, saved: Sequence[Mapping[str, Any]], matched: Match) -> list[dict[str, Any]]:
     """For each param group, what it will take over, checked beside what it keeps.
 
     Raises:
@@ -39,7 +39,7 @@ def settings(training: Training, saved: Sequence[Mapping[str, Any]], matched: Ma
         TypeError: it has the wrong type.
     """
     result = []
-    for number, (group, source) in enumerate(zip(training.optimizer.param_groups, matched.groups, strict=True)):
+    for number, (group, source) in enumerate(zip(target.optimizer.param_groups, matched.groups, strict=True)):
         taken = {} if source is None else settings_to_restore(saved[source])
         lacking = [name for name in DEFAULTS if source is not None and name not in (*taken, *OWN_SETTINGS)]
         if lacking:
@@ -58,9 +58,9 @@ def settings(training: Training, saved: Sequence[Mapping[str, Any]], matched: Ma
     return result
 
 
-def take_over(training: Training, chosen: Sequence[Mapping[str, Any]]) -> None:
+def take_over(target: CheckpointTarget, chosen: Sequence[Mapping[str, Any]]) -> None:
     """Give the param groups what `settings` returned."""
-    for group, taken in zip(training.optimizer.param_groups, chosen, strict=True):
+    for group, taken in zip(target.optimizer.param_groups, chosen, strict=True):
         for key, value in taken.items():
             if key == "lr" and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(value)
@@ -75,7 +75,7 @@ def _is_number(value: Any) -> bool:
 # ---- the learning rate scheduler ----
 
 
-def scheduler(own: Any, state: Any, training: Training) -> None:
+def scheduler(own: Any, state: Any, target: CheckpointTarget) -> None:
     """Load a saved state into a copy of the scheduler; where it cannot be copied into itself, and back.
 
     Raises:
@@ -84,9 +84,9 @@ def scheduler(own: Any, state: Any, training: Training) -> None:
     try:
         before = own.state_dict()
         _check_alike(before, state)
-        with _param_groups_kept(training.optimizer):
+        with _param_groups_kept(target.optimizer):
             try:
-                other = copy.deepcopy(own, dict(_shared(own, training)))
+                other = copy.deepcopy(own, dict(_shared(own, target)))
             except Exception:  # it holds what cannot be copied
                 before = copy.deepcopy(before)
                 try:
@@ -102,9 +102,9 @@ def scheduler(own: Any, state: Any, training: Training) -> None:
         ) from error
 
 
-def _shared(own: Any, training: Training) -> Iterator[tuple[int, Any]]:
+def _shared(own: Any, target: CheckpointTarget) -> Iterator[tuple[int, Any]]:
     """What a copy of a scheduler refers to as the scheduler itself does."""
-    for thing in (training.optimizer, training.wrapper, training.module, *getattr(own, "__dict__", {}).values()):
+    for thing in (target.optimizer, target.wrapper, target.module, *getattr(own, "__dict__", {}).values()):
         if isinstance(thing, Optimizer | nn.Module) or hasattr(thing, "param_groups"):
             yield id(thing), thing
 
@@ -199,11 +199,11 @@ class Part:
             raise CheckpointError(f"{self.name} cannot be restored: {type(error).__name__}: {error}") from error
 
 
-def extra_states(training: Training, saved: Mapping[str, Any], matched: Match) -> list[Part]:
+def extra_states(target: CheckpointTarget, saved: Mapping[str, Any], matched: Match) -> list[Part]:
     """The modules whose extra state is restored."""
     return [
         Part(f"The extra state of {name}", part.get_extra_state, part.set_extra_state, saved[old])
-        for name, part in trained.with_extra_state(training)
+        for name, part in targets.with_extra_state(target)
         if (old := matched.extra_states.get(name)) is not None
     ]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from adafisher_dist.checkpoint.all_ranks import together
-from adafisher_dist.checkpoint.directory import BESIDE, LATEST, read_latest
+from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
 from adafisher_dist.comm.control_group import Control
 
@@ -50,7 +50,7 @@ def load(
         CheckpointError: on all ranks, before anything changes: the optimizer's state is asked for; there are no files
             for these ranks and this ZeRO stage; or they hold more than plain data.
     """
-    together(control, lambda: _check(engine, control, root, tag, flags))
+    run_on_all_ranks(control, lambda: _check(engine, control, root, tag, flags))
     if engine.zero_optimization_partition_weights():
         # With it DeepSpeed 0.19.8 would look for the weights where stage 3 has none, and load nothing.
         flags = {**flags, "load_optimizer_states": False}
@@ -67,7 +67,7 @@ def _check(engine: Any, control: Control, root: Path, tag: str, flags: Mapping[s
         raise CheckpointError(f"There is no checkpoint {folder}.")
     if flags["load_optimizer_states"] and not flags["load_module_only"]:
         raise CheckpointError(
-            f"{folder} holds no state of AdaFisher: it has no {BESIDE}/{MANIFEST}. If another optimizer saved it, load"
+            f"{folder} holds no state of AdaFisher: it has no {SUBFOLDER}/{MANIFEST}. If another optimizer saved it, load"
             " with load_optimizer_states=False (weights, learning rate schedule, counters) or load_module_only=True"
             " (weights); where a library calls engine.load_checkpoint, as Hugging Face's resume_from_checkpoint does,"
             " load the weights into the model beforehand (from_pretrained). If AdaFisher saved it, that folder is lost:"

@@ -18,21 +18,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from adafisher_dist import layouts
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import grid_of
-from adafisher_dist.checkpoint import dry_run, encoding, random_state
-from adafisher_dist.checkpoint import target as trained
-from adafisher_dist.checkpoint.all_ranks import together
-from adafisher_dist.checkpoint.directory import Place, find
+from adafisher_dist.checkpoint import dry_run, encoding, random_state, targets
+from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
 from adafisher_dist.checkpoint.dry_run import Part, Tried
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
-from adafisher_dist.checkpoint.open_checkpoint import PAUSES, Opened, Vanished, found_again, vanished
+from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.ranges import FIELDS, Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
-from adafisher_dist.checkpoint.target import Training
+from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.comm.control_group import beat
 from adafisher_dist.numerics import batch
-from adafisher_dist.settings import Structure, structure
+from adafisher_dist.settings import StateConfig, structure
 from adafisher_dist.state.shard import Shard
 
 logger = logging.getLogger("adafisher_dist")
@@ -97,27 +96,27 @@ class _Checked:
     parts: list[Part] = field(default_factory=list)
 
 
-def load(where: Callable[[], Place], training: Training, options: Options) -> Loaded:
+def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, options: Options) -> Loaded:
     """Load from the place that `where` finds. A collective; the caller has waited for the last save.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    control, began = training.control, time.monotonic()
+    control, began = target.control, time.monotonic()
     same = control.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
     if len(set(same)) > 1:
         raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
-    with trained.partitioned(training.wrapper), ExitStack() as stack:
-        opened, matched, needed = _open_together(where, training, options, stack)
-        _verify(opened, training, options.verify)
+    with targets.partitioned(target.wrapper), ExitStack() as stack:
+        opened, matched, needed = _open_together(where, target, options, stack)
+        _verify(opened, target, options.verify)
         opened.keep(needed)
         loaded = Loaded(opened.folder, opened.manifest.about)
-        checked = _check_together(opened, training, options, matched, loaded)
-        _apply(opened, training, options, matched, checked)
+        checked = _check_together(opened, target, options, matched, loaded)
+        _apply(opened, target, options, matched, checked)
     if options.states:
-        training.optimizer._roster.engine.incomplete = False
+        target.optimizer._registry.engine.incomplete = False
     if control.rank == 0:
-        _report(loaded, training, opened.manifest, time.monotonic() - began)
+        _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded
 
 
@@ -125,8 +124,8 @@ def load(where: Callable[[], Place], training: Training, options: Options) -> Lo
 
 
 def _open_together(
-    where: Callable[[], Place], training: Training, options: Options, stack: ExitStack
-) -> tuple[Opened, Match, set[str]]:
+    where: Callable[[], CheckpointDirectory], target: CheckpointTarget, options: Options, stack: ExitStack
+) -> tuple[OpenCheckpoint, Match, set[str]]:
     """Hold the same checkpoint open on all ranks, with all files that this one reads; the stack lets go of it.
 
     Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they hold changes after
@@ -138,16 +137,16 @@ def _open_together(
     Raises:
         CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced again and again.
     """
-    found: list[tuple[Opened, Match, set[str]]] = []
+    found: list[tuple[OpenCheckpoint, Match, set[str]]] = []
     gone: list[Vanished] = []
 
     def hold() -> str | None:
         try:
-            opened = stack.enter_context(Opened(found_again(lambda: find(where)[1], gone)))
-            matched = match(opened.manifest, training, options.rename, options.weights, options.states)
-            check_stored(opened.manifest, training, matched, f"{opened.folder}")
-            needed = _needed_files(opened, training, options, matched)
-            opened.hold([*needed, *_share(opened.manifest, training)])
+            opened = stack.enter_context(OpenCheckpoint(found_again(lambda: find(where)[1], gone)))
+            matched = match(opened.manifest, target, options.rename, options.weights, options.states)
+            check_stored(opened.manifest, target, matched, f"{opened.folder}")
+            needed = _needed_files(opened, target, options, matched)
+            opened.hold([*needed, *_share(opened.manifest, target)])
         except Vanished as error:
             gone[:] = [error]
             return None
@@ -156,7 +155,7 @@ def _open_together(
         return str(opened.manifest.about["id"])
 
     for pause in (*PAUSES, None):
-        ids = together(training.control, hold)
+        ids = run_on_all_ranks(target.control, hold)
         if None not in ids and len(set(ids)) == 1:
             return found[0]
         stack.close()
@@ -170,21 +169,21 @@ def _open_together(
     )
 
 
-def _share(manifest: Manifest, training: Training) -> list[str]:
+def _share(manifest: Manifest, target: CheckpointTarget) -> list[str]:
     """The files that this rank checks: each is checked by one."""
     largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
-    return largest_first[training.control.rank :: training.control.size]
+    return largest_first[target.control.rank :: target.control.size]
 
 
-def _needed_files(opened: Opened, training: Training, options: Options, matched: Match) -> set[str]:
+def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match) -> set[str]:
     """The files that this rank reads."""
     manifest = opened.manifest
     files = opened.files_of(f"value/{number}" for number in range(len(manifest.about["value_tensors"])))
     if options.random:
-        files |= opened.files_of([f"random/{training.control.rank}"])
-    spans = [(r.key, r.start, r.start + r.numel) for r in trained.weights(training, matched.weights, writing=False)]
+        files |= opened.files_of([f"random/{target.control.rank}"])
+    spans = [(r.key, r.start, r.start + r.numel) for r in targets.weights(target, matched.weights, writing=False)]
     if options.states:
-        spans += _spans_of_state(training, matched)
+        spans += _spans_of_state(target, matched)
     for key, start, stop in spans:
         stored = manifest.tensors.get(key)
         chunks = () if stored is None else stored.chunks
@@ -192,38 +191,44 @@ def _needed_files(opened: Opened, training: Training, options: Options, matched:
     return files
 
 
-def _spans_of_state(training: Training, matched: Match) -> Iterator[tuple[str, int, int]]:
+def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[str, int, int]]:
     """The ranges of the state's tensors that this rank will own, planned without memory for them."""
-    groups = [{**group} for group in training.optimizer.param_groups]
+    groups = [{**group} for group in target.optimizer.param_groups]
     for number, size in matched.block_sizes.items():
         groups[number]["block_size"] = size
-    names, tensors = training.names, [tensor for tensor, _ in _chosen(training, matched)]
-    for storage in training.optimizer._roster.storages_of(tensors, training.wrapper) if tensors else ():
-        grids = [grid_of(p.shape, structure(groups[p.given.group])) for p in storage.parameters]
-        for span in sharding.assign(grids, storage.placed, storage.replicated).owned[storage.group.rank]:
-            old = matched.states.get(names[storage.parameters[span.parameter].given.position])
+    names, tensors = target.names, [tensor for tensor, _ in _chosen(target, matched)]
+    for storage in target.optimizer._registry.storages_of(tensors, target.wrapper) if tensors else ():
+        grids = [grid_of(p.shape, structure(groups[p.info.group])) for p in storage.parameters]
+        for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
+            old = matched.states.get(names[storage.parameters[span.parameter].info.position])
             grid = grids[span.parameter]
             for kind, before in FIELDS.items() if old is not None else ():
-                yield f"{kind}/{old}", before(grid, grid.slab_from(span.start)), before(grid, grid.slab_from(span.stop))
+                yield (
+                    f"{kind}/{old}",
+                    before(grid, grid.row_group_from(span.start)),
+                    before(grid, grid.row_group_from(span.stop)),
+                )
 
 
-def _verify(opened: Opened, training: Training, checksums: bool) -> None:
+def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -> None:
     """Check the files that are held: their bytes on one rank, all else on each that holds them.
 
     Raises:
         CheckpointError: on all ranks: names what is wrong.
     """
-    share = _share(opened.manifest, training)
+    share = _share(opened.manifest, target)
 
     def look() -> list[str]:
         return opened.problems(share, checksums) + opened.problems(opened.held - set(share), checksums=False)
 
-    problems = sorted({problem for answer in together(training.control, look) for problem in answer})
+    problems = sorted({problem for answer in run_on_all_ranks(target.control, look) for problem in answer})
     if problems:
         raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was changed.")
 
 
-def _check_together(opened: Opened, training: Training, options: Options, matched: Match, loaded: Loaded) -> _Checked:
+def _check_together(
+    opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, loaded: Loaded
+) -> _Checked:
     """Try all that will be applied.
 
     Raises:
@@ -237,11 +242,11 @@ def _check_together(opened: Opened, training: Training, options: Options, matche
         loaded.left_out = matched.left_out
         if options.strict:
             refuse(matched, f"{opened.folder}")
-        _or_refuse(opened.folder, lambda: _check(opened, training, options, matched, loaded, checked))
+        _or_refuse(opened.folder, lambda: _check(opened, target, options, matched, loaded, checked))
         _or_refuse(opened.folder, lambda: tried.attempt(checked.parts))
 
     try:
-        together(training.control, compare)
+        run_on_all_ranks(target.control, compare)
     except Exception:
         tried.put_back()
         raise
@@ -249,18 +254,23 @@ def _check_together(opened: Opened, training: Training, options: Options, matche
 
 
 def _check(
-    opened: Opened, training: Training, options: Options, matched: Match, loaded: Loaded, checked: _Checked
+    opened: OpenCheckpoint,
+    target: CheckpointTarget,
+    options: Options,
+    matched: Match,
+    loaded: Loaded,
+    checked: _Checked,
 ) -> None:
-    own, key = options.lr_scheduler, f"random/{training.control.rank}"
+    own, key = options.lr_scheduler, f"random/{target.control.rank}"
     if options.states:
-        checked.settings = dry_run.settings(training, loaded.values["settings"], matched)
+        checked.settings = dry_run.settings(target, loaded.values["settings"], matched)
     if own is not None and own is not IGNORED and not _scheduler_problems(loaded, options):
         checked.scheduler = loaded.values["lr_scheduler"]["state"]
-        dry_run.scheduler(own, checked.scheduler, training)
+        dry_run.scheduler(own, checked.scheduler, target)
     if options.random and key in opened.manifest.tensors:
         checked.random = random_state.parse(opened.read_tensor(key))
     if options.weights:
-        checked.parts += dry_run.extra_states(training, loaded.values["extra_state"], matched)
+        checked.parts += dry_run.extra_states(target, loaded.values["extra_state"], matched)
     checked.parts += options.more(loaded.values)
 
 
@@ -280,23 +290,25 @@ def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
 # ---- what changes something ----
 
 
-def _apply(opened: Opened, training: Training, options: Options, matched: Match, checked: _Checked) -> None:
+def _apply(
+    opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: _Checked
+) -> None:
     """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
-    control, manifest = training.control, opened.manifest
+    control, manifest = target.control, opened.manifest
     shards: list[Shard] = []
     wanted: list[Range] = []
 
     def prepare() -> None:
         if options.states:
             for number, size in matched.block_sizes.items():
-                training.optimizer.param_groups[number]["block_size"] = size
-            shards.extend(_fresh_shards(training, manifest, matched))
-        wanted.extend(_ranges(training, manifest, matched, shards))
+                target.optimizer.param_groups[number]["block_size"] = size
+            shards.extend(_fresh_shards(target, manifest, matched))
+        wanted.extend(_ranges(target, manifest, matched, shards))
 
     def finish() -> None:
         if options.states:
-            dry_run.take_over(training, checked.settings)
-            _complete(training, manifest, matched, shards)
+            dry_run.take_over(target, checked.settings)
+            _complete(target, manifest, matched, shards)
         for part in checked.parts:
             part.restore()  # once more: what it makes of its state may depend on the weights
         if checked.scheduler is not None:
@@ -305,98 +317,98 @@ def _apply(opened: Opened, training: Training, options: Options, matched: Match,
             random_state.restore(checked.random)
 
     if options.states:
-        _begin_anew(training)
-    together(control, prepare)
-    _read(opened, wanted, training)
-    if training.wrapper is not None and options.weights:
-        layouts.refresh_module(training.wrapper)
+        _begin_anew(target)
+    run_on_all_ranks(control, prepare)
+    _read(opened, wanted, target)
+    if target.wrapper is not None and options.weights:
+        layouts.refresh_module(target.wrapper)
     try:
-        together(control, finish)
+        run_on_all_ranks(control, finish)
     except Exception:
-        training.optimizer._roster.engine.incomplete = True
+        target.optimizer._registry.engine.incomplete = True
         raise
 
 
-def _begin_anew(training: Training) -> None:
+def _begin_anew(target: CheckpointTarget) -> None:
     """Drop the state that there is, so that the new one does not need memory beside it."""
-    optimizer = training.optimizer
+    optimizer = target.optimizer
     optimizer.reset_state()
-    optimizer._roster.engine.incomplete = True
+    optimizer._registry.engine.incomplete = True
 
 
-def _fresh_shards(training: Training, manifest: Manifest, matched: Match) -> list[Shard]:
+def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) -> list[Shard]:
     """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
-    names = training.names
-    chosen = _chosen(training, matched)
+    names = target.names
+    chosen = _chosen(target, matched)
     complete = all(name in matched.states for _, members in chosen for name in members) and all(
-        _has_factors(manifest, matched.states[name], structure(training.optimizer.param_groups[group]))
-        for group, members in enumerate(trained.members_of_groups(training))
+        _has_factors(manifest, matched.states[name], structure(target.optimizer.param_groups[group]))
+        for group, members in enumerate(targets.members_of_groups(target))
         for name in members
         if name in matched.states
     )
     tensors = [tensor for tensor, _ in chosen]
-    shards = training.optimizer._roster.replan(tensors, training.wrapper, zeroed=not complete)
+    shards = target.optimizer._registry.replan(tensors, target.wrapper, zeroed=not complete)
     saved = manifest.about["optimizer"]["state"]
     for shard in shards:
         for number, parameter in enumerate(shard.storage.parameters):
-            old = matched.states.get(names[parameter.given.position])
+            old = matched.states.get(names[parameter.info.position])
             if old is not None:
                 shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
     return shards
 
 
-def _chosen(training: Training, matched: Match) -> list[tuple[Tensor, list[str]]]:
+def _chosen(target: CheckpointTarget, matched: Match) -> list[tuple[Tensor, list[str]]]:
     """Of what the optimizer steps, the tensors that hold a parameter whose state is restored."""
-    every = _tensors(training)
+    every = _tensors(target)
     return [(tensor, members) for tensor, members in every if any(name in matched.states for name in members)]
 
 
-def _tensors(training: Training) -> list[tuple[Tensor, list[str]]]:
+def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
     """What the optimizer steps, in the order of its param groups, and the names of the parameters in each."""
-    names = training.names
-    if training.wrapper is None:
-        return [(tensor, [names[given.position]]) for tensor, given in training.optimizer._roster.registry.given()]
+    names = target.names
+    if target.wrapper is None:
+        return [(tensor, [names[info.position]]) for tensor, info in target.optimizer._registry.given_parameters.info()]
     held: dict[int, list[str]] = {}
     tensors = {}
-    for storage in training.storages():
+    for storage in target.storages():
         for parameter in storage.parameters:
             tensor = storage.tensors[parameter.tensor]
             tensors[id(tensor)] = tensor
-            held.setdefault(id(tensor), []).append(names[parameter.given.position])
+            held.setdefault(id(tensor), []).append(names[parameter.info.position])
     return [(tensors[key], members) for key, members in held.items()]
 
 
-def _ranges(training: Training, manifest: Manifest, matched: Match, shards: list[Shard]) -> list[Range]:
+def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> list[Range]:
     """What this rank reads."""
-    wanted = list(trained.weights(training, matched.weights, writing=False))
+    wanted = list(targets.weights(target, matched.weights, writing=False))
     for shard in shards:
         with_factors = {
-            old for old, structure in _structures(training, shard, matched) if _has_factors(manifest, old, structure)
+            old for old, structure in _structures(target, shard, matched) if _has_factors(manifest, old, structure)
         }
-        for range_ in trained.state(training, [shard], matched.states, writing=False):
+        for range_ in targets.state(target, [shard], matched.states, writing=False):
             kind, _, old = range_.key.partition("/")
             if kind not in ("factor", "curvature") or old in with_factors:
                 wanted.append(range_)
     return wanted
 
 
-def _structures(training: Training, shard: Shard, matched: Match) -> Iterator[tuple[str, Structure]]:
+def _structures(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
     """For each parameter of a shard that is restored: its name in the checkpoint, and what its state is built for."""
-    names = training.names
+    names = target.names
     for parameter in shard.storage.parameters:
-        old = matched.states.get(names[parameter.given.position])
+        old = matched.states.get(names[parameter.info.position])
         if old is not None:
             yield old, shard.structures[shard.groups[parameter.tensor]]
 
 
-def _has_factors(manifest: Manifest, old: str, own: Structure) -> bool:
+def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
     """Whether the checkpoint has what is kept here of a parameter's factors, made with the same exponent."""
     there = manifest.about["optimizer"]["state"][old]["structure"]
     return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
 
 
-def _read(opened: Opened, wanted: list[Range], training: Training) -> None:
-    control, planner = training.control, RangeLoadPlanner(wanted)
+def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget) -> None:
+    control, planner = target.control, RangeLoadPlanner(wanted)
     reader, problem = ShardReader(opened, control), None
     try:
         dcp.load({}, storage_reader=reader, planner=planner, process_group=control.handle)
@@ -405,12 +417,12 @@ def _read(opened: Opened, wanted: list[Range], training: Training) -> None:
     except Exception as error:  # another rank is gone, say
         problem = control.explain(error)
     if problem is not None:
-        training.optimizer._roster.engine.incomplete = True
+        target.optimizer._registry.engine.incomplete = True
         raise CheckpointError(
             f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
             " a checkpoint before the next step."
         )
-    together(control, planner.check_complete)
+    run_on_all_ranks(control, planner.check_complete)
 
 
 def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
@@ -426,24 +438,24 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     return []
 
 
-def _complete(training: Training, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
+def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
     """Make the factors that the checkpoint does not have, and hand the shards to the optimizer."""
-    optimizer, names = training.optimizer, training.names
+    optimizer, names = target.optimizer, target.names
     for shard in shards:
         for stack, segments in zip(shard.batches, shard.by_parameter, strict=True):
             for segment in segments:
                 parameter = shard.storage.parameters[segment.owner]
-                old = matched.states.get(names[parameter.given.position])
+                old = matched.states.get(names[parameter.info.position])
                 if old is not None and not _has_factors(manifest, old, stack.structure):
-                    settings = optimizer.param_groups[parameter.given.group]
+                    settings = optimizer.param_groups[parameter.info.group]
                     updates = int(shard.counters[segment.owner, 1])
                     beat()
                     batch.rebuild_factors(stack, segment.start, segment.stop, updates, settings)
-        optimizer._roster.install(shard)
-    optimizer._roster.engine.skipped = manifest.about["optimizer"]["skipped_steps"]
+        optimizer._registry.install(shard)
+    optimizer._registry.engine.skipped = manifest.about["optimizer"]["skipped_steps"]
 
 
-def _values(opened: Opened) -> dict[str, Any]:
+def _values(opened: OpenCheckpoint) -> dict[str, Any]:
     """The other values by name, those of the model's modules ("extra_state"), and of the param groups ("settings")."""
     tensors, manifest = [], opened.manifest
     for number, entry in enumerate(manifest.about["value_tensors"]):
@@ -461,7 +473,7 @@ def _values(opened: Opened) -> dict[str, Any]:
     return found
 
 
-def _report(loaded: Loaded, training: Training, manifest: Manifest, seconds: float) -> None:
+def _report(loaded: Loaded, target: CheckpointTarget, manifest: Manifest, seconds: float) -> None:
     gigabytes = sum(file.nbytes for file in manifest.files.values()) / 1e9
     logger.info(
         "Loaded %s (step %s, saved by %s rank(s), %s): %.3f GB in %.1f s",
@@ -473,12 +485,12 @@ def _report(loaded: Loaded, training: Training, manifest: Manifest, seconds: flo
             "%d frozen parameters, as %s, were left out of %s, and stay as they are in the model.",
             len(loaded.left_out), loaded.left_out[0], loaded.folder,
         )  # fmt: skip
-    trained = [name for name in loaded.left_out if training.parameters[name].requires_grad]
-    if trained:
+    targets = [name for name in loaded.left_out if target.parameters[name].requires_grad]
+    if targets:
         logger.warning(
             "%d parameter(s), as %s, are trained here, and %s has no values of them: they were frozen, and left out."
             " They are as they were in the model; load the base that they came from, if you have not.",
-            len(trained), trained[0], loaded.folder,
+            len(targets), targets[0], loaded.folder,
         )  # fmt: skip
     for problem in loaded.not_restored:
         logger.warning("Not restored from %s: %s", loaded.folder, problem)

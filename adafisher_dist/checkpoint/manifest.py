@@ -22,7 +22,7 @@ from adafisher_dist.checkpoint import schema
 # How files are opened: not to wait for a writer, where one is a pipe.
 READ = os.O_RDONLY | os.O_NONBLOCK
 
-FORMAT = 4
+CHECKPOINT_FORMAT = 4
 
 # The earlier format whose weights can be read, and not its optimizer's state: F was of rows that were not weighed, and
 # blocks were cut by other rules.
@@ -68,7 +68,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A global 1-d tensor, and the chunks that it is stored in."""
 
     dtype: torch.dtype
@@ -97,13 +97,13 @@ class Manifest:
         about: whatever is no tensor, as JSON: who wrote it, step, world size, parameters, param groups, values.
         files: by name.
         tensors: by key.
-        format: `FORMAT`, or `WEIGHTS_ONLY`.
+        format: `CHECKPOINT_FORMAT`, or `WEIGHTS_ONLY`.
     """
 
     about: Mapping[str, Any]
     files: Mapping[str, File]
-    tensors: Mapping[str, Stored]
-    format: int = FORMAT
+    tensors: Mapping[str, StoredTensor]
+    format: int = CHECKPOINT_FORMAT
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
@@ -161,14 +161,14 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
         raise CheckpointError(f"{path} is damaged: its checksum is {summed}, and it says {crc32}.")
     try:
         own = schema.whole_number_in(content, "format", "the manifest", low=1)
-        if own in (FORMAT, WEIGHTS_ONLY):
-            schema.check(content, DTYPES, old=own != FORMAT)
+        if own in (CHECKPOINT_FORMAT, WEIGHTS_ONLY):
+            schema.check(content, DTYPES, old=own != CHECKPOINT_FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
-    if own not in (FORMAT, WEIGHTS_ONLY):
-        remedy = "update" if own > FORMAT else "load it with the version that saved it, an older"
+    if own not in (CHECKPOINT_FORMAT, WEIGHTS_ONLY):
+        remedy = "update" if own > CHECKPOINT_FORMAT else "load it with the version that saved it, an older"
         raise CheckpointError(
-            f"{folder} has format {own}, and this version of adafisher_dist reads {FORMAT}: {remedy} adafisher_dist."
+            f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT}: {remedy} adafisher_dist."
         )
     manifest = _parse(content)
     _check(path, manifest)
@@ -189,7 +189,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         content["about"],
         {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]},
         {
-            key: Stored(
+            key: StoredTensor(
                 DTYPES[tensor["dtype"]],
                 tensor["numel"],
                 [Chunk(start, numel, names[file], offset) for start, numel, file, offset in tensor["chunks"]],

@@ -8,11 +8,11 @@ from math import prod
 from typing import Any
 
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.checkpoint.manifest import FORMAT, LEFT_OUT, CheckpointError, Manifest
+from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, CheckpointError, Manifest
 from adafisher_dist.checkpoint.ranges import FIELDS
-from adafisher_dist.checkpoint.target import (
+from adafisher_dist.checkpoint.targets import (
     OWN_SETTINGS,
-    Training,
+    CheckpointTarget,
     members_of_groups,
     shape_of,
     structure_of,
@@ -49,13 +49,17 @@ class Match:
 
 
 def match(
-    manifest: Manifest, training: Training, rename: Mapping[str, str] | None, weights: bool = True, states: bool = True
+    manifest: Manifest,
+    target: CheckpointTarget,
+    rename: Mapping[str, str] | None,
+    weights: bool = True,
+    states: bool = True,
 ) -> Match:
     """Compare.
 
     Args:
         manifest: of the checkpoint.
-        training: what it is to be loaded into.
+        target: what it is to be loaded into.
         rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
         weights: whether parameters and buffers are asked for.
         states: whether the optimizer's state is asked for.
@@ -64,10 +68,10 @@ def match(
         CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice; the optimizer's
             state is asked for, and is of an earlier version's kind.
     """
-    if states and manifest.format != FORMAT:
+    if states and manifest.format != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"The checkpoint's optimizer state is of adafisher_dist {manifest.about['versions'].get('adafisher_dist')}"
-            f" (format {manifest.format}; this version's is {FORMAT}), whose Fisher blocks are cut and weighed"
+            f" (format {manifest.format}; this version's is {CHECKPOINT_FORMAT}), whose Fisher blocks are cut and weighed"
             " otherwise: it would not mean the same here. Load the weights alone (load_optimizer_states=False of"
             " DeepSpeed's load_checkpoint, or a file made by `adafisher_dist export`), or go on with that version."
             " Nothing was changed."
@@ -77,15 +81,15 @@ def match(
     stored = {**model["parameters"], **model["buffers"]}
     modules = [f"{name}.{_EXTRA}" if name else _EXTRA for name in model["extra_state"]]
     old_names = _renamed([*stored, *model["aliases"], *modules], rename or {})
-    _match_extra_states(training, old_names, modules, found)
+    _match_extra_states(target, old_names, modules, found)
     old_names = {name: old for name, old in old_names.items() if old not in modules}
     for alias, first in model["aliases"].items():  # a tied parameter may go by either name
         stored.setdefault(alias, stored[first])
-    here = {**training.parameters, **training.buffers}
+    here = {**target.parameters, **target.buffers}
     fitting: dict[str, str] = {}
     for name, tensor in here.items():
         old = old_names.get(name)
-        kind, other = ("parameter", "buffer") if name in training.parameters else ("buffer", "parameter")
+        kind, other = ("parameter", "buffer") if name in target.parameters else ("buffer", "parameter")
         if old is None:
             found.problems.append(f"{name} is not in the checkpoint")
         elif model["aliases"].get(old, old) in model[f"{other}s"]:
@@ -98,7 +102,7 @@ def match(
             fitting[name] = model["aliases"].get(old, old)
     for name, old in old_names.items():
         if name not in here and old not in model["aliases"]:
-            tied = training.aliases.get(name)
+            tied = target.aliases.get(name)
             what = f"tied to {tied} in the model, and was a tensor of its own" if tied else "not in the model"
             found.problems.append(f"{old} is {what}" + ("" if name == old else f" (as {name})"))
     if weights:
@@ -106,8 +110,8 @@ def match(
         found.weights = {name: old for name, old in fitting.items() if old in kept}
         found.left_out = [name for name in fitting if name not in found.weights]
     if states:
-        _match_states(manifest, training, fitting, found)
-        _match_groups(manifest, training, fitting, found)
+        _match_states(manifest, target, fitting, found)
+        _match_groups(manifest, target, fitting, found)
     return found
 
 
@@ -128,13 +132,13 @@ def refuse(found: Match, what: str) -> None:
         )
 
 
-def check_stored(manifest: Manifest, training: Training, found: Match, what: str) -> None:
+def check_stored(manifest: Manifest, target: CheckpointTarget, found: Match, what: str) -> None:
     """Whether the tensors that will be read are there, and as large as the manifest's own facts make them.
 
     Raises:
         CheckpointError: one is not: the manifest contradicts itself.
     """
-    for key, numel in _needed(manifest, training, found):
+    for key, numel in _needed(manifest, target, found):
         stored = manifest.tensors.get(key)
         if numel and (stored is None or stored.numel != numel):
             there = 0 if stored is None else stored.numel
@@ -143,17 +147,17 @@ def check_stored(manifest: Manifest, training: Training, found: Match, what: str
             )
 
 
-def _needed(manifest: Manifest, training: Training, found: Match) -> Iterator[tuple[str, int]]:
+def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Iterator[tuple[str, int]]:
     """The keys of all tensors that will be read, and their elements."""
     for name, old in found.weights.items():
-        kind, tensors = ("weight", training.parameters) if name in training.parameters else ("buffer", training.buffers)
+        kind, tensors = ("weight", target.parameters) if name in target.parameters else ("buffer", target.buffers)
         yield f"{kind}/{old}", prod(shape_of(tensors[name]))
     for name, old in found.states.items():
         settings = manifest.about["optimizer"]["state"][old]["structure"]
-        grid = _grid(settings, shape_of(training.parameters[name]))
+        grid = _grid(settings, shape_of(target.parameters[name]))
         kept = ("factor", "curvature") if settings["keeps_factors"] else ()
         for kind in ("momentum", "fisher", "square", *kept):
-            yield f"{kind}/{old}", FIELDS[kind](grid, grid.slabs)
+            yield f"{kind}/{old}", FIELDS[kind](grid, grid.row_groups)
 
 
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
@@ -172,8 +176,10 @@ def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def _match_extra_states(training: Training, old_names: Mapping[str, str], saved: Sequence[str], found: Match) -> None:
-    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name, _ in with_extra_state(training)}
+def _match_extra_states(
+    target: CheckpointTarget, old_names: Mapping[str, str], saved: Sequence[str], found: Match
+) -> None:
+    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name, _ in with_extra_state(target)}
     new_names = {name: old for name, old in old_names.items() if old in saved}
     for name, module in here.items():
         if name in new_names:
@@ -183,11 +189,11 @@ def _match_extra_states(training: Training, old_names: Mapping[str, str], saved:
     found.problems += [f"{old} is not in the model" for name, old in new_names.items() if name not in here]
 
 
-def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:
+def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:
     saved = manifest.about["optimizer"]
     managed = {name for group in saved["groups"] for name in group["names"]}
-    members = members_of_groups(training)
-    for number, (group, names) in enumerate(zip(training.optimizer.param_groups, members, strict=True)):
+    members = members_of_groups(target)
+    for number, (group, names) in enumerate(zip(target.optimizer.param_groups, members, strict=True)):
         own = structure_of(structure(group))
         size = _block_size(saved, names, fitting) if group["memory_budget_gb"] is not None else None
         if size is not None:  # block_size="auto": the checkpoint's will do
@@ -199,7 +205,7 @@ def _match_states(manifest: Manifest, training: Training, fitting: Mapping[str, 
             if old not in managed:
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
-                there, shape = saved["state"][old]["structure"], shape_of(training.parameters[name])
+                there, shape = saved["state"][old]["structure"], shape_of(target.parameters[name])
                 if there["grafting"] != own["grafting"]:
                     found.problems.append(
                         f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}:"
@@ -224,7 +230,7 @@ def _grid(settings: Mapping[str, Any], shape: Sequence[int]) -> Grid:
 
 def _alike(own: Grid, there: Grid) -> bool:
     """Whether the state is of the same blocks. Elements that are alone have no blocks to tell apart."""
-    return own == there or not (own.dense_slabs or there.dense_slabs)
+    return own == there or not (own.dense_row_groups or there.dense_row_groups)
 
 
 def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping[str, str]) -> int | None:
@@ -233,10 +239,10 @@ def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping
     return int(states[0]["structure"]["block_size"]) if states else None
 
 
-def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, str], found: Match) -> None:
+def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:
     """Where all parameters of a param group come from one group of the checkpoint, it takes that one's settings."""
     number_of = {name: i for i, group in enumerate(manifest.about["optimizer"]["groups"]) for name in group["names"]}
-    for number, names in enumerate(members_of_groups(training)):
+    for number, names in enumerate(members_of_groups(target)):
         sources = {number_of[fitting[name]] for name in names if fitting.get(name) in number_of}
         found.groups.append(next(iter(sources)) if len(sources) == 1 else None)
         if len(sources) > 1:
@@ -244,9 +250,7 @@ def _match_groups(manifest: Manifest, training: Training, fitting: Mapping[str, 
                 f"param group {number} has parameters of the groups {sorted(sources)} of the checkpoint, so it is not"
                 " clear whose learning rate and settings it should take"
             )
-    taken = {
-        number_of[fitting[n]] for names in members_of_groups(training) for n in names if fitting.get(n) in number_of
-    }
+    taken = {number_of[fitting[n]] for names in members_of_groups(target) for n in names if fitting.get(n) in number_of}
     for number, group in enumerate(manifest.about["optimizer"]["groups"]):
         if number not in taken and any(name in fitting.values() for name in group["names"]):
             found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")

@@ -40,7 +40,7 @@ class Vanished(CheckpointError):
     """The checkpoint was replaced or deleted while it was being opened: there may be another in its place."""
 
 
-class Opened:
+class OpenCheckpoint:
     """See the module's docstring. Use as a context manager, or `close` it.
 
     Attributes:
@@ -74,7 +74,7 @@ class Opened:
                 raise vanished(self.folder) from None
             raise
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> OpenCheckpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -227,7 +227,9 @@ def vanished(folder: Path) -> Vanished:
     )
 
 
-def open_checkpoint(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]] = lambda _: ()) -> Opened:
+def open_checkpoint(
+    where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]] = lambda _: ()
+) -> OpenCheckpoint:
     """Open the checkpoint that `where` finds, and hold those of its files; again, where a save replaces it meanwhile.
 
     Raises:
@@ -257,8 +259,8 @@ def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
         raise
 
 
-def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]]) -> Opened:
-    opened = Opened(where())
+def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]]) -> OpenCheckpoint:
+    opened = OpenCheckpoint(where())
     try:
         opened.hold(files(opened.manifest))
     except BaseException:

@@ -32,7 +32,7 @@ _PART_NUMEL = 2**14
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class RangePiece:
     """Memory of this rank, of any shape, and where its elements are in the range: an offset, a stride a dimension.
 
     Where `symmetric`, the memory is whole blocks, (…, B, B), and the range has their lower triangles, (…, T).
@@ -83,7 +83,7 @@ class Range:
     numel: int
     total: int
     dtype: torch.dtype
-    pieces: Sequence[Piece]
+    pieces: Sequence[RangePiece]
 
     def in_place(self) -> Tensor | None:
         """The elements as a 1-d view of this rank's memory, where they lie in a row there."""
@@ -117,12 +117,12 @@ def of_tensor(key: str, values: Tensor, start: int, stop: int, total: int) -> It
         for begin in range(start, stop, RANGE_NUMEL):
             end = min(stop, begin + RANGE_NUMEL)
             yield Range(
-                key, begin, end - begin, total, values.dtype, [Piece(flat[begin - start : end - start], 0, (1,))]
+                key, begin, end - begin, total, values.dtype, [RangePiece(flat[begin - start : end - start], 0, (1,))]
             )
     elif start < stop:  # channels_last, say: whole
         assert stop - start == values.numel() == total
         strides = tuple(prod(values.shape[dim + 1 :]) for dim in range(values.dim()))
-        yield Range(key, 0, total, total, values.dtype, [Piece(values, 0, strides)])
+        yield Range(key, 0, total, total, values.dtype, [RangePiece(values, 0, strides)])
 
 
 def share(values: Tensor, number: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -157,9 +157,9 @@ def _of_blocks(
     name: str, grid: Grid, owned: Span, part: Span, places: Mapping[Kind, tuple[Batch, int]]
 ) -> Iterator[Range]:
     """The state of the blocks of `part`, a part of the owned span, whose rows `places` tells by their kind."""
-    before = grid.rows_by_kind(owned.start)
-    upto = grid.rows_by_kind(part.start)
-    slabs = grid.slab_from(part.start), grid.slab_from(part.stop), grid.slabs
+    before = grid.blocks_by_shape(owned.start)
+    upto = grid.blocks_by_shape(part.start)
+    row_groups = grid.row_group_from(part.start), grid.row_group_from(part.stop), grid.row_groups
     fields: dict[str, list[tuple[Strip, Tensor]]] = {field: [] for field in FIELDS}
     for strip in grid.strips(part.start, part.stop):
         batch, row = places[strip.kind]
@@ -169,25 +169,25 @@ def _of_blocks(
             fields[field].append((strip, tensor[row : row + strip.rows]))
     for field, members in fields.items():
         if members:
-            start, stop, total = (FIELDS[field](grid, slab) for slab in slabs)
+            start, stop, total = (FIELDS[field](grid, row_group) for row_group in row_groups)
             pieces = [_piece(field, grid, strip, rows, start) for strip, rows in members]
             yield Range(f"{field}/{name}", start, stop - start, total, members[0][1].dtype, pieces)
 
 
-# For each field of the state, where in its 1-d tensor a slab begins.
+# For each field of the state, where in its 1-d tensor a row group begins.
 FIELDS: dict[str, Callable[[Grid, int], int]] = {
     "momentum": Grid.start,
     "fisher": Grid.triangle_numel,
     "square": Grid.sharing,
-    "factor": lambda grid, slab: grid.fisher_numel(min(slab, grid.dense_slabs)),
-    "curvature": lambda grid, slab: min(slab, grid.dense_slabs) * grid.pieces,
+    "factor": lambda grid, row_group: grid.fisher_numel(min(row_group, grid.dense_row_groups)),
+    "curvature": lambda grid, row_group: min(row_group, grid.dense_row_groups) * grid.pieces,
 }
 
 
-def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> Piece:
-    """The rows of a strip, a slab after the other, and their places in the range that begins at `start`."""
+def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> RangePiece:
+    """The rows of a strip, a row group after the other, and their places in the range that begins at `start`."""
     size, depth = strip.size, strip.depth
-    slab, before = divmod(strip.block, grid.pieces)  # blocks before it in its slab: all of the size `cut`
+    row_group, before = divmod(strip.block, grid.pieces)  # blocks before it in its row group: all of the size `cut`
     symmetric = field == "fisher" and rows.dim() == 3
     shape: tuple[int, ...] = (rows[0].numel(),)
     strides: tuple[int, ...]
@@ -201,6 +201,8 @@ def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> Pi
         strides, offset = (size**2, 1), before * grid.cut**2
     else:  # as much for each block, whatever its size
         strides, offset = (*shape, 1), before * shape[0]
-    first, second = FIELDS[field](grid, slab), FIELDS[field](grid, slab + 1)
-    stride = second - first if strip.slabs > 1 else 0
-    return Piece(rows.view(strip.slabs, strip.count, *shape), first + offset - start, (stride, *strides), symmetric)
+    first, second = FIELDS[field](grid, row_group), FIELDS[field](grid, row_group + 1)
+    stride = second - first if strip.row_groups > 1 else 0
+    return RangePiece(
+        rows.view(strip.row_groups, strip.count, *shape), first + offset - start, (stride, *strides), symmetric
+    )

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
 from adafisher_dist.comm.control_group import Control
@@ -117,7 +117,7 @@ def _destination(item: ReadItem) -> _Place:
 class ShardReader(StorageReader):
     """Reads from the shards of a checkpoint, which are held open."""
 
-    def __init__(self, opened: Opened, control: Control) -> None:
+    def __init__(self, opened: OpenCheckpoint, control: Control) -> None:
         self.opened, self.manifest, self.control = opened, opened.manifest, control
         self._chunks = {(key, c.start): c for key, tensor in self.manifest.tensors.items() for c in tensor.chunks}
 

@@ -19,13 +19,12 @@ import torch.distributed.checkpoint.state_dict_saver as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist.checkpoint import encoding, random_state, ranges
-from adafisher_dist.checkpoint import target as trained
-from adafisher_dist.checkpoint.all_ranks import together
-from adafisher_dist.checkpoint.directory import Place, PublishedError
+from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
+from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.ranges import Piece, Range
-from adafisher_dist.checkpoint.target import Training
+from adafisher_dist.checkpoint.ranges import Range, RangePiece
+from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm.control_group import Control, beat
 from adafisher_dist.version import __version__
@@ -99,14 +98,14 @@ def _report_at_exit() -> None:
 
 
 def save(
-    place: Place, training: Training, facts: Mapping[str, Any], extra: Callable[[], Mapping[str, Any]],
+    place: CheckpointDirectory, target: CheckpointTarget, facts: Mapping[str, Any], extra: Callable[[], Mapping[str, Any]],
     keep_last: int | None = None, asynchronous: bool = False, latest: bool = True,
 ) -> Saving:  # fmt: skip
     """Save to a place. A collective; the caller has waited for the last save.
 
     Args:
         place: where.
-        training: what.
+        target: what.
         facts: what else the manifest says of it, as JSON: its step, say.
         extra: gives by name other values, of which rank 0's are saved.
         keep_last: how many checkpoints to keep in the place's root; None for all.
@@ -116,25 +115,25 @@ def save(
     Raises:
         CheckpointError: see `save_checkpoint`, as for the other errors.
     """
-    control = training.control
+    control = target.control
     began = time.monotonic()
     about: dict[str, Any] = {}
     found: list[Range] = []
 
     def collect() -> tuple[str, int | None]:
         kept = _checked_number(keep_last)
-        training.optimizer._roster.engine.check()
-        _gather_state(training)
+        target.optimizer._registry.engine.check()
+        _gather_state(target)
         tensors: list[Tensor] = []
-        about.update(_about(training, facts, extra(), tensors))
-        found.extend(_ranges(training, tensors))
+        about.update(_about(target, facts, extra(), tensors))
+        found.extend(_ranges(target, tensors))
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
         return about["id"], kept
 
     saving = Saving(place.folder)
-    with trained.partitioned(training.wrapper):
-        ids, kept = zip(*together(control, collect), strict=True)
+    with targets.partitioned(target.wrapper):
+        ids, kept = zip(*run_on_all_ranks(control, collect), strict=True)
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         about["id"] = ids[0]
@@ -156,28 +155,28 @@ def _checked_number(keep_last: Any) -> int | None:
     return int(keep_last)
 
 
-def _gather_state(training: Training) -> None:
+def _gather_state(target: CheckpointTarget) -> None:
     """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
-    roster = training.optimizer._roster
-    roster.drop_foreseen()
-    waiting = [tensor for tensor, _ in roster.registry.given() if training.optimizer.state.get(tensor)]
-    roster.enlist([tensor for tensor in waiting if tensor not in roster.engine])
-    roster.adopt(roster.shards)
+    registry = target.optimizer._registry
+    registry.drop_unused_shards()
+    waiting = [tensor for tensor, _ in registry.given_parameters.info() if target.optimizer.state.get(tensor)]
+    registry.init_shards([tensor for tensor in waiting if tensor not in registry.engine])
+    registry.sync_user_state(registry.shards)
 
 
 def _about(
-    training: Training, facts: Mapping[str, Any], extra: Mapping[str, Any], tensors: list[Tensor]
+    target: CheckpointTarget, facts: Mapping[str, Any], extra: Mapping[str, Any], tensors: list[Tensor]
 ) -> dict[str, Any]:
     """What the manifest says besides files and tensors; rank 0's is written."""
     encoded = {name: encoding.encode(value, name, tensors) for name, value in extra.items()}
-    described = trained.describe(training, tensors)
+    described = targets.describe(target, tensors)
     state = described["optimizer"]["state"]
     return {
         "id": uuid.uuid4().hex,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"adafisher_dist": __version__, "torch": torch.__version__},
-        "world_size": training.control.size,
-        "layout": trained.layout_of(training),
+        "world_size": target.control.size,
+        "layout": targets.layout_of(target),
         "step": max((entry["step"] for entry in state.values()), default=0),
         **facts,
         **described,
@@ -186,13 +185,13 @@ def _about(
     }
 
 
-def _ranges(training: Training, tensors: Sequence[Tensor]) -> list[Range]:
+def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     """Everything that this rank writes."""
-    names = {name: name for name in [*training.parameters, *training.buffers]}
-    stored = {name: name for name in names if name not in training.left_out}
-    rank = training.control.rank
-    found = list(trained.weights(training, stored, writing=True))
-    found += trained.state(training, training.optimizer._roster.shards, names, writing=True)
+    names = {name: name for name in [*target.parameters, *target.buffers]}
+    stored = {name: name for name in names if name not in target.left_out}
+    rank = target.control.rank
+    found = list(targets.weights(target, stored, writing=True))
+    found += targets.state(target, target.optimizer._registry.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}
@@ -207,11 +206,11 @@ def _copied(range_: Range) -> Range:
     packed = range_.pack()
     shares = range_.in_place() is not None and packed.device.type == "cpu"
     copy = packed.clone() if shares else packed.cpu()
-    return Range(range_.key, range_.start, range_.numel, range_.total, range_.dtype, [Piece(copy, 0, (1,))])
+    return Range(range_.key, range_.start, range_.numel, range_.total, range_.dtype, [RangePiece(copy, 0, (1,))])
 
 
 def _write(
-    place: Place, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
+    place: CheckpointDirectory, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
     keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
     writer = ShardWriter(place, about, control, latest, in_background)

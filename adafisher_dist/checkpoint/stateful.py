@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from adafisher_dist.checkpoint import encoding
-from adafisher_dist.checkpoint.begin import training_for
-from adafisher_dist.checkpoint.target import Training, members_of_groups
+from adafisher_dist.checkpoint.begin import target_for
+from adafisher_dist.checkpoint.targets import CheckpointTarget, members_of_groups
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.adafisher import AdaFisher
 
@@ -45,16 +45,16 @@ class OptimizerState:
             TypeError: the optimizer is not AdaFisher; or a param group holds what cannot be saved without pickling.
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
         """
-        training = training_for(self._model, self._optimizer)
-        roster = self._optimizer._roster
-        self._optimizer._roster.engine.check()
-        entries = roster.spread()
+        target = target_for(self._model, self._optimizer)
+        registry = self._optimizer._registry
+        self._optimizer._registry.engine.check()
+        entries = registry.as_dtensors()
         named = {
-            training.names[parameter.given.position]: entries[id(shard.storage.tensors[parameter.tensor])]
-            for shard in roster.shards
-            for _, parameter in shard.living
+            target.names[parameter.info.position]: entries[id(shard.storage.tensors[parameter.tensor])]
+            for shard in registry.shards
+            for _, parameter in shard.active
         }
-        return {"state": named, "settings": _settings(training)}
+        return {"state": named, "settings": _settings(target)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `dcp.load` has put into what `state_dict` returned. A collective: all ranks call it.
@@ -62,8 +62,8 @@ class OptimizerState:
         Raises:
             ValueError: it does not fit the parameters or the settings; nothing has changed.
         """
-        training = training_for(self._model, self._optimizer)
-        members = members_of_groups(training)
+        target = target_for(self._model, self._optimizer)
+        members = members_of_groups(target)
         settings = [_of_group(names, state_dict["settings"]) for names in members]
         numbers = {name: number for number, name in enumerate(name for names in members for name in names)}
         rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -82,10 +82,10 @@ class OptimizerState:
                 group["lr"] = rate.fill_(float(group["lr"]))
 
 
-def _settings(training: Training) -> dict[str, str]:
+def _settings(target: CheckpointTarget) -> dict[str, str]:
     """The settings of each parameter's group, as JSON: one value for torch, whatever is in it."""
     found: dict[str, str] = {}
-    for group, names in zip(training.optimizer.param_groups, members_of_groups(training), strict=True):
+    for group, names in zip(target.optimizer.param_groups, members_of_groups(target), strict=True):
         tensors: list[Tensor] = []
         plain = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         plain["lr"] = float(plain["lr"])

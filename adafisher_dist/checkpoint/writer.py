@@ -24,8 +24,16 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from adafisher_dist.checkpoint.directory import Place, PublishedError
-from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, Chunk, File, Manifest, Stored, dtype_name
+from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
+from adafisher_dist.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Chunk,
+    File,
+    Manifest,
+    StoredTensor,
+    dtype_name,
+)
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.control_group import Control, beat
 
@@ -90,7 +98,7 @@ class ShardWriter(StorageWriter):
     """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
 
     def __init__(
-        self, place: Place, about: Mapping[str, Any], control: Control, latest: bool, in_background: bool
+        self, place: CheckpointDirectory, about: Mapping[str, Any], control: Control, latest: bool, in_background: bool
     ) -> None:
         self.place, self.about, self.latest = place, about, latest
         self.control, self.in_background = control, in_background
@@ -161,7 +169,7 @@ class ShardWriter(StorageWriter):
         tensors = {}
         for key, chunks in sorted(places.items()):
             stored: Any = metadata.state_dict_metadata[key]
-            tensors[key] = Stored(stored.properties.dtype, stored.size[0], sorted(chunks, key=lambda c: c.start))
+            tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], sorted(chunks, key=lambda c: c.start))
         self._check_files(files)
         manifest = Manifest(self.about, dict(sorted(files.items())), tensors)
         with (self.place.saving / MANIFEST).open("xb") as file:

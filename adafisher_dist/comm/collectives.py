@@ -74,7 +74,7 @@ class Group:
     replicas: Group | None = None  # the ranks that hold the same blocks as this one, in other copies of the group
 
     @property
-    def together(self) -> int:
+    def total_size(self) -> int:
         """How many ranks take each step together."""
         return self.size * (self.replicas.size if self.replicas is not None else 1)
 
@@ -88,15 +88,15 @@ class Group:
         """The global ranks that share the blocks, replicas left out."""
         return frozenset(dist.get_process_group_ranks(self.handle)) if self.handle is not None else frozenset({0})
 
-    def wire(self, tensor: Tensor) -> Wire:
+    def comm_buffer(self, tensor: Tensor) -> CommBuffer:
         """What of a tensor the group's backend can send; allocates where that is a copy."""
         if self.handle is None or tensor.device.type in self.devices:
-            return Wire(tensor, tensor)
-        return Wire(tensor, tensor.to(torch.accelerator.current_accelerator() or "cpu"))
+            return CommBuffer(tensor, tensor)
+        return CommBuffer(tensor, tensor.to(torch.accelerator.current_accelerator() or "cpu"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Wire:
+class CommBuffer:
     """A 1-d tensor and what of it is sent: the same tensor, or a copy on a device that the backend knows.
 
     Made once, since allocating may fail, and a rank that fails between two collectives leaves the others waiting.
@@ -105,10 +105,10 @@ class Wire:
     tensor: Tensor
     sent: Tensor
 
-    def part(self, start: int, stop: int) -> Wire:
+    def part(self, start: int, stop: int) -> CommBuffer:
         """Elements [start, stop)."""
         tensor = self.tensor[start:stop]
-        return Wire(tensor, tensor if self.sent is self.tensor else self.sent[start:stop])
+        return CommBuffer(tensor, tensor if self.sent is self.tensor else self.sent[start:stop])
 
     def load(self) -> Tensor:
         """What is sent, with the tensor's values."""
@@ -157,7 +157,7 @@ def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
     return values if group.replicas is None else minimum(group.replicas, values, purpose)
 
 
-def minimum_on_device(group: Group, value: Wire) -> None:
+def minimum_on_device(group: Group, value: CommBuffer) -> None:
     """The same of a tensor where it is, in place; on an accelerator nothing waits for it."""
     if group.size > 1:
         _all_reduce_minimum(value.load(), group.handle)
@@ -172,7 +172,7 @@ def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None, purpos
     sent["verdicts"] += values.nbytes
 
 
-def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
+def gather(group: Group, mine: CommBuffer, out: CommBuffer) -> Callable[[], None]:
     """Start an all-gather of equally long 1-d tensors into `out`; the result waits for it.
 
     `mine` and `out` may not be touched before that.
@@ -186,7 +186,7 @@ def gather(group: Group, mine: Wire, out: Wire) -> Callable[[], None]:
 
 
 def exchange(
-    group: Group, send: Wire, send_counts: Sequence[int], receive: Wire, receive_counts: Sequence[int]
+    group: Group, send: CommBuffer, send_counts: Sequence[int], receive: CommBuffer, receive_counts: Sequence[int]
 ) -> Callable[[], None]:
     """Start to send consecutive stretches of a 1-d tensor to the ranks, one each, and to receive what they sent here.
 
@@ -221,7 +221,7 @@ def move_rows(
     size = mine.shape[1:].numel() * mine.element_size()
     send = [_common(have[group.rank], theirs) * size for theirs in want]
     receive = [_common(theirs, want[group.rank]) * size for theirs in have]
-    wires = [group.wire(tensor.reshape(-1).view(torch.uint8)) for tensor in (mine, into)]
+    wires = [group.comm_buffer(tensor.reshape(-1).view(torch.uint8)) for tensor in (mine, into)]
     exchange(group, wires[0], send, wires[1], receive)()
 
 
@@ -229,7 +229,7 @@ def _common(one: tuple[int, int], other: tuple[int, int]) -> int:
     return max(0, min(one[1], other[1]) - max(one[0], other[0]))
 
 
-def _waiting(work: Any, received: Wire, group: Group) -> Callable[[], None]:
+def _waiting(work: Any, received: CommBuffer, group: Group) -> Callable[[], None]:
     def wait() -> None:
         _wait(work, received.sent.device, group.handle)
         received.unload()
@@ -260,9 +260,9 @@ def broadcast(group: Group, tensor: Tensor, source: int, purpose: str) -> Tensor
     """
     if group.size == 1:
         return tensor
-    wire = group.wire(tensor.contiguous())
+    comm_buffer = group.comm_buffer(tensor.contiguous())
     assert group.handle is not None
     meetings(group.handle).begin()
-    work = dist.broadcast(wire.sent, dist.get_global_rank(group.handle, source), group.handle, async_op=True)
-    _wait(work, wire.sent.device, group.handle, purpose)
-    return wire.unload()
+    work = dist.broadcast(comm_buffer.sent, dist.get_global_rank(group.handle, source), group.handle, async_op=True)
+    _wait(work, comm_buffer.sent.device, group.handle, purpose)
+    return comm_buffer.unload()

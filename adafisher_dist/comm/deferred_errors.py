@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 
-class Faults:
+class DeferredErrors:
     """The first error of this rank's own work in a step.
 
     A rank that raised between two collectives would leave the others waiting in the second. So its work runs through

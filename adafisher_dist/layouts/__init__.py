@@ -17,16 +17,16 @@ from adafisher_dist.layouts.deepspeed_wrappers import (
     calling_wrapper,
     engine_that_builds,
     left_idle,
-    meet_deepspeed,
     part_of_step,
     refuse_modes,
+    register_with_deepspeed,
     unexpected,
 )
 from adafisher_dist.layouts.storage import (
-    Given,
-    Held,
+    GivenParameters,
+    LocalShard,
     Parameter,
-    Registry,
+    ParameterInfo,
     Storage,
     UnsupportedLayoutError,
     whole_shape,
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = [
-    "Held",
+    "GivenParameters",
+    "LocalShard",
     "Parameter",
     "PartOfStep",
-    "Registry",
     "Storage",
     "UnsupportedLayoutError",
     "check_parameter",
@@ -50,13 +50,13 @@ __all__ = [
     "is_called_by_deepspeed",
     "is_called_by_torch_checkpoint",
     "is_dtensor",
-    "is_rehearsal",
+    "is_state_init_call",
     "left_idle",
     "locate",
-    "meet_deepspeed",
     "mesh_group",
     "part_of_step",
     "refresh_module",
+    "register_with_deepspeed",
     "rows_here",
     "storages",
     "whole_shape",
@@ -83,7 +83,7 @@ _MARKS = {
 
 
 def storages(
-    optimizer: Optimizer, tensors: Sequence[Tensor], registry: Registry, process_group: ProcessGroup | None,
+    optimizer: Optimizer, tensors: Sequence[Tensor], given_parameters: GivenParameters, process_group: ProcessGroup | None,
     wrapper: Any = None,
 ) -> list[Storage]:  # fmt: skip
     """What is stored where, for tensors that stand in the optimizer's param groups. Alike on all ranks; no collective.
@@ -91,15 +91,15 @@ def storages(
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
         tensors: the tensors.
-        registry: which parameters the user gave to the optimizer, as opposed to what a wrapper put in their place.
+        given_parameters: which parameters the user gave to the optimizer, as opposed to what a wrapper put in their place.
         process_group: the user's, for the replicated layout.
         wrapper: the DeepSpeed object that put the tensors there, where it is known; else it is the one that calls.
 
     Raises:
         UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use instead.
     """
-    given = [(tensor, registry.find(tensor)) for tensor in tensors]
-    own = [(tensor, origin) for tensor, origin in given if origin is not None]
+    info = [(tensor, given_parameters.find(tensor)) for tensor in tensors]
+    own = [(tensor, origin) for tensor, origin in info if origin is not None]
     if len(own) == len(tensors):
         _refuse_stages(optimizer)
         return _given_tensors(own, process_group)
@@ -109,9 +109,9 @@ def storages(
     try:
         if wrapper is not None and name in _SHARDED_WRAPPERS:
             storage_of, _ = _SHARDED_WRAPPERS[name]
-            return [storage_of(wrapper, tensor, registry) for tensor in tensors]
+            return [storage_of(wrapper, tensor, given_parameters) for tensor in tensors]
         if wrapper is not None and name == _REPLICATED_WRAPPER:
-            masters = [(tensor, replicated.master_of(wrapper, tensor, registry)) for tensor in tensors]
+            masters = [(tensor, replicated.master_of(wrapper, tensor, given_parameters)) for tensor in tensors]
             return _by_device(masters, join(process_group))
     except AttributeError as error:
         raise unexpected(wrapper, f"lacks what it is recognised by ({error})") from error
@@ -146,7 +146,7 @@ def refresh_module(wrapper: Any) -> None:
         wrapper.update_lp_params()
 
 
-def locate(tensor: Tensor, group: Group) -> Held:
+def locate(tensor: Tensor, group: Group) -> LocalShard:
     """Where the elements of a model's parameter or buffer are, that no wrapper keeps an fp32 copy of.
 
     Args:
@@ -159,10 +159,10 @@ def locate(tensor: Tensor, group: Group) -> Held:
         return fsdp2.locate(tensor)
     if hasattr(tensor, "ds_id"):
         return zero3.locate(tensor)
-    return Held(tensor.detach(), 0, tensor.numel(), group, replicated=True)
+    return LocalShard(tensor.detach(), 0, tensor.numel(), group, replicated=True)
 
 
-def is_rehearsal(optimizer: Optimizer) -> bool:
+def is_state_init_call(optimizer: Optimizer) -> bool:
     """Whether this call of step() is DeepSpeed's own, with all-zero gradients: not a training step.
 
     FP16_UnfusedOptimizer makes one at start-up (`unfused_optimizer.py`), to have other optimizers allocate their state.
@@ -208,9 +208,9 @@ def rows_here(value: Tensor, group: Group, what: str) -> Tensor:
     return dtensors.rows_here(value, group, what)
 
 
-def mesh_group(registry: Registry) -> Group | None:
+def mesh_group(given_parameters: GivenParameters) -> Group | None:
     """The ranks of the device mesh that the given parameters are sharded over; None where none is a DTensor."""
-    mesh = next((tensor.device_mesh for tensor in registry if hasattr(tensor, "device_mesh")), None)
+    mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
     if mesh is None:
         return None
     from adafisher_dist.layouts import fsdp2
@@ -218,12 +218,14 @@ def mesh_group(registry: Registry) -> Group | None:
     return fsdp2.group_of(mesh)
 
 
-def control_of(registry: Registry, process_group: ProcessGroup | None, purpose: str, error: type[Exception]) -> Control:
+def control_of(
+    given_parameters: GivenParameters, process_group: ProcessGroup | None, purpose: str, error: type[Exception]
+) -> Control:
     """The ranks that save and load together: of the device mesh where there is one, else of the process group.
 
     See `control` for `purpose` and `error`.
     """
-    mesh = next((tensor.device_mesh for tensor in registry if hasattr(tensor, "device_mesh")), None)
+    mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
     if mesh is not None:
         return control(mesh.mesh.flatten().tolist(), None, purpose, error)
     ranks = None if process_group is None else sorted(join(process_group).members)
@@ -259,26 +261,28 @@ def _refuse_stages(optimizer: Optimizer) -> None:
     )
 
 
-def _given_tensors(members: Sequence[tuple[Tensor, Given]], process_group: ProcessGroup | None) -> list[Storage]:
+def _given_tensors(
+    members: Sequence[tuple[Tensor, ParameterInfo]], process_group: ProcessGroup | None
+) -> list[Storage]:
     """Of parameters that nobody replaced: plain tensors are replicated, DTensors sharded over their mesh."""
-    plain: list[tuple[Tensor, Given]] = []
-    by_mesh: list[tuple[Any, list[tuple[Tensor, Given]]]] = []
-    for tensor, given in members:
-        check_parameter(tensor, given.name)
+    plain: list[tuple[Tensor, ParameterInfo]] = []
+    by_mesh: list[tuple[Any, list[tuple[Tensor, ParameterInfo]]]] = []
+    for tensor, info in members:
+        check_parameter(tensor, info.name)
         if hasattr(tensor, "ds_id"):
             raise UnsupportedLayoutError(
-                f"{given.name} is laid out by DeepSpeed ZeRO stage 3, but step() was not called by DeepSpeed's engine;"
+                f"{info.name} is laid out by DeepSpeed ZeRO stage 3, but step() was not called by DeepSpeed's engine;"
                 " call engine.step()."
             )
         if hasattr(tensor, "device_mesh"):
             mesh = tensor.device_mesh
             known = next((group for other, group in by_mesh if other == mesh), None)
             if known is None:
-                by_mesh.append((mesh, [(tensor, given)]))
+                by_mesh.append((mesh, [(tensor, info)]))
             else:
-                known.append((tensor, given))
+                known.append((tensor, info))
         else:
-            plain.append((tensor, given))
+            plain.append((tensor, info))
     result = _by_device(plain, join(process_group)) if plain else []
     if by_mesh:
         from adafisher_dist.layouts import fsdp2
@@ -287,8 +291,8 @@ def _given_tensors(members: Sequence[tuple[Tensor, Given]], process_group: Proce
     return result
 
 
-def _by_device(members: Sequence[tuple[Tensor, Given]], group: Group) -> list[Storage]:
-    by_device: dict[Any, list[tuple[Tensor, Given]]] = {}
-    for tensor, given in members:
-        by_device.setdefault(tensor.device, []).append((tensor, given))
+def _by_device(members: Sequence[tuple[Tensor, ParameterInfo]], group: Group) -> list[Storage]:
+    by_device: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
+    for tensor, info in members:
+        by_device.setdefault(tensor.device, []).append((tensor, info))
     return [replicated.storage(same, group) for same in by_device.values()]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adafisher_dist.layouts.storage import Given, Registry, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import GivenParameters, ParameterInfo, UnsupportedLayoutError
 
 _ENGINE = "deepspeed.runtime.engine"
 
@@ -112,7 +112,7 @@ _built: WeakSet[Optimizer] = WeakSet()
 _classes: list[type] = []
 
 
-def meet_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
+def register_with_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
     """Make an optimizer known to DeepSpeed, whether that is loaded already or will be.
 
     Args:
@@ -195,27 +195,27 @@ def left_idle(module: nn.Module, used: Optimizer, given_to: Callable[[Optimizer]
     own = {id(parameter) for parameter in module.parameters()}
     found = []
     for optimizer in list(_built):
-        given = [id(parameter) for parameter in given_to(optimizer)]
-        if given and own.issuperset(given):
+        info = [id(parameter) for parameter in given_to(optimizer)]
+        if info and own.issuperset(info):
             found.append(optimizer)
             _built.discard(optimizer)
     return found
 
 
-def known_as(wrapper: Any, parameter: Tensor, registry: Registry) -> Given:
+def info_of(wrapper: Any, parameter: Tensor, given_parameters: GivenParameters) -> ParameterInfo:
     """How a model parameter was given, with DeepSpeed's name for it: its own engine passes parameters without names.
 
     Raises:
         UnsupportedLayoutError: it was not given to the optimizer, or is itself a part of a parallel layer.
     """
-    given = registry.find(parameter)
-    if given is None:
+    info = given_parameters.find(parameter)
+    if info is None:
         raise UnsupportedLayoutError(
             f"{type(wrapper).__name__} holds a parameter of shape {tuple(parameter.shape)} that was not given to"
             " AdaFisher. Pass the same parameters to both."
         )
     names = getattr(wrapper, "param_names", {})
-    return replace(given, name=names.get(parameter, given.name))
+    return replace(info, name=names.get(parameter, info.name))
 
 
 def refuse_modes(wrapper: Any, modes: Mapping[str, object]) -> None:

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import join
-from adafisher_dist.layouts.deepspeed_wrappers import known_as, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import Parameter, Registry, Storage
+from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import GivenParameters, Parameter, Storage
 
 
-def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
+def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -> Storage:
     """What the ranks store of the param group whose partition on this rank is `partition`.
 
     Args:
         wrapper: DeepSpeed's DeepSpeedZeroOptimizer.
         partition: one of its `single_partition_of_fp32_groups`; (k,) fp32.
-        registry: the parameters that the optimizer was given.
+        given_parameters: the parameters that the optimizer was given.
 
     Raises:
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
@@ -44,10 +44,10 @@ def zero12(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
     )
     stage = 2 if wrapper.partition_gradients else 1
     groups = (wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, wrapper.bit16_groups)
-    return _storage(f"ZeRO-{stage}", wrapper, partition, groups, registry)
+    return _storage(f"ZeRO-{stage}", wrapper, partition, groups, given_parameters)
 
 
-def bf16_optimizer(wrapper: Any, partition: Tensor, registry: Registry) -> Storage:
+def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -> Storage:
     """The same for DeepSpeed's BF16_Optimizer: stage 1 in bf16 with gradients accumulated in fp32.
 
     Raises:
@@ -58,7 +58,7 @@ def bf16_optimizer(wrapper: Any, partition: Tensor, registry: Registry) -> Stora
         {"mixture of experts": wrapper.has_moe_layers, "model or pipeline parallelism": wrapper.mpu is not None},
     )
     groups = (wrapper.fp32_groups_flat_partition, wrapper.bf16_groups_flat, wrapper.bf16_groups)
-    return _storage("BF16_Optimizer", wrapper, partition, groups, registry)
+    return _storage("BF16_Optimizer", wrapper, partition, groups, given_parameters)
 
 
 def _storage(
@@ -66,7 +66,7 @@ def _storage(
     wrapper: Any,
     partition: Tensor,
     groups: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]]],
-    registry: Registry,
+    given_parameters: GivenParameters,
 ) -> Storage:
     index = next((i for i, flat in enumerate(groups[0]) if flat is partition), None)
     if index is None:
@@ -74,10 +74,10 @@ def _storage(
     buffer, members = groups[1][index], groups[2][index]
     group = join(wrapper.real_dp_process_group[index])
     _check_buffer(wrapper, buffer, members, partition, group.size)
-    parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.shape), 0) for p in members]
+    parameters = [Parameter(info_of(wrapper, p, given_parameters), tuple(p.shape), 0) for p in members]
     offsets = [int(p.storage_offset() - buffer.storage_offset()) for p in members]
-    placed = placement.in_partitions(offsets, [p.numel() for p in members], partition.numel(), group.size)
-    return Storage(layout, group, [partition], parameters, placed, replicated=False)
+    stored_spans = placement.in_partitions(offsets, [p.numel() for p in members], partition.numel(), group.size)
+    return Storage(layout, group, [partition], parameters, stored_spans, replicated=False)
 
 
 def _check_buffer(wrapper: Any, buffer: Tensor, members: list[Tensor], partition: Tensor, world_size: int) -> None:

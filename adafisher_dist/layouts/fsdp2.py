@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import Group, join
-from adafisher_dist.layouts.storage import Given, Held, Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import LocalShard, Parameter, ParameterInfo, Storage, UnsupportedLayoutError
 
 
 def mesh_of(parameter: Tensor, name: str) -> Any:
@@ -41,27 +41,27 @@ def group_of(mesh: Any) -> Group:
     return join(mesh.get_group(mesh.ndim - 1), join(mesh.get_group(0)) if mesh.ndim == 2 else None)
 
 
-def storage(members: Sequence[tuple[Tensor, Given]], mesh: Any) -> Storage:
+def storage(members: Sequence[tuple[Tensor, ParameterInfo]], mesh: Any) -> Storage:
     """What the ranks store of parameters that are sharded over one mesh.
 
     Raises:
         UnsupportedLayoutError: a local shard is not of the size that it should have.
     """
     group = group_of(mesh)
-    for tensor, given in members:
+    for tensor, info in members:
         start, stop = placement.rows_of(tensor.shape, group.rank, group.size)
-        _check_shard(tensor, given.name, stop - start)
+        _check_shard(tensor, info.name, stop - start)
     return Storage(
         layout="FSDP2" if group.replicas is None else "HSDP",
         group=group,
         tensors=[tensor for tensor, _ in members],
-        parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
-        placed=placement.by_rows([tuple(tensor.shape) for tensor, _ in members], group.size),
+        parameters=[Parameter(info, tuple(tensor.shape), i) for i, (tensor, info) in enumerate(members)],
+        stored_spans=placement.by_rows([tuple(tensor.shape) for tensor, _ in members], group.size),
         replicated=False,
     )
 
 
-def locate(parameter: Tensor) -> Held:
+def locate(parameter: Tensor) -> LocalShard:
     """What this rank holds of a DTensor.
 
     Raises:
@@ -71,7 +71,7 @@ def locate(parameter: Tensor) -> Held:
     group = group_of(mesh_of(parameter, "a parameter"))
     start, stop = placement.rows_of(parameter.shape, group.rank, group.size)
     _check_shard(parameter, "a parameter", stop - start)
-    return Held(parameter.to_local().detach(), start, stop, group, replicated=False)
+    return LocalShard(parameter.to_local().detach(), start, stop, group, replicated=False)
 
 
 def _check_shard(tensor: Tensor, name: str, numel: int) -> None:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import Group
-from adafisher_dist.layouts.deepspeed_wrappers import known_as, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import Given, Parameter, Registry, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import GivenParameters, Parameter, ParameterInfo, Storage, UnsupportedLayoutError
 
 
-def storage(members: Sequence[tuple[Tensor, Given]], group: Group) -> Storage:
+def storage(members: Sequence[tuple[Tensor, ParameterInfo]], group: Group) -> Storage:
     """Each tensor is one whole parameter, the same on every rank."""
     tensors = [tensor for tensor, _ in members]
     return Storage(
         layout="replicated" if group.size > 1 else "one process",
         group=group,
         tensors=tensors,
-        parameters=[Parameter(given, tuple(tensor.shape), i) for i, (tensor, given) in enumerate(members)],
-        placed=placement.everywhere([tensor.numel() for tensor in tensors], group.size),
+        parameters=[Parameter(info, tuple(tensor.shape), i) for i, (tensor, info) in enumerate(members)],
+        stored_spans=placement.everywhere([tensor.numel() for tensor in tensors], group.size),
         replicated=True,
     )
 
@@ -50,7 +50,7 @@ def refresh(wrapper: Any) -> None:
             parameter.data.copy_(master.data)
 
 
-def master_of(wrapper: Any, tensor: Tensor, registry: Registry) -> Given:
+def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -> ParameterInfo:
     """Which parameter DeepSpeed's FP16_UnfusedOptimizer keeps an fp32 copy of in `tensor`.
 
     Raises:
@@ -64,5 +64,5 @@ def master_of(wrapper: Any, tensor: Tensor, registry: Registry) -> Given:
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, members, strict=True):
             if master is tensor:
-                return known_as(wrapper, parameter, registry)
+                return info_of(wrapper, parameter, given_parameters)
     raise unexpected(wrapper, "steps a tensor that is none of its fp32 copies")

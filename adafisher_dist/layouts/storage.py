@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adafisher_dist.blocks.sharding import Placed
+from adafisher_dist.blocks.sharding import StoredSpan
 from adafisher_dist.comm.collectives import Group
 
 
@@ -18,7 +18,7 @@ class UnsupportedLayoutError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ParameterInfo:
     """A parameter as the optimizer was given it: its name, its position among all of them, and its param group."""
 
     name: str
@@ -30,28 +30,28 @@ class Given:
 class Parameter:
     """A model parameter: how it was given, its whole shape, and the number of the stored tensor that holds it."""
 
-    given: Given
+    info: ParameterInfo
     shape: tuple[int, ...]
     tensor: int
 
     @property
     def name(self) -> str:
         """Its name."""
-        return self.given.name
+        return self.info.name
 
 
-class Registry:
+class GivenParameters:
     """The parameters that the optimizer was given, in order, whatever a wrapper puts in their place later."""
 
     def __init__(self) -> None:
         # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
-        self._given: dict[int, tuple[Tensor, Given]] = {}
+        self._given: dict[int, tuple[Tensor, ParameterInfo]] = {}
         self._shapes: list[tuple[int, ...]] = []
         self._groups: list[list[int]] = []  # ids, by param group
 
     def add(self, tensor: Tensor, name: str, group: int) -> None:
         """Register the next parameter, of this param group."""
-        self._given[id(tensor)] = tensor, Given(name, len(self._shapes), group)
+        self._given[id(tensor)] = tensor, ParameterInfo(name, len(self._shapes), group)
         self._shapes.append(whole_shape(tensor))
         self._groups += [[] for _ in range(group + 1 - len(self._groups))]
         self._groups[group].append(id(tensor))
@@ -73,7 +73,7 @@ class Registry:
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
 
-    def given(self) -> Iterator[tuple[Tensor, Given]]:
+    def info(self) -> Iterator[tuple[Tensor, ParameterInfo]]:
         """The parameters, and how each was given."""
         return iter(self._given.values())
 
@@ -81,12 +81,12 @@ class Registry:
         """By the id of each parameter: its param group, and its number there."""
         numbers: Counter[int] = Counter()
         found = {}
-        for key, (_, given) in self._given.items():
-            found[key] = given.group, numbers[given.group]
-            numbers[given.group] += 1
+        for key, (_, info) in self._given.items():
+            found[key] = info.group, numbers[info.group]
+            numbers[info.group] += 1
         return found
 
-    def find(self, tensor: Tensor) -> Given | None:
+    def find(self, tensor: Tensor) -> ParameterInfo | None:
         """How a parameter was given; None where it was not."""
         return self._given[id(tensor)][1] if id(tensor) in self._given else None
 
@@ -100,7 +100,7 @@ class Storage:
         group: the ranks that the parameters are spread over, or replicated on.
         tensors: what `param_groups` holds on this rank; their `.grad` are the gradients, averaged over ranks.
         parameters: in the order of `param_groups`.
-        placed: for each rank, the spans that it stores. Where `replicated`, the same for every rank.
+        stored_spans: for each rank, the spans that it stores. Where `replicated`, the same for every rank.
         replicated: every rank stores everything; otherwise, every element is stored on one rank.
     """
 
@@ -108,7 +108,7 @@ class Storage:
     group: Group
     tensors: Sequence[Tensor]
     parameters: Sequence[Parameter]
-    placed: Sequence[Sequence[Placed]]
+    stored_spans: Sequence[Sequence[StoredSpan]]
     replicated: bool
 
     @property
@@ -137,7 +137,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class LocalShard:
     """What this rank holds of one parameter or buffer: elements [start, stop) of the whole, flattened row-major.
 
     Attributes:

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import join
-from adafisher_dist.layouts.deepspeed_wrappers import known_as, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import Held, Parameter, Registry, Storage
+from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import GivenParameters, LocalShard, Parameter, Storage
 
 
-def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
+def storage(wrapper: Any, flat: Tensor, given_parameters: GivenParameters) -> Storage:
     """What the ranks store of the sub-group whose pieces on this rank are `flat`.
 
     Args:
         wrapper: DeepSpeed's DeepSpeedZeroOptimizer_Stage3.
         flat: one of its `fp32_partitioned_groups_flat`; 1-d fp32.
-        registry: the parameters that the optimizer was given.
+        given_parameters: the parameters that the optimizer was given.
 
     Raises:
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
@@ -48,15 +48,15 @@ def storage(wrapper: Any, flat: Tensor, registry: Registry) -> Storage:
         raise unexpected(wrapper, "steps a tensor that is none of its fp32 partitions")
     members = wrapper.fp16_groups[index]
     group = join(wrapper.sub_group_process_groups[index])
-    parameters = [Parameter(known_as(wrapper, p, registry), tuple(p.ds_shape), 0) for p in members]
+    parameters = [Parameter(info_of(wrapper, p, given_parameters), tuple(p.ds_shape), 0) for p in members]
     lengths, numels = [p.partition_numel() for p in members], [p.ds_numel for p in members]
     for length, numel in zip(lengths, numels, strict=True):
         if length * group.size < numel:
             raise unexpected(wrapper, f"holds {numel} elements in {group.size} parts of only {length}")
     if sum(lengths) != flat.numel():
         raise unexpected(wrapper, f"has {flat.numel()} elements in a sub-group whose parameters need {sum(lengths)}")
-    placed = placement.one_by_one(numels, lengths, group.size)
-    return Storage("ZeRO-3", group, [flat], parameters, placed, replicated=False)
+    stored_spans = placement.one_by_one(numels, lengths, group.size)
+    return Storage("ZeRO-3", group, [flat], parameters, stored_spans, replicated=False)
 
 
 def refresh(wrapper: Any) -> None:
@@ -71,9 +71,9 @@ def refresh(wrapper: Any) -> None:
         wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
 
 
-def locate(parameter: Any) -> Held:
+def locate(parameter: Any) -> LocalShard:
     """What this rank holds of a partitioned parameter, in the model's precision."""
     group = join(parameter.ds_process_group)
     length, numel = parameter.partition_numel(), parameter.ds_numel
     start, stop = min(numel, group.rank * length), min(numel, (group.rank + 1) * length)
-    return Held(parameter.ds_tensor.data[: stop - start], start, stop, group, replicated=False)
+    return LocalShard(parameter.ds_tensor.data[: stop - start], start, stop, group, replicated=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks.grid import Kind
 from adafisher_dist.numerics import fisher
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -38,12 +38,12 @@ class Batch:
         made_N: for each kept root, the step t at which it was made; -1 where that is not known.
         number_N: each block's number q, which decides when its root is refreshed and how a bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
-        rungs: for each block, how often its factorisation needed each rung of the ladder.
+        fallback_counts: for each block, how often its factorisation needed each fallback.
     """
 
     group: int
     kind: Kind
-    structure: Structure
+    structure: StateConfig
     gradient_NDB: Tensor
     momentum_NDB: Tensor
     fisher: Tensor
@@ -53,7 +53,7 @@ class Batch:
     made_N: Numbers | None
     number_N: Numbers
     seeding_N: Tensor | None
-    rungs: dict[int, list[int]] = field(default_factory=dict)
+    fallback_counts: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -86,7 +86,7 @@ class Batch:
 
 
 def allocate(
-    group: int, kind: Kind, structure: Structure, number: Numbers, device: torch.device, zeroed: bool = True
+    group: int, kind: Kind, structure: StateConfig, number: Numbers, device: torch.device, zeroed: bool = True
 ) -> Batch:  # fmt: skip
     """A batch of blocks of these numbers that have seen no gradient.
 
@@ -114,7 +114,7 @@ def allocate(
     )
 
 
-def fisher_shape(kind: Kind, structure: Structure) -> tuple[int, ...]:
+def fisher_shape(kind: Kind, structure: StateConfig) -> tuple[int, ...]:
     """How a block's F is stored."""
     if not kind.dense:
         return (1,)
@@ -126,7 +126,7 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
     return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
 
 
-def waits_for_nothing(structure: Structure) -> bool:
+def waits_for_nothing(structure: StateConfig) -> bool:
     """Whether the arithmetic of a param group asks the device nothing, so that a host need not wait for it.
 
     A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor would have to be put
@@ -136,7 +136,13 @@ def waits_for_nothing(structure: Structure) -> bool:
 
 
 def compute(
-    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor | None = None
+    batch: Batch,
+    start: int,
+    stop: int,
+    step: int,
+    updates: int,
+    settings: Mapping[str, Any],
+    should_step: Tensor | None = None,
 ) -> None:
     """One step of rows [start, stop): their gradient goes into m and F, and the update u takes its place.
 
@@ -149,7 +155,7 @@ def compute(
         step: t, this step included.
         updates: k, this step included where it updates F.
         settings: the param group.
-        go: where it is given, an int32 0-d tensor on the device. If it is 0, u is 0 and nothing else changes, whatever
+        should_step: where it is given, an int32 0-d tensor on the device. If it is 0, u is 0 and nothing else changes, whatever
             is in the gradient; nobody waits to know.
     """
     device = batch.fisher.device
@@ -157,7 +163,7 @@ def compute(
     rows = tiles * tile_rows(batch) if device.type == "cpu" else stop - start
     with fisher.full_precision(device):
         for begin in range(start, stop, rows):
-            _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings, go)
+            _compute_rows(batch, begin, min(stop, begin + rows), step, updates, settings, should_step)
 
 
 def tile_rows(batch: Batch) -> int:
@@ -166,20 +172,26 @@ def tile_rows(batch: Batch) -> int:
 
 
 def _compute_rows(
-    batch: Batch, start: int, stop: int, step: int, updates: int, settings: Mapping[str, Any], go: Tensor | None
+    batch: Batch,
+    start: int,
+    stop: int,
+    step: int,
+    updates: int,
+    settings: Mapping[str, Any],
+    should_step: Tensor | None,
 ) -> None:
     """A step of some rows. What takes B numbers a block is done for all of them, what takes B² in tiles."""
     gradient_NDB, momentum_NDB = batch.gradient_NDB[start:stop], batch.momentum_NDB[start:stop]
-    if go is not None:
-        gradient_NDB.copy_(torch.where(go.bool(), gradient_NDB, 0.0))
+    if should_step is not None:
+        gradient_NDB.copy_(torch.where(should_step.bool(), gradient_NDB, 0.0))
     mu, eps = settings["momentum"], settings["eps"]  # μ, ε
     unbias_m = 1 / (1 - mu**step) if settings["bias_correction"] else 1.0
-    momentum_NDB.lerp_(gradient_NDB, _gated(go, 1 - mu, 0.0, momentum_NDB))
+    momentum_NDB.lerp_(gradient_NDB, _if_stepping(should_step, 1 - mu, 0.0, momentum_NDB))
     if settings["nesterov"]:
         hat_NDB = (momentum_NDB * (mu * unbias_m)).add_(gradient_NDB, alpha=1 - mu)
     else:
         hat_NDB = momentum_NDB * unbias_m
-    decay = _gated(go, settings["fisher_decay"], 1.0, momentum_NDB)  # ρ
+    decay = _if_stepping(should_step, settings["fisher_decay"], 1.0, momentum_NDB)  # ρ
     if batch.dense and batch.structure.grafting == "rms":
         square_ND = _squares(batch, start, stop, step, updates, settings, decay)
         weight_ND = None if square_ND is None else fisher.row_weights(square_ND)
@@ -195,14 +207,14 @@ def _compute_rows(
         _update_fisher(batch, batch.fisher[start:stop], start, None, step, updates, settings, decay)
         moment_N11 = batch.fisher[start:stop].to(hat_NDB.dtype).unsqueeze(2) * _unbias(updates, settings)
         update_NDB = fisher.diagonal_update(hat_NDB, moment_N11, eps)
-    gradient_NDB.copy_(update_NDB if go is None else torch.where(go.bool(), update_NDB, 0.0))
+    gradient_NDB.copy_(update_NDB if should_step is None else torch.where(should_step.bool(), update_NDB, 0.0))
 
 
-def _gated(go: Tensor | None, on: float, off: float, like: Tensor) -> float | Tensor:
-    """One number or the other, as `go` has it on the device."""
-    if go is None:
+def _if_stepping(should_step: Tensor | None, on: float, off: float, like: Tensor) -> float | Tensor:
+    """One number or the other, as `should_step` has it on the device."""
+    if should_step is None:
         return on
-    return torch.where(go.bool(), torch.full((), on, dtype=like.dtype, device=like.device), off)
+    return torch.where(should_step.bool(), torch.full((), on, dtype=like.dtype, device=like.device), off)
 
 
 def _squares(
@@ -330,17 +342,17 @@ def damping(batch: Batch, settings: Mapping[str, Any]) -> tuple[float, float]:
 def _fresh(
     batch: Batch, fisher_NBB: Tensor, rows: Numbers, unbias: float, settings: Mapping[str, Any]
 ) -> fisher.Factor:
-    """The factor of these rows of the batch; counts where the ladder was needed."""
+    """The factor of these rows of the batch; counts where a fallback was needed."""
     structure, exact = batch.structure, batch.structure.grafting == "none"
     factor = fisher.factorize(
         fisher_NBB, unbias, *damping(batch, settings), structure.exponent, structure.compute_dtype, exact
     )
-    if factor.rungs_N is not None:
-        _count(batch.rungs, rows, factor.rungs_N)
+    if factor.fallback_N is not None:
+        _count(batch.fallback_counts, rows, factor.fallback_N)
     return factor
 
 
-def _count(rungs: dict[int, list[int]], rows: Numbers, rungs_N: Tensor) -> None:
-    for row, rung in zip(rows.tolist(), rungs_N.tolist(), strict=True):
-        if rung:
-            rungs.setdefault(row, [0] * len(fisher.RUNGS))[rung - 1] += 1
+def _count(fallback_counts: dict[int, list[int]], rows: Numbers, fallback_N: Tensor) -> None:
+    for row, fallback in zip(rows.tolist(), fallback_N.tolist(), strict=True):
+        if fallback:
+            fallback_counts.setdefault(row, [0] * len(fisher.FALLBACKS))[fallback - 1] += 1

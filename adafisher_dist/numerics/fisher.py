@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RUNGS = ("more damping", "float64", "diagonal")
+FALLBACKS = ("more damping", "float64", "diagonal")
 
 # The iteration of Newton and Schulz for polar factors and inverse roots, with the coefficients of Jordan et al. (2024,
 # "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times. It takes singular values from 2e-3 on to between 0.68 and
@@ -28,12 +28,12 @@ class Factor(NamedTuple):
     """What preconditions a stack of blocks: made once by `factorize`, applied often by `solve`.
 
     root_NBB is the lower Cholesky factor of A where `triangular`, else A^(−p); d_N the mean curvature that A was scaled
-    by. rungs_N is None, or for each block the rung of the ladder that gave its factor (0: none was needed).
+    by. rungs_N is None, or for each block the fallback of the fallbacks that gave its factor (0: none was needed).
     """
 
     root_NBB: Tensor
     d_N: Tensor
-    rungs_N: Tensor | None
+    fallback_N: Tensor | None
     triangular: bool
 
 
@@ -218,8 +218,8 @@ def factorize(
 ) -> Factor:  # fmt: skip
     """Factorise A = F̂/d + damping · I, where damping is DESIGN's δ + ε, or more: see `rounding_noise`.
 
-    Never raises for a bad block. For p = 1 it walks the ladder (ten times the damping, at least 1e-2; that in float64;
-    the diagonal), and `rungs_N` tells how far. d = 0 gives the factor of damping · I. `exact` is of A^(−1/2).
+    Never raises for a bad block. For p = 1 it walks the fallbacks (ten times the damping, at least 1e-2; that in float64;
+    the diagonal), and `fallback_N` tells how far. d = 0 gives the factor of damping · I. `exact` is of A^(−1/2).
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
@@ -228,8 +228,8 @@ def factorize(
         return Factor(inverse_root(a_NBB, exact), d_N, None, triangular=False)
     root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
     failed_N = info_N != 0
-    rungs_N = _climb(a_NBB, root_NBB, failed_N, damping) if bool(failed_N.any()) else None
-    return Factor(root_NBB, d_N, rungs_N, triangular=True)
+    fallback_N = _fall_back(a_NBB, root_NBB, failed_N, damping) if bool(failed_N.any()) else None
+    return Factor(root_NBB, d_N, fallback_N, triangular=True)
 
 
 def inverse_root(a_NBB: Tensor, exact: bool) -> Tensor:
@@ -358,20 +358,20 @@ def diagonal_update(momentum: Tensor, moment: Tensor, eps: float) -> Tensor:
     return torch.where(moment > 0, momentum / moment.sqrt().add_(eps), 0.0)
 
 
-def _climb(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float) -> Tensor:
+def _fall_back(a_NBB: Tensor, root_NBB: Tensor, failed_N: Tensor, damping: float) -> Tensor:
     """Replace the failed Cholesky factors in `root_NBB`; returns rungs_N."""
-    rungs_N = torch.zeros_like(failed_N, dtype=torch.int64)
+    fallback_N = torch.zeros_like(failed_N, dtype=torch.int64)
     failed = failed_N.nonzero().squeeze(1)
     more_NBB = a_NBB[failed]
     more_NBB.diagonal(dim1=1, dim2=2).add_(max(10 * damping, 1e-2) - damping)
-    for rung, dtype in enumerate((a_NBB.dtype, torch.float64), start=1):
+    for fallback, dtype in enumerate((a_NBB.dtype, torch.float64), start=1):
         again_NBB, info_N = torch.linalg.cholesky_ex(more_NBB.to(dtype))
         still_N = info_N != 0
         root_NBB[failed] = again_NBB.to(root_NBB.dtype)
-        rungs_N[failed] = rung
+        fallback_N[failed] = fallback
         failed, more_NBB = failed[still_N], more_NBB[still_N]
         if len(failed) == 0:
-            return rungs_N
+            return fallback_N
     root_NBB[failed] = torch.diag_embed(more_NBB.diagonal(dim1=1, dim2=2).clamp_min(1e-2).sqrt())
-    rungs_N[failed] = len(RUNGS)
-    return rungs_N
+    fallback_N[failed] = len(FALLBACKS)
+    return fallback_N

@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translate, translate_group
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.optimizer import state_dicts
-from adafisher_dist.optimizer.registry import Roster
+from adafisher_dist.optimizer.registry import ParameterRegistry
 from adafisher_dist.settings import DEFAULTS, OF_ALL_GROUPS, normalize, preset
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping import metrics
-from adafisher_dist.stepping.consistency import settle
+from adafisher_dist.stepping.consistency import raise_if_any_failed
 from adafisher_dist.stepping.step import Engine
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class AdaFisher(Optimizer):
     """
 
     # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
-    _beside = False
+    _state_is_elsewhere = False
     _told_of_betas = False
 
     @_translated
@@ -153,10 +153,10 @@ class AdaFisher(Optimizer):
         normalize(defaults)
         if memory_budget_gb is not None and block_size != "auto":
             raise ValueError(f'memory_budget_gb is for block_size="auto", and block_size is {block_size}.')
-        self._roster = Roster(self, process_group)
+        self._registry = ParameterRegistry(self, process_group)
         self._reset()
         super().__init__(params, defaults)
-        layouts.meet_deepspeed(self)
+        layouts.register_with_deepspeed(self)
 
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
@@ -169,10 +169,10 @@ class AdaFisher(Optimizer):
         return cls(params, **{**preset("image_classification"), **overrides})
 
     def _reset(self) -> None:
-        meter = self._roster.engine.meter
-        self._roster.engine = Engine()
-        self._roster.engine.meter = meter
-        self._roster.foreseen = []
+        meter = self._registry.engine.meter
+        self._registry.engine = Engine()
+        self._registry.engine.meter = meter
+        self._registry.prebuilt = []
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
@@ -200,11 +200,11 @@ class AdaFisher(Optimizer):
                         f"{key} is one for the whole optimizer ({self.defaults[key]}), but a param group asks for"
                         f" {group[key]}. Use two optimizers."
                     )
-            self._roster.check(len(self.param_groups) - 1)
+            self._registry.check(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
-        self._roster.register(len(self.param_groups) - 1)
+        self._registry.register(len(self.param_groups) - 1)
         self._tell_of_betas(notice)
 
     @overload
@@ -239,34 +239,38 @@ class AdaFisher(Optimizer):
             for tensor in group["params"]
             if tensor.grad is not None
         }
-        faults = Faults()
-        faults.attempt(_refuse_capture)
-        faults.attempt(self._roster.follow)
+        errors = DeferredErrors()
+        errors.attempt(_refuse_capture)
+        errors.attempt(self._registry.sync_param_groups)
         if layouts.is_called_by_torch_checkpoint():  # it wants a state to be there; the gradients are its own zeros
-            faults.attempt(self._roster.foresee)  # what fails here fails again in state_dict(), on all ranks
+            errors.attempt(
+                self._registry.init_missing_shards
+            )  # what fails here fails again in state_dict(), on all ranks
             return loss
-        faults.attempt(self._roster.drop_foreseen)
+        errors.attempt(self._registry.drop_unused_shards)
         if not groups:
             self._warn_of_no_gradients()
-        new = [tensor for tensor, _ in groups.values() if tensor not in self._roster.engine]
-        if new and layouts.is_rehearsal(self):
+        new = [tensor for tensor, _ in groups.values() if tensor not in self._registry.engine]
+        if new and layouts.is_state_init_call(self):
             return loss
-        faults.attempt(partial(self._roster.adopt, self._roster.engine.shards_of(groups)))
-        faults.attempt(partial(self._roster.enlist, new))
+        errors.attempt(partial(self._registry.sync_user_state, self._registry.engine.shards_of(groups)))
+        errors.attempt(partial(self._registry.init_shards, new))
         try:
             settings = {key: group for key, (_, group) in groups.items()}
-            before = self._roster.engine.skipped
+            before = self._registry.engine.skipped
             part = layouts.part_of_step(self)
-            self._roster.engine.step(settings, self._roster.ranks(), faults, part, self._roster.largest_gradient())
+            self._registry.engine.step(
+                settings, self._registry.ranks(), errors, part, self._registry.largest_gradient()
+            )
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
                 step = self.state.get(tensor, {}).get("step")
-                if tensor not in self._roster.engine and step is not None and not step.any():
+                if tensor not in self._registry.engine and step is not None and not step.any():
                     del self.state[tensor]
             raise
         self._consolidated = self._elsewhere = None
-        if self._roster.engine.skipped > before:
-            self._tell_of_skip(self._roster.engine.skipped)
+        if self._registry.engine.skipped > before:
+            self._tell_of_skip(self._registry.engine.skipped)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,14 +282,14 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
         """
-        self._roster.engine.check()
-        if self._beside:
-            return state_dicts.beside(super().state_dict()["param_groups"])
-        self._roster.follow()
+        self._registry.engine.check()
+        if self._state_is_elsewhere:
+            return state_dicts.without_state(super().state_dict()["param_groups"])
+        self._registry.sync_param_groups()
         if layouts.is_called_by_torch_checkpoint():
             return self._state_dict_for_torch()
-        self._roster.adopt(self._roster.shards)
-        shards = self._roster.shards
+        self._registry.sync_user_state(self._registry.shards)
+        shards = self._registry.shards
         if state_dicts.is_partial(shards) or not any(shard.storage.group.size > 1 for shard in shards):
             self._consolidated = None
             return {**super().state_dict(), state_dicts.META: state_dicts.describe(shards)}
@@ -296,7 +300,7 @@ class AdaFisher(Optimizer):
                 " rank that saves."
             )
         part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
-        return self._packed(self._consolidated, {"format": state_dicts.FORMAT, "part": part})
+        return self._packed(self._consolidated, {"format": state_dicts.STATE_DICT_FORMAT, "part": part})
 
     def _state_dict_for_torch(self) -> dict[str, Any]:
         """The whole state, of all parameters that can be trained, as torch's checkpoint functions carry it.
@@ -305,16 +309,16 @@ class AdaFisher(Optimizer):
         consolidated, but for parameters that have seen no step. Whatever is loaded into it comes back to
         `load_state_dict`.
         """
-        if self._roster.is_sharded:
-            return self._packed(self._roster.spread(), state_dicts.whole())
-        self._roster.foresee()
-        self._roster.adopt(self._roster.shards)
+        if self._registry.is_sharded:
+            return self._packed(self._registry.as_dtensors(), state_dicts.whole())
+        self._registry.init_missing_shards()
+        self._registry.sync_user_state(self._registry.shards)
         if self._elsewhere is not None:
             return self._packed(
-                {}, {"format": state_dicts.FORMAT, "part": f"none, rank {self._elsewhere} has the whole"}
+                {}, {"format": state_dicts.STATE_DICT_FORMAT, "part": f"none, rank {self._elsewhere} has the whole"}
             )
         entries = {}
-        for shard, index, tensor in self._roster.standing():
+        for shard, index, tensor in self._registry.current_tensors():
             if not shard.storage.on_ranks:
                 entries[id(tensor)] = dict(shard.views[index])
             elif self._consolidated is not None and id(tensor) in self._consolidated:
@@ -352,25 +356,25 @@ class AdaFisher(Optimizer):
                 (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come within the timeout of the process
                 group.
         """
-        self._roster.engine.check()
-        self._roster.follow()
-        self._roster.adopt(self._roster.shards)
-        group = self._roster.ranks()
-        if state_dicts.is_partial(self._roster.shards):
+        self._registry.engine.check()
+        self._registry.sync_param_groups()
+        self._registry.sync_user_state(self._registry.shards)
+        group = self._registry.ranks()
+        if state_dicts.is_partial(self._registry.shards):
             raise RuntimeError(
                 "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
-                f" ({state_dicts.describe(self._roster.shards)['part']}), and state_dict() is this rank's part."
+                f" ({state_dicts.describe(self._registry.shards)['part']}), and state_dict() is this rank's part."
             )
         if to is not None and not 0 <= to < group.size:
             raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
         keep = to is None or to == group.rank
-        every = [(shard, index, id(tensor)) for shard, index, tensor in self._roster.standing()]
+        every = [(shard, index, id(tensor)) for shard, index, tensor in self._registry.current_tensors()]
         rooms: dict[int, dict[str, Tensor]] = {}
-        faults = Faults()
+        errors = DeferredErrors()
         if keep:
-            faults.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
+            errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
         # Before others wait for this rank's part.
-        settle(group, faults, "to make room for the whole state", state_dicts.CONSOLIDATE)
+        raise_if_any_failed(group, errors, "to make room for the whole state", state_dicts.CONSOLIDATE)
         for shard, index, key in every:
             state_dicts.consolidate(shard, index, rooms.get(key))
         self._consolidated = rooms
@@ -385,21 +389,21 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: the state does not fit the parameters, or is one rank's part of another layout.
         """
-        staged: list[Shard] = []
+        prepared: list[Shard] = []
 
-        def stage(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            staged.extend(self._roster.stage(saved))
-            return {**saved, "state": {}, "param_groups": self._roster.completed(saved["param_groups"])}
+        def prepare_load(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            prepared.extend(self._registry.prepare_load(saved))
+            return {**saved, "state": {}, "param_groups": self._registry.completed(saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
             self._reset()
             self.defaults |= {key: self.param_groups[0][key] for key in OF_ALL_GROUPS}
-            self._roster.groups = self.param_groups
-            for shard in staged:
-                self._roster.install(shard)
+            self._registry.groups = self.param_groups
+            for shard in prepared:
+                self._registry.install(shard)
 
         # As hooks, so that the user's own hooks see what they would with any other optimizer.
-        before = self.register_load_state_dict_pre_hook(stage)
+        before = self.register_load_state_dict_pre_hook(prepare_load)
         after = self.register_load_state_dict_post_hook(install, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -413,12 +417,14 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
         """
-        if self._roster.process_group is not None or any(shard.storage.group.size > 1 for shard in self._roster.shards):
+        if self._registry.process_group is not None or any(
+            shard.storage.group.size > 1 for shard in self._registry.shards
+        ):
             raise RuntimeError(
                 "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
                 " a part. Use consolidate_state_dict() and state_dict()."
             )
-        self._roster.adopt(self._roster.shards)
+        self._registry.sync_user_state(self._registry.shards)
         # Copies: a view would drag along the whole batch that it is a part of.
         own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
@@ -428,13 +434,13 @@ class AdaFisher(Optimizer):
         saved = dict(saved)
         skipped = saved.pop("skipped_steps", None)
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
-            self._roster = Roster(self, None)
+            self._registry = ParameterRegistry(self, None)
             self._reset()
-            self._roster.engine.skipped = skipped
+            self._registry.engine.skipped = skipped
         super().__setstate__(saved)
         if skipped is not None:
-            self._roster.register_all()
-            layouts.meet_deepspeed(self, built=False)
+            self._registry.register_all()
+            layouts.register_with_deepspeed(self, built=False)
 
     # ---- beyond torch.optim ----
 
@@ -444,16 +450,18 @@ class AdaFisher(Optimizer):
 
         Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here; this waits for it.
         """
-        self._roster.engine.learn()
-        return self._roster.engine.skipped
+        self._registry.engine.resolve_pending()
+        return self._registry.engine.skipped
 
     def fisher_stats(self) -> dict[str, statistics.ParameterStats]:
-        """By name, for each parameter that had a gradient: blocks, Fisher updates, ladder counts, what computes it."""
-        return {name: stats for shard in self._roster.shards for name, stats in statistics.fisher_stats(shard).items()}
+        """By name, for each parameter that had a gradient: blocks, Fisher updates, fallbacks counts, what computes it."""
+        return {
+            name: stats for shard in self._registry.shards for name, stats in statistics.fisher_stats(shard).items()
+        }
 
     def memory_usage(self) -> dict[str, dict[str, int]]:
         """Bytes of this rank ("rank") and of all ("all"): "fisher", "momentum", "factors", "buffers", "total"."""
-        return statistics.memory_usage(self._roster.shards)
+        return statistics.memory_usage(self._registry.shards)
 
     def communication_usage(self) -> dict[str, dict[str, int]]:
         """Bytes sent in a step, by kind: as planned of this rank ("rank") and of all ("all"), and as counted here.
@@ -462,7 +470,7 @@ class AdaFisher(Optimizer):
         that a boundary between ranks cuts, and back. "last_step" was counted in the last call of `step`, and has
         "verdicts" too: what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
         """
-        engine = self._roster.engine
+        engine = self._registry.engine
         last = {kind: engine.sent[kind] for kind in ("weights", "blocks", "verdicts")}
         return {**statistics.traffic(engine.shards), "last_step": {**last, "total": sum(last.values())}}
 
@@ -481,17 +489,17 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: `every` is not a whole number from 1 on.
         """
-        self._roster.engine.meter = None if callback is None else metrics.Meter(callback, every)
+        self._registry.engine.meter = None if callback is None else metrics.Meter(callback, every)
 
     def flush_metrics(self) -> None:
         """Tell of a measured step that no other has come after. A collective: all ranks call it."""
-        engine = self._roster.engine
+        engine = self._registry.engine
         if engine.meter is not None:
-            engine.meter.deliver(self._roster.ranks(), engine.skipped)
+            engine.meter.deliver(self._registry.ranks(), engine.skipped)
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""
-        return sum(len(shard.living) for shard in self._roster.shards)
+        return sum(len(shard.active) for shard in self._registry.shards)
 
     def reset_state(self) -> None:
         """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
@@ -519,12 +527,12 @@ class AdaFisher(Optimizer):
     def _tell_of_betas(self, notice: str | None) -> None:
         if notice is not None and not self._told_of_betas:  # once, however many param groups have betas
             self._told_of_betas = True
-            if self._roster.ranks().is_first:
+            if self._registry.ranks().is_first:
                 logger.warning("%s", notice)
 
     def _tell_of_skip(self, skipped: int) -> None:
         # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if self._roster.ranks().is_first and skipped.bit_count() == 1:
+        if self._registry.ranks().is_first and skipped.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
                 " No parameter or state changed.",
@@ -532,7 +540,7 @@ class AdaFisher(Optimizer):
             )
 
     def _warn_of_no_gradients(self) -> None:
-        if not self._roster.shards and not self._warned:
+        if not self._registry.shards and not self._warned:
             self._warned = True
             logger.warning(
                 "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"

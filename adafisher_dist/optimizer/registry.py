@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from adafisher_dist import layouts
 from adafisher_dist.blocks import estimate
 from adafisher_dist.comm import collectives
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts import Storage
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.settings import normalize, structure
 from adafisher_dist.state.shard import Shard, build
-from adafisher_dist.stepping.consistency import settle
+from adafisher_dist.stepping.consistency import raise_if_any_failed
 from adafisher_dist.stepping.step import Engine
 
 if TYPE_CHECKING:
@@ -31,26 +31,26 @@ logger = logging.getLogger("adafisher_dist")
 _Changed = tuple[Shard, int, Any]  # a stored tensor's shard, its number there, and its entry in `state`
 
 
-class Roster:
+class ParameterRegistry:
     """Beside an optimizer's `param_groups` and `state`, which belong to torch: what stands behind them.
 
     Attributes:
         optimizer: whose parameters they are.
         process_group: the user's.
-        registry: the parameters that it was given.
+        given_parameters: the parameters that it was given.
         groups: all its param groups; DeepSpeed takes some away while it steps one.
         engine: the shards that hold their state.
-        foreseen: of those, the ones that were made before their parameters had a gradient, to be shown to torch's
+        prebuilt: of those, the ones that were made before their parameters had a gradient, to be shown to torch's
             checkpoint functions.
     """
 
     def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
         self.optimizer = optimizer
         self.process_group = process_group
-        self.registry = layouts.Registry()
+        self.given_parameters = layouts.GivenParameters()
         self.groups: list[dict[str, Any]] = []
         self.engine = Engine()
-        self.foreseen: list[Shard] = []
+        self.prebuilt: list[Shard] = []
 
     @property
     def shards(self) -> list[Shard]:
@@ -60,13 +60,15 @@ class Roster:
     @property
     def is_sharded(self) -> bool:
         """Whether parameters are sharded themselves, as far as they were given or have had a gradient."""
-        return any(layouts.is_dtensor(tensor) for tensor in self.registry) or state_dicts.is_partial(self.shards)
+        return any(layouts.is_dtensor(tensor) for tensor in self.given_parameters) or state_dicts.is_partial(
+            self.shards
+        )
 
-    def standing(self) -> list[tuple[Shard, int, Tensor]]:
+    def current_tensors(self) -> list[tuple[Shard, int, Tensor]]:
         """The stored tensors that stand in the param groups: their shards, and their numbers there."""
-        return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if i not in s.retired]
+        return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if i not in s.removed]
 
-    def enlist(self, tensors: list[Tensor]) -> None:
+    def init_shards(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
         storages = self._storages(tensors)
         self._choose_block_size(storages)
@@ -81,8 +83,8 @@ class Roster:
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
-        for parameter, given in self.registry.given():
-            shapes[given.group].append(layouts.whole_shape(parameter))
+        for parameter, info in self.given_parameters.info():
+            shapes[info.group].append(layouts.whole_shape(parameter))
         by_group = [(of_group, structure(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
         storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
         kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
@@ -101,9 +103,9 @@ class Roster:
 
     def _storages(self, tensors: list[Tensor]) -> list[Storage]:
         """What is stored where. Shards and copies of parameters that a library has put in their places are refused."""
-        return layouts.storages(self.optimizer, tensors, self.registry, self.process_group) if tensors else []
+        return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group) if tensors else []
 
-    def follow(self) -> None:
+    def sync_param_groups(self) -> None:
         """Take note of what has been put into the param groups, and taken out of them. Local; not under DeepSpeed.
 
         Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and writes the new
@@ -112,27 +114,31 @@ class Roster:
         there is none, or has another shape; that is refused by `layouts`.
         """
         groups = self.optimizer.param_groups
-        if self.registry.stands_as(groups):
+        if self.given_parameters.stands_as(groups):
             return
-        standing = [tensor for group in groups for tensor in group["params"]]
-        new = [tensor for tensor in standing if self.registry.find(tensor) is None]
-        gone = self._gone(standing)
-        if not self._may_follow(standing, new, gone):
+        current_tensors = [tensor for group in groups for tensor in group["params"]]
+        new = [tensor for tensor in current_tensors if self.given_parameters.find(tensor) is None]
+        gone = self._gone(current_tensors)
+        if not self._may_sync(current_tensors, new, gone):
             return
-        vacancies = replaced_parameters.vacancies(self.shards, self.registry, groups, self.optimizer.state)
-        registry = self._registered()  # may refuse; nothing has changed by then
+        find_replacements = replaced_parameters.find_replacements(
+            self.shards, self.given_parameters, groups, self.optimizer.state
+        )
+        given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
         forgotten = []
-        for vacancy in vacancies:
-            old = vacancy.shard.storage.tensors[vacancy.index]
-            replaced_parameters.succeed(vacancy)
-            self.engine.replace(old, vacancy.successor)
-            if vacancy.successor is None and self.optimizer.state.get(old):
-                forgotten.append(next(p.name for p in vacancy.shard.storage.parameters if p.tensor == vacancy.index))
+        for replacement in find_replacements:
+            old = replacement.shard.storage.tensors[replacement.index]
+            replaced_parameters.replace_tensor(replacement)
+            self.engine.replace(old, replacement.successor)
+            if replacement.successor is None and self.optimizer.state.get(old):
+                forgotten.append(
+                    next(p.name for p in replacement.shard.storage.parameters if p.tensor == replacement.index)
+                )
         for tensor in gone:
             self.optimizer.state.pop(tensor, None)
-        self.registry, self.groups = registry, groups
+        self.given_parameters, self.groups = given_parameters, groups
         for shard in self.shards:
-            replaced_parameters.rename(shard, registry)
+            replaced_parameters.rename(shard, given_parameters)
         if forgotten and self.ranks().is_first:
             logger.warning(
                 "AdaFisher forgets the state of %d parameter(s) that stand in no param group any more, as %s.",
@@ -140,22 +146,22 @@ class Roster:
                 forgotten[0],
             )
 
-    def _gone(self, standing: list[Tensor]) -> list[Tensor]:
-        here = set(map(id, standing))
-        return [tensor for tensor in self.registry if id(tensor) not in here]
+    def _gone(self, current_tensors: list[Tensor]) -> list[Tensor]:
+        here = set(map(id, current_tensors))
+        return [tensor for tensor in self.given_parameters if id(tensor) not in here]
 
-    def _may_follow(self, standing: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
+    def _may_sync(self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
-        held = [tensor for shard in self.engine.planned for tensor in shard.living_tensors]
-        if any(self.registry.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
+        held = [tensor for shard in self.engine.planned for tensor in shard.active_tensors]
+        if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return False
-        if not standing or not all(isinstance(tensor, nn.Parameter) for tensor in new):
+        if not current_tensors or not all(isinstance(tensor, nn.Parameter) for tensor in new):
             return False
-        if new and gone and not held and not self.registry.could_be(standing):
+        if new and gone and not held and not self.given_parameters.could_be(current_tensors):
             return False
         return not layouts.is_called_by_deepspeed(self.optimizer)
 
-    def adopt(self, shards: list[Shard]) -> None:
+    def sync_user_state(self, shards: list[Shard]) -> None:
         """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
 
         Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
@@ -164,7 +170,7 @@ class Roster:
         for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):
                 views, entry = shard.views[index], self.optimizer.state.get(tensor)
-                if index in shard.retired:
+                if index in shard.removed:
                     continue
                 if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
                     changed.append((shard, index, entry))
@@ -189,7 +195,7 @@ class Roster:
 
     # ---- for torch's checkpoint functions ----
 
-    def foresee(self) -> None:
+    def init_missing_shards(self) -> None:
         """Build shards for the parameters that can be trained and have none, so that a state to load into is there.
 
         A training step drops those that no state was loaded into: it plans as if nobody had asked.
@@ -197,48 +203,48 @@ class Roster:
         groups = self.optimizer.param_groups
         trainable = [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
         before = self.shards
-        self.enlist([tensor for tensor in trainable if tensor not in self.engine])
-        self.foreseen += [shard for shard in self.shards if shard not in before]
+        self.init_shards([tensor for tensor in trainable if tensor not in self.engine])
+        self.prebuilt += [shard for shard in self.shards if shard not in before]
 
-    def drop_foreseen(self) -> None:
-        """Forget the shards of `foresee` that have no step, since no state was put into them."""
-        self.adopt(self.foreseen)
-        unused = [shard for shard in self.foreseen if not shard.stepped]
+    def drop_unused_shards(self) -> None:
+        """Forget the shards of `init_missing_shards` that have no step, since no state was put into them."""
+        self.sync_user_state(self.prebuilt)
+        unused = [shard for shard in self.prebuilt if not shard.stepped]
         for shard in unused:
-            for tensor in shard.living_tensors:
+            for tensor in shard.active_tensors:
                 self.optimizer.state.pop(tensor, None)
         self.engine.drop(unused)
-        self.foreseen = []
+        self.prebuilt = []
 
-    def spread(self) -> dict[int, dict[str, Tensor]]:
+    def as_dtensors(self) -> dict[int, dict[str, Tensor]]:
         """The whole state as DTensors, by the id of the stored tensor. A collective.
 
         Raises:
             RuntimeError: on all ranks: one of them has no room for it, or the layout cannot be cut so.
         """
-        faults = Faults()
+        errors = DeferredErrors()
         rooms: dict[int, dict[str, Tensor]] = {}
 
         def make_room() -> None:
-            self.foresee()
-            self.adopt(self.shards)
+            self.init_missing_shards()
+            self.sync_user_state(self.shards)
             _check_one_each(self.shards)
-            for shard, index, tensor in self.standing():
+            for shard, index, tensor in self.current_tensors():
                 if shard.storage.on_ranks:
-                    rooms[id(tensor)] = state_dicts.spread_room(shard, index)
+                    rooms[id(tensor)] = state_dicts.dtensor_room(shard, index)
 
-        faults.attempt(make_room)
-        settle(self.ranks(), faults, "to make room for the whole state")
+        errors.attempt(make_room)
+        raise_if_any_failed(self.ranks(), errors, "to make room for the whole state")
         return {
-            id(tensor): state_dicts.spread(shard, index, rooms[id(tensor)])
+            id(tensor): state_dicts.as_dtensors(shard, index, rooms[id(tensor)])
             if shard.storage.on_ranks
             else dict(shard.views[index])
-            for shard, index, tensor in self.standing()
+            for shard, index, tensor in self.current_tensors()
         }
 
     def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
         """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
-        return layouts.storages(self.optimizer, tensors, self.registry, self.process_group, wrapper)
+        return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)
 
     def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
         """Shards without any step for these tensors, with the settings that the param groups have now.
@@ -247,7 +253,7 @@ class Roster:
         `batch.allocate` for `zeroed`.
         """
         storages = self.storages_of(tensors, wrapper) if tensors else []
-        numbers = {id(s.tensors[p.tensor]): p.given.group for s in storages for p in s.parameters}
+        numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
         return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
     def _build(
@@ -259,8 +265,8 @@ class Roster:
         `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some groups in a step.
         """
         if numbers is None:
-            standing = enumerate(self.optimizer.param_groups)
-            numbers = {id(tensor): number for number, group in standing for tensor in group["params"]}
+            current_tensors = enumerate(self.optimizer.param_groups)
+            numbers = {id(tensor): number for number, group in current_tensors for tensor in group["params"]}
         shards = []
         for storage in storages:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
@@ -269,10 +275,10 @@ class Roster:
             shards.append(build(storage, [order.index(number) for number in mine], structures, zeroed))
         return shards
 
-    def stage(self, saved: Mapping[str, Any]) -> list[Shard]:
+    def prepare_load(self, saved: Mapping[str, Any]) -> list[Shard]:
         """Shards that hold a saved state; the optimizer itself is not touched."""
         state_dicts.check_format(saved)
-        self.follow()
+        self.sync_param_groups()
         own = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         lengths, saved_lengths = (
@@ -302,12 +308,12 @@ class Roster:
                             " get_optimizer_state_dict(model, optimizer) before set_optimizer_state_dict."
                         )
 
-        faults = Faults()
-        faults.attempt(check)
+        errors = DeferredErrors()
+        errors.attempt(check)
         if any(layouts.is_dtensor(value) for entry in states.values() for value in entry.values()):
-            settle(self.ranks(), faults, "before it took over a saved state")
-        elif faults.error is not None:
-            raise faults.error
+            raise_if_any_failed(self.ranks(), errors, "before it took over a saved state")
+        elif errors.error is not None:
+            raise errors.error
         for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):
                 state_dicts.restore(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
@@ -329,17 +335,17 @@ class Roster:
 
     def ranks(self) -> collectives.Group:
         """The ranks that take each step together: of the device mesh where there is one, else of the process group."""
-        return layouts.mesh_group(self.registry) or collectives.join(self.process_group)
+        return layouts.mesh_group(self.given_parameters) or collectives.join(self.process_group)
 
     def register_all(self) -> None:
         """Register anew what stands in the param groups now."""
-        self.registry, self.groups = self._registered(), self.optimizer.param_groups
+        self.given_parameters, self.groups = self._list_parameters(), self.optimizer.param_groups
 
     def register(self, group: int) -> None:
         """Register the parameters of a param group."""
         self.groups = self.optimizer.param_groups
         for index, tensor in enumerate(self.groups[group]["params"]):
-            self.registry.add(tensor, self.name(group, index), group)
+            self.given_parameters.add(tensor, self.name(group, index), group)
 
     def check(self, group: int) -> None:
         """Refuse a parameter of a param group that cannot be trained.
@@ -354,14 +360,14 @@ class Roster:
                 raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
             layouts.check_parameter(tensor, name)
 
-    def _registered(self) -> layouts.Registry:
+    def _list_parameters(self) -> layouts.GivenParameters:
         """What stands in the param groups now."""
-        registry = layouts.Registry()
+        given_parameters = layouts.GivenParameters()
         for number, group in enumerate(self.optimizer.param_groups):
             self.check(number)
             for index, tensor in enumerate(group["params"]):
-                registry.add(tensor, self.name(number, index), number)
-        return registry
+                given_parameters.add(tensor, self.name(number, index), number)
+        return given_parameters
 
     def name(self, group: int, index: int) -> str:
         """The name of a parameter: the user's, or its place in the param groups."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist.layouts import Registry
-from adafisher_dist.state.shard import Shard, Stored
+from adafisher_dist.layouts import GivenParameters
+from adafisher_dist.state.shard import Shard, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Vacancy:
+class Replacement:
     """A stored tensor that does not stand in the param groups any more, and what is there now, if it fits."""
 
     shard: Shard
@@ -27,9 +27,12 @@ class Vacancy:
     successor: Tensor | None
 
 
-def vacancies(
-    shards: Sequence[Shard], registry: Registry, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]
-) -> list[Vacancy]:
+def find_replacements(
+    shards: Sequence[Shard],
+    given_parameters: GivenParameters,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Any],
+) -> list[Replacement]:
     """The stored tensors that have left the param groups, and who follows them.
 
     That is the parameter of the same shape, dtype and device that has their state, as the very tensors that the shard
@@ -37,34 +40,34 @@ def vacancies(
 
     Args:
         shards: all of them.
-        registry: what stood in the param groups before.
+        given_parameters: what stood in the param groups before.
         groups: the param groups.
         state: of the optimizer.
     """
     standing = {id(tensor) for group in groups for tensor in group["params"]}
-    new = {id(t): t for group in groups for t in group["params"] if registry.find(t) is None}
+    new = {id(t): t for group in groups for t in group["params"] if given_parameters.find(t) is None}
     vacant = [
         (shard, index)
         for shard in shards
         for index, tensor in enumerate(shard.storage.tensors)
-        if index not in shard.retired and id(tensor) not in standing
+        if index not in shard.removed and id(tensor) not in standing
     ]
     heirs = {id(value): tensor for tensor in new.values() for value in state.get(tensor, {}).values()}
-    places = registry.places()
+    places = given_parameters.places()
     found: dict[tuple[int, int], Tensor] = {}
 
-    def settle(shard: Shard, index: int, tensor: Tensor | None) -> None:
+    def assign(shard: Shard, index: int, tensor: Tensor | None) -> None:
         if tensor is not None and id(tensor) in new and fits(shard, index, tensor):
             found[id(shard), index] = new.pop(id(tensor))
 
     for shard, index in vacant:
-        settle(shard, index, next((heirs[id(v)] for v in shard.views[index].values() if id(v) in heirs), None))
+        assign(shard, index, next((heirs[id(v)] for v in shard.views[index].values() if id(v) in heirs), None))
     for shard, index in vacant:
         if (id(shard), index) not in found:
             group, number = places[id(shard.storage.tensors[index])]
             members = groups[group]["params"] if group < len(groups) else []
-            settle(shard, index, members[number] if number < len(members) else None)
-    return [Vacancy(shard, index, found.get((id(shard), index))) for shard, index in vacant]
+            assign(shard, index, members[number] if number < len(members) else None)
+    return [Replacement(shard, index, found.get((id(shard), index))) for shard, index in vacant]
 
 
 def fits(shard: Shard, index: int, tensor: Tensor) -> bool:
@@ -72,23 +75,23 @@ def fits(shard: Shard, index: int, tensor: Tensor) -> bool:
     old = shard.storage.tensors[index]
     here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     alike = getattr(tensor, "device_mesh", None) == getattr(old, "device_mesh", None) and tensor.shape == old.shape
-    return alike and Stored(here.shape, here.device, here.dtype) == shard.stored[index]
+    return alike and TensorSpec(here.shape, here.device, here.dtype) == shard.stored[index]
 
 
-def succeed(vacancy: Vacancy) -> None:
+def replace_tensor(replacement: Replacement) -> None:
     """Put the successor into the vacant place, or retire it."""
-    shard, storage = vacancy.shard, vacancy.shard.storage
+    shard, storage = replacement.shard, replacement.shard.storage
     tensors = list(storage.tensors)
-    if vacancy.successor is None:
-        shard.retired.add(vacancy.index)
-        tensors[vacancy.index] = torch.empty(0)  # so that the parameter itself can be freed
+    if replacement.successor is None:
+        shard.removed.add(replacement.index)
+        tensors[replacement.index] = torch.empty(0)  # so that the parameter itself can be freed
     else:
-        tensors[vacancy.index] = vacancy.successor
+        tensors[replacement.index] = replacement.successor
     shard.storage = replace(storage, tensors=tensors)
 
 
-def rename(shard: Shard, registry: Registry) -> None:
+def rename(shard: Shard, given_parameters: GivenParameters) -> None:
     """Let a shard know its parameters' places in the param groups as they stand now."""
-    found = {p.tensor: registry.find(shard.storage.tensors[p.tensor]) for p in shard.storage.parameters}
-    parameters = [replace(p, given=found[p.tensor] or p.given) for p in shard.storage.parameters]
+    found = {p.tensor: given_parameters.find(shard.storage.tensors[p.tensor]) for p in shard.storage.parameters}
+    parameters = [replace(p, info=found[p.tensor] or p.info) for p in shard.storage.parameters]
     shard.storage = replace(shard.storage, parameters=parameters)

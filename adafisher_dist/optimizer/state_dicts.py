@@ -22,7 +22,7 @@ from adafisher_dist.blocks.grid import Grid
 from adafisher_dist.comm import collectives
 from adafisher_dist.state.shard import Shard, state_shapes
 
-FORMAT = 3
+STATE_DICT_FORMAT = 3
 META = "adafisher_dist"
 CONSOLIDATE = "consolidate_state_dict()"  # in messages
 COUNTERS = ("step", "fisher_updates")
@@ -32,7 +32,7 @@ Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row
 
 def whole() -> dict[str, Any]:
     """What a state dict tells of itself that has everything."""
-    return {"format": FORMAT, "part": "whole"}
+    return {"format": STATE_DICT_FORMAT, "part": "whole"}
 
 
 def describe(shards: list[Shard]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def describe(shards: list[Shard]) -> dict[str, Any]:
         return whole()
     storage = next(shard.storage for shard in shards if not shard.storage.replicated)
     part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
-    return {"format": FORMAT, "part": part, "plan": [shard.digest() for shard in shards]}
+    return {"format": STATE_DICT_FORMAT, "part": part, "plan": [shard.digest() for shard in shards]}
 
 
 def is_partial(shards: list[Shard]) -> bool:
@@ -77,8 +77,8 @@ def _owned_rows(shard: Shard, tensor: int) -> dict[str, list[tuple[int, int]]]:
 
 
 def _rows(grid: Grid, stop: int) -> Counter[str]:
-    """Rows by the name of their kind; see `Grid.rows_by_kind`."""
-    return Counter({kind.name: rows for kind, rows in grid.rows_by_kind(stop).items()})
+    """Rows by the name of their kind; see `Grid.blocks_by_shape`."""
+    return Counter({kind.name: rows for kind, rows in grid.blocks_by_shape(stop).items()})
 
 
 def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -91,9 +91,9 @@ def is_whole(saved: Mapping[str, Any]) -> bool:
     return bool((saved.get(META) or {}).get("part", "whole") == "whole")
 
 
-def beside(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+def without_state(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A state dict without state: that is in a sharded checkpoint, in a folder beside the file."""
-    return {"state": {}, "param_groups": param_groups, META: {"format": FORMAT, "part": "beside"}}
+    return {"state": {}, "param_groups": param_groups, META: {"format": STATE_DICT_FORMAT, "part": "beside"}}
 
 
 def check_format(saved: Mapping[str, Any]) -> None:
@@ -108,15 +108,15 @@ def check_format(saved: Mapping[str, Any]) -> None:
     if not isinstance(meta, dict | None):
         raise ValueError(f"This state dict does not fit: its entry {META!r} is {meta!r}.")
     meta = meta or {}
-    if meta.get("format", FORMAT) > FORMAT:
+    if meta.get("format", STATE_DICT_FORMAT) > STATE_DICT_FORMAT:
         raise ValueError(
-            f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {FORMAT};"
+            f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {STATE_DICT_FORMAT};"
             " update adafisher_dist."
         )
-    if meta.get("format", FORMAT) < FORMAT:
+    if meta.get("format", STATE_DICT_FORMAT) < STATE_DICT_FORMAT:
         raise ValueError(
             f"This state dict has format {meta['format']}, whose Fisher blocks are cut and weighed otherwise; this"
-            f" version of adafisher_dist reads {FORMAT}. Load it with the version that saved it, an older one."
+            f" version of adafisher_dist reads {STATE_DICT_FORMAT}. Load it with the version that saved it, an older one."
         )
     if meta.get("part") == "beside":
         raise ValueError(
@@ -259,17 +259,17 @@ def nothing(shard: Shard, tensor: int) -> dict[str, Tensor]:
     return {key: value.zero_() for key, value in room(shard, tensor).items()}
 
 
-def spread_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
+def dtensor_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
     """Room for this rank's rows of the state where torch cuts it over the ranks; and copies of the counters."""
     group = shard.storage.group
     rooms = {key: shard.views[tensor][key].clone() for key in COUNTERS}
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
         first, stop = placement.runs(shape[0], group.size)[group.rank]
-        rooms[key] = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
+        rooms[key] = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
     return rooms
 
 
-def spread(shard: Shard, tensor: int, rooms: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_dtensors(shard: Shard, tensor: int, rooms: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of a parameter as DTensors, in the room for it. A collective."""
     group, views, owned = shard.storage.group, shard.views[tensor], _owned_rows(shard, tensor)
     result = dict(rooms)
@@ -289,7 +289,7 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
                     first = _rows(shard.grids[tensor], span.start)[_kind(key)]
                     stop = _rows(shard.grids[tensor], span.stop)[_kind(key)]
                     if first < stop:
-                        empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.arena.device)
+                        empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
                         mine = views[key] if rank == group.rank else empty
                         part = collectives.broadcast(group, mine, rank, CONSOLIDATE)
                         if into is not None:

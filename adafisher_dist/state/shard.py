@@ -1,6 +1,6 @@
 """One rank's share of the blocks of some parameters: where its elements come from, and its state.
 
-The rank's own elements stand in a row in the *arena*, in the order of the plan. The arena is cut into chunks, so that
+The rank's own elements stand in a row in the *flat buffer*, in the order of the plan. The flat buffer is cut into chunks, so that
 the updates of one can travel while the next is computed; within a chunk, blocks of one size are stacked in a `Batch`.
 """
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import sharding
-from adafisher_dist.blocks.cost import Outline
+from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.grid import Grid, Kind, Strip, grid_of
 from adafisher_dist.layouts import Parameter, Storage
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
 from adafisher_dist.numerics.batch import Batch, Numbers, allocate
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +37,24 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The rows of one batch that lie in one chunk: of which parameters, and the same elements in the arena."""
+    """The rows of one batch that lie in one chunk: of which parameters, and the same elements in the flat buffer."""
 
     batch: Batch
     segments: list[Segment]
-    in_arena: list[Tensor]
+    in_buffer: list[Tensor]
     in_batch: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Elements [start, stop) of the arena."""
+    """Elements [start, stop) of the flat buffer."""
 
     start: int
     stop: int
     rows: list[Rows]
 
 
-class Stored(NamedTuple):
+class TensorSpec(NamedTuple):
     """The shape, device and dtype of what a rank holds of a stored tensor."""
 
     shape: torch.Size
@@ -72,7 +72,7 @@ class Shard:
         structures: for each of those groups, the settings that its state was built for.
         grids: for each parameter.
         assignment: which blocks each rank owns, and in which chunk they are.
-        arena: gradients on the way in, updates on the way out; compute dtype.
+        flat_buffer: gradients on the way in, updates on the way out; compute dtype.
         chunks: of this rank.
         batches: of this rank.
         by_parameter: for each batch, the rows of each parameter.
@@ -80,24 +80,24 @@ class Shard:
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
         checked: whether the ranks have compared their plans.
-        retired: the numbers of the stored tensors that the user has taken out of the param groups, or replaced by
+        removed: the numbers of the stored tensors that the user has taken out of the param groups, or replaced by
             others that do not fit in their places. Nobody gives them a gradient, or sees their state, any more.
     """
 
     storage: Storage
     groups: Sequence[int]
-    structures: Sequence[Structure]
+    structures: Sequence[StateConfig]
     grids: Sequence[Grid]
     assignment: sharding.Assignment
-    arena: Tensor
+    flat_buffer: Tensor
     chunks: list[Chunk]
     batches: list[Batch]
     by_parameter: list[list[Segment]]
     counters: Tensor
-    stored: list[Stored]
+    stored: list[TensorSpec]
     views: list[dict[str, Tensor]]
     checked: bool = False
-    retired: set[int] = field(default_factory=set)
+    removed: set[int] = field(default_factory=set)
 
     @property
     def owned(self) -> Sequence[sharding.Spans]:
@@ -105,22 +105,22 @@ class Shard:
         return self.assignment.owned
 
     @property
-    def outline(self) -> Outline:
+    def plan_summary(self) -> PlanSummary:
         """What tells how much this rank and the others hold and send."""
         structures = [self.structures[self.groups[parameter.tensor]] for parameter in self.storage.parameters]
-        itemsize = wire_dtype(self).itemsize
+        itemsize = gather_dtype(self).itemsize
         storage = self.storage
-        return Outline(self.grids, structures, storage.placed, self.assignment, storage.replicated, itemsize)
+        return PlanSummary(self.grids, structures, storage.stored_spans, self.assignment, storage.replicated, itemsize)
 
     @property
-    def living(self) -> list[tuple[int, Parameter]]:
+    def active(self) -> list[tuple[int, Parameter]]:
         """The parameters, with their numbers, but those of retired tensors."""
-        return [(i, p) for i, p in enumerate(self.storage.parameters) if p.tensor not in self.retired]
+        return [(i, p) for i, p in enumerate(self.storage.parameters) if p.tensor not in self.removed]
 
     @property
-    def living_tensors(self) -> list[Tensor]:
+    def active_tensors(self) -> list[Tensor]:
         """The stored tensors that stand in the param groups."""
-        return [tensor for index, tensor in enumerate(self.storage.tensors) if index not in self.retired]
+        return [tensor for index, tensor in enumerate(self.storage.tensors) if index not in self.removed]
 
     @property
     def stepped(self) -> bool:
@@ -139,34 +139,36 @@ class Shard:
         return sharding.digest(self.storage.layout, shapes, dtypes, self.groups, self.structures, self.owned)
 
 
-def build(storage: Storage, groups: Sequence[int], structures: Sequence[Structure], zeroed: bool = True) -> Shard:
+def build(storage: Storage, groups: Sequence[int], structures: Sequence[StateConfig], zeroed: bool = True) -> Shard:
     """Plan the blocks of the stored parameters and allocate this rank's state; see `allocate` for `zeroed`."""
     parameters, rank = storage.parameters, storage.group.rank
     grids = [grid_of(parameter.shape, structures[groups[parameter.tensor]]) for parameter in parameters]
-    assignment = sharding.assign(grids, storage.placed, storage.replicated)
+    assignment = sharding.assign(grids, storage.stored_spans, storage.replicated)
     numel = sharding.count(assignment.owned[rank])
-    arena = torch.zeros(numel, dtype=structures[0].compute_dtype, device=storage.values(0).device)
+    flat_buffer = torch.zeros(numel, dtype=structures[0].compute_dtype, device=storage.values(0).device)
     own = [by_rank[rank] for by_rank in assignment.chunks]
-    chunks, batches, by_parameter = _stack(arena, own, grids, parameters, groups, structures, zeroed)
+    chunks, batches, by_parameter = _stack(flat_buffer, own, grids, parameters, groups, structures, zeroed)
     counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
     held = [storage.values(index) for index in range(len(storage.tensors))]
-    stored = [Stored(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
+    stored = [TensorSpec(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, batches, by_parameter)
     if storage.one_each:  # on all ranks the same keys, as torch's checkpoint functions expect of a state
         for parameter, grid in zip(parameters, grids, strict=True):
             shapes = state_shapes(grid, structures[groups[parameter.tensor]])
             for key, (shape, dtype) in shapes.items():
-                views[parameter.tensor].setdefault(key, torch.empty(0, *shape[1:], dtype=dtype, device=arena.device))
+                views[parameter.tensor].setdefault(
+                    key, torch.empty(0, *shape[1:], dtype=dtype, device=flat_buffer.device)
+                )
     return Shard(
-        storage, groups, structures, grids, assignment, arena, chunks, batches, by_parameter, counters, stored, views,
+        storage, groups, structures, grids, assignment, flat_buffer, chunks, batches, by_parameter, counters, stored, views,
     )  # fmt: skip
 
 
-def state_shapes(grid: Grid, structure: Structure) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def state_shapes(grid: Grid, structure: StateConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each key of a parameter's whole state, but its counters."""
     wide = structure.compute_dtype
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for kind, rows in grid.rows_by_kind(grid.numel).items():
+    for kind, rows in grid.blocks_by_shape(grid.numel).items():
         size, depth, dense = kind
         shapes[f"momentum_{kind.name}"] = (rows, depth, size), wide
         shapes[f"fisher_{kind.name}"] = (rows, *stacked.fisher_shape(kind, structure)), structure.fisher_dtype
@@ -207,24 +209,24 @@ Time = tuple[int, int] | None  # t and k of a parameter; None where it has no gr
 
 
 def compute(
-    chunk: Chunk, times: Sequence[Time], settings: Sequence[Mapping[str, Any]], go: Tensor | None = None
+    chunk: Chunk, times: Sequence[Time], settings: Sequence[Mapping[str, Any]], should_step: Tensor | None = None
 ) -> None:
-    """Turn the gradients in a chunk of the arena into updates.
+    """Turn the gradients in a chunk of the flat buffer into updates.
 
     Args:
         chunk: the chunk.
         times: for each parameter; the elements of one without gradient are zero, and stay so.
         settings: for each param group of the shard, its settings.
-        go: see `batch.compute`.
+        should_step: see `batch.compute`.
     """
     alike = len(set(times)) == 1
     for rows in chunk.rows:
-        torch._foreach_copy_(rows.in_batch, rows.in_arena)
+        torch._foreach_copy_(rows.in_batch, rows.in_buffer)
         runs = [(rows.segments[0].start, rows.segments[-1].stop, times[0])] if alike else _runs(rows.segments, times)
         for start, stop, time in runs:
             if time is not None:
-                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group], go)
-        torch._foreach_copy_(rows.in_arena, rows.in_batch)
+                stacked.compute(rows.batch, start, stop, *time, settings[rows.batch.group], should_step)
+        torch._foreach_copy_(rows.in_buffer, rows.in_batch)
 
 
 def waits_for_nothing(shard: Shard) -> bool:
@@ -232,7 +234,7 @@ def waits_for_nothing(shard: Shard) -> bool:
     return all(map(stacked.waits_for_nothing, shard.structures))
 
 
-def wire_dtype(shard: Shard) -> torch.dtype:
+def gather_dtype(shard: Shard) -> torch.dtype:
     """What weights are gathered in, where they are replicated: their own dtype; of several the one that holds all."""
     return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
@@ -251,7 +253,7 @@ def _runs(segments: Sequence[Segment], times: Sequence[Time]) -> Iterator[tuple[
 
 @dataclass(slots=True)
 class _Planned:
-    """Where a strip's rows begin in its batch, and its elements in the arena."""
+    """Where a strip's rows begin in its batch, and its elements in the flat buffer."""
 
     strip: Strip
     parameter: int
@@ -263,12 +265,12 @@ _Key = tuple[int, Kind]  # param group
 
 
 def _stack(
-    arena: Tensor, chunks: Sequence[sharding.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
-    groups: Sequence[int], structures: Sequence[Structure], zeroed: bool,
+    flat_buffer: Tensor, chunks: Sequence[sharding.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
+    groups: Sequence[int], structures: Sequence[StateConfig], zeroed: bool,
 ) -> tuple[list[Chunk], list[Batch], list[list[Segment]]]:  # fmt: skip
-    """Sort the strips of the chunks into batches, allocate those, and pair their elements with the arena's."""
+    """Sort the strips of the chunks into batches, allocate those, and pair their elements with the flat buffer's."""
     tensors = [parameter.tensor for parameter in parameters]
-    positions = [parameter.given.position for parameter in parameters]
+    positions = [parameter.info.position for parameter in parameters]
     planned: list[dict[_Key, list[_Planned]]] = []
     rows: dict[_Key, int] = {}
     offset = 0
@@ -284,19 +286,21 @@ def _stack(
             offset += len(span)
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in rows}
     batches = {
-        key: allocate(*key, structures[key[0]], _numbers(own, positions, structures[key[0]]), arena.device, zeroed)
+        key: allocate(
+            *key, structures[key[0]], _numbers(own, positions, structures[key[0]]), flat_buffer.device, zeroed
+        )
         for key, own in entries.items()
     }
     result, start = [], 0
     for spans, by_key in zip(chunks, planned, strict=True):
         stop = start + sharding.count(spans)
-        result.append(Chunk(start, stop, [_rows(arena, batches[key], by_key[key]) for key in by_key]))
+        result.append(Chunk(start, stop, [_rows(flat_buffer, batches[key], by_key[key]) for key in by_key]))
         start = stop
     by_parameter = [_segments(entries[key]) for key in batches]
     return result, list(batches.values()), by_parameter
 
 
-def _numbers(entries: list[_Planned], positions: Sequence[int], structure: Structure) -> Numbers:
+def _numbers(entries: list[_Planned], positions: Sequence[int], structure: StateConfig) -> Numbers:
     """The number q of each row's block: its index on the parameter's grid plus the parameter's position.
 
     Of elements without blocks: the index of the element, likewise, where their rounding asks for it; else zeros, which
@@ -310,19 +314,19 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], structure: Struc
         if not strip.dense:
             numbers.append(positions[entry.parameter] + strip.start + np.arange(strip.rows))
             continue
-        slabs = np.arange(strip.slabs)[:, None] * strip.blocks_per_slab
-        numbers.append((positions[entry.parameter] + strip.block + slabs + np.arange(strip.count)).ravel())
+        row_groups = np.arange(strip.row_groups)[:, None] * strip.blocks_per_row_group
+        numbers.append((positions[entry.parameter] + strip.block + row_groups + np.arange(strip.count)).ravel())
     return np.concatenate(numbers).astype(np.int64)
 
 
-def _rows(arena: Tensor, batch: Batch, entries: list[_Planned]) -> Rows:
-    in_arena, in_batch = [], []
+def _rows(flat_buffer: Tensor, batch: Batch, entries: list[_Planned]) -> Rows:
+    in_buffer, in_batch = [], []
     for entry in entries:
         strip = entry.strip
-        shape = (strip.slabs, strip.count, strip.depth, strip.size)
-        in_arena.append(arena.as_strided(shape, (strip.stride, strip.size, strip.row, 1), entry.offset))
+        shape = (strip.row_groups, strip.count, strip.depth, strip.size)
+        in_buffer.append(flat_buffer.as_strided(shape, (strip.stride, strip.size, strip.row, 1), entry.offset))
         in_batch.append(batch.gradient_NDB[entry.row : entry.row + strip.rows].view(shape))
-    return Rows(batch, _segments(entries), in_arena, in_batch)
+    return Rows(batch, _segments(entries), in_buffer, in_batch)
 
 
 def _segments(entries: list[_Planned]) -> list[Segment]:

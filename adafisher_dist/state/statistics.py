@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adafisher_dist.blocks import cost
-from adafisher_dist.blocks.cost import Outline
+from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.numerics import fisher
 from adafisher_dist.state.shard import Shard
 
@@ -20,7 +20,7 @@ class ParameterStats:
         dense_blocks: those with a dense Fisher.
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
-        ladder: how often one of this rank's blocks needed each rung of the fallback ladder.
+        fallbacks: how often one of this rank's blocks needed each fallback.
     """
 
     blocks: int
@@ -32,10 +32,10 @@ class ParameterStats:
 
 def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     """By parameter name."""
-    ladders = [[0] * len(fisher.RUNGS) for _ in shard.storage.parameters]
+    ladders = [[0] * len(fisher.FALLBACKS) for _ in shard.storage.parameters]
     for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
-        for segment in segments if batch.rungs else ():
-            for row, counts in batch.rungs.items():
+        for segment in segments if batch.fallback_counts else ():
+            for row, counts in batch.fallback_counts.items():
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}
@@ -43,7 +43,7 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     for parameter, grid, ladder, updates in zip(
         shard.storage.parameters, shard.grids, ladders, updates_of, strict=True
     ):
-        if parameter.tensor in shard.retired:
+        if parameter.tensor in shard.removed:
             continue
         blocks = grid.num_blocks
         result[parameter.name] = ParameterStats(
@@ -51,7 +51,7 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
             dense_blocks=grid.dense_blocks,
             fisher_updates=updates,
             mean_block_size=grid.numel / blocks if blocks else 0.0,
-            ladder=dict(zip(fisher.RUNGS, ladder, strict=True)),
+            ladder=dict(zip(fisher.FALLBACKS, ladder, strict=True)),
         )
     return result
 
@@ -67,13 +67,13 @@ def traffic(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
 
 
 def _usage(
-    shards: Sequence[Shard], kinds: Sequence[str], of_rank: Callable[[Outline, int], dict[str, int]]
+    shards: Sequence[Shard], kinds: Sequence[str], of_rank: Callable[[PlanSummary, int], dict[str, int]]
 ) -> dict[str, dict[str, int]]:
     usage = {scope: dict.fromkeys(kinds, 0) for scope in ("rank", "all")}
     for shard in shards:
-        outline = shard.outline
-        for rank in range(outline.world):
-            for kind, amount in of_rank(outline, rank).items():
+        plan = shard.plan_summary
+        for rank in range(plan.world):
+            for kind, amount in of_rank(plan, rank).items():
                 usage["all"][kind] += amount
                 if rank == shard.storage.group.rank:
                     usage["rank"][kind] += amount
@@ -85,9 +85,9 @@ def _usage(
 def summary(shard: Shard) -> str:
     """One line: layout, world size, blocks, the share of elements on dense blocks, bytes a rank."""
     elements = sum(grid.numel for grid in shard.grids)
-    dense = sum(grid.start(grid.dense_slabs) for grid in shard.grids)
-    outline = shard.outline
-    per_rank = [sum(cost.memory(outline, rank).values()) for rank in range(outline.world)]
+    dense = sum(grid.start(grid.dense_row_groups) for grid in shard.grids)
+    plan = shard.plan_summary
+    per_rank = [sum(cost.memory(plan, rank).values()) for rank in range(plan.world)]
     return (
         f"AdaFisher: layout {shard.storage.layout}, {shard.storage.group.size} rank(s), {len(shard.grids)} parameters,"
         f" {elements} elements in {sum(grid.num_blocks for grid in shard.grids)} blocks,"

@@ -18,7 +18,7 @@ from adafisher_dist.blocks import sharding
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.control_group import STEP
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.exchange import Inputs
@@ -26,42 +26,42 @@ from adafisher_dist.stepping.exchange import Inputs
 logger = logging.getLogger("adafisher_dist")
 
 
-def agree(
+def check_consistency(
     group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
-    faults: Faults, compare_copies: bool,
+    errors: DeferredErrors, compare_copies: bool,
 ) -> bool:  # fmt: skip
     """Whether every gradient of every rank is finite and small enough to square, as far as hosts know.
 
     Args:
         group: the ranks.
         shards: those that take part in the step.
-        inputs: for each shard; after a fault some may be missing.
+        inputs: for each shard; after an error some may be missing.
         finite: whether that is so of this rank's gradients.
         on_device: whether that is decided on the device instead.
         metrics: which steps are measured, and which is being; None where none is.
-        faults: what went wrong on this rank while its gradients were collected.
+        errors: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
             they always are in the first step of a shard. Alike on all ranks.
 
     Raises:
         RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
             Or some did not come within the timeout of the process group; it names them.
-        Exception: the fault itself, on the rank that had it.
+        Exception: the error itself, on the rank that had it.
     """
-    values = [int(finite), _failed(faults)]
-    if group.together == 1:
-        _raise(faults, values[1], "")
+    values = [int(finite), _failed(errors)]
+    if group.total_size == 1:
+        _raise(errors, values[1], "")
     else:
         prints = [
             *_fingerprints(shards, inputs, on_device, metrics),
-            *_of_copies(shards, inputs, faults, compare_copies),
+            *_of_copies(shards, inputs, errors, compare_copies),
         ]
-        same_replicas = _same_in_replicas(group, shards, inputs, faults, compare_copies) if group.replicas else 1
-        values = [int(finite), _failed(faults), same_replicas]
+        same_replicas = _same_in_replicas(group, shards, inputs, errors, compare_copies) if group.replicas else 1
+        values = [int(finite), _failed(errors), same_replicas]
         values += chain.from_iterable((print_, -print_) for print_, _ in prints)
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different devices would all wait.
         values = collectives.minimum(group, torch.tensor(values)).tolist()
-        _raise(faults, values[1], "before anything changed")
+        _raise(errors, values[1], "before anything changed")
         for low, minus_high, (_, message) in zip(values[3::2], values[4::2], prints, strict=True):
             if low != -minus_high:
                 raise RuntimeError(message)
@@ -117,7 +117,7 @@ def _fingerprints(
 
 
 def _of_copies(
-    shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, everything: bool
+    shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, everything: bool
 ) -> list[tuple[int, str]]:
     """The same of the replicated parameters and of their gradients, bit by bit: of new shards, or of all."""
     chosen = [
@@ -125,7 +125,7 @@ def _of_copies(
         for shard, own in zip(shards, inputs, strict=False)
         if shard.storage.replicated and shard.storage.group.size > 1 and (everything or not shard.checked)
     ]
-    sums = _checksums(chosen, faults)
+    sums = _checksums(chosen, errors)
     return [
         (
             sums[0],
@@ -144,7 +144,7 @@ def _of_copies(
 
 
 def _same_in_replicas(
-    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], faults: Faults, compare: bool
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, compare: bool
 ) -> int:
     """Whether the replicas of this rank hold the same parts of parameters and gradients, bit by bit.
 
@@ -153,34 +153,36 @@ def _same_in_replicas(
     assert group.replicas is not None
     pairs_of = zip(shards, inputs, strict=False)
     sharded = [own for shard, own in pairs_of if compare and not shard.storage.replicated]
-    sums = _checksums(sharded, faults)
+    sums = _checksums(sharded, errors)
     pairs = torch.tensor(list(chain.from_iterable((value, -value) for value in sums)))
     low = collectives.minimum(group.replicas, pairs).tolist()
     return int(low[0] == -low[1] and low[2] == -low[3])
 
 
-def settle(group: Group, faults: Faults, when: str = "in the middle of a step", purpose: str = STEP) -> None:
+def raise_if_any_failed(
+    group: Group, errors: DeferredErrors, when: str = "in the middle of a step", purpose: str = STEP
+) -> None:
     """Let all ranks know whether each of them did its own work.
 
     Raises:
         RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete. Or some did not
             come to `purpose` within the timeout of the process group.
-        Exception: the fault itself, on the rank that had it.
+        Exception: the error itself, on the rank that had it.
     """
-    failure = _failed(faults)
-    if group.together > 1:
+    failure = _failed(errors)
+    if group.total_size > 1:
         failure = int(collectives.minimum(group, torch.tensor([failure]), purpose).item())
-    _raise(faults, failure, when)
+    _raise(errors, failure, when)
 
 
-def _failed(faults: Faults) -> int:
+def _failed(errors: DeferredErrors) -> int:
     """0, or a negative number that tells which rank failed."""
-    return 0 if faults.error is None else -1 - collectives.own_rank()
+    return 0 if errors.error is None else -1 - collectives.own_rank()
 
 
-def _raise(faults: Faults, failure: int, when: str) -> None:
-    if faults.error is not None:
-        raise faults.error
+def _raise(errors: DeferredErrors, failure: int, when: str) -> None:
+    if errors.error is not None:
+        raise errors.error
     if failure:
         raise RuntimeError(
             f"AdaFisher stops on all ranks, since rank {-1 - failure} failed {when}; its error tells why."
@@ -192,8 +194,8 @@ def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
     return [(name, float(value) if name == "lr" else value) for name, value in group.items() if name in DEFAULTS]
 
 
-def _checksums(chosen: Sequence[Inputs], faults: Faults) -> list[int]:
-    """Of the parameters that have a gradient, and of those gradients; zeros after a fault."""
+def _checksums(chosen: Sequence[Inputs], errors: DeferredErrors) -> list[int]:
+    """Of the parameters that have a gradient, and of those gradients; zeros after an error."""
     sums = [0, 0]
 
     def add_up() -> None:
@@ -201,7 +203,7 @@ def _checksums(chosen: Sequence[Inputs], faults: Faults) -> list[int]:
         gradients = [gradient for own in chosen for gradient in own.gradients if gradient is not None]
         sums[:] = _checksum(weights), _checksum(gradients)
 
-    faults.attempt(add_up)
+    errors.attempt(add_up)
     return sums
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adafisher_dist.blocks.sharding import Piece
+from adafisher_dist.blocks.sharding import TensorPiece
 
 Flats = Sequence[Tensor | None]  # of each stored tensor, flattened; None where it takes no part
 
@@ -29,16 +29,16 @@ class _Cut:
         return [views[index] for index in self.chosen]
 
 
-class Pairing:
+class CopyPlan:
     """Pieces of stored tensors, and for each its view of a buffer.
 
     The buffer's views are made once; those of the tensors in each step, since libraries replace gradients, and the
     memory of parameters.
     """
 
-    def __init__(self, pieces: Sequence[Piece], parts: Sequence[Tensor], numels: Sequence[int]) -> None:
+    def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], numels: Sequence[int]) -> None:
         """Args: pieces in any order, for each its 1-d view of the buffer, and the numel of each stored tensor."""
-        by_tensor: dict[int, list[tuple[Piece, Tensor]]] = {}
+        by_tensor: dict[int, list[tuple[TensorPiece, Tensor]]] = {}
         for piece, part in zip(pieces, parts, strict=True):
             by_tensor.setdefault(piece.tensor, []).append((piece, part))
         self._cuts = [_cut(tensor, pairs, numels[tensor]) for tensor, pairs in by_tensor.items()]
@@ -54,7 +54,7 @@ class Pairing:
         return [part for cut in self._cuts if flats[cut.tensor] is None for part in cut.parts]
 
 
-def _cut(tensor: int, pairs: list[tuple[Piece, Tensor]], numel: int) -> _Cut:
+def _cut(tensor: int, pairs: list[tuple[TensorPiece, Tensor]], numel: int) -> _Cut:
     pairs = sorted(pairs, key=lambda pair: pair[0].tensor_offset)
     lengths: list[int] = []
     chosen: list[int] = []

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import sharding
-from adafisher_dist.blocks.sharding import Piece
+from adafisher_dist.blocks.sharding import TensorPiece
 from adafisher_dist.comm import collectives
-from adafisher_dist.comm.collectives import Wire
-from adafisher_dist.comm.deferred_errors import Faults
-from adafisher_dist.state.shard import Chunk, Shard, wire_dtype
-from adafisher_dist.stepping.copy_plan import Pairing
+from adafisher_dist.comm.collectives import CommBuffer
+from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.state.shard import Chunk, Shard, gather_dtype
+from adafisher_dist.stepping.copy_plan import CopyPlan
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +53,7 @@ class Inputs:
             weight.copy_(flat.view(weight.shape))
 
 
-class Transfer(Protocol):
+class Exchange(Protocol):
     """What a step needs of a layout."""
 
     shard: Shard
@@ -61,16 +61,18 @@ class Transfer(Protocol):
     def collect(self, inputs: Inputs) -> Tensor:
         """Bring this rank's gradients to where they leave from; their largest absolute element, 0-d. Local."""
 
-    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+    def run(
+        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
+    ) -> None:
         """Bring all gradients to the owners, compute the chunks, and change the stored weights. A collective.
 
-        After a fault this rank goes on through the collectives, and leaves its part of the weights as it is.
+        After an error this rank goes on through the collectives, and leaves its part of the weights as it is.
 
         Args:
             inputs: of this call.
-            compute: turns the gradients in a chunk of the arena into updates.
-            go: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
-            faults: of this rank.
+            compute: turns the gradients in a chunk of the flat buffer into updates.
+            should_step: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
+            errors: of this rank.
         """
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -80,38 +82,40 @@ class Transfer(Protocol):
         """
 
 
-def transfer(shard: Shard) -> Transfer:
+def transfer(shard: Shard) -> Exchange:
     """The way of the shard's layout."""
     if not shard.storage.replicated:
-        return Routed(shard)
-    return Gathered(shard) if shard.storage.group.size > 1 else Alone(shard)
+        return AllToAll(shard)
+    return AllGather(shard) if shard.storage.group.size > 1 else Local(shard)
 
 
-class Alone:
+class Local:
     """One process has all gradients, all blocks and all weights."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        pieces = sharding.local_pieces(shard.storage.placed[0], shard.owned[0], 0)
-        self.own = _pairing(pieces, shard.arena, shard)
+        pieces = sharding.local_pieces(shard.storage.stored_spans[0], shard.owned[0], 0)
+        self.own = _copy_plan(pieces, shard.flat_buffer, shard)
 
     def collect(self, inputs: Inputs) -> Tensor:
-        """Into the arena."""
+        """Into the flat buffer."""
         _read(self.own, inputs.gradients)
-        return _largest([self.shard.arena])
+        return _largest([self.shard.flat_buffer])
 
-    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+    def run(
+        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
+    ) -> None:
         """Nothing is sent."""
         for chunk in self.shard.chunks:
-            _compute(self.shard, chunk, compute, faults)
-        faults.attempt(partial(_change_weights, self.shard, self.own, inputs, go))
+            _compute(self.shard, chunk, compute, errors)
+        errors.attempt(partial(_change_weights, self.shard, self.own, inputs, should_step))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The arena has been scaled."""
+        """The flat buffer has been scaled."""
         yield self.own.of(inputs.weights)
 
 
-class Gathered:
+class AllGather:
     """Every rank has all gradients and all weights: an owner reads its own gradients, and its new weights go to all.
 
     Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes of the updates.
@@ -121,27 +125,31 @@ class Gathered:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         storage, group = shard.storage, shard.storage.group
-        self.own = _pairing(
-            sharding.local_pieces(storage.placed[group.rank], shard.owned[group.rank], group.rank), shard.arena, shard
+        self.own = _copy_plan(
+            sharding.local_pieces(storage.stored_spans[group.rank], shard.owned[group.rank], group.rank),
+            shard.flat_buffer,
+            shard,
         )
         self.lengths = [max(sharding.count(spans) for spans in by_rank) for by_rank in shard.assignment.chunks]
-        dtype, longest = wire_dtype(shard), max(self.lengths)
+        dtype, longest = gather_dtype(shard), max(self.lengths)
         turns = range(min(2, len(self.lengths)))
-        self.mine = [group.wire(shard.arena.new_zeros(longest, dtype=dtype)) for _ in turns]
-        self.everyone = [group.wire(shard.arena.new_zeros(group.size * longest, dtype=dtype)) for _ in turns]
-        self.chunks = [self._pairings(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
+        self.mine = [group.comm_buffer(shard.flat_buffer.new_zeros(longest, dtype=dtype)) for _ in turns]
+        self.everyone = [
+            group.comm_buffer(shard.flat_buffer.new_zeros(group.size * longest, dtype=dtype)) for _ in turns
+        ]
+        self.chunks = [self._copy_plans(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
 
-    def _pairings(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[Pairing, Pairing, Pairing]:
-        """Of the own part of a chunk with the arena and with what is sent, and of all parts with what is received."""
+    def _copy_plans(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[CopyPlan, CopyPlan, CopyPlan]:
+        """Of the own part of a chunk with the flat buffer and with what is sent, and of all parts with what is received."""
         shard, group, turn = self.shard, self.shard.storage.group, number % 2
-        pieces = [sharding.local_pieces(shard.storage.placed[r], spans, r) for r, spans in enumerate(by_rank)]
+        pieces = [sharding.local_pieces(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
         mine, start = pieces[group.rank], shard.chunks[number].start
         received = self.everyone[turn].tensor
         parts = [received[rank * self.lengths[number] :] for rank in range(group.size)]
         return (
-            _pairing(mine, shard.arena[start:], shard),
-            _pairing(mine, self.mine[turn].tensor, shard),
-            Pairing(
+            _copy_plan(mine, shard.flat_buffer[start:], shard),
+            _copy_plan(mine, self.mine[turn].tensor, shard),
+            CopyPlan(
                 [piece for of_rank in pieces for piece in of_rank],
                 [_part(part, piece) for of_rank, part in zip(pieces, parts, strict=True) for piece in of_rank],
                 shard.numels,
@@ -151,50 +159,54 @@ class Gathered:
     def collect(self, inputs: Inputs) -> Tensor:
         """The owner reads its own elements."""
         _read(self.own, inputs.gradients)
-        return _largest([self.shard.arena])
+        return _largest([self.shard.flat_buffer])
 
-    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+    def run(
+        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
+    ) -> None:
         """Compute a chunk while the one before is gathered."""
         finish: Callable[[], None] | None = None
         for number, chunk in enumerate(self.shard.chunks):
-            _compute(self.shard, chunk, compute, faults)
-            wait = self._send(number, inputs, go, faults)
+            _compute(self.shard, chunk, compute, errors)
+            wait = self._send(number, inputs, should_step, errors)
             if finish is not None:
                 finish()
-            finish = partial(self._receive, number, wait, inputs, faults)
+            finish = partial(self._receive, number, wait, inputs, errors)
         if finish is not None:
             finish()
 
-    def _send(self, number: int, inputs: Inputs, go: Tensor | None, faults: Faults) -> Callable[[], None]:
+    def _send(
+        self, number: int, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors
+    ) -> Callable[[], None]:
         group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
-        in_arena, in_mine, _ = self.chunks[number]
+        in_buffer, in_mine, _ = self.chunks[number]
         weights, new = in_mine.of(inputs.weights)
-        _, updates = in_arena.of(inputs.weights)
+        _, updates = in_buffer.of(inputs.weights)
 
         def make() -> None:
             _copy(new, weights)
-            _scale(self.shard, in_arena, inputs, go)
+            _scale(self.shard, in_buffer, inputs, should_step)
             _add(new, updates)
 
-        if not faults.attempt(make):
-            faults.rescue(lambda: _copy(new, weights))
+        if not errors.attempt(make):
+            errors.rescue(lambda: _copy(new, weights))
         # Behind this rank's part stands padding: all ranks' parts are equally long.
         return collectives.gather(
             group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length)
         )
 
-    def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, faults: Faults) -> None:
+    def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, errors: DeferredErrors) -> None:
         wait()
         weights, new = self.chunks[number][2].of(inputs.weights)
-        faults.attempt(lambda: _copy(weights, new))
+        errors.attempt(lambda: _copy(weights, new))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The arena has been scaled; it holds this rank's part."""
-        for in_arena, _, _ in self.chunks:
-            yield in_arena.of(inputs.weights)
+        """The flat buffer has been scaled; it holds this rank's part."""
+        for in_buffer, _, _ in self.chunks:
+            yield in_buffer.of(inputs.weights)
 
 
-class Routed:
+class AllToAll:
     """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
 
     Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks' elements of blocks
@@ -203,91 +215,95 @@ class Routed:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        storage, arena = shard.storage, shard.arena
-        route = sharding.route(storage.placed, shard.owned, storage.group.rank)
-        self.crossing = sharding.any_crossing(storage.placed, shard.owned)
+        storage, flat_buffer = shard.storage, shard.flat_buffer
+        route = sharding.route(storage.stored_spans, shard.owned, storage.group.rank)
+        self.crossing = sharding.any_crossing(storage.stored_spans, shard.owned)
         ranks = range(storage.group.size)
-        self.away_counts = [sum(p.numel for p in route.send if p.rank == rank) for rank in ranks]
-        self.guest_counts = [sum(p.numel for p in route.receive if p.rank == rank) for rank in ranks]
-        self.away = storage.group.wire(arena.new_zeros(sum(self.away_counts)))
-        self.guests = storage.group.wire(arena.new_zeros(sum(self.guest_counts)))
-        self.local = _pairing(sharding.merged(route.local), arena, shard)
-        self.stored_elsewhere = _in_a_row(self.guests.tensor, route.receive)
-        self.guests_in_arena = [_part(arena, piece) for piece in route.receive]
-        self.owned_elsewhere = Pairing(route.send, _in_a_row(self.away.tensor, route.send), shard.numels)
-        starts = sorted(piece.arena_offset for piece in route.receive)
+        self.send_counts = [sum(p.numel for p in route.send if p.rank == rank) for rank in ranks]
+        self.receive_counts = [sum(p.numel for p in route.receive if p.rank == rank) for rank in ranks]
+        self.send_buffer = storage.group.comm_buffer(flat_buffer.new_zeros(sum(self.send_counts)))
+        self.receive_buffer = storage.group.comm_buffer(flat_buffer.new_zeros(sum(self.receive_counts)))
+        self.local = _copy_plan(sharding.merged(route.local), flat_buffer, shard)
+        self.stored_elsewhere = _in_a_row(self.receive_buffer.tensor, route.receive)
+        self.received_in_buffer = [_part(flat_buffer, piece) for piece in route.receive]
+        self.owned_elsewhere = CopyPlan(route.send, _in_a_row(self.send_buffer.tensor, route.send), shard.numels)
+        starts = sorted(piece.buffer_offset for piece in route.receive)
         waits = [any(c.start <= start < c.stop for start in starts) for c in shard.chunks]
         self.chunks = [
             [c for c, late in zip(shard.chunks, waits, strict=True) if late == want] for want in (False, True)
         ]
 
     def collect(self, inputs: Inputs) -> Tensor:
-        """Own elements go into the arena, those of cut blocks into the buffer for their owners."""
+        """Own elements go into the flat buffer, those of cut blocks into the buffer for their owners."""
         _read(self.local, inputs.gradients)
         _read(self.owned_elsewhere, inputs.gradients)
-        if self.guests_in_arena:
-            torch._foreach_zero_(self.guests_in_arena)  # of the step before; their rank looks at the new ones
-        return _largest([self.away.tensor, self.shard.arena])
+        if self.received_in_buffer:
+            torch._foreach_zero_(self.received_in_buffer)  # of the step before; their rank looks at the new ones
+        return _largest([self.send_buffer.tensor, self.shard.flat_buffer])
 
-    def run(self, inputs: Inputs, compute: Callable[[Chunk], None], go: Tensor | None, faults: Faults) -> None:
+    def run(
+        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
+    ) -> None:
         """Compute the chunks without guests while those travel, and change weights while updates travel home."""
         ready, late = self.chunks
-        wait = self._exchange(self.away, self.away_counts, self.guests, self.guest_counts)
+        wait = self._exchange(self.send_buffer, self.send_counts, self.receive_buffer, self.receive_counts)
         for chunk in ready:
-            _compute(self.shard, chunk, compute, faults)
+            _compute(self.shard, chunk, compute, errors)
         wait()
-        faults.attempt(lambda: _copy(self.guests_in_arena, self.stored_elsewhere))
+        errors.attempt(lambda: _copy(self.received_in_buffer, self.stored_elsewhere))
         for chunk in late:
-            _compute(self.shard, chunk, compute, faults)
-        if not faults.attempt(lambda: _copy(self.stored_elsewhere, self.guests_in_arena)):
-            self.guests.tensor.zero_()
-        wait = self._exchange(self.guests, self.guest_counts, self.away, self.away_counts)
-        faults.attempt(partial(_change_weights, self.shard, self.local, inputs, go))
+            _compute(self.shard, chunk, compute, errors)
+        if not errors.attempt(lambda: _copy(self.stored_elsewhere, self.received_in_buffer)):
+            self.receive_buffer.tensor.zero_()
+        wait = self._exchange(self.receive_buffer, self.receive_counts, self.send_buffer, self.send_counts)
+        errors.attempt(partial(_change_weights, self.shard, self.local, inputs, should_step))
         wait()
-        faults.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, go))
+        errors.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, should_step))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """What is stored here: its updates stand in the arena, or came home into the buffer of cut blocks."""
+        """What is stored here: its updates stand in the flat buffer, or came home into the buffer of cut blocks."""
         yield self.local.of(inputs.weights)
         yield self.owned_elsewhere.of(inputs.weights)
 
-    def _exchange(self, send: Wire, counts: list[int], receive: Wire, expected: list[int]) -> Callable[[], None]:
+    def _exchange(
+        self, send: CommBuffer, counts: list[int], receive: CommBuffer, expected: list[int]
+    ) -> Callable[[], None]:
         if not self.crossing:
             return lambda: None
         return collectives.exchange(self.shard.storage.group, send, counts, receive, expected)
 
 
-def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], faults: Faults) -> None:
-    if not faults.attempt(partial(compute, chunk)):
-        shard.arena[chunk.start : chunk.stop].zero_()
+def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], errors: DeferredErrors) -> None:
+    if not errors.attempt(partial(compute, chunk)):
+        shard.flat_buffer[chunk.start : chunk.stop].zero_()
 
 
-def _change_weights(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+def _change_weights(shard: Shard, copies: CopyPlan, inputs: Inputs, should_step: Tensor | None) -> None:
     """θ ← θ − lr·(u + λ·θ), from the updates in a buffer; 16-bit weights are rounded once, at the end."""
-    _scale(shard, pairing, inputs, go)
-    _add(*pairing.of(inputs.weights))
+    _scale(shard, copies, inputs, should_step)
+    _add(*copies.of(inputs.weights))
 
 
-def _scale(shard: Shard, pairing: Pairing, inputs: Inputs, go: Tensor | None) -> None:
+def _scale(shard: Shard, copies: CopyPlan, inputs: Inputs, should_step: Tensor | None) -> None:
     """In the buffer: u ← −lr·(u + λ·θ), by param group."""
     for group, settings in enumerate(inputs.settings):
         members = [
             weight if number == group else None for weight, number in zip(inputs.weights, shard.groups, strict=True)
         ]
-        weights, updates = pairing.of(members)
+        weights, updates = copies.of(members)
         if not updates:
             continue
         if settings["weight_decay"]:
             torch._foreach_add_(updates, weights, alpha=settings["weight_decay"])
         lr = float(settings["lr"])
-        torch._foreach_mul_(updates, -lr if go is None else go.to(shard.arena.dtype) * -lr)
+        torch._foreach_mul_(updates, -lr if should_step is None else should_step.to(shard.flat_buffer.dtype) * -lr)
 
 
-def _read(pairing: Pairing, gradients: Sequence[Tensor | None]) -> None:
+def _read(copies: CopyPlan, gradients: Sequence[Tensor | None]) -> None:
     """Copy gradients into a buffer, and zeros where there are none."""
-    theirs, ours = pairing.of(gradients)
+    theirs, ours = copies.of(gradients)
     _copy(ours, theirs)
-    missing = pairing.missing(gradients)
+    missing = copies.missing(gradients)
     if missing:
         torch._foreach_zero_(missing)
 
@@ -302,15 +318,15 @@ def _add(to: list[Tensor], more: list[Tensor]) -> None:
         torch._foreach_add_(to, more)
 
 
-def _pairing(pieces: Sequence[Piece], buffer: Tensor, shard: Shard) -> Pairing:
-    return Pairing(pieces, [_part(buffer, piece) for piece in pieces], shard.numels)
+def _copy_plan(pieces: Sequence[TensorPiece], buffer: Tensor, shard: Shard) -> CopyPlan:
+    return CopyPlan(pieces, [_part(buffer, piece) for piece in pieces], shard.numels)
 
 
-def _part(buffer: Tensor, piece: Piece) -> Tensor:
-    return buffer[piece.arena_offset : piece.arena_offset + piece.numel]
+def _part(buffer: Tensor, piece: TensorPiece) -> Tensor:
+    return buffer[piece.buffer_offset : piece.buffer_offset + piece.numel]
 
 
-def _in_a_row(buffer: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+def _in_a_row(buffer: Tensor, pieces: Sequence[TensorPiece]) -> list[Tensor]:
     """The stretch of a buffer that each piece takes, one after the other."""
     stops = list(accumulate(piece.numel for piece in pieces))
     return [buffer[stop - piece.numel : stop] for piece, stop in zip(pieces, stops, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 
 
 def is_meant_for(device: torch.device) -> bool:
@@ -22,32 +22,32 @@ def is_meant_for(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class Verdict:
+class FoundInf:
     """Of one step after the other, on the ranks of a group; made once, so that a step allocates nothing for it."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
-        self._go = group.wire(torch.ones(1, dtype=torch.int32, device=device))
+        self._should_step = group.comm_buffer(torch.ones(1, dtype=torch.int32, device=device))
         on_accelerator = device.type != "cpu"
         self._seen = torch.ones(1, dtype=torch.int32, pin_memory=on_accelerator)
         self._arrival = torch.Event(device) if on_accelerator else None
 
-    def decide(self, largest: Sequence[Tensor], limits: Sequence[float], faults: Faults) -> Tensor:
+    def decide(self, largest: Sequence[Tensor], limits: Sequence[float], errors: DeferredErrors) -> Tensor:
         """Let all ranks know whether every gradient can be used. A collective, for which no host waits.
 
         Args:
             largest: the largest absolute gradient elements of this rank, 0-d.
             limits: how large each may be.
-            faults: of this rank.
+            errors: of this rank.
 
         Returns:
             0-d int32 on the device: 0 if the step is to change nothing.
         """
-        flag = self._go.tensor
-        faults.attempt(
+        flag = self._should_step.tensor
+        errors.attempt(
             lambda: flag.copy_(torch.stack([n <= limit for n, limit in zip(largest, limits, strict=True)]).all())
         )
-        collectives.minimum_on_device(self._group, self._go)
+        collectives.minimum_on_device(self._group, self._should_step)
         self._seen.copy_(flag, non_blocking=True)
         if self._arrival is not None:
             self._arrival.record()

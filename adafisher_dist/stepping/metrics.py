@@ -23,18 +23,18 @@ from torch import Tensor
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group, Waits
 from adafisher_dist.comm.control_group import control
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
 from adafisher_dist.numerics.batch import Batch
-from adafisher_dist.stepping.exchange import Inputs, Transfer
+from adafisher_dist.stepping.exchange import Exchange, Inputs
 
 logger = logging.getLogger("adafisher_dist")
 
 Callback = Callable[[int, dict[str, float]], None]
 """Called with the step and its metrics by name, on the first rank alone."""
 
-LADDER = tuple(f"ladder_{rung.replace(' ', '_')}" for rung in fisher.RUNGS)
+LADDER = tuple(f"ladder_{fallback.replace(' ', '_')}" for fallback in fisher.FALLBACKS)
 
 NAMES = {
     "condition_number_median": "1-norm condition number of the damped blocks A that were looked at, median",
@@ -43,7 +43,10 @@ NAMES = {
     "damping_max": "the largest; blocks of a bfloat16 Fisher have more where its rounding needs it",
     "factor_age_mean": "steps since a block's factor was made, mean; 0 where they are made at every step",
     "factor_age_max": "the largest",
-    **{name: f"factorisations so far that needed: {rung}" for name, rung in zip(LADDER, fisher.RUNGS, strict=True)},
+    **{
+        name: f"factorisations so far that needed: {fallback}"
+        for name, fallback in zip(LADDER, fisher.FALLBACKS, strict=True)
+    },
     "update_to_weight": "‖change of the weights‖ / ‖weights‖, of all that had a gradient",
     "communication_bytes": "bytes sent in the step, by all ranks",
     "communication_ms": "milliseconds that the step waited for other ranks, the longest of all ranks",
@@ -61,7 +64,7 @@ class _Measured:
     conditions: list[float] = field(default_factory=list)
     change: float = 0.0  # the sum of the squares
     weights: float = 0.0  # likewise
-    ladder: list[float] = field(default_factory=lambda: [0.0] * len(fisher.RUNGS))
+    ladder: list[float] = field(default_factory=lambda: [0.0] * len(fisher.FALLBACKS))
     dampings: list[float] = field(default_factory=list)
     blocks: int = 0  # whose factors' ages are known
     age: int = 0  # of all of them together
@@ -128,7 +131,7 @@ class Meter:
             self._waits.append(Waits())
             collectives.measure_waits(self._waits[-1])
 
-    def end(self, calls: Sequence[tuple[Transfer, Inputs]], sent: Counter[str]) -> None:
+    def end(self, calls: Sequence[tuple[Exchange, Inputs]], sent: Counter[str]) -> None:
         """After the work of a call. Local; an error is told with the metrics, and stops nobody."""
         if self._step is None:
             return
@@ -158,9 +161,9 @@ class Meter:
 
     def _attempt(self, work: Callable[[], object]) -> None:
         """Do it; an error goes to the other ranks with what was measured."""
-        faults = Faults()
-        if not faults.attempt(work):
-            self._measured.problem = f"{type(faults.error).__name__}: {faults.error}"
+        errors = DeferredErrors()
+        if not errors.attempt(work):
+            self._measured.problem = f"{type(errors.error).__name__}: {errors.error}"
 
     def _read(self) -> None:
         """What the device has been asked for."""
@@ -172,13 +175,13 @@ class Meter:
             measured.conditions += more
         measured.seconds = sum(waits.seconds() for waits in self._waits)
 
-    def _take(self, calls: Sequence[tuple[Transfer, Inputs]], step: int) -> None:
+    def _take(self, calls: Sequence[tuple[Exchange, Inputs]], step: int) -> None:
         measured = self._measured
         for transfer, inputs in calls:
             shard = transfer.shard
             pairs = list(transfer.changed(inputs))
-            weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.arena)
-            change = _square([tensor for _, ours in pairs for tensor in ours], shard.arena)
+            weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.flat_buffer)
+            change = _square([tensor for _, ours in pairs for tensor in ours], shard.flat_buffer)
             conditions: list[Tensor] = []
             for batch in shard.batches:
                 settings = inputs.settings[batch.group]
@@ -187,7 +190,7 @@ class Meter:
                 damping, noise = stacked.damping(batch, settings)
                 measured.dampings.append(damping)
                 conditions.append(_conditions(batch, damping, noise, step // self._every).double())
-                for counts in batch.rungs.values():
+                for counts in batch.fallback_counts.values():
                     measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
                 ages = batch.ages(step)
                 measured.blocks += len(ages)

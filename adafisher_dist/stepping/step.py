@@ -15,15 +15,15 @@ from torch import Tensor
 
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
-from adafisher_dist.comm.deferred_errors import Faults
+from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts import PartOfStep, UnsupportedLayoutError
 from adafisher_dist.settings import DEFAULTS, normalize, structure
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard, Time, compute, largest_gradient, waits_for_nothing
 from adafisher_dist.stepping import found_inf
-from adafisher_dist.stepping.consistency import agree, settle
-from adafisher_dist.stepping.exchange import Inputs, Transfer, transfer
-from adafisher_dist.stepping.found_inf import Verdict
+from adafisher_dist.stepping.consistency import check_consistency, raise_if_any_failed
+from adafisher_dist.stepping.exchange import Exchange, Inputs, transfer
+from adafisher_dist.stepping.found_inf import FoundInf
 from adafisher_dist.stepping.metrics import Meter
 
 logger = logging.getLogger("adafisher_dist")
@@ -35,7 +35,7 @@ Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradie
 class _Pending:
     """A step whose verdict the host has not read: its shards, and their counters as they were before it."""
 
-    verdict: Verdict
+    verdict: FoundInf
     shards: list[Shard]
     counters: list[Tensor]
     counts: bool  # as a skipped step; of the parts of one, only the first
@@ -45,7 +45,7 @@ class Engine:
     """The shards of an optimizer's parameters. It knows nothing of torch.optim but the param groups' settings."""
 
     def __init__(self) -> None:
-        self._transfers: list[Transfer] = []
+        self._transfers: list[Exchange] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
         self.incomplete = False
         """Whether a step or the loading of a checkpoint began and did not end."""
@@ -56,7 +56,7 @@ class Engine:
         self.meter: Meter | None = None
         """What measures some of the steps."""
         self._calls = 0
-        self._verdicts: dict[tuple[int, ...], Verdict] = {}  # by the ids of the shards of a call
+        self._verdicts: dict[tuple[int, ...], FoundInf] = {}  # by the ids of the shards of a call
         self._pending: list[_Pending] = []
         self._bound: Tensor | None = None  # of the gradients of the step that a wrapper takes part by part
 
@@ -66,7 +66,7 @@ class Engine:
     @property
     def shards(self) -> list[Shard]:
         """In the order in which their tensors first had a gradient; their counters are right."""
-        self.learn()
+        self.resolve_pending()
         return self.planned
 
     @property
@@ -74,7 +74,7 @@ class Engine:
         """The same without a wait for the device: the last step may turn out to have counted for nothing."""
         return [way.shard for way in self._transfers]
 
-    def learn(self, shards: Sequence[Shard] | None = None) -> None:
+    def resolve_pending(self, shards: Sequence[Shard] | None = None) -> None:
         """Take back that steps were counted, where the device has found that they were to change nothing.
 
         Of these shards, or of all. DeepSpeed steps one param group after the other: to ask of the one before would be
@@ -98,13 +98,13 @@ class Engine:
         shard, index = self._where.pop(id(old))
         if new is not None:
             self._where[id(new)] = shard, index
-        elif len(shard.retired) == len(shard.storage.tensors):
+        elif len(shard.removed) == len(shard.storage.tensors):
             self.drop([shard])
 
     def drop(self, shards: Sequence[Shard]) -> None:
         """Forget shards."""
         gone = set(map(id, shards))
-        self.learn(shards)
+        self.resolve_pending(shards)
         self._transfers = [way for way in self._transfers if id(way.shard) not in gone]
         self._where = {key: place for key, place in self._where.items() if id(place[0]) not in gone}
         self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if not gone & set(key)}
@@ -119,7 +119,7 @@ class Engine:
         Raises:
             RuntimeError: on all ranks alike, since all of them know of the failure.
         """
-        self.learn()
+        self.resolve_pending()
         self._refuse_incomplete()
 
     def _refuse_incomplete(self) -> None:
@@ -133,24 +133,24 @@ class Engine:
         """The shards of tensors, by their ids."""
         return [way.shard for way in self._transfers_of(tensors)]
 
-    def _transfers_of(self, tensors: Iterable[int]) -> list[Transfer]:
+    def _transfers_of(self, tensors: Iterable[int]) -> list[Exchange]:
         wanted = {id(self._where[tensor][0]) for tensor in tensors if tensor in self._where}
         return [way for way in self._transfers if id(way.shard) in wanted]
 
-    def step(self, groups: Groups, group: Group, faults: Faults, part: PartOfStep | None, limit: float) -> None:
-        """Update the tensors that have a gradient, all of which are in a shard, unless `faults` tells of an error.
+    def step(self, groups: Groups, group: Group, errors: DeferredErrors, part: PartOfStep | None, limit: float) -> None:
+        """Update the tensors that have a gradient, all of which are in a shard, unless `errors` tells of an error.
 
         A step in which a gradient is not finite, or too large to square, changes nothing on any rank; `skipped` counts.
 
         Args:
             groups: those tensors' param groups.
             group: the ranks that take each step of this optimizer together, whatever any of them has to do in it.
-            faults: of this rank, so far.
+            errors: of this rank, so far.
             part: which part of a wrapper's step this is, all of which change something or none; None for all of it.
             limit: how large a gradient element may be in any of the parts.
 
         Raises:
-            RuntimeError: see `agreement.agree` and `settle`; also for a sparse gradient, a changed structural setting,
+            RuntimeError: see `agreement.check_consistency` and `raise_if_any_failed`; also for a sparse gradient, a changed structural setting,
                 or after a step that failed half-way.
         """
         self._refuse_incomplete()
@@ -158,10 +158,10 @@ class Engine:
         before = Counter(collectives.sent)
         transfers = self._transfers_of(groups)
         shards = [way.shard for way in transfers]
-        self.learn(shards)
+        self.resolve_pending(shards)
         inputs: list[Inputs] = []
         largest: list[Tensor] = []
-        verdicts: list[Verdict] = []
+        verdicts: list[FoundInf] = []
         fresh = [shard for shard in shards if not shard.checked]
 
         def collect() -> None:
@@ -174,7 +174,7 @@ class Engine:
                 largest.append(self._bound.to(largest[0].device, non_blocking=True) if largest else self._bound)
             verdicts.extend(self._verdict_on_device(shards, group))
 
-        faults.attempt(collect)
+        errors.attempt(collect)
         limits = [largest_gradient(shard) for shard in shards]
         if part is not None:
             limits.append(limit)
@@ -185,7 +185,7 @@ class Engine:
             # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
             compare_copies = self._calls.bit_count() == 1
             metrics = self.meter.plan if self.meter is not None else None
-            finite = agree(group, shards, inputs, finite, bool(verdicts), metrics, faults, compare_copies)
+            finite = check_consistency(group, shards, inputs, finite, bool(verdicts), metrics, errors, compare_copies)
         except Exception:
             self._drop_unchecked()  # what was planned in this step may not be what the other ranks planned
             raise
@@ -197,14 +197,16 @@ class Engine:
         self.incomplete = True  # until all ranks have done their part
         if self.meter is not None:
             self.meter.begin(_step(shards, inputs), group, self.skipped)
-        go = verdicts[0].decide(largest, limits, faults) if verdicts else None
+        should_step = verdicts[0].decide(largest, limits, errors) if verdicts else None
         counters = [shard.counters.clone() for shard in shards]
         for way, own in zip(transfers, inputs, strict=True):
             times: list[Time] = []
-            faults.attempt(partial(_advance, way.shard, own, times))
-            way.run(own, partial(compute, times=times, settings=own.settings, go=go), go, faults)
-            faults.attempt(own.write_back)
-        settle(group, faults)
+            errors.attempt(partial(_advance, way.shard, own, times))
+            way.run(
+                own, partial(compute, times=times, settings=own.settings, should_step=should_step), should_step, errors
+            )
+            errors.attempt(own.write_back)
+        raise_if_any_failed(group, errors)
         self.incomplete = False
         self.sent = collectives.sent - before
         if self.meter is not None:
@@ -212,14 +214,14 @@ class Engine:
         if verdicts:
             self._pending.append(_Pending(verdicts[0], shards, counters, counts))
 
-    def _verdict_on_device(self, shards: Sequence[Shard], group: Group) -> list[Verdict]:
+    def _verdict_on_device(self, shards: Sequence[Shard], group: Group) -> list[FoundInf]:
         """What decides on the device whether the step goes on, if nothing else of the step waits for the device."""
-        devices = {shard.arena.device for shard in shards}
+        devices = {shard.flat_buffer.device for shard in shards}
         if len(devices) != 1 or not all(map(waits_for_nothing, shards)) or not found_inf.is_meant_for(*devices):
             return []
         key = tuple(map(id, shards))
         if key not in self._verdicts:
-            self._verdicts[key] = Verdict(group, *devices)
+            self._verdicts[key] = FoundInf(group, *devices)
         return [self._verdicts[key]]
 
 
@@ -232,15 +234,15 @@ def _check_ranks(shards: Sequence[Shard], group: Group) -> None:
     """
     for shard in shards:
         own = shard.storage.group
-        if own.handle is None and group.together > 1:
+        if own.handle is None and group.total_size > 1:
             raise RuntimeError(
                 "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
                 " knows of no other rank. Initialise it first, then load the state."
             )
-        if own.together != group.together or not (own.members <= group.members or group.replicas is not None):
+        if own.total_size != group.total_size or not (own.members <= group.members or group.replicas is not None):
             raise UnsupportedLayoutError(
-                f"The parameters of one optimizer are spread over different ranks: {own.together} in the layout"
-                f" {shard.storage.layout}, and {group.together} take the step. Use an optimizer for each."
+                f"The parameters of one optimizer are spread over different ranks: {own.total_size} in the layout"
+                f" {shard.storage.layout}, and {group.total_size} take the step. Use an optimizer for each."
             )
 
 

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from typer import Argument, Option
 
 from adafisher_dist.blocks.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
-from adafisher_dist.checkpoint import CheckpointError, Place, place_of
+from adafisher_dist.checkpoint import CheckpointDirectory, CheckpointError, checkpoint_directory
 from adafisher_dist.checkpoint.directory import find
-from adafisher_dist.checkpoint.open_checkpoint import Opened, open_checkpoint
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.tools import plots
 from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
@@ -251,16 +251,16 @@ def bar(what: str, nbytes: int) -> Iterator[Callable[[int], object]]:
         yield lambda done: progress.advance(task, done)
 
 
-def _find(checkpoint: Path) -> tuple[Place, Path]:
+def _find(checkpoint: Path) -> tuple[CheckpointDirectory, Path]:
     """The place of a checkpoint that exists, and its folder."""
     path = Path(os.path.abspath(checkpoint))  # not resolve(): it would follow links, to names that nobody gave
     try:
-        return find(lambda: place_of(path))
+        return find(lambda: checkpoint_directory(path))
     except (CheckpointError, ValueError) as error:
         fail(error, WRONG)
 
 
-def _open(checkpoint: Path, verify: bool) -> Opened:
+def _open(checkpoint: Path, verify: bool) -> OpenCheckpoint:
     """Held open with all its files, where they will be checked."""
     try:
         return open_checkpoint(lambda: _find(checkpoint)[1], lambda manifest: manifest.files if verify else ())

@@ -21,7 +21,7 @@ from torch import Tensor
 from adafisher_dist.checkpoint.directory import sync
 from adafisher_dist.checkpoint.encoding import dtype_of
 from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
-from adafisher_dist.checkpoint.open_checkpoint import Opened, open_checkpoint
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.tools.inspection import Bar, damage, no_bar, short
 
 logger = logging.getLogger("adafisher_dist")
@@ -64,7 +64,7 @@ def export_weights(
     the tensors of one file, and where dtypes change, the largest tensor once more.
 
     Args:
-        folder: the checkpoint's own folder, as `Place.find` tells it.
+        folder: the checkpoint's own folder, as `CheckpointDirectory.find` tells it.
         out: the folder to write to, made where there is none. What else is in it stays.
         dtype: of all floating-point parameters; None for their own in the model that was saved. Buffers keep theirs.
         max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
@@ -93,7 +93,7 @@ def export_weights(
 
 
 def _export(
-    opened: Opened, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, standing: Sequence[Path], verify: bool,
+    opened: OpenCheckpoint, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, standing: Sequence[Path], verify: bool,
     bar: Bar,
 ) -> list[Path]:  # fmt: skip
     _check(opened, verify, bar)
@@ -126,7 +126,7 @@ def _exported(out: Path) -> list[Path]:
     return [path for path in (out / _WHOLE, out / _INDEX) if path.exists()] + sorted(out.glob(_PARTS))
 
 
-def _check(opened: Opened, checksums: bool, bar: Bar) -> None:
+def _check(opened: OpenCheckpoint, checksums: bool, bar: Bar) -> None:
     problems = damage(opened, bar) if checksums else opened.problems(opened.manifest.files, checksums=False)
     if problems:
         raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was written.")
@@ -174,7 +174,7 @@ def _nbytes(outputs: _Outputs) -> int:
     return sum(output.nbytes for output in outputs.values())
 
 
-def _write(shards: Mapping[str, _Outputs], out: Path, opened: Opened, bar: Bar) -> None:
+def _write(shards: Mapping[str, _Outputs], out: Path, opened: OpenCheckpoint, bar: Bar) -> None:
     """Write everything under temporary names."""
     total = sum(map(_nbytes, shards.values()))
     with bar("Writing", total) as advance:
@@ -202,7 +202,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     sync(path)
 
 
-def _tensor(opened: Opened, name: str, output: _Output) -> Tensor:
+def _tensor(opened: OpenCheckpoint, name: str, output: _Output) -> Tensor:
     """A tensor as it is written.
 
     Raises:

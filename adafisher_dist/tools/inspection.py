@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
-from adafisher_dist.checkpoint.open_checkpoint import Opened
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
 # Shows how far a long piece of work is: given its name and its bytes, a context with what takes the bytes just done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -154,7 +154,7 @@ class Summary:
         return {**asdict(self), "totals": self.totals}
 
 
-def summarize(opened: Opened) -> Summary:
+def summarize(opened: OpenCheckpoint) -> Summary:
     """The facts of a checkpoint."""
     manifest, about = opened.manifest, opened.manifest.about
     return Summary(
@@ -186,7 +186,7 @@ def short(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def damage(opened: Opened, bar: Bar = no_bar) -> list[str]:
+def damage(opened: OpenCheckpoint, bar: Bar = no_bar) -> list[str]:
     """What is wrong with the files of a checkpoint, all of which are held, a line each; reads all their bytes."""
     found, files = [], opened.manifest.files
     with bar("Checking", sum(file.nbytes for file in files.values())) as advance:
@@ -223,7 +223,7 @@ def _stored_dtype(manifest: Manifest, key: str) -> str | None:
     return None if stored is None else short(stored.dtype)
 
 
-def _groups(opened: Opened) -> tuple[GroupFacts, ...]:
+def _groups(opened: OpenCheckpoint) -> tuple[GroupFacts, ...]:
     about = opened.manifest.about
     parameters = about["model"]["parameters"]
     return tuple(
@@ -236,7 +236,7 @@ def _groups(opened: Opened) -> tuple[GroupFacts, ...]:
     )
 
 
-def _plain(value: Any, opened: Opened) -> Any:
+def _plain(value: Any, opened: OpenCheckpoint) -> Any:
     """An encoded setting (see `values`) as a person writes it: a dtype's short name, a tensor lr's number."""
     if not isinstance(value, Mapping) or len(value) != 1:
         return value

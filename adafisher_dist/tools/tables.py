@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from adafisher_dist.blocks.estimate import Forecast
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 from adafisher_dist.tools.inspection import KindFacts, ParameterFacts, Summary
 
 
@@ -49,7 +49,7 @@ def forecast_table(forecast: Forecast) -> Table:
     return table
 
 
-def _storage(kind: Structure) -> str:
+def _storage(kind: StateConfig) -> str:
     return str(kind.fisher_dtype).removeprefix("torch.") + (", packed" if kind.packed else "")
 
 

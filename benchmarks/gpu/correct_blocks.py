@@ -87,9 +87,11 @@ class Case:
         return torch.tensor(values, dtype=structure(self.settings()).compute_dtype, device=device)
 
 
-def step(batch: Batch, gradient_NDB: Tensor, t: int, settings: dict[str, Any], go: Tensor | None = None) -> None:
+def step(
+    batch: Batch, gradient_NDB: Tensor, t: int, settings: dict[str, Any], should_step: Tensor | None = None
+) -> None:
     batch.gradient_NDB.copy_(gradient_NDB)
-    stacked.compute(batch, 0, len(batch.fisher), t, t, settings, go)
+    stacked.compute(batch, 0, len(batch.fisher), t, t, settings, should_step)
 
 
 # ---- a step beside numpy ----
@@ -166,14 +168,16 @@ def _by_oracle(batch: Batch, g: Rows, t: int, h: dict[str, Any]) -> Rows:
 def ladder(here: Here) -> str:
     """Blocks that have no Cholesky factor climb as far as on a CPU, and their neighbours do not notice."""
     for packed, depth in itertools.product((False, True), (1, 3)):
-        found, want = (_climb(device, packed, depth) for device in (here.device, torch.device("cpu")))
-        assert found.rungs == want.rungs == {1: [1, 0, 0], 2: [0, 0, 1]}, f"{found.rungs}, on a CPU {want.rungs}"
+        found, want = (_fall_back(device, packed, depth) for device in (here.device, torch.device("cpu")))
+        assert found.fallback_counts == want.fallback_counts == {1: [1, 0, 0], 2: [0, 0, 1]}, (
+            f"{found.fallback_counts}, on a CPU {want.fallback_counts}"
+        )
         apart = far(host(found.gradient_NDB), host(want.gradient_NDB))
         assert apart < 1e-4, f"packed {packed}, {depth} rows: u apart by {apart:.2g}"
-    return f"as on a CPU: rungs {found.rungs}"
+    return f"as on a CPU: rungs {found.fallback_counts}"
 
 
-def _climb(device: torch.device, packed: bool, depth: int) -> Batch:
+def _fall_back(device: torch.device, packed: bool, depth: int) -> Batch:
     case = Case(7, depth, packed=packed, exponent=1.0)
     batch = case.make(device)
     if batch.square_ND is not None:
@@ -213,13 +217,13 @@ def gate(here: Here) -> str:
     cases += [Case(7, 5, exponent=1.0), Case(7, 5, grafting="none")]
     cases += [Case(1, 1, dtype, dense=False) for dtype in DTYPES]
     for case in cases:
-        _gated(case, here.device)
+        _if_stepping(case, here.device)
     return f"{len(cases)} kinds of blocks: shut, all stays as it was; open, a step is as without it"
 
 
-def _gated(case: Case, device: torch.device) -> None:
+def _if_stepping(case: Case, device: torch.device) -> None:
     h, wide = case.settings(), torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32)
-    shut, is_open = (torch.tensor(go, dtype=torch.int32, device=device) for go in (0, 1))
+    shut, is_open = (torch.tensor(should_step, dtype=torch.int32, device=device) for should_step in (0, 1))
     gated, twin, free = (case.make(device) for _ in range(3))
     for t, gradient_NDB in enumerate(case.gradients(device, 3), start=1):
         bad_NDB = gradient_NDB.clone()
@@ -228,8 +232,8 @@ def _gated(case: Case, device: torch.device) -> None:
         step(gated, bad_NDB, t, h, shut)
         assert not gated.gradient_NDB.any(), f"{case}: the gate was shut, and u is not 0"
         same_bits(list(gated.tensors().values()), before)
-        for batch, go in ((gated, is_open), (twin, is_open), (free, None)):
-            step(batch, gradient_NDB, t, h, go)
+        for batch, should_step in ((gated, is_open), (twin, is_open), (free, None)):
+            step(batch, gradient_NDB, t, h, should_step)
         same_bits([gated.gradient_NDB, *gated.tensors().values()], [twin.gradient_NDB, *twin.tensors().values()])
         if case.dtype != torch.bfloat16:  # where a rounding more or less tips another
             apart = far(host(gated.gradient_NDB), host(free.gradient_NDB))

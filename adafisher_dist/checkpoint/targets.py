@@ -17,9 +17,9 @@ from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.control_group import Control
-from adafisher_dist.layouts import Held, Storage
+from adafisher_dist.layouts import LocalShard, Storage
 from adafisher_dist.optimizer.adafisher import AdaFisher
-from adafisher_dist.settings import Structure
+from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
 # What an optimizer keeps of its own when it loads: settings that shape the state, and the one that says what computes.
@@ -33,7 +33,7 @@ _IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Training:
+class CheckpointTarget:
     """See the module's docstring.
 
     Attributes:
@@ -62,14 +62,14 @@ class Training:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
         if self.wrapper is None:
             return []
-        return self.optimizer._roster.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
+        return self.optimizer._registry.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
 
     def plain_group(self) -> Group:
         """The ranks that plain tensors are the same on."""
         return Group(None, self.control.rank, self.control.size)
 
 
-def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Control) -> Training:
+def collect_target(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Control) -> CheckpointTarget:
     """Name everything.
 
     Raises:
@@ -82,21 +82,21 @@ def observe(module: nn.Module, optimizer: AdaFisher, wrapper: Any, control: Cont
     aliases: dict[str, str] = {}
     parameters = _by_first_name(module.named_parameters(remove_duplicate=False), first, aliases)
     buffers = _by_first_name(_persistent_buffers(module), first, aliases)
-    roster = optimizer._roster
-    foreign = [given.name for tensor, given in roster.registry.given() if id(tensor) not in first]
+    registry = optimizer._registry
+    foreign = [info.name for tensor, info in registry.given_parameters.info() if id(tensor) not in first]
     if foreign:
         raise ValueError(
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    names = {given.position: first[id(tensor)] for tensor, given in roster.registry.given()}
-    return Training(module, optimizer, wrapper, control, names, parameters, buffers, aliases)
+    names = {info.position: first[id(tensor)] for tensor, info in registry.given_parameters.info()}
+    return CheckpointTarget(module, optimizer, wrapper, control, names, parameters, buffers, aliases)
 
 
-def without_frozen(training: Training) -> Training:
+def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
     """The same, to be saved without the values of the parameters that need no gradient."""
-    frozen = frozenset(name for name, parameter in training.parameters.items() if not parameter.requires_grad)
-    return replace(training, left_out=frozen)
+    frozen = frozenset(name for name, parameter in target.parameters.items() if not parameter.requires_grad)
+    return replace(target, left_out=frozen)
 
 
 def _by_first_name(
@@ -135,48 +135,48 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 # ---- ranges ----
 
 
-def weights(training: Training, names: Mapping[str, str], writing: bool) -> Iterator[Range]:
+def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -> Iterator[Range]:
     """The weights and buffers that this rank holds, or of those that several hold, what it writes.
 
     Keys are weight/NAME, with DeepSpeed's fp32 values where it keeps some, and buffer/NAME.
 
     Args:
-        training: the model.
+        target: the model.
         names: for each parameter and buffer that takes part, its name in the checkpoint.
         writing: leave out what other ranks write.
     """
-    held = _held(training)
-    for number, (name, tensor) in enumerate([*training.parameters.items(), *training.buffers.items()]):
+    held = _held(target)
+    for number, (name, tensor) in enumerate([*target.parameters.items(), *target.buffers.items()]):
         if name in names:
-            kind = "weight" if name in training.parameters else "buffer"
-            if kind == "buffer" and writing and held[name].replicated and training.control.rank:
+            kind = "weight" if name in target.parameters else "buffer"
+            if kind == "buffer" and writing and held[name].replicated and target.control.rank:
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
             yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing, alone)
 
 
-def _held(training: Training) -> dict[str, Held]:
+def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
     """Where this rank has what of each parameter and buffer: in a wrapper's fp32 tensors, or in the model itself."""
-    names, held = training.names, {}
-    for storage in training.storages():
+    names, held = target.names, {}
+    for storage in target.storages():
         group = storage.group
-        for place in storage.placed[group.rank]:
+        for place in storage.stored_spans[group.rank]:
             span, values_ = place.span, storage.values(place.tensor)
             if not storage.replicated:
                 values_ = values_.view(-1)[place.offset : place.offset + len(span)]
-            name = names[storage.parameters[span.parameter].given.position]
-            held[name] = Held(values_, span.start, span.stop, group, storage.replicated)
+            name = names[storage.parameters[span.parameter].info.position]
+            held[name] = LocalShard(values_, span.start, span.stop, group, storage.replicated)
         for parameter in storage.parameters:
-            nothing = Held(torch.empty(0), 0, 0, group, replicated=False)
-            held.setdefault(names[parameter.given.position], nothing)
-    group = training.plain_group()
-    for name, tensor in [*training.parameters.items(), *training.buffers.items()]:
+            nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
+            held.setdefault(names[parameter.info.position], nothing)
+    group = target.plain_group()
+    for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
         if name not in held:
             held[name] = layouts.locate(tensor, group)
     return held
 
 
-def _range(key: str, held: Held, total: int, number: int, writing: bool, alone: bool) -> Iterator[Range]:
+def _range(key: str, held: LocalShard, total: int, number: int, writing: bool, alone: bool) -> Iterator[Range]:
     start, stop, values_ = held.start, held.stop, held.values
     if writing and held.replicated and not alone:
         start, stop = ranges.share(values_, number, held.group.rank, held.group.size)
@@ -193,13 +193,13 @@ def _of_this_replica(found: list[Range], group: Group, number: int) -> list[Rang
     return [range_ for index, range_ in enumerate(found) if (index + number) % count == own]
 
 
-def state(training: Training, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
+def state(target: CheckpointTarget, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
     """The optimizer's state on this rank; arguments as for `weights`."""
-    known = training.names
+    known = target.names
     for shard in shards:
         chosen = {}
-        for number, parameter in shard.living:
-            name = known[parameter.given.position]
+        for number, parameter in shard.active:
+            name = known[parameter.info.position]
             if name in names:
                 chosen[number] = names[name]
         found = list(ranges.of_state(shard, chosen))
@@ -209,7 +209,7 @@ def state(training: Training, shards: list[Shard], names: Mapping[str, str], wri
 # ---- facts ----
 
 
-def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
+def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
     """The model and the optimizer's settings and counters, as JSON."""
     return {
         "model": {
@@ -218,34 +218,34 @@ def describe(training: Training, tensors: list[Tensor]) -> dict[str, Any]:
                     "shape": shape_of(p),
                     "dtype": str(p.dtype),
                     "trainable": p.requires_grad,
-                    **({LEFT_OUT: True} if name in training.left_out else {}),
+                    **({LEFT_OUT: True} if name in target.left_out else {}),
                 }
-                for name, p in training.parameters.items()
+                for name, p in target.parameters.items()
             },
-            "buffers": {name: {"shape": tuple(b.shape), "dtype": str(b.dtype)} for name, b in training.buffers.items()},
-            "aliases": dict(training.aliases),
+            "buffers": {name: {"shape": tuple(b.shape), "dtype": str(b.dtype)} for name, b in target.buffers.items()},
+            "aliases": dict(target.aliases),
             "extra_state": {
                 name: encoding.encode(part.get_extra_state(), f"the extra state of {name}", tensors)
-                for name, part in with_extra_state(training)
+                for name, part in with_extra_state(target)
             },
         },
         "optimizer": {
-            "skipped_steps": training.optimizer.skipped_steps,
-            "groups": _groups(training, tensors),
-            "state": _counters(training),
+            "skipped_steps": target.optimizer.skipped_steps,
+            "groups": _groups(target, tensors),
+            "state": _counters(target),
         },
     }
 
 
-def with_extra_state(training: Training) -> Iterator[tuple[str, nn.Module]]:
+def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have some, by name."""
-    for name, part in training.module.named_modules():
+    for name, part in target.module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             yield clean(name), part
 
 
-def _groups(training: Training, tensors: list[Tensor]) -> list[dict[str, Any]]:
-    members = members_of_groups(training)
+def _groups(target: CheckpointTarget, tensors: list[Tensor]) -> list[dict[str, Any]]:
+    members = members_of_groups(target)
     return [
         {
             "names": members[number],
@@ -255,26 +255,26 @@ def _groups(training: Training, tensors: list[Tensor]) -> list[dict[str, Any]]:
                 if key not in ("params", "param_names")
             },
         }
-        for number, group in enumerate(training.optimizer.param_groups)
+        for number, group in enumerate(target.optimizer.param_groups)
     ]
 
 
-def members_of_groups(training: Training) -> list[list[str]]:
+def members_of_groups(target: CheckpointTarget) -> list[list[str]]:
     """The names of the parameters of each param group, in order."""
-    names = training.names
-    members: list[list[str]] = [[] for _ in training.optimizer.param_groups]
-    for _, given in training.optimizer._roster.registry.given():
-        members[given.group].append(names[given.position])
+    names = target.names
+    members: list[list[str]] = [[] for _ in target.optimizer.param_groups]
+    for _, info in target.optimizer._registry.given_parameters.info():
+        members[info.group].append(names[info.position])
     return members
 
 
-def _counters(training: Training) -> dict[str, dict[str, Any]]:
-    names, found = training.names, {}
-    for shard in training.optimizer._roster.shards:
-        for number, parameter in shard.living:
+def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
+    names, found = target.names, {}
+    for shard in target.optimizer._registry.shards:
+        for number, parameter in shard.active:
             grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
             structure = shard.structures[shard.groups[parameter.tensor]]
-            found[names[parameter.given.position]] = {
+            found[names[parameter.info.position]] = {
                 "step": step,
                 "fisher_updates": updates,
                 "blocks": grid.num_blocks,
@@ -284,7 +284,7 @@ def _counters(training: Training) -> dict[str, dict[str, Any]]:
     return found
 
 
-def structure_of(structure: Structure) -> dict[str, Any]:
+def structure_of(structure: StateConfig) -> dict[str, Any]:
     """What state was built for, as JSON."""
     return {
         "block_size": structure.block_size,
@@ -297,13 +297,13 @@ def structure_of(structure: Structure) -> dict[str, Any]:
     }
 
 
-def layout_of(training: Training) -> str:
+def layout_of(target: CheckpointTarget) -> str:
     """The name of the layout, for reports."""
-    shards = training.optimizer._roster.shards
-    storages = [shard.storage for shard in shards] or training.storages()
+    shards = target.optimizer._registry.shards
+    storages = [shard.storage for shard in shards] or target.storages()
     if storages:
         return storages[0].layout
-    return "replicated" if training.control.size > 1 else "one process"
+    return "replicated" if target.control.size > 1 else "one process"
 
 
 @contextmanager
