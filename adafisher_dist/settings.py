@@ -68,7 +68,7 @@ class StateConfig(NamedTuple):
         return torch.float64 if self.fisher_dtype == torch.float64 else torch.float32
 
 
-def structure(group: Mapping[str, Any]) -> StateConfig:
+def state_config(group: Mapping[str, Any]) -> StateConfig:
     """The structural settings of a validated param group; block_size="auto" stands there until it is chosen."""
     return StateConfig(
         group["block_size"],
@@ -81,6 +81,31 @@ def structure(group: Mapping[str, Any]) -> StateConfig:
         group["inverse_update_freq"] > 1,
         group["packed"],
     )
+
+
+class StepSettings(NamedTuple):
+    """The settings of a param group that may change from step to step."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    fisher_decay: float
+    damping: float
+    eps: float
+    weight_decay: float
+    bias_correction: bool
+    fisher_update_freq: int
+    inverse_update_freq: int
+
+    def updates_fisher(self, step: int) -> bool:
+        """Whether F is updated at step t of a parameter."""
+        return (step - 1) % self.fisher_update_freq == 0
+
+
+def step_settings(group: Mapping[str, Any]) -> StepSettings:
+    """Those of a validated param group; a tensor lr as a number."""
+    values = {name: group[name] for name in StepSettings._fields}
+    return StepSettings(**{**values, "lr": float(values["lr"])})
 
 
 def preset(name: str) -> dict[str, Any]:

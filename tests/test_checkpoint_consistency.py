@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from adafisher_dist.tools.cli import app
 from checkpoint_runs import (
     Child,
     Digests,
@@ -52,6 +51,7 @@ from adafisher_dist.checkpoint import directory, loading, random_state
 from adafisher_dist.checkpoint.directory import CheckpointDirectory
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
+from adafisher_dist.tools.cli import app
 from adafisher_dist.tools.export import export_weights
 
 # ---- nothing changes before all is checked ----

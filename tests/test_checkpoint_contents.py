@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adafisher_dist.tools.cli import app
 from checkpoint_runs import as_version_0_1_wrote_it, change_manifest
 from models import Tied, batch, distance, model, param_groups, weights
 from oracle import rough_inverse_root
@@ -29,6 +28,7 @@ from adafisher_dist.checkpoint import CheckpointDirectory, encoding, save, targe
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.numerics import fisher
+from adafisher_dist.tools.cli import app
 from adafisher_dist.tools.export import export_weights
 
 SETTINGS = {"lr": 1e-2, "block_size": 8, "damping": 0.2}

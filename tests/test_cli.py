@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from adafisher_dist.tools.cli import app
 from engines import config, engine_of, masters, train
 from models import Tied, batch, model, param_groups
 from ranks import run_ranks
@@ -25,6 +24,7 @@ from adafisher_dist.checkpoint import checkpoint_directory
 from adafisher_dist.checkpoint.manifest import read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.tools import export as exporting
+from adafisher_dist.tools.cli import app
 from adafisher_dist.tools.export import export_weights
 from adafisher_dist.tools.inspection import summarize
 
@@ -239,7 +239,7 @@ def test_export_goes_beside_the_checkpoint(tmp_path: Path) -> None:
     module = saved(tmp_path / "step2", served())
     run("export", tmp_path, "--to", "safetensors", "--no-verify")
     assert_loads(module, load_file(tmp_path / "step2-safetensors" / "model.safetensors"))
-    assert place_of(tmp_path).find() == tmp_path / "step2"
+    assert checkpoint_directory(tmp_path).find() == tmp_path / "step2"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -135,6 +135,7 @@ def test_a_message_without_an_entry_is_told() -> None:
 
 def test_the_command_line_page_has_all_options_and_defaults() -> None:
     import typer
+
     from adafisher_dist.tools.cli import app
 
     command: Any = typer.main.get_command(app)
@@ -192,8 +193,9 @@ def test_the_deepspeed_config_is_accepted() -> None:
 
 
 def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adafisher_dist.tools.cli import app
     from typer.testing import CliRunner
+
+    from adafisher_dist.tools.cli import app
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -211,7 +213,7 @@ def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_table_of_rows_per_block_is_todays() -> None:
     from adafisher_dist.blocks.estimate import estimate, transformer_shapes
-    from adafisher_dist.settings import normalize, structure
+    from adafisher_dist.settings import normalize, state_config
 
     shapes = transformer_shapes(int(7e9))
     rows = re.findall(
@@ -221,7 +223,7 @@ def test_the_table_of_rows_per_block_is_todays() -> None:
     for depth, *told in rows:
         group = {**DEFAULTS, "rows_per_block": int(depth)}
         normalize(group)
-        costs = estimate(shapes, "zero3", 64, structure(group))
+        costs = estimate(shapes, "zero3", 64, state_config(group))
         amounts = costs.memory["fisher"] / 1e9, costs.memory["total"] / 1e9, costs.least / 1e9
         assert told == [*(f"{amount:.1f}" for amount in amounts), f"{costs.sent / 1e6:.3g}"]
 
@@ -232,11 +234,11 @@ def test_the_table_of_rows_per_block_is_todays() -> None:
 )
 def test_the_bytes_an_element_are_those_of_the_code(shape: tuple[int, ...], dtype: str, bytes_an_element: int) -> None:
     from adafisher_dist.blocks.estimate import estimate
-    from adafisher_dist.settings import normalize, structure
+    from adafisher_dist.settings import normalize, state_config
 
     group = {**DEFAULTS, "fisher_dtype": dtype}
     normalize(group)
-    total = estimate([shape], "ddp", 1, structure(group)).memory["total"]
+    total = estimate([shape], "ddp", 1, state_config(group)).memory["total"]
     assert round(total / math.prod(shape)) == bytes_an_element
     page = text("memory.md")
     if dtype == "float32":

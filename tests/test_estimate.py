@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from adafisher_dist.tools.cli import app
 from engines import config, engine_of, train
 from models import Odd, batch, model
 from ranks import run_ranks
@@ -22,7 +21,8 @@ from typer.testing import CliRunner
 from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import estimate
 from adafisher_dist.blocks.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
-from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, structure
+from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
+from adafisher_dist.tools.cli import app
 
 SHAPES = [tuple(p.shape) for p in model().parameters() if p.requires_grad]
 
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def kind_of(settings: dict[str, Any]) -> StateConfig:
     group = {**DEFAULTS, **settings}
     normalize(group)
-    return structure(group)
+    return state_config(group)
 
 
 def held(optimizer: AdaFisher) -> int:

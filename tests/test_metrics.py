@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adafisher_dist.tools.cli import app
 from engines import BATCH, PARAMS, backward, config, engine_of, fp16_on_the_cpu
 from engines import train as train_engine
 from models import batch, model, weights
@@ -26,6 +25,7 @@ from adafisher_dist.comm.control_group import Control
 from adafisher_dist.numerics import fisher
 from adafisher_dist.stepping import metrics
 from adafisher_dist.stepping.metrics import NAMES, CsvLog
+from adafisher_dist.tools.cli import app
 
 Told = list[tuple[int, dict[str, float]]]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}

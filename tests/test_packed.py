@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adafisher_dist.numerics.batch import Batch
 from torch import Tensor, nn
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.blocks.grid import BlockShape
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
-from adafisher_dist.numerics.batch import Batch
 from adafisher_dist.settings import DEFAULTS, StateConfig
 
 SIZES = (1, 2, 7, 16, 33, 64, 101)
@@ -96,8 +96,8 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_ladder(depth: int) -> None:
     def run(packed: bool) -> Batch:
-        structure = StateConfig(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
-        batch = stacked.allocate(0, Kind(7, depth, True), structure, np.arange(5), torch.device("cpu"))
+        config = StateConfig(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
+        batch = stacked.allocate(0, BlockShape(7, depth, True), config, np.arange(5), torch.device("cpu"))
         if batch.square_ND is not None:
             batch.square_ND.fill_(1.0)
         whole_NBB = torch.eye(7).repeat(5, 1, 1)

@@ -57,7 +57,7 @@ def test_strips_are_the_blocks_of_the_oracle(
     last = random.randint(first, grid.row_groups)
     dense_last = max(first, min(last, grid.dense_row_groups))
     blocks, rest = {}, []
-    for strip in grid.strips(grid.start(first), grid.start(last)):
+    for strip in grid.runs(grid.start(first), grid.start(last)):
         for row_group, piece in itertools.product(range(strip.row_groups), range(strip.count)):
             begin = strip.start + row_group * strip.stride + piece * strip.size
             vectors = [range(begin + v * strip.row, begin + v * strip.row + strip.size) for v in range(strip.depth)]
@@ -100,7 +100,7 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
         assert grid == limited
     elif prod(shape) < 10_000:
         assert (grid.row_groups, grid.num_blocks) == (len(row_groups(shape, 16, "rows", 4)),) * 2
-        elements = [range(s.start, s.start + s.rows) for s in grid.strips(0, grid.numel)]
+        elements = [range(s.start, s.start + s.rows) for s in grid.runs(0, grid.numel)]
         assert elements == [range(prod(shape))]
 
 
@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
 def test_matrices_of_few_rows_keep_no_more(shape: tuple[int, ...], size: int, rows: int) -> None:
     """An element's part of its block's F is at most what it is where rows_per_block rows share it, or 2."""
     grid = make_grid(shape, size, rows)
-    first = next(grid.strips(0, grid.numel), None)
+    first = next(grid.runs(0, grid.numel), None)
     if first is not None and first.dense:
         assert first.size <= max(size / rows, 2) * first.depth
 
@@ -121,11 +121,11 @@ def test_closed_forms_count_what_strips_have(
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
     for row_group in range(grid.row_groups + 1):
-        strips = list(grid.strips(0, grid.start(row_group)))
+        runs = list(grid.runs(0, grid.start(row_group)))
         assert grid.row_group_from(grid.start(row_group)) == row_group
-        assert grid.fisher_numel(row_group) == sum(s.rows * (s.size**2 if s.dense else 1) for s in strips)
-        assert grid.sharing(row_group) == sum(s.rows * s.depth for s in strips if s.depth > 1)
-        assert grid.triangle_numel(row_group) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in strips)
+        assert grid.fisher_numel(row_group) == sum(s.rows * (s.size**2 if s.dense else 1) for s in runs)
+        assert grid.sharing(row_group) == sum(s.rows * s.depth for s in runs if s.depth > 1)
+        assert grid.triangle_numel(row_group) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in runs)
 
 
 @many

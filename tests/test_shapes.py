@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adafisher_dist import AdaFisher
 from adafisher_dist.blocks.estimate import estimate
 from adafisher_dist.blocks.grid import grid_of, view
-from adafisher_dist.settings import DEFAULTS, structure
+from adafisher_dist.settings import DEFAULTS, state_config
 
 TABLE = Path(__file__).parents[1] / "docs" / "how_it_works.md"
 Shape = tuple[int, ...]
@@ -27,7 +27,7 @@ def rows_of_the_table() -> list[tuple[str, Shape, str]]:
 
 def seen_as(shape: Shape) -> str:
     """In the table's words."""
-    if grid_of(shape, structure(DEFAULTS)).dense_row_groups == 0:
+    if grid_of(shape, state_config(DEFAULTS)).dense_row_groups == 0:
         return "elements"
     matrices, rows, row = view(shape)
     return (f"{matrices} matrices of " if matrices > 1 else "") + f"{rows} rows of {row}"
@@ -40,16 +40,16 @@ def test_the_table_has_enough() -> None:
 @pytest.mark.parametrize(("name", "shape", "seen"), rows_of_the_table(), ids=lambda value: str(value))
 def test_the_table(name: str, shape: Shape, seen: str) -> None:
     assert seen_as(shape) == seen
-    memory = estimate([shape], "ddp", 1, structure(DEFAULTS), torch.float32, 1).memory
+    memory = estimate([shape], "ddp", 1, state_config(DEFAULTS), torch.float32, 1).memory
     assert memory["total"] <= 21 * max(1, prod(shape))
     if seen == "elements":
         assert memory["fisher"] + memory["momentum"] == 8 * max(1, prod(shape))
 
 
 def test_a_group_may_choose() -> None:
-    with_blocks = structure({**DEFAULTS, "max_blocks": 10**6})
+    with_blocks = state_config({**DEFAULTS, "max_blocks": 10**6})
     assert grid_of((50257, 768), with_blocks).dense_row_groups == grid_of((50257, 768), with_blocks).row_groups
-    assert grid_of((4096, 4096), structure({**DEFAULTS, "max_blocks": 0})).dense_row_groups == 0
+    assert grid_of((4096, 4096), state_config({**DEFAULTS, "max_blocks": 0})).dense_row_groups == 0
 
 
 def train(parameters: list[nn.Parameter], gradients: Callable[[int], list[Tensor]], **settings: float) -> list[Tensor]:

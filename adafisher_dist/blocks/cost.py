@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from adafisher_dist.blocks import sharding
-from adafisher_dist.blocks.grid import Grid, Strip
+from adafisher_dist.blocks.fields import fields
+from adafisher_dist.blocks.grid import BlockRun, Grid
 from adafisher_dist.blocks.sharding import Assignment, Spans, StoredSpan
 from adafisher_dist.blocks.spans import Span
 from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
+_KINDS = {"momentum": "momentum", "fisher": "fisher", "square": "fisher", "factor": "factors", "curvature": "factors"}
 TRAFFIC_KINDS = ("weights", "blocks")
 
 
@@ -33,7 +36,7 @@ class PlanSummary:
     """
 
     grids: Sequence[Grid]
-    structures: Sequence[StateConfig]
+    configs: Sequence[StateConfig]
     stored_spans: Sequence[Sequence[StoredSpan]]
     assignment: Assignment
     replicated: bool
@@ -52,18 +55,13 @@ def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
     wide = _wide(plan)
-    for span, strip in _strips(plan, rank):
-        structure = plan.structures[span.parameter]
-        a_block = strip.size * (strip.size + 1) // 2 if structure.packed else strip.size**2
-        sums["fisher"] += strip.rows * (a_block if strip.dense else 1) * structure.fisher_dtype.itemsize
-        if strip.depth > 1:
-            sums["fisher"] += strip.rows * strip.depth * wide  # the mean square of each vector
-        if structure.keeps_factors and strip.dense:
-            sums["factors"] += strip.rows * (strip.size**2 + 1) * wide
-        if structure.fisher_dtype.itemsize < wide:
-            sums["buffers"] += 4 * strip.rows
+    for span, run in _block_runs(plan, rank):
+        config = plan.configs[span.parameter]
+        for field in fields(run.shape, config):
+            sums[_KINDS[field.name]] += run.num_blocks * prod(field.shape) * field.dtype.itemsize
+        if config.fisher_dtype.itemsize < wide:
+            sums["buffers"] += 4 * run.num_blocks
     elements = sharding.count(plan.assignment.owned[rank])
-    sums["momentum"] = elements * wide
     sums["buffers"] += 2 * elements * wide + _comm_buffers(plan, rank, wide)
     return sums
 
@@ -93,34 +91,34 @@ def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> in
     factor, and 33 products for an exact A^(−1/2).
     """
     total = 0.0
-    for span, strip in _strips(plan, rank):
-        r, structure = strip.size, plan.structures[span.parameter]
-        small, large = sorted((strip.depth, r))
-        polar = 5 * (4 * small**2 * large + 2 * small**3) if structure.grafting == "rms" else 0
-        factor = r**2 + _factorising(r, structure)
-        each = (4 * strip.depth + 1) * r**2 + factor / inverse_update_freq + polar if strip.dense else 8
-        total += strip.rows * each
+    for span, run in _block_runs(plan, rank):
+        r, config = run.columns, plan.configs[span.parameter]
+        small, large = sorted((run.rows, r))
+        polar = 5 * (4 * small**2 * large + 2 * small**3) if config.grafting == "rms" else 0
+        factor = r**2 + _factorising(r, config)
+        each = (4 * run.rows + 1) * r**2 + factor / inverse_update_freq + polar if run.dense else 8
+        total += run.num_blocks * each
     return round(total)
 
 
-def _factorising(r: int, structure: StateConfig) -> float:
+def _factorising(r: int, config: StateConfig) -> float:
     """Floating-point operations for a block's A^(−p)."""
-    if structure.exponent == 1.0:
-        return r**3 / 3 + (3 * r**3 if structure.keeps_factors else 0)
-    return (34 if structure.grafting == "rms" else 66) * r**3
+    if config.exponent == 1.0:
+        return r**3 / 3 + (3 * r**3 if config.keeps_factors else 0)
+    return (34 if config.grafting == "rms" else 66) * r**3
 
 
-def _strips(plan: PlanSummary, rank: int) -> list[tuple[Span, Strip]]:
+def _block_runs(plan: PlanSummary, rank: int) -> list[tuple[Span, BlockRun]]:
     return [
-        (span, strip)
+        (span, run)
         for span in plan.assignment.owned[rank]
-        for strip in plan.grids[span.parameter].strips(span.start, span.stop)
+        for run in plan.grids[span.parameter].runs(span.start, span.stop)
     ]
 
 
 def _wide(plan: PlanSummary) -> int:
     """Bytes of an element of the arithmetic: one for the whole optimizer."""
-    return plan.structures[0].compute_dtype.itemsize
+    return plan.configs[0].compute_dtype.itemsize
 
 
 def _comm_buffers(plan: PlanSummary, rank: int, wide: int) -> int:

@@ -19,7 +19,7 @@ from adafisher_dist.blocks import cost, placement, sharding
 from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.grid import grid_of
 from adafisher_dist.blocks.placement import StoredSpans
-from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, structure
+from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -79,15 +79,15 @@ class Forecast:
             "parameters": self.parameters,
             "layout": self.layout,
             "world_size": self.world,
-            "settings": [{**_varied(kind), **asdict(costs)} for kind, costs in self.rows],
+            "settings": [{**_varied(config), **asdict(costs)} for config, costs in self.rows],
             "memory_budget_gb": self.budget,
-            "largest_block_size": [{**_varied(kind), "block_size": size} for kind, size in self.fits],
+            "largest_block_size": [{**_varied(config), "block_size": size} for config, size in self.fits],
         }
 
 
-def _varied(kind: StateConfig) -> dict[str, Any]:
-    dtype = str(kind.fisher_dtype).removeprefix("torch.")
-    return {"block_size": kind.block_size, "fisher_dtype": dtype, "packed": kind.packed}
+def _varied(config: StateConfig) -> dict[str, Any]:
+    dtype = str(config.fisher_dtype).removeprefix("torch.")
+    return {"block_size": config.block_size, "fisher_dtype": dtype, "packed": config.packed}
 
 
 def forecast_of(
@@ -114,22 +114,24 @@ def forecast_of(
     rows = []
     for size in block_sizes:
         for dtype, packed in storages:
-            kind = _structure(settings, block_size=size, fisher_dtype=dtype, packed=packed)
-            rows.append((kind, estimate(shapes, layout, world, kind, weight_dtype, freq)))
+            config = _config(settings, block_size=size, fisher_dtype=dtype, packed=packed)
+            rows.append((config, estimate(shapes, layout, world, config, weight_dtype, freq)))
     fits: list[tuple[StateConfig, int | None]] = []
     for dtype, packed in storages if budget is not None else ():
-        kind = _structure(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
+        config = _config(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
         try:
-            fits.append((kind, largest_block_size([(shapes, kind)], layout, world, weight_dtype, (budget or 0) * 1e9)))
+            fits.append(
+                (config, largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9))
+            )
         except ValueError:
-            fits.append((kind, None))
+            fits.append((config, None))
     return Forecast(sum(map(prod, shapes)), len(shapes), layout, world, rows, fits, budget)
 
 
-def _structure(settings: Mapping[str, Any], **more: Any) -> StateConfig:
+def _config(settings: Mapping[str, Any], **more: Any) -> StateConfig:
     group = {**DEFAULTS, **settings, **more}
     normalize(group)
-    return structure(group)
+    return state_config(group)
 
 
 def layout_named(name: str) -> str:
@@ -138,14 +140,14 @@ def layout_named(name: str) -> str:
     return known.get(name, "fsdp2" if name in ("FSDP2", "HSDP") else "ddp")
 
 
-def plan_of(shapes: Shapes, layout: str, world: int, kind: StateConfig, weight_dtype: torch.dtype) -> PlanSummary:
+def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight_dtype: torch.dtype) -> PlanSummary:
     """The plan for parameters of these shapes, all in one param group.
 
     Args:
         shapes: of the parameters, in order.
         layout: one of `LAYOUTS`.
         world: ranks that share the blocks.
-        kind: the settings that shape the state.
+        config: the settings that shape the state.
         weight_dtype: of the tensors that the optimizer steps, where they are gathered ("ddp", "zero0").
 
     Raises:
@@ -155,9 +157,9 @@ def plan_of(shapes: Shapes, layout: str, world: int, kind: StateConfig, weight_d
         raise ValueError(f"The world size should be at least 1, got {world}.")
     replicated = layout in ("ddp", "zero0")
     stored_spans = _stored_spans([prod(shape) for shape in shapes], shapes, layout, world)
-    grids = [grid_of(shape, kind) for shape in shapes]
+    grids = [grid_of(shape, config) for shape in shapes]
     assignment = sharding.assign(grids, stored_spans, replicated)
-    return PlanSummary(grids, [kind] * len(grids), stored_spans, assignment, replicated, weight_dtype.itemsize)
+    return PlanSummary(grids, [config] * len(grids), stored_spans, assignment, replicated, weight_dtype.itemsize)
 
 
 def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> StoredSpans:
@@ -175,11 +177,11 @@ def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int
 
 
 def estimate(
-    shapes: Shapes, layout: str, world: int, kind: StateConfig, weight_dtype: torch.dtype = torch.float32,
+    shapes: Shapes, layout: str, world: int, config: StateConfig, weight_dtype: torch.dtype = torch.float32,
     inverse_update_freq: int = 1,
 ) -> Estimate:  # fmt: skip
     """What a setting costs; see `plan_of` for the arguments and what is raised."""
-    planned = plan_of(shapes, layout, world, kind, weight_dtype)
+    planned = plan_of(shapes, layout, world, config, weight_dtype)
     by_rank = [cost.memory(planned, rank) for rank in range(world)]
     totals = [sum(kinds.values()) for kinds in by_rank]
     largest = by_rank[totals.index(max(totals))]
@@ -254,13 +256,13 @@ def largest_block_size(
         ValueError: not even blocks of one element fit; names what they need.
     """
 
-    def need(shapes: Shapes, kind: StateConfig) -> int:
-        return estimate(shapes, layout, world, kind, weight_dtype).memory["total"] if shapes else 0
+    def need(shapes: Shapes, config: StateConfig) -> int:
+        return estimate(shapes, layout, world, config, weight_dtype).memory["total"] if shapes else 0
 
-    fixed = sum(need(shapes, kind) for shapes, kind in groups if kind.block_size != AUTO)
+    fixed = sum(need(shapes, config) for shapes, config in groups if config.block_size != AUTO)
     for size in AUTO_BLOCK_SIZES:
-        sized = [(shapes, kind._replace(block_size=size)) for shapes, kind in groups if kind.block_size == AUTO]
-        needed = fixed + sum(need(shapes, kind) for shapes, kind in sized)
+        sized = [(shapes, config._replace(block_size=size)) for shapes, config in groups if config.block_size == AUTO]
+        needed = fixed + sum(need(shapes, config) for shapes, config in sized)
         if needed <= budget:
             return size
     raise ValueError(

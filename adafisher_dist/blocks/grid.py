@@ -22,11 +22,11 @@ LARGEST_RATIO_OF_VOCABULARIES = 4
 LEAST_VOCABULARY = 30_000
 
 
-class Kind(NamedTuple):
-    """What rows of a batch are alike in: elements of a vector, vectors that share a Fisher, and whether it is dense."""
+class BlockShape(NamedTuple):
+    """Of stacked blocks: elements of a row, rows that share a Fisher, and whether that is a matrix."""
 
-    size: int
-    depth: int
+    columns: int
+    rows: int
     dense: bool
 
     @property
@@ -34,90 +34,91 @@ class Kind(NamedTuple):
         """As state dicts have it: "64", "64x16", or "diagonal"."""
         if not self.dense:
             return "diagonal"
-        return str(self.size) if self.depth == 1 else f"{self.size}x{self.depth}"
+        return str(self.columns) if self.rows == 1 else f"{self.columns}x{self.rows}"
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
-    """Blocks of one kind that lie evenly spaced in the flattened parameter: `count` in each of `row_groups` row groups.
+class BlockRun:
+    """Blocks of one shape that lie evenly spaced in the flattened parameter: `count` in each of its row groups.
 
-    Vector v of block c of row group s begins at element start + s·stride + c·size + v·row. A strip that is not dense stands
-    for elements with a diagonal Fisher: size and depth are 1, and `count` counts elements.
+    Row v of block c of row group s begins at element start + s·stride + c·columns + v·row_stride. A run that is not
+    dense stands for elements with a diagonal Fisher: its shape is (1, 1), and `count` counts elements.
 
     Attributes:
-        kind: size, depth, and whether they are dense.
+        shape: of the blocks.
         start: the first element.
-        row groups: row groups that it goes through.
+        row_groups: that it goes through.
         stride: elements from one row group to the next.
-        row: elements from one vector of a block to the next.
+        row_stride: elements from one row of a block to the next.
         count: blocks in a row group.
-        block: number of the first block.
-        blocks_per_slab: from one row group to the next.
+        first_block: number of the first block.
+        blocks_per_row_group: from one row group to the next.
     """
 
-    kind: Kind
+    shape: BlockShape
     start: int
     row_groups: int
     stride: int
-    row: int
+    row_stride: int
     count: int
-    block: int
+    first_block: int
     blocks_per_row_group: int
 
     @property
-    def rows(self) -> int:
-        """Blocks in the strip: rows of a batch."""
+    def num_blocks(self) -> int:
+        """Blocks in the run."""
         return self.row_groups * self.count
 
     @property
-    def size(self) -> int:
-        """Elements of a vector."""
-        return self.kind.size
+    def columns(self) -> int:
+        """Elements of a row."""
+        return self.shape.columns
 
     @property
-    def depth(self) -> int:
-        """Vectors that share a block's Fisher."""
-        return self.kind.depth
+    def rows(self) -> int:
+        """Rows that share a block's Fisher."""
+        return self.shape.rows
 
     @property
     def dense(self) -> bool:
         """Whether the Fisher is a matrix."""
-        return self.kind.dense
+        return self.shape.dense
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A parameter's blocks.
 
-    The flattened parameter is a sequence of matrices of `matrix` elements, each of rows of `row` elements. `depth` rows
-    make a row group (the last one of a matrix may have fewer), which is what ranks own: it is never shared out. Within a
-    row group the rows are cut at the same places, every `cut` elements: each cut is one block, whose Fisher is shared by the
-    row group's rows. Blocks are numbered row group by row group. Those of the row groups from `dense_row_groups` on keep a diagonal Fisher.
+    The flattened parameter is a sequence of matrices of `matrix_numel` elements, each of rows of `row_numel` elements.
+    `rows` of them make a row group (the last one of a matrix may have fewer), which is what ranks own: it is never
+    shared out. Within a row group the rows are cut at the same places, every `columns` elements: each cut is one block,
+    whose Fisher is shared by the group's rows. Blocks are numbered one row group after the other. Those of the row
+    groups from `dense_row_groups` on keep a diagonal Fisher.
 
-    Only where there is one matrix, `depth` is 1 and rows are not cut may the last row be short.
+    Only where there is one matrix, `rows` is 1 and rows are not cut may the last row be short.
     """
 
     numel: int
-    matrix: int
-    row: int
-    cut: int
-    depth: int
+    matrix_numel: int
+    row_numel: int
+    columns: int
+    rows: int
     dense_row_groups: int
 
     @property
     def pieces(self) -> int:
         """Blocks in a row group."""
-        return -(-self.row // self.cut)
+        return -(-self.row_numel // self.columns)
 
     @property
     def row_groups(self) -> int:
         """Row groups, dense and diagonal ones."""
-        return self.numel // self.matrix * self.row_groups_per_matrix
+        return self.numel // self.matrix_numel * self.row_groups_per_matrix
 
     @property
     def row_groups_per_matrix(self) -> int:
         """Row groups of each matrix, of which the last may have fewer rows."""
-        return -(-self.matrix // (self.row * self.depth))
+        return -(-self.matrix_numel // (self.row_numel * self.rows))
 
     @property
     def num_blocks(self) -> int:
@@ -132,87 +133,70 @@ class Grid:
     def start(self, row_group: int) -> int:
         """First element of a row group; `numel` for the one past the last."""
         matrix, own = divmod(row_group, self.row_groups_per_matrix)
-        return min(self.numel, matrix * self.matrix + own * self.row * self.depth)
+        return min(self.numel, matrix * self.matrix_numel + own * self.row_numel * self.rows)
 
     def row_group_from(self, element: int) -> int:
         """The first row group that starts at or after `element`."""
-        matrix, own = divmod(element, self.matrix)
-        return matrix * self.row_groups_per_matrix + -(-own // (self.row * self.depth))
+        matrix, own = divmod(element, self.matrix_numel)
+        return matrix * self.row_groups_per_matrix + -(-own // (self.row_numel * self.rows))
 
     def fisher_numel(self, row_group: int) -> int:
         """Elements of the Fisher in the row groups before `row_group`: the measure by which work is shared out."""
         dense = min(row_group, self.dense_row_groups)
-        whole = (self.pieces - 1) * self.cut**2 + self._last**2
-        missing = whole - self._tail**2 if dense * self.row > self.numel and self.depth == 1 else 0
+        whole = (self.pieces - 1) * self.columns**2 + self._last**2
+        missing = whole - self._tail**2 if dense * self.row_numel > self.numel and self.rows == 1 else 0
         return dense * whole - missing + self.start(row_group) - self.start(dense)
-
-    def triangle_numel(self, row_group: int) -> int:
-        """Elements of the lower triangles of the Fisher in the row groups before `row_group`; a diagonal one's are its own."""
-        dense = min(row_group, self.dense_row_groups)
-        diagonal = self.start(row_group) - self.start(dense)
-        # The sum of (r² + r) / 2 over the dense blocks: of their r, a row for each row group, or what the last one has.
-        sizes = min(dense * self.row, self.numel) if self.depth == 1 else dense * self.row
-        return (self.fisher_numel(row_group) - diagonal + sizes) // 2 + diagonal
-
-    def sharing(self, row_group: int) -> int:
-        """Vectors in the row groups before `row_group` that share a dense block with another."""
-        if self.depth == 1:
-            return 0
-        dense = min(row_group, self.dense_row_groups)
-        ends_alone = self.matrix // self.row % self.depth == 1  # a matrix's last row group has one row
-        alone = dense // self.row_groups_per_matrix if ends_alone else 0
-        return (self.start(dense) // self.row - alone) * self.pieces
 
     def row_group_of_fisher_numel(self, amount: int) -> int:
         """The first row group whose predecessors hold at least `amount` elements of the Fisher."""
         return bisect_left(range(self.row_groups), amount, key=self.fisher_numel)
 
-    def strips(self, start: int, stop: int) -> Iterator[Strip]:
-        """The blocks of the elements [start, stop), both on row group boundaries, in the order of their numbers by kind."""
+    def runs(self, start: int, stop: int) -> Iterator[BlockRun]:
+        """The blocks of the elements [start, stop), both where row groups begin; of each shape in order."""
         first, last = self.row_group_from(start), self.row_group_from(stop)
         dense_last = max(first, min(last, self.dense_row_groups))
-        whole, rest = divmod(self.matrix, self.row * self.depth)
+        whole, rest = divmod(self.matrix_numel, self.row_numel * self.rows)
         if not rest:
-            yield from self._pieces(first, dense_last, self.row, self.depth)
+            yield from self._pieces(first, dense_last, self.row_numel, self.rows)
         each = self.row_groups_per_matrix
         for begin in range(first // each * each, dense_last if rest else 0, each):  # matrix by matrix
-            yield from self._pieces(max(first, begin), min(dense_last, begin + whole), self.row, self.depth)
+            yield from self._pieces(max(first, begin), min(dense_last, begin + whole), self.row_numel, self.rows)
             if first <= begin + whole < dense_last:  # the last row group has fewer rows, or a shorter one
-                row, depth = min(self.row, rest), max(1, rest // self.row)
-                yield from self._pieces(begin + whole, begin + each, row, depth)
+                row_numel, rows = min(self.row_numel, rest), max(1, rest // self.row_numel)
+                yield from self._pieces(begin + whole, begin + each, row_numel, rows)
         if dense_last < last:
             begin = self.start(dense_last)
             count = stop - begin
-            yield Strip(Kind(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
+            yield BlockRun(BlockShape(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
 
-    def blocks_by_shape(self, stop: int) -> Counter[Kind]:
-        """How many rows of each kind the elements before `stop`, a row group boundary, fill."""
-        rows: Counter[Kind] = Counter()
-        for strip in self.strips(0, stop):
-            rows[strip.kind] += strip.rows
-        return rows
+    def blocks_by_shape(self, stop: int) -> Counter[BlockShape]:
+        """How many blocks of each shape the elements before `stop`, where a row group begins, fill."""
+        blocks: Counter[BlockShape] = Counter()
+        for run in self.runs(0, stop):
+            blocks[run.shape] += run.num_blocks
+        return blocks
 
     @property
     def _last(self) -> int:
         """Elements of a row's last piece."""
-        return self.row - (self.pieces - 1) * self.cut
+        return self.row_numel - (self.pieces - 1) * self.columns
 
     @property
     def _tail(self) -> int:
         """Elements of the last row, where it may be short."""
-        return self.numel - (self.row_groups - 1) * self.row
+        return self.numel - (self.row_groups - 1) * self.row_numel
 
-    def _pieces(self, first: int, stop: int, row: int, depth: int) -> Iterator[Strip]:
-        """The blocks of row groups [first, stop), of `depth` rows of `row` elements each."""
+    def _pieces(self, first: int, stop: int, row_numel: int, rows: int) -> Iterator[BlockRun]:
+        """The blocks of row groups [first, stop), of so many rows of `row_numel` elements each."""
         if first >= stop:
             return
-        begin, block, stride = self.start(first), first * self.pieces, self.row * self.depth
-        whole, rest = divmod(row, self.cut)
-        for size, count, offset in ((self.cut, whole, 0), (rest, 1, whole * self.cut)):
-            if size and count:
-                kind = Kind(size, depth, True)
-                number = block + offset // self.cut
-                yield Strip(kind, begin + offset, stop - first, stride, row, count, number, self.pieces)
+        begin, block, stride = self.start(first), first * self.pieces, self.row_numel * self.rows
+        whole, rest = divmod(row_numel, self.columns)
+        for columns, count, offset in ((self.columns, whole, 0), (rest, 1, whole * self.columns)):
+            if columns and count:
+                shape = BlockShape(columns, rows, True)
+                number = block + offset // self.columns
+                yield BlockRun(shape, begin + offset, stop - first, stride, row_numel, count, number, self.pieces)
 
 
 def make_grid(
@@ -224,24 +208,24 @@ def make_grid(
 ) -> Grid:
     """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
     numel = prod(shape)
-    matrices, rows, row = view(shape) if numel else (1, 0, 0)
-    if block_grid == "rows" and max_blocks is None and _is_table(rows, row):
-        matrices, rows, row = 1, 1, numel
-    matrix, depth = max(1, numel // matrices), 1
-    if block_grid == "rows" and rows == 1:  # a vector's elements are alone, each with a diagonal Fisher
+    matrices, total, row_numel = view(shape) if numel else (1, 0, 0)
+    if block_grid == "rows" and max_blocks is None and _is_table(total, row_numel):
+        matrices, total, row_numel = 1, 1, numel
+    matrix_numel, rows = max(1, numel // matrices), 1
+    if block_grid == "rows" and total == 1:  # a vector's elements are alone, each with a diagonal Fisher
         max_blocks = 0
-    if block_grid == "flat" or rows <= 1:
-        matrix, row, cut = max(1, numel), block_size, block_size
-    elif rows_per_block == 1 and matrices == 1 and row < block_size:
-        row = cut = block_size // row * row
+    if block_grid == "flat" or total <= 1:
+        matrix_numel, row_numel, columns = max(1, numel), block_size, block_size
+    elif rows_per_block == 1 and matrices == 1 and row_numel < block_size:
+        row_numel = columns = block_size // row_numel * row_numel
     else:
-        depth = _even(rows, rows_per_block)
+        rows = _even(total, rows_per_block)
         # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an element than another's.
-        most = depth * max(block_size, 2 * rows_per_block) // rows_per_block
-        cut = _even(row, min(block_size, most))
-    row_groups = Grid(numel, matrix, row, cut, depth, 0).row_groups
-    dense = row_groups if max_blocks is None else min(row_groups, max_blocks // -(-row // cut))
-    return Grid(numel, matrix, row, cut, depth, dense)
+        most = rows * max(block_size, 2 * rows_per_block) // rows_per_block
+        columns = _even(row_numel, min(block_size, most))
+    row_groups = Grid(numel, matrix_numel, row_numel, columns, rows, 0).row_groups
+    dense = row_groups if max_blocks is None else min(row_groups, max_blocks // -(-row_numel // columns))
+    return Grid(numel, matrix_numel, row_numel, columns, rows, dense)
 
 
 def grid_of(shape: Sequence[int], config: StateConfig) -> Grid:
@@ -265,8 +249,8 @@ def view(shape: Sequence[int]) -> tuple[int, int, int]:
     return prod(left[:-2]), left[-2], left[-1] * window
 
 
-def _is_table(rows: int, row: int) -> bool:
-    short, long = sorted((rows, row))
+def _is_table(rows: int, row_numel: int) -> bool:
+    short, long = sorted((rows, row_numel))
     return long > (LARGEST_RATIO_OF_VOCABULARIES if long >= LEAST_VOCABULARY else LARGEST_RATIO) * short
 
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from adafisher_dist import layouts
 from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.fields import SAVED, saved_offset
 from adafisher_dist.blocks.grid import grid_of
 from adafisher_dist.checkpoint import dry_run, encoding, random_state, targets
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
@@ -25,13 +26,13 @@ from adafisher_dist.checkpoint.dry_run import Part, Tried
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
-from adafisher_dist.checkpoint.ranges import FIELDS, Range
+from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.comm.control_group import beat
-from adafisher_dist.numerics import batch
-from adafisher_dist.settings import StateConfig, structure
+from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
+from adafisher_dist.settings import StateConfig, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
 logger = logging.getLogger("adafisher_dist")
@@ -114,7 +115,7 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         checked = _check_together(opened, target, options, matched, loaded)
         _apply(opened, target, options, matched, checked)
     if options.states:
-        target.optimizer._registry.engine.incomplete = False
+        target.optimizer._registry.stepper.incomplete = False
     if control.rank == 0:
         _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded
@@ -198,16 +199,14 @@ def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[
         groups[number]["block_size"] = size
     names, tensors = target.names, [tensor for tensor, _ in _chosen(target, matched)]
     for storage in target.optimizer._registry.storages_of(tensors, target.wrapper) if tensors else ():
-        grids = [grid_of(p.shape, structure(groups[p.info.group])) for p in storage.parameters]
+        grids = [grid_of(p.shape, state_config(groups[p.info.group])) for p in storage.parameters]
         for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
             old = matched.states.get(names[storage.parameters[span.parameter].info.position])
             grid = grids[span.parameter]
-            for kind, before in FIELDS.items() if old is not None else ():
-                yield (
-                    f"{kind}/{old}",
-                    before(grid, grid.row_group_from(span.start)),
-                    before(grid, grid.row_group_from(span.stop)),
-                )
+            ends = grid.row_group_from(span.start), grid.row_group_from(span.stop)
+            for kind in SAVED if old is not None else ():
+                start, stop = (saved_offset(kind, grid, row_group) for row_group in ends)
+                yield f"{kind}/{old}", start, stop
 
 
 def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -> None:
@@ -325,7 +324,7 @@ def _apply(
     try:
         run_on_all_ranks(control, finish)
     except Exception:
-        target.optimizer._registry.engine.incomplete = True
+        target.optimizer._registry.stepper.incomplete = True
         raise
 
 
@@ -333,7 +332,7 @@ def _begin_anew(target: CheckpointTarget) -> None:
     """Drop the state that there is, so that the new one does not need memory beside it."""
     optimizer = target.optimizer
     optimizer.reset_state()
-    optimizer._registry.engine.incomplete = True
+    optimizer._registry.stepper.incomplete = True
 
 
 def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) -> list[Shard]:
@@ -341,7 +340,7 @@ def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) 
     names = target.names
     chosen = _chosen(target, matched)
     complete = all(name in matched.states for _, members in chosen for name in members) and all(
-        _has_factors(manifest, matched.states[name], structure(target.optimizer.param_groups[group]))
+        _has_factors(manifest, matched.states[name], state_config(target.optimizer.param_groups[group]))
         for group, members in enumerate(targets.members_of_groups(target))
         for name in members
         if name in matched.states
@@ -382,9 +381,7 @@ def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards
     """What this rank reads."""
     wanted = list(targets.weights(target, matched.weights, writing=False))
     for shard in shards:
-        with_factors = {
-            old for old, structure in _structures(target, shard, matched) if _has_factors(manifest, old, structure)
-        }
+        with_factors = {old for old, config in _configs(target, shard, matched) if _has_factors(manifest, old, config)}
         for range_ in targets.state(target, [shard], matched.states, writing=False):
             kind, _, old = range_.key.partition("/")
             if kind not in ("factor", "curvature") or old in with_factors:
@@ -392,13 +389,13 @@ def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards
     return wanted
 
 
-def _structures(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
+def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
     """For each parameter of a shard that is restored: its name in the checkpoint, and what its state is built for."""
     names = target.names
     for parameter in shard.storage.parameters:
         old = matched.states.get(names[parameter.info.position])
         if old is not None:
-            yield old, shard.structures[shard.groups[parameter.tensor]]
+            yield old, shard.configs[shard.groups[parameter.tensor]]
 
 
 def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
@@ -417,7 +414,7 @@ def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget)
     except Exception as error:  # another rank is gone, say
         problem = control.explain(error)
     if problem is not None:
-        target.optimizer._registry.engine.incomplete = True
+        target.optimizer._registry.stepper.incomplete = True
         raise CheckpointError(
             f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
             " a checkpoint before the next step."
@@ -442,17 +439,17 @@ def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shar
     """Make the factors that the checkpoint does not have, and hand the shards to the optimizer."""
     optimizer, names = target.optimizer, target.names
     for shard in shards:
-        for stack, segments in zip(shard.batches, shard.by_parameter, strict=True):
+        for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
             for segment in segments:
                 parameter = shard.storage.parameters[segment.owner]
                 old = matched.states.get(names[parameter.info.position])
-                if old is not None and not _has_factors(manifest, old, stack.structure):
-                    settings = optimizer.param_groups[parameter.info.group]
-                    updates = int(shard.counters[segment.owner, 1])
+                if old is not None and not _has_factors(manifest, old, stack.config):
+                    settings = step_settings(optimizer.param_groups[parameter.info.group])
+                    step, updates = shard.counters[segment.owner].tolist()
                     beat()
-                    batch.rebuild_factors(stack, segment.start, segment.stop, updates, settings)
+                    rebuild_factors(stack.rows(segment.start, segment.stop), StepContext(settings, step, updates))
         optimizer._registry.install(shard)
-    optimizer._registry.engine.skipped = manifest.about["optimizer"]["skipped_steps"]
+    optimizer._registry.stepper.skipped = manifest.about["optimizer"]["skipped_steps"]
 
 
 def _values(opened: OpenCheckpoint) -> dict[str, Any]:
@@ -485,12 +482,12 @@ def _report(loaded: Loaded, target: CheckpointTarget, manifest: Manifest, second
             "%d frozen parameters, as %s, were left out of %s, and stay as they are in the model.",
             len(loaded.left_out), loaded.left_out[0], loaded.folder,
         )  # fmt: skip
-    targets = [name for name in loaded.left_out if target.parameters[name].requires_grad]
-    if targets:
+    trained = [name for name in loaded.left_out if target.parameters[name].requires_grad]
+    if trained:
         logger.warning(
             "%d parameter(s), as %s, are trained here, and %s has no values of them: they were frozen, and left out."
             " They are as they were in the model; load the base that they came from, if you have not.",
-            len(targets), targets[0], loaded.folder,
+            len(trained), trained[0], loaded.folder,
         )  # fmt: skip
     for problem in loaded.not_restored:
         logger.warning("Not restored from %s: %s", loaded.folder, problem)

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, CheckpointError, Manifest
-from adafisher_dist.checkpoint.ranges import FIELDS
 from adafisher_dist.checkpoint.targets import (
     OWN_SETTINGS,
     CheckpointTarget,
+    config_facts,
     members_of_groups,
     shape_of,
-    structure_of,
     with_extra_state,
 )
-from adafisher_dist.settings import structure
+from adafisher_dist.settings import state_config
 
 _SHOWN = 20
 _OF_GRID = ("block_size", "rows_per_block", "block_grid", "max_blocks")
@@ -157,7 +157,7 @@ def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Itera
         grid = _grid(settings, shape_of(target.parameters[name]))
         kept = ("factor", "curvature") if settings["keeps_factors"] else ()
         for kind in ("momentum", "fisher", "square", *kept):
-            yield f"{kind}/{old}", FIELDS[kind](grid, grid.row_groups)
+            yield f"{kind}/{old}", saved_offset(kind, grid, grid.row_groups)
 
 
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
@@ -194,7 +194,7 @@ def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
     managed = {name for group in saved["groups"] for name in group["names"]}
     members = members_of_groups(target)
     for number, (group, names) in enumerate(zip(target.optimizer.param_groups, members, strict=True)):
-        own = structure_of(structure(group))
+        own = config_facts(state_config(group))
         size = _block_size(saved, names, fitting) if group["memory_budget_gb"] is not None else None
         if size is not None:  # block_size="auto": the checkpoint's will do
             own["block_size"] = found.block_sizes[number] = size

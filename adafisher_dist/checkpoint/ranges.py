@@ -9,7 +9,7 @@ block by block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import sharding
-from adafisher_dist.blocks.grid import Grid, Kind, Strip
+from adafisher_dist.blocks.fields import SAVED, saved_numel, saved_offset, triangle
+from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
 from adafisher_dist.blocks.spans import Span
-from adafisher_dist.numerics import fisher
-from adafisher_dist.numerics.batch import Batch
+from adafisher_dist.numerics.block_stack import BlockStack
+from adafisher_dist.numerics.packing import pack, unpack
 from adafisher_dist.state.shard import Shard
 
 # Elements a range holds at most, but for one block: what is packed at a time (64 MiB in fp32).
@@ -59,19 +60,19 @@ class RangePiece:
         window = self._window(packed)
         if self.symmetric:
             size = self.memory.shape[-1]
-            window = fisher.unpack(window.reshape(-1, fisher.packed_numel(size)), size).view(self.memory.shape)
+            window = unpack(window.reshape(-1, triangle(size)), size).view(self.memory.shape)
         self.memory.copy_(window)
 
     def _window(self, packed: Tensor) -> Tensor:
         """The places, in the shape of the memory, or of its triangles."""
         shape = self.memory.shape
         if self.symmetric:
-            shape = torch.Size([*shape[:-2], fisher.packed_numel(shape[-1])])
+            shape = torch.Size([*shape[:-2], triangle(shape[-1])])
         return packed.as_strided(shape, self.strides, packed.storage_offset() + self.offset)
 
     def _triangles(self) -> Tensor:
         *lead, size, _ = self.memory.shape
-        return fisher.pack(self.memory.view(-1, size, size)).view(*lead, -1)
+        return pack(self.memory.view(-1, size, size)).view(*lead, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,10 +142,10 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
         shard: the shard.
         names: for each parameter of the shard that takes part, its name in the checkpoint.
     """  # noqa: D205
-    places: dict[int, dict[Kind, tuple[Batch, int]]] = {}
-    for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
+    places: dict[int, dict[BlockShape, tuple[BlockStack, int]]] = {}
+    for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
         for segment in segments:
-            places.setdefault(segment.owner, {})[batch.kind] = batch, segment.start
+            places.setdefault(segment.owner, {})[stack.shape] = stack, segment.start
     for span in shard.owned[shard.storage.group.rank]:
         if span.parameter in names and len(span):
             grid = shard.grids[span.parameter]
@@ -154,55 +155,41 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
 
 
 def _of_blocks(
-    name: str, grid: Grid, owned: Span, part: Span, places: Mapping[Kind, tuple[Batch, int]]
+    name: str, grid: Grid, owned: Span, part: Span, places: Mapping[BlockShape, tuple[BlockStack, int]]
 ) -> Iterator[Range]:
-    """The state of the blocks of `part`, a part of the owned span, whose rows `places` tells by their kind."""
+    """The state of the blocks of `part`, a part of the owned span; `places` tells their stacks by their shapes."""
     before = grid.blocks_by_shape(owned.start)
     upto = grid.blocks_by_shape(part.start)
     row_groups = grid.row_group_from(part.start), grid.row_group_from(part.stop), grid.row_groups
-    fields: dict[str, list[tuple[Strip, Tensor]]] = {field: [] for field in FIELDS}
-    for strip in grid.strips(part.start, part.stop):
-        batch, row = places[strip.kind]
-        row += upto[strip.kind] - before[strip.kind]
-        upto[strip.kind] += strip.rows
-        for field, tensor in batch.tensors().items():
-            fields[field].append((strip, tensor[row : row + strip.rows]))
+    fields: dict[str, list[tuple[BlockRun, Tensor]]] = {field: [] for field in SAVED}
+    for run in grid.runs(part.start, part.stop):
+        stack, begin = places[run.shape]
+        begin += upto[run.shape] - before[run.shape]
+        upto[run.shape] += run.num_blocks
+        for field, tensor in stack.state.items():
+            fields[field].append((run, tensor[begin : begin + run.num_blocks]))
     for field, members in fields.items():
         if members:
-            start, stop, total = (FIELDS[field](grid, row_group) for row_group in row_groups)
-            pieces = [_piece(field, grid, strip, rows, start) for strip, rows in members]
+            start, stop, total = (saved_offset(field, grid, row_group) for row_group in row_groups)
+            pieces = [_piece(field, grid, run, rows, start) for run, rows in members]
             yield Range(f"{field}/{name}", start, stop - start, total, members[0][1].dtype, pieces)
 
 
-# For each field of the state, where in its 1-d tensor a row group begins.
-FIELDS: dict[str, Callable[[Grid, int], int]] = {
-    "momentum": Grid.start,
-    "fisher": Grid.triangle_numel,
-    "square": Grid.sharing,
-    "factor": lambda grid, row_group: grid.fisher_numel(min(row_group, grid.dense_row_groups)),
-    "curvature": lambda grid, row_group: min(row_group, grid.dense_row_groups) * grid.pieces,
-}
-
-
-def _piece(field: str, grid: Grid, strip: Strip, rows: Tensor, start: int) -> RangePiece:
-    """The rows of a strip, a row group after the other, and their places in the range that begins at `start`."""
-    size, depth = strip.size, strip.depth
-    row_group, before = divmod(strip.block, grid.pieces)  # blocks before it in its row group: all of the size `cut`
-    symmetric = field == "fisher" and rows.dim() == 3
+def _piece(field: str, grid: Grid, run: BlockRun, rows: Tensor, start: int) -> RangePiece:
+    """A field of a run of blocks, a row group after the other, and its places in the range that begins at `start`."""
+    # Before it in its row group: blocks of as many columns as the grid's.
+    row_group, before = divmod(run.first_block, grid.pieces)
     shape: tuple[int, ...] = (rows[0].numel(),)
     strides: tuple[int, ...]
-    if field == "momentum":
-        shape, strides, offset = (depth, size), (size, strip.row, 1), before * grid.cut
-    elif field == "fisher" and strip.dense:
-        triangle = fisher.packed_numel(size)
-        shape = (size, size) if symmetric else shape
-        strides, offset = (triangle, 1), before * fisher.packed_numel(grid.cut)
-    elif field == "factor":
-        strides, offset = (size**2, 1), before * grid.cut**2
-    else:  # as much for each block, whatever its size
-        strides, offset = (*shape, 1), before * shape[0]
-    first, second = FIELDS[field](grid, row_group), FIELDS[field](grid, row_group + 1)
-    stride = second - first if strip.row_groups > 1 else 0
+    symmetric = field == "fisher" and rows.dim() == 3
+    if field == "momentum":  # element by element, as the parameter has them
+        shape, strides, offset = (run.rows, run.columns), (run.columns, run.row_stride, 1), before * grid.columns
+    else:
+        shape = (run.columns, run.columns) if symmetric else shape
+        whole = BlockShape(grid.columns, run.rows, run.dense)
+        strides, offset = (saved_numel(field, run.shape), 1), before * saved_numel(field, whole)
+    first, second = (saved_offset(field, grid, number) for number in (row_group, row_group + 1))
+    stride = second - first if run.row_groups > 1 else 0
     return RangePiece(
-        rows.view(strip.row_groups, strip.count, *shape), first + offset - start, (stride, *strides), symmetric
+        rows.view(run.row_groups, run.count, *shape), first + offset - start, (stride, *strides), symmetric
     )

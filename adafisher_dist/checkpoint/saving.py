@@ -122,7 +122,7 @@ def save(
 
     def collect() -> tuple[str, int | None]:
         kept = _checked_number(keep_last)
-        target.optimizer._registry.engine.check()
+        target.optimizer._registry.stepper.check_complete()
         _gather_state(target)
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))
@@ -160,7 +160,7 @@ def _gather_state(target: CheckpointTarget) -> None:
     registry = target.optimizer._registry
     registry.drop_unused_shards()
     waiting = [tensor for tensor, _ in registry.given_parameters.info() if target.optimizer.state.get(tensor)]
-    registry.init_shards([tensor for tensor in waiting if tensor not in registry.engine])
+    registry.init_shards([tensor for tensor in waiting if tensor not in registry.stepper])
     registry.sync_user_state(registry.shards)
 
 

@@ -47,7 +47,7 @@ class OptimizerState:
         """
         target = target_for(self._model, self._optimizer)
         registry = self._optimizer._registry
-        self._optimizer._registry.engine.check()
+        self._optimizer._registry.stepper.check_complete()
         entries = registry.as_dtensors()
         named = {
             target.names[parameter.info.position]: entries[id(shard.storage.tensors[parameter.tensor])]

@@ -273,27 +273,27 @@ def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
     for shard in target.optimizer._registry.shards:
         for number, parameter in shard.active:
             grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
-            structure = shard.structures[shard.groups[parameter.tensor]]
+            config = shard.configs[shard.groups[parameter.tensor]]
             found[names[parameter.info.position]] = {
                 "step": step,
                 "fisher_updates": updates,
                 "blocks": grid.num_blocks,
                 "dense_blocks": grid.dense_blocks,
-                "structure": structure_of(structure),
+                "structure": config_facts(config),
             }
     return found
 
 
-def structure_of(structure: StateConfig) -> dict[str, Any]:
+def config_facts(config: StateConfig) -> dict[str, Any]:
     """What state was built for, as JSON."""
     return {
-        "block_size": structure.block_size,
-        "rows_per_block": structure.rows_per_block,
-        "block_grid": structure.block_grid,
-        "max_blocks": structure.max_blocks,
-        "exponent": structure.exponent,
-        "grafting": structure.grafting,
-        "keeps_factors": structure.keeps_factors,
+        "block_size": config.block_size,
+        "rows_per_block": config.rows_per_block,
+        "block_grid": config.block_grid,
+        "max_blocks": config.max_blocks,
+        "exponent": config.exponent,
+        "grafting": config.grafting,
+        "keeps_factors": config.keeps_factors,
     }
 
 

@@ -172,20 +172,20 @@ def _all_reduce_minimum(values: Tensor, handle: dist.ProcessGroup | None, purpos
     sent["verdicts"] += values.nbytes
 
 
-def gather(group: Group, mine: CommBuffer, out: CommBuffer) -> Callable[[], None]:
+def all_gather(group: Group, mine: CommBuffer, out: CommBuffer) -> Callable[[], None]:
     """Start an all-gather of equally long 1-d tensors into `out`; the result waits for it.
 
     `mine` and `out` may not be touched before that.
     """
     # Its name from torch 2.13 on; the old one warns there.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     meetings(group.handle).begin()
-    work = all_gather(out.sent, mine.load(), group.handle, async_op=True)
+    work = gather(out.sent, mine.load(), group.handle, async_op=True)
     sent["weights"] += (group.size - 1) * mine.tensor.nbytes
     return _waiting(work, out, group)
 
 
-def exchange(
+def all_to_all(
     group: Group, send: CommBuffer, send_counts: Sequence[int], receive: CommBuffer, receive_counts: Sequence[int]
 ) -> Callable[[], None]:
     """Start to send consecutive stretches of a 1-d tensor to the ranks, one each, and to receive what they sent here.
@@ -222,7 +222,7 @@ def move_rows(
     send = [_common(have[group.rank], theirs) * size for theirs in want]
     receive = [_common(theirs, want[group.rank]) * size for theirs in have]
     wires = [group.comm_buffer(tensor.reshape(-1).view(torch.uint8)) for tensor in (mine, into)]
-    exchange(group, wires[0], send, wires[1], receive)()
+    all_to_all(group, wires[0], send, wires[1], receive)()
 
 
 def _common(one: tuple[int, int], other: tuple[int, int]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
 class DeferredErrors:
@@ -11,11 +11,28 @@ class DeferredErrors:
 
     A rank that raised between two collectives would leave the others waiting in the second. So its work runs through
     `attempt`, which remembers an error instead of raising it, and does nothing after that; the rank goes on to the next
-    collective that tells all ranks of it (`agreement`).
+    collective that tells all ranks of it (`stepping.consistency`).
+
+        if errors.none:
+            with errors.deferred():
+                ...  # the same as `attempt`, without a function of its own
     """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing has failed so far."""
+        return self.error is None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Remember an error of the block instead of raising it."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
 
     def attempt(self, work: Callable[[], object]) -> bool:
         """Do it, unless something failed before; returns whether it was done."""

@@ -22,7 +22,6 @@ from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping import metrics
 from adafisher_dist.stepping.consistency import raise_if_any_failed
-from adafisher_dist.stepping.step import Engine
 
 if TYPE_CHECKING:
     from typing import Self
@@ -169,10 +168,7 @@ class AdaFisher(Optimizer):
         return cls(params, **{**preset("image_classification"), **overrides})
 
     def _reset(self) -> None:
-        meter = self._registry.engine.meter
-        self._registry.engine = Engine()
-        self._registry.engine.meter = meter
-        self._registry.prebuilt = []
+        self._registry.forget_shards(self._registry.stepper.meter)
         self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
         self._elsewhere: int | None = None  # the rank that a consolidated state is on
         self._warned = False
@@ -250,27 +246,27 @@ class AdaFisher(Optimizer):
         errors.attempt(self._registry.drop_unused_shards)
         if not groups:
             self._warn_of_no_gradients()
-        new = [tensor for tensor, _ in groups.values() if tensor not in self._registry.engine]
+        new = [tensor for tensor, _ in groups.values() if tensor not in self._registry.stepper]
         if new and layouts.is_state_init_call(self):
             return loss
-        errors.attempt(partial(self._registry.sync_user_state, self._registry.engine.shards_of(groups)))
+        errors.attempt(partial(self._registry.sync_user_state, self._registry.stepper.shards_of(groups)))
         errors.attempt(partial(self._registry.init_shards, new))
         try:
             settings = {key: group for key, (_, group) in groups.items()}
-            before = self._registry.engine.skipped
+            before = self._registry.stepper.skipped
             part = layouts.part_of_step(self)
-            self._registry.engine.step(
+            self._registry.stepper.step(
                 settings, self._registry.ranks(), errors, part, self._registry.largest_gradient()
             )
         except Exception:
             for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
                 step = self.state.get(tensor, {}).get("step")
-                if tensor not in self._registry.engine and step is not None and not step.any():
+                if tensor not in self._registry.stepper and step is not None and not step.any():
                     del self.state[tensor]
             raise
         self._consolidated = self._elsewhere = None
-        if self._registry.engine.skipped > before:
-            self._tell_of_skip(self._registry.engine.skipped)
+        if self._registry.stepper.skipped > before:
+            self._tell_of_skip(self._registry.stepper.skipped)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -282,7 +278,7 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
         """
-        self._registry.engine.check()
+        self._registry.stepper.check_complete()
         if self._state_is_elsewhere:
             return state_dicts.without_state(super().state_dict()["param_groups"])
         self._registry.sync_param_groups()
@@ -356,7 +352,7 @@ class AdaFisher(Optimizer):
                 (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come within the timeout of the process
                 group.
         """
-        self._registry.engine.check()
+        self._registry.stepper.check_complete()
         self._registry.sync_param_groups()
         self._registry.sync_user_state(self._registry.shards)
         group = self._registry.ranks()
@@ -436,7 +432,7 @@ class AdaFisher(Optimizer):
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
             self._registry = ParameterRegistry(self, None)
             self._reset()
-            self._registry.engine.skipped = skipped
+            self._registry.stepper.skipped = skipped
         super().__setstate__(saved)
         if skipped is not None:
             self._registry.register_all()
@@ -450,8 +446,8 @@ class AdaFisher(Optimizer):
 
         Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here; this waits for it.
         """
-        self._registry.engine.resolve_pending()
-        return self._registry.engine.skipped
+        self._registry.stepper.resolve_pending()
+        return self._registry.stepper.skipped
 
     def fisher_stats(self) -> dict[str, statistics.ParameterStats]:
         """By name, for each parameter that had a gradient: blocks, Fisher updates, fallbacks counts, what computes it."""
@@ -470,9 +466,9 @@ class AdaFisher(Optimizer):
         that a boundary between ranks cuts, and back. "last_step" was counted in the last call of `step`, and has
         "verdicts" too: what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
         """
-        engine = self._registry.engine
-        last = {kind: engine.sent[kind] for kind in ("weights", "blocks", "verdicts")}
-        return {**statistics.traffic(engine.shards), "last_step": {**last, "total": sum(last.values())}}
+        stepper = self._registry.stepper
+        last = {kind: stepper.sent[kind] for kind in ("weights", "blocks", "verdicts")}
+        return {**statistics.traffic(stepper.shards), "last_step": {**last, "total": sum(last.values())}}
 
     def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
         """Have every n-th step measured: how well conditioned the blocks are, how far it went, what was sent.
@@ -489,13 +485,13 @@ class AdaFisher(Optimizer):
         Raises:
             ValueError: `every` is not a whole number from 1 on.
         """
-        self._registry.engine.meter = None if callback is None else metrics.Meter(callback, every)
+        self._registry.stepper.meter = None if callback is None else metrics.Meter(callback, every)
 
     def flush_metrics(self) -> None:
         """Tell of a measured step that no other has come after. A collective: all ranks call it."""
-        engine = self._registry.engine
-        if engine.meter is not None:
-            engine.meter.deliver(self._registry.ranks(), engine.skipped)
+        stepper = self._registry.stepper
+        if stepper.meter is not None:
+            stepper.meter.deliver(self._registry.ranks(), stepper.skipped)
 
     def num_parameters(self) -> int:
         """How many parameters have state: those that have had a gradient."""

@@ -17,10 +17,11 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts import Storage
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
-from adafisher_dist.settings import normalize, structure
+from adafisher_dist.settings import normalize, state_config
 from adafisher_dist.state.shard import Shard, build
 from adafisher_dist.stepping.consistency import raise_if_any_failed
-from adafisher_dist.stepping.step import Engine
+from adafisher_dist.stepping.metrics import Meter
+from adafisher_dist.stepping.step import Stepper
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # noqa: TID251 (a type)
@@ -32,14 +33,14 @@ _Changed = tuple[Shard, int, Any]  # a stored tensor's shard, its number there, 
 
 
 class ParameterRegistry:
-    """Beside an optimizer's `param_groups` and `state`, which belong to torch: what stands behind them.
+    """An optimizer's parameters, and the shards that hold their state; `param_groups` and `state` belong to torch.
 
     Attributes:
         optimizer: whose parameters they are.
         process_group: the user's.
         given_parameters: the parameters that it was given.
         groups: all its param groups; DeepSpeed takes some away while it steps one.
-        engine: the shards that hold their state.
+        stepper: takes the steps of the shards that hold their state.
         prebuilt: of those, the ones that were made before their parameters had a gradient, to be shown to torch's
             checkpoint functions.
     """
@@ -49,13 +50,17 @@ class ParameterRegistry:
         self.process_group = process_group
         self.given_parameters = layouts.GivenParameters()
         self.groups: list[dict[str, Any]] = []
-        self.engine = Engine()
+        self.forget_shards()
+
+    def forget_shards(self, meter: Meter | None = None) -> None:
+        """Begin without any; `meter` goes on measuring."""
+        self.stepper = Stepper(meter)
         self.prebuilt: list[Shard] = []
 
     @property
     def shards(self) -> list[Shard]:
         """In the order in which their tensors first had a gradient."""
-        return self.engine.shards
+        return self.stepper.shards
 
     @property
     def is_sharded(self) -> bool:
@@ -85,7 +90,7 @@ class ParameterRegistry:
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.info():
             shapes[info.group].append(layouts.whole_shape(parameter))
-        by_group = [(of_group, structure(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
+        by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
         storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
         kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
         size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
@@ -97,7 +102,7 @@ class ParameterRegistry:
 
     def install(self, shard: Shard) -> None:
         """Take a shard in, and show its state in the optimizer's."""
-        self.engine.add(shard)
+        self.stepper.add(shard)
         for index, tensor in enumerate(shard.storage.tensors):
             self.optimizer.state[tensor] = dict(shard.views[index])
 
@@ -129,7 +134,7 @@ class ParameterRegistry:
         for replacement in find_replacements:
             old = replacement.shard.storage.tensors[replacement.index]
             replaced_parameters.replace_tensor(replacement)
-            self.engine.replace(old, replacement.successor)
+            self.stepper.replace(old, replacement.successor)
             if replacement.successor is None and self.optimizer.state.get(old):
                 forgotten.append(
                     next(p.name for p in replacement.shard.storage.parameters if p.tensor == replacement.index)
@@ -152,7 +157,7 @@ class ParameterRegistry:
 
     def _may_sync(self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
-        held = [tensor for shard in self.engine.planned for tensor in shard.active_tensors]
+        held = [tensor for shard in self.stepper.planned for tensor in shard.active_tensors]
         if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return False
         if not current_tensors or not all(isinstance(tensor, nn.Parameter) for tensor in new):
@@ -203,7 +208,7 @@ class ParameterRegistry:
         groups = self.optimizer.param_groups
         trainable = [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
         before = self.shards
-        self.init_shards([tensor for tensor in trainable if tensor not in self.engine])
+        self.init_shards([tensor for tensor in trainable if tensor not in self.stepper])
         self.prebuilt += [shard for shard in self.shards if shard not in before]
 
     def drop_unused_shards(self) -> None:
@@ -213,7 +218,7 @@ class ParameterRegistry:
         for shard in unused:
             for tensor in shard.active_tensors:
                 self.optimizer.state.pop(tensor, None)
-        self.engine.drop(unused)
+        self.stepper.drop(unused)
         self.prebuilt = []
 
     def as_dtensors(self) -> dict[int, dict[str, Tensor]]:
@@ -271,8 +276,8 @@ class ParameterRegistry:
         for storage in storages:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
-            structures = [structure(groups[number]) for number in order]
-            shards.append(build(storage, [order.index(number) for number in mine], structures, zeroed))
+            configs = [state_config(groups[number]) for number in order]
+            shards.append(build(storage, [order.index(number) for number in mine], configs, zeroed))
         return shards
 
     def prepare_load(self, saved: Mapping[str, Any]) -> list[Shard]:
@@ -330,7 +335,7 @@ class ParameterRegistry:
 
     def largest_gradient(self) -> float:
         """The largest gradient element that the blocks of every param group can square and sum up."""
-        own = [structure(group) for group in self.groups if group["block_size"] != "auto"]
+        own = [state_config(group) for group in self.groups if group["block_size"] != "auto"]
         return min((fisher.largest_gradient(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> collectives.Group:

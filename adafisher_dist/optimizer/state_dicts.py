@@ -83,7 +83,7 @@ def _rows(grid: Grid, stop: int) -> Counter[str]:
 
 def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each key of a parameter's whole state, where each tensor is one parameter."""
-    return state_shapes(shard.grids[parameter], shard.structures[shard.groups[parameter]])
+    return state_shapes(shard.grids[parameter], shard.configs[shard.groups[parameter]])
 
 
 def is_whole(saved: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adafisher_dist.blocks import cost
 from adafisher_dist.blocks.cost import PlanSummary
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.factors import FALLBACKS
 from adafisher_dist.state.shard import Shard
 
 
@@ -20,7 +20,7 @@ class ParameterStats:
         dense_blocks: those with a dense Fisher.
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
-        fallbacks: how often one of this rank's blocks needed each fallback.
+        ladder: how often one of this rank's blocks needed each of `FALLBACKS`.
     """
 
     blocks: int
@@ -32,10 +32,10 @@ class ParameterStats:
 
 def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     """By parameter name."""
-    ladders = [[0] * len(fisher.FALLBACKS) for _ in shard.storage.parameters]
-    for batch, segments in zip(shard.batches, shard.by_parameter, strict=True):
-        for segment in segments if batch.fallback_counts else ():
-            for row, counts in batch.fallback_counts.items():
+    ladders = [[0] * len(FALLBACKS) for _ in shard.storage.parameters]
+    for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
+        for segment in segments if stack.fallback_counts else ():
+            for row, counts in stack.fallback_counts.items():
                 if segment.start <= row < segment.stop:
                     ladders[segment.owner] = [a + b for a, b in zip(ladders[segment.owner], counts, strict=True)]
     result = {}
@@ -51,7 +51,7 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
             dense_blocks=grid.dense_blocks,
             fisher_updates=updates,
             mean_block_size=grid.numel / blocks if blocks else 0.0,
-            ladder=dict(zip(fisher.FALLBACKS, ladder, strict=True)),
+            ladder=dict(zip(FALLBACKS, ladder, strict=True)),
         )
     return result
 

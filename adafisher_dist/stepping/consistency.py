@@ -7,9 +7,8 @@ that is not finite, first becomes known to all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,8 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.control_group import STEP
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.state.shard import Shard
-from adafisher_dist.stepping.exchange import Inputs
+from adafisher_dist.stepping.inputs import Inputs
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -109,7 +107,7 @@ def _fingerprints(
             " alone, and reset it on all.",
         ),
         (
-            sharding.digest([_values(group) for own in inputs for group in own.settings]),
+            sharding.digest([own.settings for own in inputs]),
             "The ranks' param groups have different settings (lr, momentum, damping, …). Change them alike on every"
             " rank; a scheduler that follows a metric, as ReduceLROnPlateau, needs the same metric on all.",
         ),
@@ -187,11 +185,6 @@ def _raise(errors: DeferredErrors, failure: int, when: str) -> None:
         raise RuntimeError(
             f"AdaFisher stops on all ranks, since rank {-1 - failure} failed {when}; its error tells why."
         )
-
-
-def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """A param group's settings, in a form whose repr is exact."""
-    return [(name, float(value) if name == "lr" else value) for name, value in group.items() if name in DEFAULTS]
 
 
 def _checksums(chosen: Sequence[Inputs], errors: DeferredErrors) -> list[int]:

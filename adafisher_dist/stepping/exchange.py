@@ -1,16 +1,15 @@
 """How gradients reach the owners of their blocks, and how the results come back to where the weights are stored.
 
-Each layout has a way, with the same two calls in the order of a step: `collect` (local) and `run` (a collective: brings
-gradients to the owners, computes the chunks, and brings back what changes the weights).
+Each layout has its own `Exchange`, with the same two calls in the order of a step: `collect` (local), and `chunks` (a
+collective: brings gradients to the owners, has the chunks computed, and brings back what changes the weights).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,37 +19,10 @@ from adafisher_dist.blocks.sharding import TensorPiece
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import CommBuffer
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.state.shard import Chunk, Shard, gather_dtype
+from adafisher_dist.state.shard import Shard, gather_dtype
+from adafisher_dist.state.stacking import Chunk
 from adafisher_dist.stepping.copy_plan import CopyPlan
-
-
-@dataclass(slots=True, eq=False)
-class Inputs:
-    """What one call of step() brings for a shard.
-
-    Attributes:
-        settings: of each param group of the shard; empty where none of its tensors has a gradient.
-        weights: what this rank holds of each stored tensor, flattened; None where it has no gradient in this call.
-        gradients: likewise.
-    """
-
-    settings: list[dict[str, Any]]
-    weights: list[Tensor | None] = field(default_factory=list)
-    gradients: list[Tensor | None] = field(default_factory=list)
-    _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add(self, weight: Tensor | None, gradient: Tensor | None) -> None:
-        """The next stored tensor: both, or neither."""
-        flat = None if weight is None else weight.reshape(-1)
-        if weight is not None and flat is not None and not weight.is_contiguous():
-            self._copied.append((weight, flat))
-        self.weights.append(flat)
-        self.gradients.append(None if gradient is None else gradient.reshape(-1))
-
-    def write_back(self) -> None:
-        """Bring changed weights to where those are that could not be flattened in place."""
-        for weight, flat in self._copied:
-            weight.copy_(flat.view(weight.shape))
+from adafisher_dist.stepping.inputs import Inputs
 
 
 class Exchange(Protocol):
@@ -61,28 +33,27 @@ class Exchange(Protocol):
     def collect(self, inputs: Inputs) -> Tensor:
         """Bring this rank's gradients to where they leave from; their largest absolute element, 0-d. Local."""
 
-    def run(
-        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
-    ) -> None:
-        """Bring all gradients to the owners, compute the chunks, and change the stored weights. A collective.
+    def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
+        """Bring all gradients to the owners, and the results to where the weights are stored. A collective.
 
-        After an error this rank goes on through the collectives, and leaves its part of the weights as it is.
+        Yields the chunks of the flat buffer whose gradients are there; whoever asks for the next one has turned them
+        into updates. After an error this rank goes on through the collectives, and leaves its part of the weights as it
+        is.
 
         Args:
             inputs: of this call.
-            compute: turns the gradients in a chunk of the flat buffer into updates.
             should_step: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
             errors: of this rank.
         """
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """After `run`: weights, and by how much each was changed, in lists that belong together. Local.
+        """After `chunks`: weights, and by how much each was changed, in lists that belong together. Local.
 
         Of all ranks together these are all weights that have a gradient, each once.
         """
 
 
-def transfer(shard: Shard) -> Exchange:
+def exchange_for(shard: Shard) -> Exchange:
     """The way of the shard's layout."""
     if not shard.storage.replicated:
         return AllToAll(shard)
@@ -102,12 +73,9 @@ class Local:
         _read(self.own, inputs.gradients)
         return _largest([self.shard.flat_buffer])
 
-    def run(
-        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
-    ) -> None:
+    def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
         """Nothing is sent."""
-        for chunk in self.shard.chunks:
-            _compute(self.shard, chunk, compute, errors)
+        yield from self.shard.chunks
         errors.attempt(partial(_change_weights, self.shard, self.own, inputs, should_step))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -137,10 +105,10 @@ class AllGather:
         self.everyone = [
             group.comm_buffer(shard.flat_buffer.new_zeros(group.size * longest, dtype=dtype)) for _ in turns
         ]
-        self.chunks = [self._copy_plans(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
+        self.copies = [self._copy_plans(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
 
     def _copy_plans(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[CopyPlan, CopyPlan, CopyPlan]:
-        """Of the own part of a chunk with the flat buffer and with what is sent, and of all parts with what is received."""
+        """Of a chunk: of the own part in the flat buffer and in what is sent, of all parts in what is received."""
         shard, group, turn = self.shard, self.shard.storage.group, number % 2
         pieces = [sharding.local_pieces(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
         mine, start = pieces[group.rank], shard.chunks[number].start
@@ -161,13 +129,11 @@ class AllGather:
         _read(self.own, inputs.gradients)
         return _largest([self.shard.flat_buffer])
 
-    def run(
-        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
-    ) -> None:
-        """Compute a chunk while the one before is gathered."""
+    def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
+        """While one chunk is computed, the one before is gathered."""
         finish: Callable[[], None] | None = None
         for number, chunk in enumerate(self.shard.chunks):
-            _compute(self.shard, chunk, compute, errors)
+            yield chunk
             wait = self._send(number, inputs, should_step, errors)
             if finish is not None:
                 finish()
@@ -179,7 +145,7 @@ class AllGather:
         self, number: int, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors
     ) -> Callable[[], None]:
         group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
-        in_buffer, in_mine, _ = self.chunks[number]
+        in_buffer, in_mine, _ = self.copies[number]
         weights, new = in_mine.of(inputs.weights)
         _, updates = in_buffer.of(inputs.weights)
 
@@ -191,18 +157,18 @@ class AllGather:
         if not errors.attempt(make):
             errors.rescue(lambda: _copy(new, weights))
         # Behind this rank's part stands padding: all ranks' parts are equally long.
-        return collectives.gather(
+        return collectives.all_gather(
             group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length)
         )
 
     def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, errors: DeferredErrors) -> None:
         wait()
-        weights, new = self.chunks[number][2].of(inputs.weights)
+        weights, new = self.copies[number][2].of(inputs.weights)
         errors.attempt(lambda: _copy(weights, new))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """The flat buffer has been scaled; it holds this rank's part."""
-        for in_buffer, _, _ in self.chunks:
+        for in_buffer, _, _ in self.copies:
             yield in_buffer.of(inputs.weights)
 
 
@@ -229,7 +195,7 @@ class AllToAll:
         self.owned_elsewhere = CopyPlan(route.send, _in_a_row(self.send_buffer.tensor, route.send), shard.numels)
         starts = sorted(piece.buffer_offset for piece in route.receive)
         waits = [any(c.start <= start < c.stop for start in starts) for c in shard.chunks]
-        self.chunks = [
+        self.ready_and_late = [
             [c for c, late in zip(shard.chunks, waits, strict=True) if late == want] for want in (False, True)
         ]
 
@@ -241,18 +207,14 @@ class AllToAll:
             torch._foreach_zero_(self.received_in_buffer)  # of the step before; their rank looks at the new ones
         return _largest([self.send_buffer.tensor, self.shard.flat_buffer])
 
-    def run(
-        self, inputs: Inputs, compute: Callable[[Chunk], None], should_step: Tensor | None, errors: DeferredErrors
-    ) -> None:
-        """Compute the chunks without guests while those travel, and change weights while updates travel home."""
-        ready, late = self.chunks
+    def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
+        """First those that wait for no other rank; and weights are changed while updates travel home."""
+        ready, late = self.ready_and_late
         wait = self._exchange(self.send_buffer, self.send_counts, self.receive_buffer, self.receive_counts)
-        for chunk in ready:
-            _compute(self.shard, chunk, compute, errors)
+        yield from ready
         wait()
         errors.attempt(lambda: _copy(self.received_in_buffer, self.stored_elsewhere))
-        for chunk in late:
-            _compute(self.shard, chunk, compute, errors)
+        yield from late
         if not errors.attempt(lambda: _copy(self.stored_elsewhere, self.received_in_buffer)):
             self.receive_buffer.tensor.zero_()
         wait = self._exchange(self.receive_buffer, self.receive_counts, self.send_buffer, self.send_counts)
@@ -270,12 +232,7 @@ class AllToAll:
     ) -> Callable[[], None]:
         if not self.crossing:
             return lambda: None
-        return collectives.exchange(self.shard.storage.group, send, counts, receive, expected)
-
-
-def _compute(shard: Shard, chunk: Chunk, compute: Callable[[Chunk], None], errors: DeferredErrors) -> None:
-    if not errors.attempt(partial(compute, chunk)):
-        shard.flat_buffer[chunk.start : chunk.stop].zero_()
+        return collectives.all_to_all(self.shard.storage.group, send, counts, receive, expected)
 
 
 def _change_weights(shard: Shard, copies: CopyPlan, inputs: Inputs, should_step: Tensor | None) -> None:
@@ -291,12 +248,12 @@ def _scale(shard: Shard, copies: CopyPlan, inputs: Inputs, should_step: Tensor |
             weight if number == group else None for weight, number in zip(inputs.weights, shard.groups, strict=True)
         ]
         weights, updates = copies.of(members)
-        if not updates:
+        if settings is None or not updates:
             continue
-        if settings["weight_decay"]:
-            torch._foreach_add_(updates, weights, alpha=settings["weight_decay"])
-        lr = float(settings["lr"])
-        torch._foreach_mul_(updates, -lr if should_step is None else should_step.to(shard.flat_buffer.dtype) * -lr)
+        if settings.weight_decay:
+            torch._foreach_add_(updates, weights, alpha=settings.weight_decay)
+        lr = settings.lr if should_step is None else should_step.to(shard.flat_buffer.dtype) * settings.lr
+        torch._foreach_mul_(updates, -lr)
 
 
 def _read(copies: CopyPlan, gradients: Sequence[Tensor | None]) -> None:

@@ -32,21 +32,22 @@ class FoundInf:
         self._seen = torch.ones(1, dtype=torch.int32, pin_memory=on_accelerator)
         self._arrival = torch.Event(device) if on_accelerator else None
 
-    def decide(self, largest: Sequence[Tensor], limits: Sequence[float], errors: DeferredErrors) -> Tensor:
+    def is_for(self, group: Group, device: torch.device) -> bool:
+        """Whether it is of these ranks and of this kind of device."""
+        return self._group == group and self._should_step.tensor.device == device
+
+    def decide(self, largest: Sequence[tuple[Tensor, float]], errors: DeferredErrors) -> Tensor:
         """Let all ranks know whether every gradient can be used. A collective, for which no host waits.
 
         Args:
-            largest: the largest absolute gradient elements of this rank, 0-d.
-            limits: how large each may be.
+            largest: the largest absolute gradient elements of this rank, 0-d, and how large each may be.
             errors: of this rank.
 
         Returns:
             0-d int32 on the device: 0 if the step is to change nothing.
         """
         flag = self._should_step.tensor
-        errors.attempt(
-            lambda: flag.copy_(torch.stack([n <= limit for n, limit in zip(largest, limits, strict=True)]).all())
-        )
+        errors.attempt(lambda: flag.copy_(torch.stack([norm <= limit for norm, limit in largest]).all()))
         collectives.minimum_on_device(self._group, self._should_step)
         self._seen.copy_(flag, non_blocking=True)
         if self._arrival is not None:
@@ -54,7 +55,7 @@ class FoundInf:
         return flag.squeeze(0)
 
     def read(self) -> bool:
-        """The verdict on the last step; waits until the device has come to it."""
+        """Whether the last step counted; waits until the device has come to it."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return bool(self._seen.numpy()[0])  # no operation of torch: it is on the host

@@ -24,17 +24,18 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group, Waits
 from adafisher_dist.comm.control_group import control
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.numerics import batch as stacked
-from adafisher_dist.numerics import fisher
-from adafisher_dist.numerics.batch import Batch
-from adafisher_dist.stepping.exchange import Exchange, Inputs
+from adafisher_dist.numerics.block_stack import BlockStack
+from adafisher_dist.numerics.block_step import damping
+from adafisher_dist.numerics.factors import FALLBACKS, condition_number
+from adafisher_dist.stepping.exchange import Exchange
+from adafisher_dist.stepping.inputs import Inputs
 
 logger = logging.getLogger("adafisher_dist")
 
 Callback = Callable[[int, dict[str, float]], None]
 """Called with the step and its metrics by name, on the first rank alone."""
 
-LADDER = tuple(f"ladder_{fallback.replace(' ', '_')}" for fallback in fisher.FALLBACKS)
+LADDER = tuple(f"ladder_{fallback.replace(' ', '_')}" for fallback in FALLBACKS)
 
 NAMES = {
     "condition_number_median": "1-norm condition number of the damped blocks A that were looked at, median",
@@ -44,8 +45,7 @@ NAMES = {
     "factor_age_mean": "steps since a block's factor was made, mean; 0 where they are made at every step",
     "factor_age_max": "the largest",
     **{
-        name: f"factorisations so far that needed: {fallback}"
-        for name, fallback in zip(LADDER, fisher.FALLBACKS, strict=True)
+        name: f"factorisations so far that needed: {fallback}" for name, fallback in zip(LADDER, FALLBACKS, strict=True)
     },
     "update_to_weight": "‖change of the weights‖ / ‖weights‖, of all that had a gradient",
     "communication_bytes": "bytes sent in the step, by all ranks",
@@ -54,7 +54,7 @@ NAMES = {
 }
 """Each metric, and what it is."""
 
-SAMPLE = 32  # blocks of a batch whose condition is measured: others at each measured step
+SAMPLE = 32  # blocks of a stack whose condition is measured: others at each measured step
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class _Measured:
     conditions: list[float] = field(default_factory=list)
     change: float = 0.0  # the sum of the squares
     weights: float = 0.0  # likewise
-    ladder: list[float] = field(default_factory=lambda: [0.0] * len(fisher.FALLBACKS))
+    ladder: list[float] = field(default_factory=lambda: [0.0] * len(FALLBACKS))
     dampings: list[float] = field(default_factory=list)
     blocks: int = 0  # whose factors' ages are known
     age: int = 0  # of all of them together
@@ -177,22 +177,22 @@ class Meter:
 
     def _take(self, calls: Sequence[tuple[Exchange, Inputs]], step: int) -> None:
         measured = self._measured
-        for transfer, inputs in calls:
-            shard = transfer.shard
-            pairs = list(transfer.changed(inputs))
+        for exchange, inputs in calls:
+            shard = exchange.shard
+            pairs = list(exchange.changed(inputs))
             weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.flat_buffer)
             change = _square([tensor for _, ours in pairs for tensor in ours], shard.flat_buffer)
             conditions: list[Tensor] = []
-            for batch in shard.batches:
-                settings = inputs.settings[batch.group]
-                if not batch.dense or not settings:
+            for stack in shard.stacks:
+                settings = inputs.settings[stack.group]
+                if not stack.shape.dense or settings is None:
                     continue
-                damping, noise = stacked.damping(batch, settings)
-                measured.dampings.append(damping)
-                conditions.append(_conditions(batch, damping, noise, step // self._every).double())
-                for counts in batch.fallback_counts.values():
+                own, noise = damping(stack.config, settings)
+                measured.dampings.append(own)
+                conditions.append(_conditions(stack, own, noise, step // self._every).double())
+                for counts in stack.fallback_counts.values():
                     measured.ladder = [a + b for a, b in zip(measured.ladder, counts, strict=True)]
-                ages = batch.ages(step)
+                ages = stack.ages(step)
                 measured.blocks += len(ages)
                 measured.age += int(ages.sum())
                 measured.oldest = max(measured.oldest, int(ages.max(initial=0)))
@@ -206,14 +206,14 @@ def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
-def _conditions(batch: Batch, damping: float, noise: float, turn: int) -> Tensor:
-    """Condition numbers of some blocks of a batch, spread evenly over it; others at the next turn."""
-    count = batch.fisher.shape[0]
+def _conditions(stack: BlockStack, own: float, noise: float, turn: int) -> Tensor:
+    """Condition numbers of some blocks of a stack, spread evenly over it; others at the next turn."""
+    count = len(stack)
     sample = min(SAMPLE, count)
     # Made on the device: to copy them there would be to wait for it.
-    rows = (torch.arange(sample, device=batch.fisher.device) * count // max(1, sample) + turn) % max(1, count)
-    whole_NBB = stacked.whole(batch, batch.fisher.index_select(0, rows))
-    return fisher.condition_number(whole_NBB, damping, noise, batch.structure.compute_dtype)
+    rows = (torch.arange(sample, device=stack.device) * count // max(1, sample) + turn) % max(1, count)
+    whole_NBB = stack.whole(stack.fisher.index_select(0, rows))
+    return condition_number(whole_NBB, own, noise, stack.config.compute_dtype)
 
 
 def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:

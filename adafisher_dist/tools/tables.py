@@ -33,24 +33,24 @@ def forecast_table(forecast: Forecast) -> Table:
         f" {forecast.world:,} ranks; the rank that has most. The model's own parameters and gradients come on top."
     )
     table = _table(title, columns, columns[2:])
-    for kind, costs in forecast.rows:
+    for config, costs in forecast.rows:
         memory = costs.memory
         table.add_row(
-            str(kind.block_size),
-            _storage(kind),
+            str(config.block_size),
+            _storage(config),
             *(decimal(memory[name]) for name in ("total", "fisher", "factors", "buffers")),
             decimal(costs.sent),
             f"{costs.flops / 1e9:,.4g}",
         )
-    found = [f"{_storage(kind)}: {size or 'none'}" for kind, size in forecast.fits]
+    found = [f"{_storage(config)}: {size or 'none'}" for config, size in forecast.fits]
     if found:
         table.caption = f"Largest block size within {forecast.budget:g} GB a rank: {', '.join(found)}"
         table.caption_justify = "left"
     return table
 
 
-def _storage(kind: StateConfig) -> str:
-    return str(kind.fisher_dtype).removeprefix("torch.") + (", packed" if kind.packed else "")
+def _storage(config: StateConfig) -> str:
+    return str(config.fisher_dtype).removeprefix("torch.") + (", packed" if config.packed else "")
 
 
 def _table(title: str, columns: Iterable[str], numbers: Sequence[str] = ()) -> Table:

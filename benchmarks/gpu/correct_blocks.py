@@ -14,15 +14,15 @@ from typing import Any
 import common_gpu  # noqa: F401  # it puts tests/ into sys.path
 import numpy as np
 import torch
+from adafisher_dist.numerics.batch import Batch
 from correct_runner import Here
 from oracle import Block, dense_direction, refresh
 from torch import Tensor
 
-from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.blocks.grid import BlockShape
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
-from adafisher_dist.numerics.batch import Batch
-from adafisher_dist.settings import DEFAULTS, normalize, structure
+from adafisher_dist.settings import DEFAULTS, normalize, state_config
 
 Rows = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -74,8 +74,8 @@ class Case:
 
     def make(self, device: torch.device) -> Batch:
         """Blocks that have seen nothing."""
-        kind, number = Kind(self.size, self.depth, self.dense), np.arange(11, 11 + len(SCALES))
-        return stacked.allocate(0, kind, structure(self.settings()), number, device)
+        kind, number = BlockShape(self.size, self.depth, self.dense), np.arange(11, 11 + len(SCALES))
+        return stacked.allocate(0, kind, state_config(self.settings()), number, device)
 
     def gradients(self, device: torch.device, steps: int) -> Tensor:
         """Of some steps, each (N, D, B), correlated from step to step."""
@@ -84,7 +84,7 @@ class Case:
         mean, spread = rng.standard_normal(shape), np.exp(rng.standard_normal(shape))
         values = spread * (0.5 * mean + rng.standard_normal((steps, *shape)))
         values *= np.array(SCALES)[:, None, None]
-        return torch.tensor(values, dtype=structure(self.settings()).compute_dtype, device=device)
+        return torch.tensor(values, dtype=state_config(self.settings()).compute_dtype, device=device)
 
 
 def step(
@@ -113,7 +113,7 @@ def blocks(here: Here) -> str:
 def _beside(case: Case, device: torch.device) -> float:
     """How far u is from numpy's, relative to the block."""
     h, batch, furthest = case.settings(), case.make(device), 0.0
-    rounding = float(torch.finfo(batch.structure.compute_dtype).eps)
+    rounding = float(torch.finfo(batch.config.compute_dtype).eps)
     for t, gradient_NDB in enumerate(case.gradients(device, 2), start=1):
         where, g = f"{case}, step {t}", host(gradient_NDB)
         parts = h["momentum"] * host(batch.momentum_NDB), (1 - h["momentum"]) * g
@@ -153,7 +153,7 @@ def _by_oracle(batch: Batch, g: Rows, t: int, h: dict[str, Any]) -> Rows:
     mu, unbias = h["momentum"], 1 / (1 - h["fisher_decay"] ** t)
     hat_NDB = mu / (1 - mu**t) * host(batch.momentum_NDB) + (1 - mu) * g
     square_ND = np.ones(g.shape[:2]) if batch.square_ND is None else host(batch.square_ND) * unbias
-    noise = 0.005 / (1 - h["fisher_decay"] ** 2) ** 0.5 if batch.structure.fisher_dtype == torch.bfloat16 else 0.0
+    noise = 0.005 / (1 - h["fisher_decay"] ** 2) ** 0.5 if batch.config.fisher_dtype == torch.bfloat16 else 0.0
     u_NDB = np.zeros_like(hat_NDB)
     for row, f_hat in enumerate(_whole(batch) * unbias):
         block = Block(np.empty(0), 0, True, f_hat, square_ND[row])

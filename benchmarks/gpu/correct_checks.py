@@ -624,11 +624,11 @@ def _all_of_comm(real: Group, forced: Group, device: torch.device, here: Here) -
     assert flag.tensor.tolist() == [1], flag
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = full(0.0, 3 * here.world, dtype)
-        collectives.gather(real, full(own, 4, dtype).part(1, 4), out)()
+        collectives.all_gather(real, full(own, 4, dtype).part(1, 4), out)()
         assert out.tensor.tolist() == [rank + 1.0 for rank in ranks for _ in range(3)], (device, out.tensor)
     counts = [1 + rank for rank in ranks]  # so many to each rank
     received = full(0.0, here.world * (1 + here.rank))
-    collectives.exchange(real, full(own, sum(counts)), counts, received, [1 + here.rank] * here.world)()
+    collectives.all_to_all(real, full(own, sum(counts)), counts, received, [1 + here.rank] * here.world)()
     assert received.tensor.tolist() == [rank + 1.0 for rank in ranks for _ in range(1 + here.rank)], received.tensor
     for source in {0, here.world - 1}:
         value = torch.full((2, 3), own, device=device)

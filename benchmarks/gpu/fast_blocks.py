@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from adafisher_dist.numerics.batch import Batch
 from clocks import Effort, Row, median_ms
 from torch.utils.flop_counter import FlopCounterMode
 
-from adafisher_dist.blocks.grid import Kind
+from adafisher_dist.blocks.grid import BlockShape
 from adafisher_dist.blocks.sharding import CHUNK_FISHER_NUMEL
 from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
-from adafisher_dist.numerics.batch import Batch
-from adafisher_dist.settings import DEFAULTS, normalize, structure
+from adafisher_dist.settings import DEFAULTS, normalize, state_config
 
 STATE_BYTES, PRODUCT_SIDE = 2**30, 8192
 EFFORT = Effort(3, 10)
@@ -72,8 +72,8 @@ def speeds(device: torch.device, numel: int = STATE_BYTES, side: int = PRODUCT_S
 
 def make(block: Block, count: int, device: torch.device) -> Batch:
     """Blocks that have seen many gradients of unit covariance: F is the identity."""
-    kind = Kind(block.size, block.rows, True)
-    batch = stacked.allocate(0, kind, structure(block.settings()), np.arange(count), device)
+    kind = BlockShape(block.size, block.rows, True)
+    batch = stacked.allocate(0, kind, state_config(block.settings()), np.arange(count), device)
     identity = torch.eye(block.size, dtype=batch.fisher.dtype, device=device).unsqueeze(0)
     batch.fisher.copy_(fisher.pack(identity) if block.packed else identity)
     if batch.square_ND is not None:

@@ -1,0 +1,138 @@
+"""Stacked blocks of one shape and one param group, or elements with a diagonal Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafisher_dist.blocks.fields import fields
+from adafisher_dist.blocks.grid import BlockShape
+from adafisher_dist.numerics.packing import unpack
+from adafisher_dist.settings import StateConfig
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+# Elements of the Fisher that a CPU works on at a time: 2 MiB in float32, so that A and its factor stay in its caches.
+# Twice as fast as whole chunks at block sizes 32 to 64 (LOG.md, 2026-11-24).
+CPU_TILE_FISHER_NUMEL = 2**19
+
+
+@dataclass(slots=True, eq=False)
+class BlockStack:
+    """Blocks one after the other, in the order of the rank's elements; a slice of them is a stack of views.
+
+    Attributes:
+        group: the number of their param group.
+        shape: of each block.
+        config: the settings that their state was made for.
+        gradient_NRB: the gradient on the way in, the update on the way out; compute dtype.
+        state: what is kept, by name: see `blocks.fields`.
+        number_N: each block's number q, which decides when its factor is refreshed and how a bfloat16 F is rounded.
+        seeding_N: the same as int32 on the device, where F is bfloat16.
+        made_N: of each kept factor, the step t at which it was made; -1 where that is not known.
+        fallback_counts: for each block of the whole stack, how often each of FALLBACKS was needed.
+        first: the number of the first block in the whole stack.
+    """
+
+    group: int
+    shape: BlockShape
+    config: StateConfig
+    gradient_NRB: Tensor
+    state: dict[str, Tensor]
+    number_N: Numbers
+    seeding_N: Tensor | None
+    made_N: Numbers | None
+    fallback_counts: dict[int, list[int]] = field(default_factory=dict)
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.gradient_NRB)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.gradient_NRB.device
+
+    @property
+    def momentum_NRB(self) -> Tensor:
+        """M, in the compute dtype."""
+        return self.state["momentum"]
+
+    @property
+    def fisher(self) -> Tensor:
+        """F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1)."""
+        return self.state["fisher"]
+
+    @property
+    def square_NR(self) -> Tensor | None:
+        """w, the mean square of each row, averaged like F; None where a block has one row."""
+        return self.state.get("square")
+
+    def rows(self, start: int, stop: int) -> BlockStack:
+        """Blocks [start, stop)."""
+        part = slice(start, stop)
+        return BlockStack(
+            self.group,
+            self.shape,
+            self.config,
+            self.gradient_NRB[part],
+            {name: tensor[part] for name, tensor in self.state.items()},
+            self.number_N[part],
+            None if self.seeding_N is None else self.seeding_N[part],
+            None if self.made_N is None else self.made_N[part],
+            self.fallback_counts,
+            self.first + start,
+        )
+
+    def tiles(self, tiles: int = 1) -> Iterator[slice]:
+        """Slices of so many blocks as a CPU works on at a time, times `tiles`; on an accelerator one of all."""
+        size = tiles * self.tile_rows if self.device.type == "cpu" else max(1, len(self))
+        for begin in range(0, len(self), size):
+            yield slice(begin, min(len(self), begin + size))
+
+    @property
+    def tile_rows(self) -> int:
+        """Blocks whose Fisher a CPU works on at a time."""
+        return max(1, CPU_TILE_FISHER_NUMEL // self.shape.columns**2)
+
+    def parts(self) -> Iterator[BlockStack]:
+        """Stacks of 16 tiles of one row each, or fewer of more rows: what a CPU takes a step of at a time."""
+        for part in self.tiles(max(1, 16 // self.shape.rows) if self.shape.dense else 1):
+            yield self.rows(part.start, part.stop)
+
+    def whole(self, stored: Tensor) -> Tensor:
+        """Some of F, dense, as whole matrices: itself, or a copy where it is packed."""
+        return unpack(stored, self.shape.columns) if self.config.packed else stored
+
+    def named_state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Views of the state of blocks [start, stop), by the names that they have in a state dict."""
+        return {f"{name}_{self.shape.name}": tensor[start:stop] for name, tensor in self.state.items()}
+
+    def ages(self, step: int) -> Numbers:
+        """Steps since the blocks' factors were made, of those of which it is known: 0 where none is kept."""
+        if self.made_N is None:
+            return np.zeros_like(self.number_N)
+        return step - self.made_N[self.made_N >= 0]
+
+
+def allocate(
+    group: int, shape: BlockShape, config: StateConfig, number: Numbers, device: torch.device, zeroed: bool = True
+) -> BlockStack:  # fmt: skip
+    """Blocks of these numbers that have seen no gradient; or, not zeroed, whose whole state will be read."""
+    count, new = len(number), torch.zeros if zeroed else torch.empty
+    rounded = config.fisher_dtype == torch.bfloat16
+    return BlockStack(
+        group,
+        shape,
+        config,
+        torch.zeros(count, shape.rows, shape.columns, dtype=config.compute_dtype, device=device),
+        {f.name: new(count, *f.shape, dtype=f.dtype, device=device) for f in fields(shape, config)},
+        number,
+        seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
+        made_N=np.full(count, -1) if shape.dense and config.keeps_factors else None,
+    )

@@ -1,0 +1,218 @@
+"""One step of stacked blocks: their gradient goes into their state, and the update takes its place.
+
+    M, then w and F of the gradient  →  S = ŵ^(−p) M̂ A^(−p)  →  U = polar(S), as long as Adam's update
+
+What takes B numbers a block is done for a whole stack, what takes B² tile by tile, so that a CPU's caches hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.block_stack import BlockStack, Numbers
+from adafisher_dist.numerics.factors import FALLBACKS, Factor, factorize, inverted, solve
+from adafisher_dist.numerics.packing import pack
+from adafisher_dist.numerics.precision import full_precision
+from adafisher_dist.numerics.rounding import rounding_noise, seeds
+from adafisher_dist.numerics.update_rule import diagonal_update, natural_update, orthogonal_update, scale_rows
+from adafisher_dist.settings import StateConfig, StepSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepContext:
+    """What a step of some blocks is taken with.
+
+    Attributes:
+        settings: of their param group.
+        step: t, this step included.
+        updates: k, the updates of F, this step's included where it makes one.
+        should_step: where it is given, an int32 0-d tensor on the device. If it is 0, the update is 0 and nothing else
+            changes, whatever is in the gradient; nobody waits to know.
+    """
+
+    settings: StepSettings
+    step: int
+    updates: int
+    should_step: Tensor | None = None
+
+    @property
+    def updates_fisher(self) -> bool:
+        """Whether F is updated at this step."""
+        return self.settings.updates_fisher(self.step)
+
+    @property
+    def momentum_correction(self) -> float:
+        """What M̂ is of M, but for Nesterov's part."""
+        own = self.settings
+        return 1 / (1 - own.momentum**self.step) if own.bias_correction else 1.0
+
+    @property
+    def fisher_correction(self) -> float:
+        """What F̂ is of F."""
+        own = self.settings
+        return 1 / (1 - own.fisher_decay**self.updates) if own.bias_correction else 1.0
+
+    def if_stepping(self, on: float, off: float, like: Tensor) -> float | Tensor:
+        """One number or the other, as `should_step` has it on the device."""
+        if self.should_step is None:
+            return on
+        return torch.where(self.should_step.bool(), torch.full((), on, dtype=like.dtype, device=like.device), off)
+
+
+def waits_for_nothing(config: StateConfig) -> bool:
+    """Whether the arithmetic of a param group asks the device nothing, so that a host need not wait for it.
+
+    A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor would have to be put
+    back.
+    """
+    return config.exponent != 1.0 and not config.keeps_factors
+
+
+def refresh_interval(freq: int, updates: int, decay: float) -> int:
+    """Steps between refreshes of a factor: 1 at first, `freq` when the Fisher is full (DESIGN.md, "Old factors")."""
+    return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
+
+
+def update_blocks(blocks: BlockStack, context: StepContext) -> None:
+    """A step of blocks, which do not depend on each other: `BlockStack.parts` gives as many as are best at a time."""
+    own, config = context.settings, blocks.config
+    gradient_NRB, momentum_NRB = blocks.gradient_NRB, blocks.momentum_NRB
+    if context.should_step is not None:
+        gradient_NRB.copy_(torch.where(context.should_step.bool(), gradient_NRB, 0.0))
+    mu = own.momentum
+    momentum_NRB.lerp_(gradient_NRB, context.if_stepping(1 - mu, 0.0, momentum_NRB))
+    if own.nesterov:
+        hat_NRB = (momentum_NRB * (mu * context.momentum_correction)).add_(gradient_NRB, alpha=1 - mu)
+    else:
+        hat_NRB = momentum_NRB * context.momentum_correction
+    decay = context.if_stepping(own.fisher_decay, 1.0, momentum_NRB)  # ρ
+    if not blocks.shape.dense:
+        if context.updates_fisher:
+            fisher.update_diagonal(blocks.fisher, gradient_NRB[:, 0], decay, _seeds(blocks, context))
+        moment_N11 = blocks.fisher.to(hat_NRB.dtype).unsqueeze(2) * context.fisher_correction
+        update_NRB = diagonal_update(hat_NRB, moment_N11, own.eps)
+    elif config.grafting == "rms":
+        square_NR = _mean_squares(blocks, context, decay)
+        weight_NR = None if square_NR is None else fisher.row_weights(square_NR)
+        scaled_NRB = scale_rows(hat_NRB, weight_NR, config.exponent)
+        solved = _precondition(blocks, scaled_NRB, weight_NR, context, decay)
+        moment_NRB = fisher.second_moment(solved.diagonal_NB, square_NR)
+        update_NRB = orthogonal_update(solved.vectors_NRB, diagonal_update(hat_NRB, moment_NRB, own.eps))
+    else:
+        solved = _precondition(blocks, hat_NRB, None, context, decay)
+        update_NRB = natural_update(solved.vectors_NRB, solved.d_N, config.exponent)
+    if context.should_step is not None:
+        update_NRB = torch.where(context.should_step.bool(), update_NRB, 0.0)
+    gradient_NRB.copy_(update_NRB)
+
+
+def _mean_squares(blocks: BlockStack, context: StepContext, decay: float | Tensor) -> Tensor | None:
+    """ŵ of rows, (N, R), brought up to date when F is; None where blocks have one row."""
+    if blocks.square_NR is None:
+        return None
+    if context.updates_fisher:
+        fisher.update_squares(blocks.square_NR, blocks.gradient_NRB, decay)
+    return blocks.square_NR * context.fisher_correction
+
+
+class _Preconditioned(NamedTuple):
+    """Vectors times A^(−p), today's diagonal of F̂, and the d that A was scaled by, which may be some steps old."""
+
+    vectors_NRB: Tensor
+    diagonal_NB: Tensor
+    d_N: Tensor
+
+
+def _precondition(
+    blocks: BlockStack, vectors_NRB: Tensor, weight_NR: Tensor | None, context: StepContext, decay: float | Tensor
+) -> _Preconditioned:
+    """Update F, and multiply each row by A^(−p)."""
+    count, keeps = len(blocks), blocks.config.keeps_factors
+    result = _Preconditioned(
+        torch.empty_like(vectors_NRB), vectors_NRB.new_empty(count, blocks.shape.columns), vectors_NRB.new_empty(count)
+    )
+    for tile in blocks.tiles():
+        part = blocks.rows(tile.start, tile.stop)
+        whole_NBB = part.whole(part.fisher)
+        if context.updates_fisher:
+            weight = None if weight_NR is None else weight_NR[tile]
+            fisher.update(whole_NBB, part.gradient_NRB, decay, weight, _seeds(part, context))
+            if part.config.packed:
+                part.fisher.copy_(pack(whole_NBB))
+        result.diagonal_NB[tile] = whole_NBB.diagonal(dim1=1, dim2=2)
+        if not keeps:
+            factor = factorize(whole_NBB, *_how(part, context))
+            _count_fallbacks(part, np.arange(len(part)), factor)
+            result.vectors_NRB[tile] = solve(factor, vectors_NRB[tile])
+            result.d_N[tile] = factor.d_N
+    result.diagonal_NB.mul_(context.fisher_correction)
+    if keeps:
+        _refresh(blocks, _due(blocks, context), context)
+        factor = Factor(blocks.state["factor"], blocks.state["curvature"], None, triangular=False)
+        return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=factor.d_N)
+    return result
+
+
+def _seeds(blocks: BlockStack, context: StepContext) -> Tensor | None:
+    """By which this update of a bfloat16 F is rounded."""
+    return None if blocks.seeding_N is None else seeds(blocks.seeding_N, context.updates)
+
+
+def rebuild_factors(blocks: BlockStack, context: StepContext) -> None:
+    """Make all kept A^(−p) anew, from F after k updates: where a saved state had none."""
+    if blocks.config.keeps_factors and blocks.shape.dense and context.updates > 0:
+        with full_precision(blocks.device):
+            _refresh(blocks, np.arange(len(blocks)), context)
+
+
+def _due(blocks: BlockStack, context: StepContext) -> Numbers:
+    """The blocks whose kept A^(−p) is made anew in this step, of which it is noted that they were."""
+    own = context.settings
+    interval = refresh_interval(own.inverse_update_freq, context.updates, own.fisher_decay)
+    if interval == 1 or context.step == 1:
+        due = np.arange(len(blocks))
+    else:
+        due = np.flatnonzero((blocks.number_N + context.step) % interval == 0)
+    assert blocks.made_N is not None
+    blocks.made_N[due] = context.step
+    return due
+
+
+def _refresh(blocks: BlockStack, due: Numbers, context: StepContext) -> None:
+    """Make the kept A^(−p) of these blocks anew; in tiles on a GPU too, which bounds the memory."""
+    for begin in range(0, len(due), blocks.tile_rows):
+        numbers = due[begin : begin + blocks.tile_rows]
+        rows = torch.from_numpy(numbers).to(blocks.device)
+        factor = factorize(blocks.whole(blocks.fisher.index_select(0, rows)), *_how(blocks, context))
+        _count_fallbacks(blocks, numbers, factor)
+        factor = inverted(factor)
+        blocks.state["factor"].index_copy_(0, rows, factor.root_NBB)
+        blocks.state["curvature"].index_copy_(0, rows, factor.d_N)
+
+
+def damping(config: StateConfig, settings: StepSettings) -> tuple[float, float]:
+    """δ + ε in A, and the noise that it may have to outweigh."""
+    return settings.damping + settings.eps, rounding_noise(settings.fisher_decay, config.fisher_dtype)
+
+
+def _how(blocks: BlockStack, context: StepContext) -> tuple[float, float, float, float, torch.dtype, bool]:
+    """How F is factorised: `factorize`'s arguments after the first."""
+    config = blocks.config
+    own, noise = damping(config, context.settings)
+    return context.fisher_correction, own, noise, config.exponent, config.compute_dtype, config.grafting == "none"
+
+
+def _count_fallbacks(blocks: BlockStack, rows: Numbers, factor: Factor) -> None:
+    if factor.fallback_N is None:
+        return
+    for row, fallback in zip(rows.tolist(), factor.fallback_N.tolist(), strict=True):
+        if fallback:
+            counts = blocks.fallback_counts.setdefault(blocks.first + row, [0] * len(FALLBACKS))
+            counts[fallback - 1] += 1

@@ -1,0 +1,39 @@
+"""Stochastic rounding to bfloat16, alike on every rank, and how much noise it leaves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounding_noise(decay: float, stored: torch.dtype) -> float:
+    """Twice the standard deviation of F's elements for their rounding, as a part of them: 0 but for bfloat16.
+
+    Rounding leaves 0.24 % at an update, and σ = 0.24 % / √(1 − ρ²) in the average (LOG.md, 2026-11-25).
+    """
+    return 0.005 / (1 - decay**2) ** 0.5 if stored == torch.bfloat16 else 0.0
+
+
+def seeds(number_N: Tensor, update: int) -> Tensor:
+    """The seeds of blocks by their numbers at their k-th Fisher update: int32."""
+    return _scramble(number_N * 0x9E3779B + update * 0x5851F42 % (1 << 31))
+
+
+def seeds_of_elements(seed_N: Tensor, size: int) -> Tensor:
+    """A seed for each element of square blocks, (N, size, size); alike for (i, j) and (j, i): F stays symmetric."""
+    index_B = torch.arange(size, dtype=torch.int32, device=seed_N.device)
+    low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
+    return _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None]
+
+
+def round_stochastically(x: Tensor, seed: Tensor) -> None:
+    """Leave what bfloat16 can hold of a finite float32 tensor, in place: up or down, so that the mean is kept."""
+    bits = x.view(torch.int32)
+    bits.add_(_scramble(seed).bitwise_and_(0xFFFF)).bitwise_and_(-0x10000)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A hash of each int32 (the finaliser of MurmurHash3); products wrap."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return x ^ ((x >> 16) & 0xFFFF)
