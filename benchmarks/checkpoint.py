@@ -91,9 +91,7 @@ def run_rank(rank: int, world: int, folder: str, rounds: int, results: Any) -> N
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer.step()
-    share = [
-        b.detach() for shard in optimizer._registry.shards for batch in shard.batches for b in batch.tensors().values()
-    ]
+    share = [b.detach() for shard in optimizer._registry.shards for stack in shard.stacks for b in stack.state.values()]
     own = sum(tensor.nbytes for tensor in share)
     mine = here / f"plain-{rank}"
     copies = [torch.empty_like(tensor) for tensor in share]

@@ -49,19 +49,19 @@ def blocks() -> Figure:
     left.text(-1, ROWS / 2, "a slab: 8 rows,\nnever shared out", ha="right", va="center")
     right.set_aspect("equal")
     right.set_axis_off()
-    size, depth = grid.cut, grid.depth
+    size, rows = grid.columns, grid.rows
     generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((depth, size)) @ generator.standard_normal((size, size))
+    vectors = generator.standard_normal((rows, size)) @ generator.standard_normal((size, size))
     right.imshow(np.abs(vectors.T @ vectors), cmap="Blues", extent=(0, size, 0, size))
     right.add_patch(Rectangle((0, 0), size, size, fill=False, edgecolor=INK))
     right.text(size / 2, -0.7, f"F, {size} × {size}: one for the block", ha="center", va="top")
-    for row in range(depth):
+    for row in range(rows):
         right.add_patch(Rectangle((0, size + 2 + row), size, 0.8, facecolor=COLOURS[0], edgecolor=PAPER))
         right.add_patch(Rectangle((size + 1, size + 2 + row), 0.9, 0.8, facecolor=COLOURS[1], edgecolor=PAPER))
-    right.text(size / 2, size + depth + 2.6, "its 8 vectors", ha="center")
-    right.text(size + 1.5, size + depth + 2.6, "w", ha="center")
+    right.text(size / 2, size + rows + 2.6, "its 8 vectors", ha="center")
+    right.text(size + 1.5, size + rows + 2.6, "w", ha="center")
     right.set_xlim(-1, size + 4)
-    right.set_ylim(-3, size + depth + 4.5)
+    right.set_ylim(-3, size + rows + 4.5)
     return figure
 
 
@@ -125,9 +125,9 @@ def _matrix(axes: Axes, grid: Grid, colour_of: Callable[[int, int], str]) -> Non
     axes.set_xlim(-1, LENGTH + 1)
     axes.set_ylim(ROWS + 1, -1)
     for row_group in range(grid.row_groups):
-        top, bottom = row_group * grid.depth, min(ROWS, (row_group + 1) * grid.depth)
+        top, bottom = row_group * grid.rows, min(ROWS, (row_group + 1) * grid.rows)
         for piece in range(grid.pieces):
-            start, stop = piece * grid.cut, min(LENGTH, (piece + 1) * grid.cut)
+            start, stop = piece * grid.columns, min(LENGTH, (piece + 1) * grid.columns)
             axes.add_patch(
                 Rectangle(
                     (start, top),

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointDirectory:
+class Place:
     """Where this process stands among the ranks."""
 
     rank: int
@@ -36,7 +36,7 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
 
 
-def start(device: str) -> CheckpointDirectory:
+def start(device: str) -> Place:
     """Join the other ranks: nccl on GPUs, gloo on CPUs.
 
     Args:
@@ -77,7 +77,7 @@ def start(device: str) -> CheckpointDirectory:
         # Otherwise init_distributed compiles a shared-memory operator, which gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return CheckpointDirectory(dist.get_rank(), dist.get_world_size(), place)
+    return Place(dist.get_rank(), dist.get_world_size(), place)
 
 
 def leave(code: int) -> NoReturn:

@@ -19,7 +19,7 @@ import corpus as texts
 import ranks
 import typer
 from corpus import Corpus
-from ranks import CheckpointDirectory
+from ranks import Place
 from report import Board, Log, draw_curves
 from rich.console import Console
 from rich.logging import RichHandler
@@ -137,7 +137,7 @@ def run(settings: Settings, console: Console) -> None:
     _finish(trainer, console)
 
 
-def _prepare(settings: Settings, place: CheckpointDirectory) -> tuple[dict, Corpus]:
+def _prepare(settings: Settings, place: Place) -> tuple[dict, Corpus]:
     settings.check()
     config = deepspeed_config(settings, place.world_size)
     corpus = texts.load(settings.data, settings.corpus_mb, settings.seq_len)

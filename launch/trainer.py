@@ -14,7 +14,7 @@ import corpus as texts
 import torch
 from corpus import Corpus
 from model import ByteTransformer
-from ranks import CheckpointDirectory, gather, total
+from ranks import Place, gather, total
 from report import Board, Log, Row
 from settings import Settings, UsageError
 from torch import Tensor
@@ -99,9 +99,7 @@ def _warm_up_and_cosine(settings: Settings) -> Callable[[int], float]:
 class Trainer:
     """Trains an engine on a corpus. Batches and results do not depend on the number of ranks."""
 
-    def __init__(
-        self, engine: Any, settings: Settings, config: dict[str, Any], corpus: Corpus, place: CheckpointDirectory
-    ) -> None:
+    def __init__(self, engine: Any, settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> None:
         self.engine, self.settings, self.config, self.corpus, self.place = engine, settings, config, corpus, place
         self.watch = Stopwatch(engine.basic_optimizer, place.device)
         self.step = 0
@@ -248,7 +246,7 @@ class Trainer:
         }
 
 
-def _identity(settings: Settings, config: dict[str, Any], corpus: Corpus, place: CheckpointDirectory) -> dict[str, Any]:
+def _identity(settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> dict[str, Any]:
     return {
         "model": settings.model,
         "optimizer": config["optimizer"],
@@ -284,7 +282,7 @@ def checkpoint_folder(run: Path) -> Path:
     return run / "checkpoint" if (run / "checkpoint").is_dir() else run
 
 
-def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, place: CheckpointDirectory) -> Path:
+def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> Path:
     """The checkpoint folder that --resume names, if it fits this run.
 
     Raises:

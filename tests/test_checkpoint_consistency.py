@@ -249,10 +249,10 @@ def check_mutants(count: int, seed: int, scheduler: str, folder: Path) -> Counte
             bystander.load(folder / "saved", verify=number % 2 == 0)
         except CheckpointError as error:
             outcomes["refused"] += 1
-            if bystander.optimizer._registry.engine.incomplete or digest(bystander.everything()) != before:
+            if bystander.optimizer._registry.stepper.incomplete or digest(bystander.everything()) != before:
                 outcomes["changed state"] += 1
                 problems.append(f"{what} changed state: {error}")
-                bystander.optimizer._registry.engine.incomplete = False
+                bystander.optimizer._registry.stepper.incomplete = False
         except Exception as error:
             outcomes["another error"] += 1
             problems.append(f"{what}: {type(error).__name__}: {error}")
@@ -324,7 +324,7 @@ def test_each_kind_of_value_is_checked(path: Steps, value: Any, message: str, tm
     with pytest.raises(CheckpointError, match=message) as caught:
         bystander.load(tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value)
-    assert digest(bystander.everything()) == before and not bystander.optimizer._registry.engine.incomplete
+    assert digest(bystander.everything()) == before and not bystander.optimizer._registry.stepper.incomplete
 
 
 @pytest.mark.parametrize("which", ["torch", "numpy", "python"])

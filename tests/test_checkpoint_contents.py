@@ -27,7 +27,7 @@ from adafisher_dist import AdaFisher, CheckpointError, __version__, load_checkpo
 from adafisher_dist.checkpoint import CheckpointDirectory, encoding, save, target_of
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.packing import pack
 from adafisher_dist.tools.cli import app
 from adafisher_dist.tools.export import export_weights
 
@@ -108,7 +108,7 @@ def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: 
     assert before.keys() == after.keys()
     for key, value in before.items():
         if "/fisher" in key and value.dim() + after[key].dim() == 5:  # one is packed
-            value, after[key] = (x if x.dim() == 2 else fisher.pack(x) for x in (value, after[key]))
+            value, after[key] = (x if x.dim() == 2 else pack(x) for x in (value, after[key]))
         assert torch.equal(value, after[key]), key
     save_checkpoint(tmp_path / "b", other, resumed)
     with OpenCheckpoint(tmp_path / "a") as first, OpenCheckpoint(tmp_path / "b") as second:
@@ -452,7 +452,7 @@ def test_skipped_steps_and_a_failed_step(tmp_path: Path, monkeypatch: pytest.Mon
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("adafisher_dist.numerics.fisher.factorize", fail)
+        patch.setattr("adafisher_dist.numerics.block_step.factorize", fail)
         with pytest.raises(MemoryError):
             steps(module, optimizer, 2, 3)
     with pytest.raises(RuntimeError, match="incomplete"):

@@ -223,8 +223,11 @@ def test_ratios_of_cycles() -> None:
 def test_trainings_by_another_update_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     before = optimizers.contenders()["AdaFisher"].settings
     assert optimizers.contenders()["AdaFisher"].settings == before
-    for name, other in (("polar_factor", lambda x: x), ("diagonal_update", lambda m, v, eps: m)):
+    for name, other in (
+        ("update_rule.polar_factor", lambda x: x),
+        ("block_step.diagonal_update", lambda m, v, eps: m),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"adafisher_dist.numerics.fisher.{name}", other)
+            patch.setattr(f"adafisher_dist.numerics.{name}", other)
             now = optimizers.contenders()["AdaFisher"].settings
         assert now["update"] != before["update"] and {**now, "update": before["update"]} == before

@@ -45,7 +45,9 @@ def held(optimizer: AdaFisher) -> int:
     shards = optimizer._registry.shards
     theirs = {id(shard.storage) for shard in shards} | {id(shard.counters) for shard in shards}
     storages: dict[int, int] = {}
-    for tensor in tensors_in([(way, way.shard) for way in optimizer._registry.engine._transfers], theirs):
+    for tensor in tensors_in(
+        [(exchange, exchange.shard) for exchange in optimizer._registry.stepper._exchanges], theirs
+    ):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -59,6 +61,8 @@ def tensors_in(item: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(item, list | tuple):
         for each in item:
             yield from tensors_in(each, seen)
+    elif isinstance(item, dict):
+        yield from tensors_in(list(item.values()), seen)
     elif type(item).__module__.startswith("adafisher_dist."):
         names = getattr(item, "__slots__", None) or vars(item)
         for name in names:

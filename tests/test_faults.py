@@ -14,9 +14,9 @@ from torch import nn
 
 from adafisher_dist import AdaFisher
 from adafisher_dist.comm import collectives
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics import block_step
 from adafisher_dist.optimizer import state_dicts
-from adafisher_dist.state import shard
+from adafisher_dist.state import stacking
 
 pytestmark = pytest.mark.dist
 
@@ -35,9 +35,9 @@ def fail(*_: Any, **__: Any) -> Any:
 def inject(place: str) -> None:
     """Let the next call fail: when the state is allocated, in a block batch, or when updates are applied."""
     if place == "allocation":
-        shard.allocate = fail
+        stacking.allocate = fail
     elif place == "block batch":
-        fisher.factorize = fail
+        block_step.factorize = fail
     elif place == "apply":
         torch._foreach_add_ = fail
     else:
@@ -127,11 +127,11 @@ def recovers(rank: int, world: int):
         step(module, optimizer, number)
     optimizer.consolidate_state_dict(to=None)
     saved = {k: v.clone() for k, v in module.state_dict().items()}, optimizer.state_dict()
-    real = fisher.factorize
+    real = block_step.factorize
     if rank == FAULTY:
-        fisher.factorize = fail
+        block_step.factorize = fail
     message_of(rank, lambda: step(module, optimizer, 3))
-    fisher.factorize = real
+    block_step.factorize = real
     module.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     step(module, optimizer, 3)

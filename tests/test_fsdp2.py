@@ -70,7 +70,7 @@ def train(rank: int, world: int, options: dict[str, Any]):
         optimizer.step()
         schedule.step()
         rows.append((grads, before, {name: full(p) for name, p in named.items()}))
-    travels = any(way.crossing for way in optimizer._registry.engine._transfers)
+    travels = any(exchange.crossing for exchange in optimizer._registry.stepper._exchanges)
     return rows, optimizer.memory_usage(), travels
 
 
@@ -96,7 +96,7 @@ def alone(options: dict[str, Any]) -> dict[str, np.ndarray]:
     return weights(module)
 
 
-def sync_param_groups(world: int, **chosen: Any) -> list[Any]:
+def follow(world: int, **chosen: Any) -> list[Any]:
     """Train on `world` ranks; compare each step with the oracle and, in fp32, the end with one process."""
     options = {**DEFAULTS, **chosen}
     results = run_ranks(train, world, options)
@@ -130,25 +130,25 @@ def sync_param_groups(world: int, **chosen: Any) -> list[Any]:
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_like_one_process(world: int, groups: bool) -> None:
-    sync_param_groups(world, groups=groups)
+    follow(world, groups=groups)
 
 
 @pytest.mark.parametrize("policy", ["bf16", "offload"])
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_policies(policy: str, world: int) -> None:
-    sync_param_groups(world, policy=policy)
+    follow(world, policy=policy)
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16", "offload"])
 @pytest.mark.parametrize(("world", "replicas"), [(4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_hsdp(world: int, replicas: int, policy: str) -> None:
-    sync_param_groups(world, replicas=replicas, policy=policy)
+    follow(world, replicas=replicas, policy=policy)
 
 
 def test_clipping_accumulation_tied_and_unused_weights() -> None:
-    sync_param_groups(2, accumulate=3, clip=0.05)
-    sync_param_groups(2, kind=Tied)
-    sync_param_groups(3, kind=Stacked)  # of two matrices, so that one rank has nothing of it
+    follow(2, accumulate=3, clip=0.05)
+    follow(2, kind=Tied)
+    follow(3, kind=Stacked)  # of two matrices, so that one rank has nothing of it
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_clipping_accumulation_tied_and_unused_weights() -> None:
 def test_settings(settings: dict[str, Any]) -> None:
     # At the second step an element with a diagonal Fisher is divided by its first gradient alone. One of these almost
     # cancels out, so that its rounding shows: 3.5e-4.
-    sync_param_groups(3, settings={**PARAMS, **settings}, bound=1e-3 if "fisher_update_freq" in settings else 1e-4)
+    follow(3, settings={**PARAMS, **settings}, bound=1e-3 if "fisher_update_freq" in settings else 1e-4)
 
 
 def rows_stay(rank: int, world: int) -> list[bool]:
@@ -174,12 +174,12 @@ def rows_stay(rank: int, world: int) -> list[bool]:
     optimizer = AdaFisher(module.parameters(), block_size=7, rows_per_block=3)
     module(torch.ones(2, 20)).square().sum().backward()
     optimizer.step()
-    return [way.crossing for way in optimizer._registry.engine._transfers]
+    return [exchange.crossing for exchange in optimizer._registry.stepper._exchanges]
 
 
 def test_shards_of_whole_slabs_cut_none() -> None:
     assert run_ranks(rows_stay, 3) == [[False]] * 3
-    assert all(travels for *_, travels in sync_param_groups(3))  # the small parameters of the test model do
+    assert all(travels for *_, travels in follow(3))  # the small parameters of the test model do
 
 
 def resume(rank: int, world: int):

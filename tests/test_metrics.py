@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from adafisher_dist import AdaFisher, ds
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.control_group import Control
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.factors import condition_number
+from adafisher_dist.numerics.packing import pack, unpack
 from adafisher_dist.stepping import metrics
 from adafisher_dist.stepping.metrics import NAMES, CsvLog
 from adafisher_dist.tools.cli import app
@@ -68,8 +69,8 @@ def test_condition_numbers_are_numpys(packed: bool) -> None:
     half = torch.randn(5, 6, 9, generator=generator, dtype=torch.float64)
     f = half.mT @ half
     f[2] = 0  # has seen no gradient
-    stored = fisher.unpack(fisher.pack(f), 9) if packed else f.triu(1) * 7 + f.tril()  # only the lower triangle counts
-    found = fisher.condition_number(stored, 0.01, 0.0, torch.float64)
+    stored = unpack(pack(f), 9) if packed else f.triu(1) * 7 + f.tril()  # only the lower triangle counts
+    found = condition_number(stored, 0.01, 0.0, torch.float64)
     for block, number in zip(f.numpy(), found.tolist(), strict=True):
         mean = np.trace(block) / 9
         a = block / (mean if mean else 1) + 0.01 * np.eye(9)

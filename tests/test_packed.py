@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adafisher_dist.numerics.batch import Batch
 from torch import Tensor, nn
 
 from adafisher_dist import AdaFisher
+from adafisher_dist.blocks.fields import triangle
 from adafisher_dist.blocks.grid import BlockShape
-from adafisher_dist.numerics import batch as stacked
 from adafisher_dist.numerics import fisher
-from adafisher_dist.settings import DEFAULTS, StateConfig
+from adafisher_dist.numerics.block_stack import BlockStack, allocate
+from adafisher_dist.numerics.block_step import StepContext, update_blocks
+from adafisher_dist.numerics.packing import pack, unpack
+from adafisher_dist.numerics.rounding import seeds
+from adafisher_dist.settings import DEFAULTS, StateConfig, step_settings
 
 SIZES = (1, 2, 7, 16, 33, 64, 101)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -25,13 +28,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 def test_row_major_lower_triangles(size: int, dtype: torch.dtype) -> None:
     half_NBB = torch.arange(3 * size * size).view(3, size, size).tril()
     whole_NBB = (half_NBB + half_NBB.mT).to(dtype)
-    packed_NT = fisher.pack(whole_NBB)
-    assert packed_NT.shape == (3, size * (size + 1) // 2) == (3, fisher.packed_numel(size))
+    packed_NT = pack(whole_NBB)
+    assert packed_NT.shape == (3, size * (size + 1) // 2) == (3, triangle(size))
     for i in {0, size // 2, size - 1}:
         for j in {0, i // 3, i}:
             assert torch.equal(packed_NT[:, i * (i + 1) // 2 + j], whole_NBB[:, i, j])
-    assert torch.equal(fisher.unpack(packed_NT, size), whole_NBB)
-    assert fisher.unpack(packed_NT[:0], size).shape == (0, size, size)
+    assert torch.equal(unpack(packed_NT, size), whole_NBB)
+    assert unpack(packed_NT[:0], size).shape == (0, size, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,9 +45,9 @@ def test_the_fisher_of_one_vector_is_symmetric_to_the_last_bit(size: int, dtype:
     fisher_NBB = torch.zeros(4, size, size, dtype=dtype)
     for update in range(1, 6):
         values = rng.standard_normal((4, 1, size)) * np.exp(3 * rng.standard_normal(size))
-        gradient_NDB = torch.tensor(values, dtype=wide)
-        seeds = fisher.seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
-        fisher.update(fisher_NBB, gradient_NDB, 0.95, seed_N=seeds)
+        gradient_NRB = torch.tensor(values, dtype=wide)
+        seed_N = seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
+        fisher.update(fisher_NBB, gradient_NRB, 0.95, seed_N=seed_N)
         assert torch.equal(fisher_NBB, fisher_NBB.mT)
 
 
@@ -83,7 +86,7 @@ def test_packed_training_is_dense_training(
         assert a.keys() == b.keys()
         for key, value in a.items():
             whole = key.startswith("fisher_") and value.dim() == 3
-            assert torch.equal(fisher.pack(value) if whole else value, b[key]), key
+            assert torch.equal(pack(value) if whole else value, b[key]), key
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -93,24 +96,25 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(dense, packed, strict=True))
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_the_ladder(depth: int) -> None:
-    def run(packed: bool) -> Batch:
-        config = StateConfig(7, depth, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
-        batch = stacked.allocate(0, BlockShape(7, depth, True), config, np.arange(5), torch.device("cpu"))
-        if batch.square_ND is not None:
-            batch.square_ND.fill_(1.0)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_fallbacks(rows: int) -> None:
+    def run(packed: bool) -> BlockStack:
+        config = StateConfig(7, rows, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
+        blocks = allocate(0, BlockShape(7, rows, True), config, np.arange(5), torch.device("cpu"))
+        if blocks.square_NR is not None:
+            blocks.square_NR.fill_(1.0)
         whole_NBB = torch.eye(7).repeat(5, 1, 1)
         whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05
         whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
-        batch.fisher.copy_(fisher.pack(whole_NBB) if packed else whole_NBB)
-        batch.gradient_NDB.copy_(torch.arange(35 * depth).view(5, depth, 7))
-        stacked.compute(batch, 0, 5, 2, 1, {**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
-        return batch
+        blocks.fisher.copy_(pack(whole_NBB) if packed else whole_NBB)
+        blocks.gradient_NRB.copy_(torch.arange(35 * rows).view(5, rows, 7))
+        own = step_settings({**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
+        update_blocks(blocks, StepContext(own, step=2, updates=1))
+        return blocks
 
     dense, packed = run(False), run(True)
     assert dense.fallback_counts == packed.fallback_counts == {1: [1, 0, 0], 3: [0, 0, 1]}
-    assert torch.equal(dense.gradient_NDB, packed.gradient_NDB)
+    assert torch.equal(dense.gradient_NRB, packed.gradient_NRB)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 3), (2, 2)])

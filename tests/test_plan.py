@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import by_element, row_groups
 
 from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.blocks.sharding import StoredSpan
 from adafisher_dist.blocks.spans import Span
@@ -47,7 +48,7 @@ def starts(grid: Grid) -> set[int]:
 
 @many
 @given(shapes, block_sizes, row_counts, grid_names, limits, st.randoms())
-def test_strips_are_the_blocks_of_the_oracle(
+def test_runs_are_the_blocks_of_the_oracle(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None, random: Random
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
@@ -57,12 +58,13 @@ def test_strips_are_the_blocks_of_the_oracle(
     last = random.randint(first, grid.row_groups)
     dense_last = max(first, min(last, grid.dense_row_groups))
     blocks, rest = {}, []
-    for strip in grid.runs(grid.start(first), grid.start(last)):
-        for row_group, piece in itertools.product(range(strip.row_groups), range(strip.count)):
-            begin = strip.start + row_group * strip.stride + piece * strip.size
-            vectors = [range(begin + v * strip.row, begin + v * strip.row + strip.size) for v in range(strip.depth)]
-            if strip.dense:
-                blocks[strip.block + row_group * strip.blocks_per_row_group + piece] = vectors
+    for run in grid.runs(grid.start(first), grid.start(last)):
+        for row_group, piece in itertools.product(range(run.row_groups), range(run.count)):
+            begin = run.start + row_group * run.stride + piece * run.columns
+            rows_of = [begin + v * run.row_stride for v in range(run.rows)]
+            vectors = [range(start, start + run.columns) for start in rows_of]
+            if run.dense:
+                blocks[run.first_block + row_group * run.blocks_per_row_group + piece] = vectors
             else:
                 rest += vectors[0]
     number = first * grid.pieces
@@ -100,7 +102,7 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
         assert grid == limited
     elif prod(shape) < 10_000:
         assert (grid.row_groups, grid.num_blocks) == (len(row_groups(shape, 16, "rows", 4)),) * 2
-        elements = [range(s.start, s.start + s.rows) for s in grid.runs(0, grid.numel)]
+        elements = [range(run.start, run.start + run.num_blocks) for run in grid.runs(0, grid.numel)]
         assert elements == [range(prod(shape))]
 
 
@@ -111,21 +113,21 @@ def test_matrices_of_few_rows_keep_no_more(shape: tuple[int, ...], size: int, ro
     grid = make_grid(shape, size, rows)
     first = next(grid.runs(0, grid.numel), None)
     if first is not None and first.dense:
-        assert first.size <= max(size / rows, 2) * first.depth
+        assert first.columns <= max(size / rows, 2) * first.rows
 
 
 @many
 @given(shapes, block_sizes, row_counts, grid_names, limits)
-def test_closed_forms_count_what_strips_have(
+def test_closed_forms_count_what_runs_have(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
     for row_group in range(grid.row_groups + 1):
         runs = list(grid.runs(0, grid.start(row_group)))
         assert grid.row_group_from(grid.start(row_group)) == row_group
-        assert grid.fisher_numel(row_group) == sum(s.rows * (s.size**2 if s.dense else 1) for s in runs)
-        assert grid.sharing(row_group) == sum(s.rows * s.depth for s in runs if s.depth > 1)
-        assert grid.triangle_numel(row_group) == sum(s.rows * (s.size * (s.size + 1) // 2) for s in runs)
+        assert grid.fisher_numel(row_group) == sum(run.num_blocks * run.columns**2 for run in runs)
+        elements = sum(run.num_blocks * run.rows * run.columns for run in runs)
+        assert grid.start(row_group) == saved_offset("momentum", grid, row_group) == elements
 
 
 @many
@@ -137,7 +139,7 @@ def test_every_element_has_one_owner_and_work_is_even(grids: list[Grid], world: 
         for span in run:
             assert {span.start, span.stop} <= starts(grids[span.parameter]), "a block with two owners"
     work = [sharding.work(run, grids) for run in runs]
-    largest = max(max(grid.pieces * grid.cut**2, grid.depth * grid.row) for grid in grids)
+    largest = max(max(grid.pieces * grid.columns**2, grid.rows * grid.row_numel) for grid in grids)
     assert max(work) <= sum(work) / world + largest
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.factors import factorize
 
 
 def run(gradients: list[Tensor], **settings: object) -> tuple[nn.Parameter, AdaFisher]:
@@ -51,7 +51,7 @@ def test_every_rung_of_the_ladder() -> None:
     slightly_negative[2, 2] = -0.005  # 10 × damping repairs it
     hopeless = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     stack = torch.stack([fine, slightly_negative, hopeless])
-    factor = fisher.factorize(stack, 1.0, 1e-3, 0.0, 1.0, torch.float32, exact=False)
+    factor = factorize(stack, 1.0, 1e-3, 0.0, 1.0, torch.float32, exact=False)
     assert factor.fallback_N is not None and factor.fallback_N.tolist() == [0, 1, 3]
     assert torch.isfinite(factor.root_NBB).all()
     diagonal = stack[2].diagonal() / factor.d_N[2] + 1e-2
@@ -251,7 +251,7 @@ def test_products_are_in_full_precision(how: str) -> None:
     """Whichever of torch's two names for TF32 the user has set, it is off in a step, and as it was after it."""
     code = f"""
 import torch
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics import precision
 matmul = torch.backends.cuda.matmul
 how = {how!r}
 if how == "old": matmul.allow_tf32 = True
@@ -268,7 +268,7 @@ def state():
         read(lambda: matmul.allow_tf32), read(lambda: matmul.fp32_precision), read(torch.get_float32_matmul_precision)
     ]
 before = state()
-with fisher.full_precision(torch.device("cuda")):
+with precision.full_precision(torch.device("cuda")):
     assert state()[0] is False, state()
 assert state() == before, (state(), before)
 assert (before[0] is False) == (how == "nothing"), before

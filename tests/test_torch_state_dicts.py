@@ -68,10 +68,10 @@ def steps(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last:
         optimizer.step()
 
 
-LocalShard = dict[str, dict[str, np.ndarray]]
+Held = dict[str, dict[str, np.ndarray]]
 
 
-def held(module: nn.Module, optimizer: AdaFisher) -> LocalShard:
+def held(module: nn.Module, optimizer: AdaFisher) -> Held:
     """The state bit by bit, by the parameters' names: under DDP the whole, under FSDP2 what this rank owns."""
     names = [name for group in optimizer.param_groups for p in group["params"] for name, q in named(module) if q is p]
     if isinstance(module, DDP):
@@ -88,7 +88,7 @@ def bits(key: str, value: torch.Tensor) -> bytes:
     return value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same(found: LocalShard, right: LocalShard) -> None:
+def assert_same(found: Held, right: Held) -> None:
     for name, entry in right.items():
         assert found[name].keys() == entry.keys(), name
         for key, value in entry.items():
@@ -332,11 +332,11 @@ def test_settings_come_back_by_name(tmp_path: Path) -> None:
         assert group["lr"] is lr and lr == torch.tensor(rates[name]) and group["note"] == {"of": name}
     assert_same(held(again, resumed), held(module, optimizer))
     whole = model(kind=Tied)
-    run_on_all_ranks = AdaFisher(whole.parameters(), **SETTINGS)
+    together = AdaFisher(whole.parameters(), **SETTINGS)
     with pytest.raises(
         ValueError, match=r"parameters of one param group, as scale, were saved with different settings"
     ):
-        load_stateful(tmp_path, whole, run_on_all_ranks)
+        load_stateful(tmp_path, whole, together)
     optimizer.param_groups[0]["note"] = torch.ones(2)
     with pytest.raises(TypeError, match="holds a tensor, other than lr"):
         OptimizerState(module, optimizer).state_dict()

@@ -65,7 +65,7 @@ def record(
         return rows, {name: entry.fisher_updates for name, entry in stats.items()}, held, str(dtype), params_left
 
 
-def sync_param_groups(
+def follow(
     ds_config: dict[str, Any],
     world: int,
     steps: int = 5,
@@ -132,7 +132,7 @@ def layout_config(layout: str, world: int, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_beside_the_oracle(layout: str) -> None:
-    sync_param_groups(layout_config(layout, 2, accumulate=3), 2)
+    follow(layout_config(layout, 2, accumulate=3), 2)
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_layout_beside_the_oracle(layout: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_beside_the_oracle(layout: str, world: int, groups: bool, accumulate: int) -> None:
-    sync_param_groups(layout_config(layout, world, accumulate=accumulate), world, groups=groups)
+    follow(layout_config(layout, world, accumulate=accumulate), world, groups=groups)
 
 
 # ---- the trajectory of one process, in fp32 ----
@@ -241,13 +241,13 @@ def test_tied_and_unused_weights(stage: int) -> None:
     params = {**PARAMS, "weight_decay": 0.0}
     same_as_alone(config(stage, 2, params), 2, kind=Tied)
     if stage:
-        sync_param_groups(config(stage, 2, precision="bf16"), 2, kind=Tied)
+        follow(config(stage, 2, precision="bf16"), 2, kind=Tied)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_stack_of_matrices(stage: int) -> None:
     """Partitions begin in the middle of either matrix, and of the blocks of rows that are left over at its end."""
-    sync_param_groups(config(stage, 3, {**PARAMS, "max_blocks": 16}), 3, kind=Stacked)
+    follow(config(stage, 3, {**PARAMS, "max_blocks": 16}), 3, kind=Stacked)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -292,7 +292,7 @@ def test_zero_init(world: int) -> None:
 
 @pytest.mark.parametrize("layout", ["zero0-fp16", "zero1-fp16", "zero2-fp16-offload", "zero3-fp16"])
 def test_fp16_overflows_leave_no_trace(layout: str) -> None:
-    results = sync_param_groups(layout_config(layout, 2), 2, steps=8, spikes=(0, 3, 4))
+    results = follow(layout_config(layout, 2), 2, steps=8, spikes=(0, 3, 4))
     assert [overflow for *_, overflow in results[0][0]] == [step in (0, 3, 4) for step in range(8)]
 
 

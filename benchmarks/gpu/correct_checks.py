@@ -87,7 +87,7 @@ def same_on_all(found: Arrays, here: Here) -> None:
     assert all(other == prints[0] for other in prints), f"the weights on this rank, {here.rank}, or on others differ"
 
 
-class ParameterInfo(nn.Module):
+class Given(nn.Module):
     """Parameters of a few shapes, whose gradients are given, and no model's."""
 
     SHAPES: ClassVar = {"a": (37, 11), "b": (37,), "c": (3, 1, 3), "d": (1,)}
@@ -106,7 +106,7 @@ class ParameterInfo(nn.Module):
             p.grad = value.to(p.device, p.dtype)
         return gradients_of(self)
 
-    def train(self, optimizer: AdaFisher, steps: Iterable[int]) -> ParameterInfo:  # type: ignore[override]
+    def train(self, optimizer: AdaFisher, steps: Iterable[int]) -> Given:  # type: ignore[override]
         for step in steps:
             self.take_gradients(step)
             optimizer.step()
@@ -179,9 +179,9 @@ def optimizer(here: Here) -> str:
     return f"{len(VARIANTS)} settings in float32 and float64, {STEPS + 3} steps each"
 
 
-def _beside_given(here: Here, dtype: torch.dtype, settings: Settings) -> ParameterInfo:
+def _beside_given(here: Here, dtype: torch.dtype, settings: Settings) -> Given:
     tolerance = 1e-9 if dtype == torch.float64 else 3e-4
-    module = ParameterInfo(here, dtype=dtype)
+    module = Given(here, dtype=dtype)
     beside = Beside(weights(module), {}, dtype, tolerance, **settings)
     trained = AdaFisher(module.named_parameters(), fisher_dtype=dtype, **settings)
     for step in range(STEPS + 3):
@@ -231,7 +231,7 @@ def deciding_on_the_device() -> Iterator[None]:
 @deciding_on_the_device()
 def bad_gradients(here: Here, **more: Any) -> str:
     """One bad gradient, on the last rank alone: weights, state and counters are those of a twin that never saw it."""
-    module, twin = ParameterInfo(here), ParameterInfo(here)
+    module, twin = Given(here), Given(here)
     ours, other = (AdaFisher(m.named_parameters(), **PARAMS, **more) for m in (module, twin))
     for step, bad in enumerate(PLAN):
         before = [p.detach().clone() for p in module.parameters()]
@@ -252,7 +252,7 @@ def bad_gradients(here: Here, **more: Any) -> str:
     return f"{len(PLAN)} calls, 3 of them skipped without a trace"
 
 
-def _spoil(module: ParameterInfo, bad: float, everywhere: bool) -> None:
+def _spoil(module: Given, bad: float, everywhere: bool) -> None:
     """Where every rank has its own blocks, all elements, so that one of this rank's is among them."""
     assert module.a.grad is not None
     if not everywhere:
@@ -269,7 +269,7 @@ def _spoil(module: ParameterInfo, bad: float, everywhere: bool) -> None:
 @deciding_on_the_device()
 def waiting(here: Here, **more: Any) -> str:
     """Calls 3, 5, 6 and 7, in which ranks compare nothing; in call 9 the device is busy, and the host comes back."""
-    module = ParameterInfo(here)
+    module = Given(here)
     ours = AdaFisher(module.named_parameters(), **PARAMS, **more)
     for call in range(1, 9):
         module.take_gradients(call)
@@ -315,7 +315,7 @@ def no_waiting(here: Here, where: str) -> Iterator[None]:
 def metrics(here: Here) -> str:
     """A measured step's numbers arrive on the first rank, all of them, and are finite."""
     found: list[tuple[int, dict[str, float]]] = []
-    module = ParameterInfo(here)
+    module = Given(here)
     ours = AdaFisher(module.named_parameters(), **PARAMS)
     ours.report_metrics(lambda step, values: found.append((step, values)), every=2)
     module.train(ours, range(2))
@@ -331,7 +331,7 @@ def metrics(here: Here) -> str:
 @deciding_on_the_device()
 def metrics_wait(here: Here) -> str:
     """Nor does the host wait in a step that is measured, the third one."""
-    module = ParameterInfo(here)
+    module = Given(here)
     ours = AdaFisher(module.named_parameters(), **PARAMS)
     ours.report_metrics(lambda step, values: None, every=3)
     module.train(ours, range(2))
@@ -647,7 +647,7 @@ def checkpoint(here: Here) -> str:
     ]
     for (number, variant), asynchronous in itertools.product(enumerate(variants), (False, True)):
         settings = {**PARAMS, **variant}
-        module = ParameterInfo(here)
+        module = Given(here)
         ours = AdaFisher(module.named_parameters(), **settings)
         module.train(ours, range(3))
         path = here.folder / f"checkpoint-{number}-{int(asynchronous)}" / "step3"
@@ -656,7 +656,7 @@ def checkpoint(here: Here) -> str:
         module.train(ours, range(3, 6))  # while it may still be written
         saving.wait()
         with torch.no_grad():
-            again = ParameterInfo(here)
+            again = Given(here)
             for p in again.parameters():
                 p.zero_()
         resumed = AdaFisher(again.named_parameters(), **settings)
@@ -677,7 +677,7 @@ def checkpoint_elsewhere(here: Here) -> str:
     """Saved on the device, loaded on the CPU, and the other way round."""
     cpu, apart = torch.device("cpu"), 0.0
     for name, first, second in (("to-cpu", here.device, cpu), ("from-cpu", cpu, here.device)):
-        module, again = ParameterInfo(here, first), ParameterInfo(here, second)
+        module, again = Given(here, first), Given(here, second)
         ours, other = (AdaFisher(m.named_parameters(), **PARAMS) for m in (module, again))
         module.train(ours, range(3))
         path = here.folder / name / "step3"

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from adafisher_dist.numerics.batch import Batch
 from clocks import Effort, Row, median_ms
 from torch.utils.flop_counter import FlopCounterMode
 
+from adafisher_dist.blocks.fields import triangle
 from adafisher_dist.blocks.grid import BlockShape
 from adafisher_dist.blocks.sharding import CHUNK_FISHER_NUMEL
-from adafisher_dist.numerics import batch as stacked
-from adafisher_dist.numerics import fisher
-from adafisher_dist.settings import DEFAULTS, normalize, state_config
+from adafisher_dist.numerics.block_stack import BlockStack, allocate
+from adafisher_dist.numerics.block_step import StepContext, update_blocks
+from adafisher_dist.numerics.packing import pack
+from adafisher_dist.numerics.precision import full_precision
+from adafisher_dist.settings import DEFAULTS, normalize, state_config, step_settings
 
 STATE_BYTES, PRODUCT_SIDE = 2**30, 8192
 EFFORT = Effort(3, 10)
@@ -49,8 +51,8 @@ class Block:
     @property
     def bytes(self) -> int:
         """Of the state and the gradient of one."""
-        triangle = fisher.packed_numel(self.size) if self.packed else self.size**2
-        return triangle * getattr(torch, self.dtype).itemsize + 8 * self.size * self.rows
+        numel = triangle(self.size) if self.packed else self.size**2
+        return numel * getattr(torch, self.dtype).itemsize + 8 * self.size * self.rows
 
     def settings(self) -> dict[str, Any]:
         """A param group's that has such blocks."""
@@ -70,41 +72,44 @@ def speeds(device: torch.device, numel: int = STATE_BYTES, side: int = PRODUCT_S
     return Speeds(2e3 * numel / copy_ms, 2e3 * side**3 / product_ms)
 
 
-def make(block: Block, count: int, device: torch.device) -> Batch:
+def make(block: Block, count: int, device: torch.device) -> BlockStack:
     """Blocks that have seen many gradients of unit covariance: F is the identity."""
-    kind = BlockShape(block.size, block.rows, True)
-    batch = stacked.allocate(0, kind, state_config(block.settings()), np.arange(count), device)
-    identity = torch.eye(block.size, dtype=batch.fisher.dtype, device=device).unsqueeze(0)
-    batch.fisher.copy_(fisher.pack(identity) if block.packed else identity)
-    if batch.square_ND is not None:
-        batch.square_ND.fill_(1.0)
-    return batch
+    shape = BlockShape(block.size, block.rows, True)
+    blocks = allocate(0, shape, state_config(block.settings()), np.arange(count), device)
+    identity = torch.eye(block.size, dtype=blocks.fisher.dtype, device=device).unsqueeze(0)
+    blocks.fisher.copy_(pack(identity) if block.packed else identity)
+    if blocks.square_NR is not None:
+        blocks.square_NR.fill_(1.0)
+    return blocks
 
 
 def measure(block: Block, state_bytes: int, speed: Speeds, device: torch.device, effort: Effort = EFFORT) -> Row:
     """Everything about one kind of block."""
     count = max(1, state_bytes // block.bytes)
     chunk = min(count, CHUNK_FISHER_NUMEL // block.size**2)
-    batch, settings = make(block, count, device), block.settings()
-    gradient_NDB = torch.randn_like(batch.gradient_NDB)
+    blocks, settings = make(block, count, device), step_settings(block.settings())
+    gradient_NRB = torch.randn_like(blocks.gradient_NRB)
     done = 100  # the averages are full
 
     def prepare() -> None:
         nonlocal done
-        batch.gradient_NDB.copy_(gradient_NDB)
+        blocks.gradient_NRB.copy_(gradient_NRB)
         done += 1
 
     def step() -> None:
-        for start in range(0, count, chunk):
-            stacked.compute(batch, start, min(count, start + chunk), done, done, settings)
+        context = StepContext(settings, done, done)
+        with full_precision(device):
+            for start in range(0, count, chunk):
+                for part in blocks.rows(start, min(count, start + chunk)).parts():
+                    update_blocks(part, context)
 
     prepare()
     with FlopCounterMode(display=False) as counter:
         step()
-    if not bool(batch.gradient_NDB.isfinite().all()):
+    if not bool(blocks.gradient_NRB.isfinite().all()):
         raise RuntimeError("the update is not finite")
     step_ms = median_ms(step, prepare, effort, device)
-    moved = 2 * sum(tensor.nbytes for tensor in (*batch.tensors().values(), gradient_NDB))
+    moved = 2 * sum(tensor.nbytes for tensor in (*blocks.state.values(), gradient_NRB))
     floors = {"bytes_ms": 1e3 * moved / speed.copy_bytes, "flops_ms": 1e3 * counter.get_total_flops() / speed.flops}
     return {
         "blocks": count,
