@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, cast
 
 from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of, raise_all
+
+P = ParamSpec("P")
 
 # What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not: keys, values that
 # ask for nothing that it does not do (none: any value), and what to do where another is asked for. None means, as
@@ -185,3 +189,24 @@ def _check_foreign(key: str, value: object) -> None:
     if isinstance(accepted[0], bool) and not isinstance(value, bool):
         raise TypeError(f"{key} should be True or False, got {value!r}.")
     raise ValueError(f"AdaFisher has no setting {key!r} (got {value!r}). {remedy}")
+
+
+def translated(init: Callable[P, None]) -> Callable[P, None]:
+    """Have a constructor called with its own settings alone: what was written for Adam is translated before.
+
+    Not in the constructor itself, where a momentum that was given could not be told from the default; and so its
+    signature shows what there is to set.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def construct(*values: Any, **written: Any) -> None:
+        foreign = {key: value for key, value in written.items() if key not in signature.parameters}
+        own = {key: value for key, value in written.items() if key not in foreign}
+        given = signature.bind(*values, **own).arguments
+        optimizer, params = given.pop("self"), given.pop("params")
+        settings, notice = translate({**foreign, **given}, more=("process_group",))
+        cast(Callable[..., None], init)(optimizer, params, **settings)
+        optimizer._notices.betas(notice)
+
+    return cast(Callable[P, None], construct)

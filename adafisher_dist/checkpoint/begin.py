@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist import layouts
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.saving import finish_pending
 from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.optimizer.adafisher import AdaFisher
+from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 
 
 def target_for(model: nn.Module, optimizer: AdaFisher) -> CheckpointTarget:
@@ -29,14 +29,14 @@ def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Checkpoi
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+    access = CheckpointAccess(optimizer)
     if wrapper is None:
-        optimizer._registry.sync_param_groups()
-    registry = optimizer._registry
+        access.sync_param_groups()
     # A save that goes on in the background uses the same control group, so nothing else may until it has ended.
     _, problem = attempt(finish_pending)
-    control = layouts.control_of(registry.given_parameters, registry.process_group, "a save or load", CheckpointError)
+    control = access.hosts("a save or load", CheckpointError)
     run_on_all_ranks(control, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
-    return collect_target(module, optimizer, wrapper, control)
+    return collect_target(module, optimizer, access, wrapper, control)
 
 
 def _raise(problem: Exception | None) -> None:

@@ -4,97 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint.state_dict_loader as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from adafisher_dist import layouts
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import SAVED, saved_offset
 from adafisher_dist.blocks.grid import grid_of
 from adafisher_dist.checkpoint import dry_run, encoding, random_state, targets
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.applying import apply, chosen_tensors
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
-from adafisher_dist.checkpoint.dry_run import Part, Tried
+from adafisher_dist.checkpoint.dry_run import Tried
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
-from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
-from adafisher_dist.checkpoint.saving import explain
+from adafisher_dist.checkpoint.options import IGNORED, Checked, Loaded, Options
 from adafisher_dist.checkpoint.targets import CheckpointTarget
-from adafisher_dist.comm.control_group import beat
-from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
-from adafisher_dist.settings import StateConfig, state_config, step_settings
-from adafisher_dist.state.shard import Shard
+from adafisher_dist.settings import state_config
 
 logger = logging.getLogger("adafisher_dist")
 
 
 T = TypeVar("T")
-
-IGNORED = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to load; see `load_checkpoint`.
-
-    Attributes:
-        strict: refuse what does not fit.
-        rename: names in the checkpoint → names in the model.
-        verify: check the checksums.
-        weights: restore parameters and buffers.
-        states: restore the optimizer.
-        random: restore the random number generators.
-        lr_scheduler: restore this scheduler, or ignore what the checkpoint has of one.
-        more: given the other values by name, checks those that its caller will apply, and returns what else is to be
-            restored; a ValueError tells what is wrong with them.
-    """
-
-    strict: bool = True
-    rename: Mapping[str, str] | None = None
-    verify: bool = True
-    weights: bool = True
-    states: bool = True
-    random: bool = True
-    lr_scheduler: Any = IGNORED
-    more: Callable[[Mapping[str, Any]], list[Part]] = lambda _: []
-
-
-@dataclass(slots=True)
-class Loaded:
-    """What was found: folder, manifest, the other values by name, what was not restored, and what had been left out."""
-
-    folder: Path
-    about: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    not_restored: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Checked:
-    """What this rank will apply, all of it tried.
-
-    Attributes:
-        settings: of each param group.
-        scheduler: the scheduler's state; None where none is restored.
-        random: this rank's random state; None where none is restored.
-        parts: what can only be tried in place.
-    """
-
-    settings: list[dict[str, Any]] = field(default_factory=list)
-    scheduler: Any = None
-    random: dict[str, Any] | None = None
-    parts: list[Part] = field(default_factory=list)
 
 
 def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, options: Options) -> Loaded:
@@ -113,9 +48,9 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         opened.keep(needed)
         loaded = Loaded(opened.folder, opened.manifest.about)
         checked = _check_together(opened, target, options, matched, loaded)
-        _apply(opened, target, options, matched, checked)
+        apply(opened, target, options, matched, checked)
     if options.states:
-        target.optimizer._registry.stepper.incomplete = False
+        target.access.end_load()
     if control.rank == 0:
         _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded
@@ -197,8 +132,8 @@ def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[
     groups = [{**group} for group in target.optimizer.param_groups]
     for number, size in matched.block_sizes.items():
         groups[number]["block_size"] = size
-    names, tensors = target.names, [tensor for tensor, _ in _chosen(target, matched)]
-    for storage in target.optimizer._registry.storages_of(tensors, target.wrapper) if tensors else ():
+    names, tensors = target.names, [tensor for tensor, _ in chosen_tensors(target, matched)]
+    for storage in target.access.storages_of(tensors, target.wrapper) if tensors else ():
         grids = [grid_of(p.shape, state_config(groups[p.info.group])) for p in storage.parameters]
         for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
             old = matched.states.get(names[storage.parameters[span.parameter].info.position])
@@ -227,13 +162,13 @@ def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -
 
 def _check_together(
     opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, loaded: Loaded
-) -> _Checked:
+) -> Checked:
     """Try all that will be applied.
 
     Raises:
         CheckpointError: on all ranks: something does not fit, or is not what a save can have written.
     """
-    checked, tried = _Checked(), Tried()
+    checked, tried = Checked(), Tried()
 
     def compare() -> None:
         loaded.values = _or_refuse(opened.folder, lambda: _values(opened))
@@ -258,7 +193,7 @@ def _check(
     options: Options,
     matched: Match,
     loaded: Loaded,
-    checked: _Checked,
+    checked: Checked,
 ) -> None:
     own, key = options.lr_scheduler, f"random/{target.control.rank}"
     if options.states:
@@ -286,142 +221,6 @@ def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
         raise CheckpointError(f"{folder} cannot be loaded: {told.removesuffix('.')}. Nothing was changed.") from error
 
 
-# ---- what changes something ----
-
-
-def _apply(
-    opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: _Checked
-) -> None:
-    """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
-    control, manifest = target.control, opened.manifest
-    shards: list[Shard] = []
-    wanted: list[Range] = []
-
-    def prepare() -> None:
-        if options.states:
-            for number, size in matched.block_sizes.items():
-                target.optimizer.param_groups[number]["block_size"] = size
-            shards.extend(_fresh_shards(target, manifest, matched))
-        wanted.extend(_ranges(target, manifest, matched, shards))
-
-    def finish() -> None:
-        if options.states:
-            dry_run.take_over(target, checked.settings)
-            _complete(target, manifest, matched, shards)
-        for part in checked.parts:
-            part.restore()  # once more: what it makes of its state may depend on the weights
-        if checked.scheduler is not None:
-            options.lr_scheduler.load_state_dict(checked.scheduler)
-        if checked.random is not None:
-            random_state.restore(checked.random)
-
-    if options.states:
-        _begin_anew(target)
-    run_on_all_ranks(control, prepare)
-    _read(opened, wanted, target)
-    if target.wrapper is not None and options.weights:
-        layouts.refresh_module(target.wrapper)
-    try:
-        run_on_all_ranks(control, finish)
-    except Exception:
-        target.optimizer._registry.stepper.incomplete = True
-        raise
-
-
-def _begin_anew(target: CheckpointTarget) -> None:
-    """Drop the state that there is, so that the new one does not need memory beside it."""
-    optimizer = target.optimizer
-    optimizer.reset_state()
-    optimizer._registry.stepper.incomplete = True
-
-
-def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) -> list[Shard]:
-    """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
-    names = target.names
-    chosen = _chosen(target, matched)
-    complete = all(name in matched.states for _, members in chosen for name in members) and all(
-        _has_factors(manifest, matched.states[name], state_config(target.optimizer.param_groups[group]))
-        for group, members in enumerate(targets.members_of_groups(target))
-        for name in members
-        if name in matched.states
-    )
-    tensors = [tensor for tensor, _ in chosen]
-    shards = target.optimizer._registry.replan(tensors, target.wrapper, zeroed=not complete)
-    saved = manifest.about["optimizer"]["state"]
-    for shard in shards:
-        for number, parameter in enumerate(shard.storage.parameters):
-            old = matched.states.get(names[parameter.info.position])
-            if old is not None:
-                shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
-    return shards
-
-
-def _chosen(target: CheckpointTarget, matched: Match) -> list[tuple[Tensor, list[str]]]:
-    """Of what the optimizer steps, the tensors that hold a parameter whose state is restored."""
-    every = _tensors(target)
-    return [(tensor, members) for tensor, members in every if any(name in matched.states for name in members)]
-
-
-def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
-    """What the optimizer steps, in the order of its param groups, and the names of the parameters in each."""
-    names = target.names
-    if target.wrapper is None:
-        return [(tensor, [names[info.position]]) for tensor, info in target.optimizer._registry.given_parameters.info()]
-    held: dict[int, list[str]] = {}
-    tensors = {}
-    for storage in target.storages():
-        for parameter in storage.parameters:
-            tensor = storage.tensors[parameter.tensor]
-            tensors[id(tensor)] = tensor
-            held.setdefault(id(tensor), []).append(names[parameter.info.position])
-    return [(tensors[key], members) for key, members in held.items()]
-
-
-def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> list[Range]:
-    """What this rank reads."""
-    wanted = list(targets.weights(target, matched.weights, writing=False))
-    for shard in shards:
-        with_factors = {old for old, config in _configs(target, shard, matched) if _has_factors(manifest, old, config)}
-        for range_ in targets.state(target, [shard], matched.states, writing=False):
-            kind, _, old = range_.key.partition("/")
-            if kind not in ("factor", "curvature") or old in with_factors:
-                wanted.append(range_)
-    return wanted
-
-
-def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
-    """For each parameter of a shard that is restored: its name in the checkpoint, and what its state is built for."""
-    names = target.names
-    for parameter in shard.storage.parameters:
-        old = matched.states.get(names[parameter.info.position])
-        if old is not None:
-            yield old, shard.configs[shard.groups[parameter.tensor]]
-
-
-def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
-    """Whether the checkpoint has what is kept here of a parameter's factors, made with the same exponent."""
-    there = manifest.about["optimizer"]["state"][old]["structure"]
-    return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
-
-
-def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget) -> None:
-    control, planner = target.control, RangeLoadPlanner(wanted)
-    reader, problem = ShardReader(opened, control), None
-    try:
-        dcp.load({}, storage_reader=reader, planner=planner, process_group=control.handle)
-    except CheckpointException as failure:
-        problem = explain(failure)
-    except Exception as error:  # another rank is gone, say
-        problem = control.explain(error)
-    if problem is not None:
-        target.optimizer._registry.stepper.incomplete = True
-        raise CheckpointError(
-            f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
-            " a checkpoint before the next step."
-        )
-    run_on_all_ranks(control, planner.check_complete)
-
-
 def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     saved, own = loaded.values.get("lr_scheduler"), options.lr_scheduler
     if own is IGNORED or (saved is None and own is None):
@@ -433,23 +232,6 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     if saved["class"] != type(own).__name__:
         return [f"the learning rate scheduler is a {type(own).__name__}, and was a {saved['class']}"]
     return []
-
-
-def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
-    """Make the factors that the checkpoint does not have, and hand the shards to the optimizer."""
-    optimizer, names = target.optimizer, target.names
-    for shard in shards:
-        for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
-            for segment in segments:
-                parameter = shard.storage.parameters[segment.owner]
-                old = matched.states.get(names[parameter.info.position])
-                if old is not None and not _has_factors(manifest, old, stack.config):
-                    settings = step_settings(optimizer.param_groups[parameter.info.group])
-                    step, updates = shard.counters[segment.owner].tolist()
-                    beat()
-                    rebuild_factors(stack.rows(segment.start, segment.stop), StepContext(settings, step, updates))
-        optimizer._registry.install(shard)
-    optimizer._registry.stepper.skipped = manifest.about["optimizer"]["skipped_steps"]
 
 
 def _values(opened: OpenCheckpoint) -> dict[str, Any]:

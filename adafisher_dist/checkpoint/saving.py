@@ -122,8 +122,8 @@ def save(
 
     def collect() -> tuple[str, int | None]:
         kept = _checked_number(keep_last)
-        target.optimizer._registry.stepper.check_complete()
-        _gather_state(target)
+        target.access.check_complete()
+        target.access.gather_state()
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))
         found.extend(_ranges(target, tensors))
@@ -155,15 +155,6 @@ def _checked_number(keep_last: Any) -> int | None:
     return int(keep_last)
 
 
-def _gather_state(target: CheckpointTarget) -> None:
-    """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
-    registry = target.optimizer._registry
-    registry.drop_unused_shards()
-    waiting = [tensor for tensor, _ in registry.given_parameters.info() if target.optimizer.state.get(tensor)]
-    registry.init_shards([tensor for tensor in waiting if tensor not in registry.stepper])
-    registry.sync_user_state(registry.shards)
-
-
 def _about(
     target: CheckpointTarget, facts: Mapping[str, Any], extra: Mapping[str, Any], tensors: list[Tensor]
 ) -> dict[str, Any]:
@@ -191,7 +182,7 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     stored = {name: name for name in names if name not in target.left_out}
     rank = target.control.rank
     found = list(targets.weights(target, stored, writing=True))
-    found += targets.state(target, target.optimizer._registry.shards, names, writing=True)
+    found += targets.state(target, target.access.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}

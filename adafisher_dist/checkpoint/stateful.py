@@ -46,12 +46,11 @@ class OptimizerState:
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
         """
         target = target_for(self._model, self._optimizer)
-        registry = self._optimizer._registry
-        self._optimizer._registry.stepper.check_complete()
-        entries = registry.as_dtensors()
+        target.access.check_complete()
+        entries = target.access.whole_state()
         named = {
             target.names[parameter.info.position]: entries[id(shard.storage.tensors[parameter.tensor])]
-            for shard in registry.shards
+            for shard in target.access.shards
             for _, parameter in shard.active
         }
         return {"state": named, "settings": _settings(target)}

@@ -73,7 +73,7 @@ class GivenParameters:
     def __iter__(self) -> Iterator[Tensor]:
         return (tensor for tensor, _ in self._given.values())
 
-    def info(self) -> Iterator[tuple[Tensor, ParameterInfo]]:
+    def items(self) -> Iterator[tuple[Tensor, ParameterInfo]]:
         """The parameters, and how each was given."""
         return iter(self._given.values())
 

@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist import layouts
-from adafisher_dist.adamw_keys import translate, translate_group
+from adafisher_dist.adamw_keys import translate_group, translated
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.optimizer.consolidated import Consolidated, consolidate, for_torch_checkpoint
+from adafisher_dist.optimizer.notices import Notices
 from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.optimizer.restoring import completed, shards_with
 from adafisher_dist.settings import DEFAULTS, OF_ALL_GROUPS, normalize, preset
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping import metrics
-from adafisher_dist.stepping.consistency import raise_if_any_failed
 
 if TYPE_CHECKING:
     from typing import Self
 
     from torch.distributed import ProcessGroup  # noqa: TID251 (a type)
     from torch.optim.optimizer import ParamsT
-
-logger = logging.getLogger("adafisher_dist")
-P = ParamSpec("P")
-
-
-def _translated(init: Callable[P, None]) -> Callable[P, None]:
-    """Have a constructor called with its own settings alone: what was written for Adam is translated before.
-
-    Not in the constructor itself, where a momentum that was given could not be told from the default; and so its
-    signature shows what there is to set.
-    """
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def construct(*values: Any, **written: Any) -> None:
-        foreign = {key: value for key, value in written.items() if key not in signature.parameters}
-        own = {key: value for key, value in written.items() if key not in foreign}
-        given = signature.bind(*values, **own).arguments
-        optimizer, params = given.pop("self"), given.pop("params")
-        settings, notice = translate({**foreign, **given}, more=("process_group",))
-        cast(Callable[..., None], init)(optimizer, params, **settings)
-        optimizer._tell_of_betas(notice)
-
-    return cast(Callable[P, None], construct)
 
 
 class AdaFisher(Optimizer):
@@ -120,9 +95,8 @@ class AdaFisher(Optimizer):
 
     # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
     _state_is_elsewhere = False
-    _told_of_betas = False
 
-    @_translated
+    @translated
     def __init__(
         self,
         params: ParamsT,
@@ -153,6 +127,7 @@ class AdaFisher(Optimizer):
         if memory_budget_gb is not None and block_size != "auto":
             raise ValueError(f'memory_budget_gb is for block_size="auto", and block_size is {block_size}.')
         self._registry = ParameterRegistry(self, process_group)
+        self._notices = Notices(self._registry)
         self._reset()
         super().__init__(params, defaults)
         layouts.register_with_deepspeed(self)
@@ -169,9 +144,8 @@ class AdaFisher(Optimizer):
 
     def _reset(self) -> None:
         self._registry.forget_shards(self._registry.stepper.meter)
-        self._consolidated: dict[int, dict[str, Tensor]] | None = None  # by id of the stored tensor
-        self._elsewhere: int | None = None  # the rank that a consolidated state is on
-        self._warned = False
+        self._consolidated: Consolidated | None = None  # since the last step
+        self._notices.told_of_no_gradients = False
 
     # ---- torch.optim's conventions ----
 
@@ -201,7 +175,7 @@ class AdaFisher(Optimizer):
             self.param_groups.pop()
             raise
         self._registry.register(len(self.param_groups) - 1)
-        self._tell_of_betas(notice)
+        self._notices.betas(notice)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -229,48 +203,34 @@ class AdaFisher(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = {
-            id(tensor): (tensor, group)
-            for group in self.param_groups
-            for tensor in group["params"]
-            if tensor.grad is not None
-        }
-        errors = DeferredErrors()
+        registry, errors = self._registry, DeferredErrors()
         errors.attempt(_refuse_capture)
-        errors.attempt(self._registry.sync_param_groups)
         if layouts.is_called_by_torch_checkpoint():  # it wants a state to be there; the gradients are its own zeros
-            errors.attempt(
-                self._registry.init_missing_shards
-            )  # what fails here fails again in state_dict(), on all ranks
+            # What fails here fails again in state_dict(), on all ranks.
+            errors.attempt(registry.sync_param_groups)
+            errors.attempt(registry.init_missing_shards)
             return loss
-        errors.attempt(self._registry.drop_unused_shards)
+        groups, new = registry.begin_step(errors)
         if not groups:
-            self._warn_of_no_gradients()
-        new = [tensor for tensor, _ in groups.values() if tensor not in self._registry.stepper]
+            self._notices.no_gradients()
         if new and layouts.is_state_init_call(self):
             return loss
-        errors.attempt(partial(self._registry.sync_user_state, self._registry.stepper.shards_of(groups)))
-        errors.attempt(partial(self._registry.init_shards, new))
+        errors.attempt(lambda: registry.sync_user_state(registry.stepper.shards_of(groups)))
+        errors.attempt(lambda: registry.init_shards(new))
+        before = registry.stepper.skipped
         try:
-            settings = {key: group for key, (_, group) in groups.items()}
-            before = self._registry.stepper.skipped
             part = layouts.part_of_step(self)
-            self._registry.stepper.step(
-                settings, self._registry.ranks(), errors, part, self._registry.largest_gradient()
-            )
+            registry.stepper.step(groups, registry.ranks(), errors, part, registry.largest_gradient())
         except Exception:
-            for tensor in new:  # what was planned in this step is gone, and with it the state that had seen no step
-                step = self.state.get(tensor, {}).get("step")
-                if tensor not in self._registry.stepper and step is not None and not step.any():
-                    del self.state[tensor]
+            registry.forget_unstepped(new)
             raise
-        self._consolidated = self._elsewhere = None
-        if self._registry.stepper.skipped > before:
-            self._tell_of_skip(self._registry.stepper.skipped)
+        self._consolidated = None
+        if registry.stepper.skipped > before:
+            self._notices.skipped(registry.stepper.skipped)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim has it; see `adafisher_dist.state` for the keys.
+        """The state as torch.optim has it; see `optimizer.state_dicts` for the keys.
 
         In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must
         have been called, on all ranks, since the last step. Under ZeRO and FSDP2 it is this rank's part, and says so.
@@ -283,7 +243,7 @@ class AdaFisher(Optimizer):
             return state_dicts.without_state(super().state_dict()["param_groups"])
         self._registry.sync_param_groups()
         if layouts.is_called_by_torch_checkpoint():
-            return self._state_dict_for_torch()
+            return self._with_state(for_torch_checkpoint(self._registry, self._consolidated))
         self._registry.sync_user_state(self._registry.shards)
         shards = self._registry.shards
         if state_dicts.is_partial(shards) or not any(shard.storage.group.size > 1 for shard in shards):
@@ -295,50 +255,18 @@ class AdaFisher(Optimizer):
                 " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
                 " rank that saves."
             )
-        part = "whole" if self._elsewhere is None else f"none, rank {self._elsewhere} has the whole"
-        return self._packed(self._consolidated, {"format": state_dicts.STATE_DICT_FORMAT, "part": part})
+        return self._with_state(self._consolidated)
 
-    def _state_dict_for_torch(self) -> dict[str, Any]:
-        """The whole state, of all parameters that can be trained, as torch's checkpoint functions carry it.
-
-        Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it has to be
-        consolidated, but for parameters that have seen no step. Whatever is loaded into it comes back to
-        `load_state_dict`.
-        """
-        if self._registry.is_sharded:
-            return self._packed(self._registry.as_dtensors(), state_dicts.whole())
-        self._registry.init_missing_shards()
-        self._registry.sync_user_state(self._registry.shards)
-        if self._elsewhere is not None:
-            return self._packed(
-                {}, {"format": state_dicts.STATE_DICT_FORMAT, "part": f"none, rank {self._elsewhere} has the whole"}
-            )
-        entries = {}
-        for shard, index, tensor in self._registry.current_tensors():
-            if not shard.storage.on_ranks:
-                entries[id(tensor)] = dict(shard.views[index])
-            elif self._consolidated is not None and id(tensor) in self._consolidated:
-                entries[id(tensor)] = self._consolidated[id(tensor)]
-            elif not shard.stepped:
-                entries[id(tensor)] = state_dicts.nothing(shard, index)
-            else:
-                raise RuntimeError(
-                    "This rank holds only its own blocks, and torch.distributed.checkpoint asks for the whole state."
-                    " Before a save call optimizer.consolidate_state_dict(to=None) on all ranks, after the last step,"
-                    " and before a load optimizer.reset_state(); or give dcp.save and dcp.load"
-                    " adafisher_dist.OptimizerState(model, optimizer), which is saved in parts."
-                )
-        return self._packed(entries, state_dicts.whole())
-
-    def _packed(self, entries: dict[int, dict[str, Tensor]], about: dict[str, Any]) -> dict[str, Any]:
-        """A state dict with these entries, by the ids of the tensors, in the place of the optimizer's own."""
+    def _with_state(self, whole: Consolidated) -> dict[str, Any]:
+        """A state dict with this state in the place of the optimizer's own."""
         own = self.state
         try:  # the base class packs whatever `state` holds
-            self.state = type(own)(dict, {tensor: entries[id(tensor)] for tensor in own if id(tensor) in entries})
+            chosen = {tensor: whole.entries[id(tensor)] for tensor in own if id(tensor) in whole.entries}
+            self.state = type(own)(dict, chosen)
             result = super().state_dict()
         finally:
             self.state = own
-        return {**result, state_dicts.META: about}
+        return {**result, state_dicts.META: whole.about}
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
@@ -355,26 +283,7 @@ class AdaFisher(Optimizer):
         self._registry.stepper.check_complete()
         self._registry.sync_param_groups()
         self._registry.sync_user_state(self._registry.shards)
-        group = self._registry.ranks()
-        if state_dicts.is_partial(self._registry.shards):
-            raise RuntimeError(
-                "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
-                f" ({state_dicts.describe(self._registry.shards)['part']}), and state_dict() is this rank's part."
-            )
-        if to is not None and not 0 <= to < group.size:
-            raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
-        keep = to is None or to == group.rank
-        every = [(shard, index, id(tensor)) for shard, index, tensor in self._registry.current_tensors()]
-        rooms: dict[int, dict[str, Tensor]] = {}
-        errors = DeferredErrors()
-        if keep:
-            errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
-        # Before others wait for this rank's part.
-        raise_if_any_failed(group, errors, "to make room for the whole state", state_dicts.CONSOLIDATE)
-        for shard, index, key in every:
-            state_dicts.consolidate(shard, index, rooms.get(key))
-        self._consolidated = rooms
-        self._elsewhere = None if keep else to
+        self._consolidated = consolidate(self._registry, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; bit for bit where the layout is the same.
@@ -388,8 +297,8 @@ class AdaFisher(Optimizer):
         prepared: list[Shard] = []
 
         def prepare_load(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            prepared.extend(self._registry.prepare_load(saved))
-            return {**saved, "state": {}, "param_groups": self._registry.completed(saved["param_groups"])}
+            prepared.extend(shards_with(self._registry, saved))
+            return {**saved, "state": {}, "param_groups": completed(self._registry, saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
             self._reset()
@@ -431,6 +340,7 @@ class AdaFisher(Optimizer):
         skipped = saved.pop("skipped_steps", None)
         if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
             self._registry = ParameterRegistry(self, None)
+            self._notices = Notices(self._registry)
             self._reset()
             self._registry.stepper.skipped = skipped
         super().__setstate__(saved)
@@ -450,7 +360,7 @@ class AdaFisher(Optimizer):
         return self._registry.stepper.skipped
 
     def fisher_stats(self) -> dict[str, statistics.ParameterStats]:
-        """By name, for each parameter that had a gradient: blocks, Fisher updates, fallbacks counts, what computes it."""
+        """By name, for each parameter that had a gradient: blocks, Fisher updates, fallbacks."""
         return {
             name: stats for shard in self._registry.shards for name, stats in statistics.fisher_stats(shard).items()
         }
@@ -517,31 +427,6 @@ class AdaFisher(Optimizer):
         normalize(checked)
         for param_group in self.param_groups if group is None else [self.param_groups[group]]:
             param_group["lr"] = checked["lr"]
-
-    # ---- what is logged ----
-
-    def _tell_of_betas(self, notice: str | None) -> None:
-        if notice is not None and not self._told_of_betas:  # once, however many param groups have betas
-            self._told_of_betas = True
-            if self._registry.ranks().is_first:
-                logger.warning("%s", notice)
-
-    def _tell_of_skip(self, skipped: int) -> None:
-        # At 1, 2, 4, 8, …: a run that only skips is not silent, and does not fill the disk either.
-        if self._registry.ranks().is_first and skipped.bit_count() == 1:
-            logger.warning(
-                "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
-                " No parameter or state changed.",
-                skipped,
-            )
-
-    def _warn_of_no_gradients(self) -> None:
-        if not self._registry.shards and not self._warned:
-            self._warned = True
-            logger.warning(
-                "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
-                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
-            )
 
 
 def _refuse_capture() -> None:

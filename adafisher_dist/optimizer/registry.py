@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts import Storage
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
-from adafisher_dist.settings import normalize, state_config
+from adafisher_dist.settings import state_config
 from adafisher_dist.state.shard import Shard, build
 from adafisher_dist.stepping.consistency import raise_if_any_failed
 from adafisher_dist.stepping.metrics import Meter
@@ -83,12 +82,31 @@ class ParameterRegistry:
                 state_dicts.restore(shard, index, self.optimizer.state.get(tensor, {}), own=True)
             self.install(shard)
 
+    def begin_step(self, errors: DeferredErrors) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
+        """The param groups of the tensors that have a gradient, by their ids; and those tensors that have no state yet.
+
+        What libraries have put into the param groups and into `state` is taken over, as far as there is no error.
+        """
+        groups = self.optimizer.param_groups
+        active = [(tensor, group) for group in groups for tensor in group["params"] if tensor.grad is not None]
+        errors.attempt(self.sync_param_groups)
+        errors.attempt(self.drop_unused_shards)
+        new = [tensor for tensor, _ in active if tensor not in self.stepper]
+        return {id(tensor): group for tensor, group in active}, new
+
+    def forget_unstepped(self, tensors: list[Tensor]) -> None:
+        """Drop the state of tensors whose shards were planned in a step that failed, and are gone."""
+        for tensor in tensors:
+            step = self.optimizer.state.get(tensor, {}).get("step")
+            if tensor not in self.stepper and step is not None and not step.any():
+                del self.optimizer.state[tensor]
+
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Put the largest block size that fits the memory budget in the place of "auto", alike on all ranks."""
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
-        for parameter, info in self.given_parameters.info():
+        for parameter, info in self.given_parameters.items():
             shapes[info.group].append(layouts.whole_shape(parameter))
         by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
         storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
@@ -261,6 +279,10 @@ class ParameterRegistry:
         numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
         return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
+    def build_shards(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
+        """Shards without any step for these tensors, with the settings of these groups, in the place of their own."""
+        return self._build(self._storages(tensors), groups)
+
     def _build(
         self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,
         zeroed: bool = True,
@@ -279,59 +301,6 @@ class ParameterRegistry:
             configs = [state_config(groups[number]) for number in order]
             shards.append(build(storage, [order.index(number) for number in mine], configs, zeroed))
         return shards
-
-    def prepare_load(self, saved: Mapping[str, Any]) -> list[Shard]:
-        """Shards that hold a saved state; the optimizer itself is not touched."""
-        state_dicts.check_format(saved)
-        self.sync_param_groups()
-        own = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        lengths, saved_lengths = (
-            [len(group["params"]) for group in groups]
-            for groups in (self.optimizer.param_groups, saved["param_groups"])
-        )
-        if lengths != saved_lengths and state_dicts.is_whole(saved):
-            return []  # torch's own check reports it
-        states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
-        if not states:
-            return []
-        chosen = [tensor for tensor in own if id(tensor) in states]
-        shards: list[Shard] = []
-
-        def check() -> None:
-            shards.extend(self._build(self._storages(chosen), self.completed(saved["param_groups"])))
-            state_dicts.check_part(saved, shards)
-            for shard in shards:
-                for index, tensor in enumerate(shard.storage.tensors):
-                    if states[id(tensor)]:
-                        state_dicts.check(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
-                    elif layouts.is_called_by_torch_checkpoint():
-                        name = next(p.name for p in shard.storage.parameters if p.tensor == index)
-                        raise ValueError(
-                            f"torch.distributed.checkpoint brought no state for {name}: it takes the names in a flat"
-                            " state dict from what the optimizer has, which was nothing. Call"
-                            " get_optimizer_state_dict(model, optimizer) before set_optimizer_state_dict."
-                        )
-
-        errors = DeferredErrors()
-        errors.attempt(check)
-        if any(layouts.is_dtensor(value) for entry in states.values() for value in entry.values()):
-            raise_if_any_failed(self.ranks(), errors, "before it took over a saved state")
-        elif errors.error is not None:
-            raise errors.error
-        for shard in shards:
-            for index, tensor in enumerate(shard.storage.tensors):
-                state_dicts.restore(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
-        return shards
-
-    def completed(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved param groups, checked; what an older version did not save is taken from this optimizer's groups."""
-        if len(saved) != len(self.optimizer.param_groups):
-            return saved  # torch's own check reports it
-        result = [{**now, **then} for now, then in zip(self.optimizer.param_groups, saved, strict=True)]
-        for group in result:
-            normalize(group)
-        return result
 
     def largest_gradient(self) -> float:
         """The largest gradient element that the blocks of every param group can square and sum up."""

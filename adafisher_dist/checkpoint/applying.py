@@ -1,0 +1,166 @@
+"""What a load changes: the state is built anew, and everything is read into its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed.checkpoint.state_dict_loader as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from adafisher_dist import layouts
+from adafisher_dist.checkpoint import dry_run, random_state, targets
+from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.matching import Match
+from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
+from adafisher_dist.checkpoint.options import Checked, Options
+from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
+from adafisher_dist.checkpoint.saving import explain
+from adafisher_dist.checkpoint.targets import CheckpointTarget
+from adafisher_dist.comm.control_group import beat
+from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
+from adafisher_dist.settings import StateConfig, state_config, step_settings
+from adafisher_dist.state.shard import Shard
+
+
+def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: Checked) -> None:
+    """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
+    control, manifest = target.control, opened.manifest
+    shards: list[Shard] = []
+    wanted: list[Range] = []
+
+    def prepare() -> None:
+        if options.states:
+            for number, size in matched.block_sizes.items():
+                target.optimizer.param_groups[number]["block_size"] = size
+            shards.extend(_fresh_shards(target, manifest, matched))
+        wanted.extend(_ranges(target, manifest, matched, shards))
+
+    def finish() -> None:
+        if options.states:
+            dry_run.take_over(target, checked.settings)
+            _complete(target, manifest, matched, shards)
+        for part in checked.parts:
+            part.restore()  # once more: what it makes of its state may depend on the weights
+        if checked.scheduler is not None:
+            options.lr_scheduler.load_state_dict(checked.scheduler)
+        if checked.random is not None:
+            random_state.restore(checked.random)
+
+    if options.states:
+        target.access.begin_load()
+    run_on_all_ranks(control, prepare)
+    _read(opened, wanted, target)
+    if target.wrapper is not None and options.weights:
+        layouts.refresh_module(target.wrapper)
+    try:
+        run_on_all_ranks(control, finish)
+    except Exception:
+        target.access.mark_incomplete()
+        raise
+
+
+def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) -> list[Shard]:
+    """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
+    names = target.names
+    chosen = chosen_tensors(target, matched)
+    complete = all(name in matched.states for _, members in chosen for name in members) and all(
+        _has_factors(manifest, matched.states[name], state_config(target.optimizer.param_groups[group]))
+        for group, members in enumerate(targets.members_of_groups(target))
+        for name in members
+        if name in matched.states
+    )
+    tensors = [tensor for tensor, _ in chosen]
+    shards = target.access.new_shards(tensors, target.wrapper, zeroed=not complete)
+    saved = manifest.about["optimizer"]["state"]
+    for shard in shards:
+        for number, parameter in enumerate(shard.storage.parameters):
+            old = matched.states.get(names[parameter.info.position])
+            if old is not None:
+                shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
+    return shards
+
+
+def chosen_tensors(target: CheckpointTarget, matched: Match) -> list[tuple[Tensor, list[str]]]:
+    """Of what the optimizer steps, the tensors that hold a parameter whose state is restored."""
+    every = _tensors(target)
+    return [(tensor, members) for tensor, members in every if any(name in matched.states for name in members)]
+
+
+def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
+    """What the optimizer steps, in the order of its param groups, and the names of the parameters in each."""
+    names = target.names
+    if target.wrapper is None:
+        return [(tensor, [names[info.position]]) for tensor, info in target.access.parameters()]
+    held: dict[int, list[str]] = {}
+    tensors = {}
+    for storage in target.storages():
+        for parameter in storage.parameters:
+            tensor = storage.tensors[parameter.tensor]
+            tensors[id(tensor)] = tensor
+            held.setdefault(id(tensor), []).append(names[parameter.info.position])
+    return [(tensors[key], members) for key, members in held.items()]
+
+
+def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> list[Range]:
+    """What this rank reads."""
+    wanted = list(targets.weights(target, matched.weights, writing=False))
+    for shard in shards:
+        with_factors = {old for old, config in _configs(target, shard, matched) if _has_factors(manifest, old, config)}
+        for range_ in targets.state(target, [shard], matched.states, writing=False):
+            kind, _, old = range_.key.partition("/")
+            if kind not in ("factor", "curvature") or old in with_factors:
+                wanted.append(range_)
+    return wanted
+
+
+def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
+    """For each parameter of a shard that is restored: its name in the checkpoint, and what its state is built for."""
+    names = target.names
+    for parameter in shard.storage.parameters:
+        old = matched.states.get(names[parameter.info.position])
+        if old is not None:
+            yield old, shard.configs[shard.groups[parameter.tensor]]
+
+
+def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
+    """Whether the checkpoint has what is kept here of a parameter's factors, made with the same exponent."""
+    there = manifest.about["optimizer"]["state"][old]["structure"]
+    return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
+
+
+def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget) -> None:
+    control, planner = target.control, RangeLoadPlanner(wanted)
+    reader, problem = ShardReader(opened, control), None
+    try:
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=control.handle)
+    except CheckpointException as failure:
+        problem = explain(failure)
+    except Exception as error:  # another rank is gone, say
+        problem = control.explain(error)
+    if problem is not None:
+        target.access.mark_incomplete()
+        raise CheckpointError(
+            f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
+            " a checkpoint before the next step."
+        )
+    run_on_all_ranks(control, planner.check_complete)
+
+
+def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
+    """Make the factors that the checkpoint does not have, and hand the shards to the optimizer."""
+    optimizer, names = target.optimizer, target.names
+    for shard in shards:
+        for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
+            for segment in segments:
+                parameter = shard.storage.parameters[segment.owner]
+                old = matched.states.get(names[parameter.info.position])
+                if old is not None and not _has_factors(manifest, old, stack.config):
+                    settings = step_settings(optimizer.param_groups[parameter.info.group])
+                    step, updates = shard.counters[segment.owner].tolist()
+                    beat()
+                    rebuild_factors(stack.rows(segment.start, segment.stop), StepContext(settings, step, updates))
+    target.access.install(shards, manifest.about["optimizer"]["skipped_steps"])

@@ -1,0 +1,93 @@
+"""What a checkpoint may ask of an optimizer, and do to it. Nothing else of it is a checkpoint's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from adafisher_dist import layouts
+from adafisher_dist.comm.control_group import Control
+from adafisher_dist.layouts import Storage
+from adafisher_dist.layouts.storage import ParameterInfo
+from adafisher_dist.state.shard import Shard
+
+if TYPE_CHECKING:
+    from adafisher_dist.optimizer.adafisher import AdaFisher
+
+
+class CheckpointAccess:
+    """An optimizer, as checkpoints see it."""
+
+    def __init__(self, optimizer: AdaFisher) -> None:
+        self._registry = optimizer._registry
+        self._optimizer = optimizer
+
+    def parameters(self) -> list[tuple[Tensor, ParameterInfo]]:
+        """Those that it was given, in order, and how."""
+        return list(self._registry.given_parameters.items())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Where their state is; counters are right."""
+        return self._registry.shards
+
+    def hosts(self, purpose: str, error: type[Exception]) -> Control:
+        """The ranks that save and load together; see `control_group.control`."""
+        return layouts.control_of(self._registry.given_parameters, self._registry.process_group, purpose, error)
+
+    def storages_of(self, tensors: Sequence[Tensor], wrapper: Any) -> list[Storage]:
+        """What is stored where in the parameters, or in what a DeepSpeed wrapper has put in their place."""
+        return self._registry.storages_of(list(tensors), wrapper)
+
+    def sync_param_groups(self) -> None:
+        """Take note of what has been put into the param groups, and taken out of them."""
+        self._registry.sync_param_groups()
+
+    # ---- a save ----
+
+    def check_complete(self) -> None:
+        """Refuse a state that a failed step or load left incomplete.
+
+        Raises:
+            RuntimeError: it is.
+        """
+        self._registry.stepper.check_complete()
+
+    def gather_state(self) -> None:
+        """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
+        registry = self._registry
+        registry.drop_unused_shards()
+        waiting = [tensor for tensor in registry.given_parameters if self._optimizer.state.get(tensor)]
+        registry.init_shards([tensor for tensor in waiting if tensor not in registry.stepper])
+        registry.sync_user_state(registry.shards)
+
+    def whole_state(self) -> dict[int, dict[str, Tensor]]:
+        """By the id of each stored tensor, its state as DTensors, where ranks hold parts. A collective."""
+        return self._registry.as_dtensors()
+
+    # ---- a load ----
+
+    def begin_load(self) -> None:
+        """Drop the state that there is, so that the new one does not need memory beside it; it is incomplete now."""
+        self._optimizer.reset_state()
+        self.mark_incomplete()
+
+    def mark_incomplete(self) -> None:
+        """No step is taken until a load succeeds."""
+        self._registry.stepper.incomplete = True
+
+    def new_shards(self, tensors: Sequence[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
+        """Shards without any step, whose state is to be read; `zeroed` where not all of it is."""
+        return self._registry.replan(list(tensors), wrapper, zeroed)
+
+    def install(self, shards: Sequence[Shard], skipped_steps: int) -> None:
+        """Let the optimizer go on with these."""
+        for shard in shards:
+            self._registry.install(shard)
+        self._registry.stepper.skipped = skipped_steps
+
+    def end_load(self) -> None:
+        """All ranks have read all of it."""
+        self._registry.stepper.incomplete = False

@@ -1,0 +1,90 @@
+"""The whole state where a rank holds only its own blocks: gathered for `state_dict`, or as torch's checkpoints ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.stepping.consistency import raise_if_any_failed
+
+Entries = dict[int, dict[str, Tensor]]  # by the id of the stored tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Consolidated:
+    """The whole state in CPU memory.
+
+    Attributes:
+        entries: of every stored tensor; none on the other ranks.
+        on_rank: the rank that has it, where that is another one; None where it is here.
+    """
+
+    entries: Entries = field(default_factory=dict)
+    on_rank: int | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a state dict tells of it."""
+        part = "whole" if self.on_rank is None else f"none, rank {self.on_rank} has the whole"
+        return {"format": state_dicts.STATE_DICT_FORMAT, "part": part}
+
+
+def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
+    """Gather the state of replicated parameters. A collective; see `AdaFisher.consolidate_state_dict`."""
+    group = registry.ranks()
+    if state_dicts.is_partial(registry.shards):
+        raise RuntimeError(
+            "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
+            f" ({state_dicts.describe(registry.shards)['part']}), and state_dict() is this rank's part."
+        )
+    if to is not None and not 0 <= to < group.size:
+        raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
+    keep = to is None or to == group.rank
+    every = [(shard, index, id(tensor)) for shard, index, tensor in registry.current_tensors()]
+    rooms: Entries = {}
+    errors = DeferredErrors()
+    if keep:
+        errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
+    # Before others wait for this rank's part.
+    raise_if_any_failed(group, errors, "to make room for the whole state", state_dicts.CONSOLIDATE)
+    for shard, index, key in every:
+        state_dicts.consolidate(shard, index, rooms.get(key))
+    return Consolidated(rooms, None if keep else to)
+
+
+def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None) -> Consolidated:
+    """The whole state of all parameters that can be trained, as torch's checkpoint functions carry it.
+
+    Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it has to be `known`, but
+    for parameters that have seen no step. Whatever is loaded into it comes back to `load_state_dict`.
+
+    Raises:
+        RuntimeError: this rank holds a part, and the whole was not consolidated.
+    """
+    if registry.is_sharded:
+        return Consolidated(registry.as_dtensors())
+    registry.init_missing_shards()
+    registry.sync_user_state(registry.shards)
+    if known is not None and known.on_rank is not None:
+        return Consolidated(on_rank=known.on_rank)
+    entries: Entries = {}
+    for shard, index, tensor in registry.current_tensors():
+        if not shard.storage.on_ranks:
+            entries[id(tensor)] = dict(shard.views[index])
+        elif known is not None and id(tensor) in known.entries:
+            entries[id(tensor)] = known.entries[id(tensor)]
+        elif not shard.stepped:
+            entries[id(tensor)] = state_dicts.nothing(shard, index)
+        else:
+            raise RuntimeError(
+                "This rank holds only its own blocks, and torch.distributed.checkpoint asks for the whole state."
+                " Before a save call optimizer.consolidate_state_dict(to=None) on all ranks, after the last step,"
+                " and before a load optimizer.reset_state(); or give dcp.save and dcp.load"
+                " adafisher_dist.OptimizerState(model, optimizer), which is saved in parts."
+            )
+    return Consolidated(entries)

@@ -1,0 +1,43 @@
+"""What an optimizer logs of its own accord, on the first rank alone, and not again and again."""
+
+from __future__ import annotations
+
+import logging
+
+from adafisher_dist.optimizer.registry import ParameterRegistry
+
+logger = logging.getLogger("adafisher_dist")
+
+
+class Notices:
+    """Of one optimizer."""
+
+    def __init__(self, registry: ParameterRegistry) -> None:
+        self._registry = registry
+        self._told_of_betas = False
+        self.told_of_no_gradients = False
+
+    def betas(self, notice: str | None) -> None:
+        """How Adam's betas were taken: once, however many param groups have them."""
+        if notice is not None and not self._told_of_betas:
+            self._told_of_betas = True
+            if self._registry.ranks().is_first:
+                logger.warning("%s", notice)
+
+    def skipped(self, count: int) -> None:
+        """A step changed nothing. At 1, 2, 4, 8, …: a run that only skips is not silent, nor does it fill the disk."""
+        if self._registry.ranks().is_first and count.bit_count() == 1:
+            logger.warning(
+                "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
+                " No parameter or state changed.",
+                count,
+            )
+
+    def no_gradients(self) -> None:
+        """A step in which no parameter has a gradient, where none ever had one."""
+        if not self._registry.shards and not self.told_of_no_gradients:
+            self.told_of_no_gradients = True
+            logger.warning(
+                "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
+                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
+            )
