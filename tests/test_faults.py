@@ -268,13 +268,13 @@ def host_verdicts(rank: int, world: int, stage: int, accelerator_only: bool):
     used = []
     if accelerator_only:
         collectives.dist.get_backend_config = lambda handle: "cuda:nccl"
-        real = collectives.control
+        real = collectives.host_group
 
-        def control(*arguments: Any) -> Any:
+        def host_group(*arguments: Any) -> Any:
             used.append(real(*arguments))
             return used[-1]
 
-        collectives.control = control
+        collectives.host_group = host_group
     engine = engine_of(config(stage, world))
     train(engine, 0, 4, rank, world)
     assert bool(used) == accelerator_only and len({id(group) for group in used}) == bool(used)

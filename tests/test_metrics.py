@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, ds
 from adafisher_dist.comm import collectives
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.numerics.factors import condition_number
 from adafisher_dist.numerics.packing import pack, unpack
 from adafisher_dist.stepping import metrics
@@ -233,13 +233,13 @@ def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -
 def count_collectives(rank: int, world: int) -> list[int]:
     """How many collectives of the control group each step makes."""
     count = [0]
-    gather = Control.gather
+    gather = HostGroup.gather
 
-    def counted(self: Control, value: Any) -> Any:
+    def counted(self: HostGroup, value: Any) -> Any:
         count[0] += 1
         return gather(self, value)
 
-    Control.gather = counted  # type: ignore[method-assign]
+    HostGroup.gather = counted  # type: ignore[method-assign]
     module = model(torch.float32)
     optimizer = AdaFisher(module.parameters(), **SETTINGS)
     optimizer.report_metrics(lambda step, found: None, 3)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 
 T = TypeVar("T")
 
 
-def run_on_all_ranks(control: Control, work: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(hosts: HostGroup, work: Callable[[], T]) -> list[T]:
     """What `work` returns on each rank, in the order of the ranks; it may not call a collective.
 
     Raises:
@@ -19,9 +19,9 @@ def run_on_all_ranks(control: Control, work: Callable[[], T]) -> list[T]:
         CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did not come, or no
             further, within the timeout of the process group.
     """
-    with control.at_work():
+    with hosts.at_work():
         value, error = attempt(work)
-    answers = control.gather((value, None if error is None else f"{type(error).__name__}: {error}"))
+    answers = hosts.gather((value, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):

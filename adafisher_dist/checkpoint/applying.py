@@ -20,7 +20,7 @@ from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.targets import CheckpointTarget
-from adafisher_dist.comm.control_group import beat
+from adafisher_dist.comm.host_groups import beat
 from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
 from adafisher_dist.settings import StateConfig, state_config, step_settings
 from adafisher_dist.state.shard import Shard
@@ -28,7 +28,7 @@ from adafisher_dist.state.shard import Shard
 
 def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: Checked) -> None:
     """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
-    control, manifest = target.control, opened.manifest
+    hosts, manifest = target.hosts, opened.manifest
     shards: list[Shard] = []
     wanted: list[Range] = []
 
@@ -52,12 +52,12 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
 
     if options.states:
         target.access.begin_load()
-    run_on_all_ranks(control, prepare)
+    run_on_all_ranks(hosts, prepare)
     _read(opened, wanted, target)
     if target.wrapper is not None and options.weights:
         layouts.refresh_module(target.wrapper)
     try:
-        run_on_all_ranks(control, finish)
+        run_on_all_ranks(hosts, finish)
     except Exception:
         target.access.mark_incomplete()
         raise
@@ -133,21 +133,21 @@ def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
 
 
 def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget) -> None:
-    control, planner = target.control, RangeLoadPlanner(wanted)
-    reader, problem = ShardReader(opened, control), None
+    hosts, planner = target.hosts, RangeLoadPlanner(wanted)
+    reader, problem = ShardReader(opened, hosts), None
     try:
-        dcp.load({}, storage_reader=reader, planner=planner, process_group=control.handle)
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=hosts.handle)
     except CheckpointException as failure:
         problem = explain(failure)
     except Exception as error:  # another rank is gone, say
-        problem = control.explain(error)
+        problem = hosts.explain(error)
     if problem is not None:
         target.access.mark_incomplete()
         raise CheckpointError(
             f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
             " a checkpoint before the next step."
         )
-    run_on_all_ranks(control, planner.check_complete)
+    run_on_all_ranks(hosts, planner.check_complete)
 
 
 def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:

@@ -143,8 +143,8 @@ def load_with_deepspeed(
         )
 
     there = attempt(lambda: place().find())[0] is not None
-    if not any(target.control.gather(there)):
-        return foreign.load(original, engine, target.control, root, name, flags)
+    if not any(target.hosts.gather(there)):
+        return foreign.load(original, engine, target.hosts, root, name, flags)
     if flags["custom_load_fn"] is not None:
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]
@@ -183,7 +183,7 @@ def _same_tag(target: CheckpointTarget, tag: Any, engine: Any) -> str:
     Raises:
         ValueError: the ranks give different ones, or it names no folder inside of that of the checkpoints.
     """
-    tags = target.control.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
+    tags = target.hosts.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
         raise ValueError(f"The ranks give the checkpoint different tags: {tags}.")
     return _inside(tags[0])
@@ -217,7 +217,7 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
         except ValueError as error:
             raise CheckpointError(f"{root / LATEST} is damaged: {error} Nothing was loaded.") from error
 
-    tags = run_on_all_ranks(target.control, find)
+    tags = run_on_all_ranks(target.hosts, find)
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     if tags[0] is None:

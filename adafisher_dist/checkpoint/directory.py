@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
-from adafisher_dist.comm.control_group import beat
+from adafisher_dist.comm.host_groups import beat
 
 logger = logging.getLogger("adafisher_dist")
 

@@ -20,7 +20,7 @@ import torch
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
 from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 
 # Plain classes of DeepSpeed's own that its files hold besides tensors and Python's values.
 _PLAIN = {
@@ -34,14 +34,14 @@ _RESTRICT, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONL
 
 
 def load(
-    original: Callable[..., Any], engine: Any, control: Control, root: Path, tag: str, flags: Mapping[str, Any]
+    original: Callable[..., Any], engine: Any, hosts: HostGroup, root: Path, tag: str, flags: Mapping[str, Any]
 ) -> Any:
     """Load the weights by DeepSpeed's own function, and with them what else it is asked for. A collective.
 
     Args:
         original: DeepSpeed's load_checkpoint.
         engine: the engine.
-        control: the ranks.
+        hosts: the ranks.
         root: the folder of checkpoints.
         tag: the checkpoint's.
         flags: the other arguments of load_checkpoint.
@@ -50,7 +50,7 @@ def load(
         CheckpointError: on all ranks, before anything changes: the optimizer's state is asked for; there are no files
             for these ranks and this ZeRO stage; or they hold more than plain data.
     """
-    run_on_all_ranks(control, lambda: _check(engine, control, root, tag, flags))
+    run_on_all_ranks(hosts, lambda: _check(engine, hosts, root, tag, flags))
     if engine.zero_optimization_partition_weights():
         # With it DeepSpeed 0.19.8 would look for the weights where stage 3 has none, and load nothing.
         flags = {**flags, "load_optimizer_states": False}
@@ -61,7 +61,7 @@ def load(
     return result
 
 
-def _check(engine: Any, control: Control, root: Path, tag: str, flags: Mapping[str, Any]) -> None:
+def _check(engine: Any, hosts: HostGroup, root: Path, tag: str, flags: Mapping[str, Any]) -> None:
     folder = root / tag
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint {folder}.")
@@ -78,7 +78,7 @@ def _check(engine: Any, control: Control, root: Path, tag: str, flags: Mapping[s
     if not files:
         raise CheckpointError(
             f"{folder} has no file of DeepSpeed's that fits ZeRO stage {engine.zero_optimization_stage()} on"
-            f" {control.size} ranks: its own files resume where they were saved alone. Load there, or take the weights"
+            f" {hosts.size} ranks: its own files resume where they were saved alone. Load there, or take the weights"
             " out of them (DeepSpeed's zero_to_fp32.py). Nothing was changed."
         )
     if stage3 and read_latest(root) != tag:
@@ -88,7 +88,7 @@ def _check(engine: Any, control: Control, root: Path, tag: str, flags: Mapping[s
         )
     if stage3:
         files = [*folder.glob("*_model_states.pt"), *folder.glob("*_optim_states.pt")]
-    for path in sorted(set(files))[control.rank :: control.size] if stage3 else files:
+    for path in sorted(set(files))[hosts.rank :: hosts.size] if stage3 else files:
         _check_file(path)
 
 

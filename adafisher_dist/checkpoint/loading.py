@@ -38,8 +38,8 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    control, began = target.control, time.monotonic()
-    same = control.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
+    hosts, began = target.hosts, time.monotonic()
+    same = hosts.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
     if len(set(same)) > 1:
         raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
     with targets.partitioned(target.wrapper), ExitStack() as stack:
@@ -51,7 +51,7 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         apply(opened, target, options, matched, checked)
     if options.states:
         target.access.end_load()
-    if control.rank == 0:
+    if hosts.rank == 0:
         _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded
 
@@ -91,7 +91,7 @@ def _open_together(
         return str(opened.manifest.about["id"])
 
     for pause in (*PAUSES, None):
-        ids = run_on_all_ranks(target.control, hold)
+        ids = run_on_all_ranks(target.hosts, hold)
         if None not in ids and len(set(ids)) == 1:
             return found[0]
         stack.close()
@@ -108,7 +108,7 @@ def _open_together(
 def _share(manifest: Manifest, target: CheckpointTarget) -> list[str]:
     """The files that this rank checks: each is checked by one."""
     largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].nbytes)
-    return largest_first[target.control.rank :: target.control.size]
+    return largest_first[target.hosts.rank :: target.hosts.size]
 
 
 def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match) -> set[str]:
@@ -116,7 +116,7 @@ def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Opt
     manifest = opened.manifest
     files = opened.files_of(f"value/{number}" for number in range(len(manifest.about["value_tensors"])))
     if options.random:
-        files |= opened.files_of([f"random/{target.control.rank}"])
+        files |= opened.files_of([f"random/{target.hosts.rank}"])
     spans = [(r.key, r.start, r.start + r.numel) for r in targets.weights(target, matched.weights, writing=False)]
     if options.states:
         spans += _spans_of_state(target, matched)
@@ -155,7 +155,7 @@ def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -
     def look() -> list[str]:
         return opened.problems(share, checksums) + opened.problems(opened.held - set(share), checksums=False)
 
-    problems = sorted({problem for answer in run_on_all_ranks(target.control, look) for problem in answer})
+    problems = sorted({problem for answer in run_on_all_ranks(target.hosts, look) for problem in answer})
     if problems:
         raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was changed.")
 
@@ -180,7 +180,7 @@ def _check_together(
         _or_refuse(opened.folder, lambda: tried.attempt(checked.parts))
 
     try:
-        run_on_all_ranks(target.control, compare)
+        run_on_all_ranks(target.hosts, compare)
     except Exception:
         tried.put_back()
         raise
@@ -195,7 +195,7 @@ def _check(
     loaded: Loaded,
     checked: Checked,
 ) -> None:
-    own, key = options.lr_scheduler, f"random/{target.control.rank}"
+    own, key = options.lr_scheduler, f"random/{target.hosts.rank}"
     if options.states:
         checked.settings = dry_run.settings(target, loaded.values["settings"], matched)
     if own is not None and own is not IGNORED and not _scheduler_problems(loaded, options):

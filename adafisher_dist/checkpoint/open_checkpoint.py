@@ -24,7 +24,7 @@ from torch import Tensor
 from adafisher_dist.checkpoint.directory import is_in_place
 from adafisher_dist.checkpoint.manifest import READ, CheckpointError, Chunk, File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
-from adafisher_dist.comm.control_group import beat
+from adafisher_dist.comm.host_groups import beat
 
 PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
 """Seconds before each further try to open a checkpoint that was replaced meanwhile."""

@@ -24,7 +24,7 @@ from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress, as_bytes
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 
 _Place = tuple[str, int, int]  # key, number, start
 
@@ -117,8 +117,8 @@ def _destination(item: ReadItem) -> _Place:
 class ShardReader(StorageReader):
     """Reads from the shards of a checkpoint, which are held open."""
 
-    def __init__(self, opened: OpenCheckpoint, control: Control) -> None:
-        self.opened, self.manifest, self.control = opened, opened.manifest, control
+    def __init__(self, opened: OpenCheckpoint, hosts: HostGroup) -> None:
+        self.opened, self.manifest, self.hosts = opened, opened.manifest, hosts
         self._chunks = {(key, c.start): c for key, tensor in self.manifest.tensors.items() for c in tensor.chunks}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -150,7 +150,7 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
         """Read every item into the tensor that the planner names, converting the dtype where it differs."""
-        with self.control.at_work():
+        with self.hosts.at_work():
             self._read(plan, planner)
         future: Future[None] = Future()
         future.set_result(None)

@@ -26,7 +26,7 @@ from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
-from adafisher_dist.comm.control_group import Control, beat
+from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -115,7 +115,7 @@ def save(
     Raises:
         CheckpointError: see `save_checkpoint`, as for the other errors.
     """
-    control = target.control
+    hosts = target.hosts
     began = time.monotonic()
     about: dict[str, Any] = {}
     found: list[Range] = []
@@ -133,15 +133,15 @@ def save(
 
     saving = Saving(place.folder)
     with targets.partitioned(target.wrapper):
-        ids, kept = zip(*run_on_all_ranks(control, collect), strict=True)
+        ids, kept = zip(*run_on_all_ranks(hosts, collect), strict=True)
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         about["id"] = ids[0]
         if not asynchronous:
-            _write(place, about, found, control, latest, keep_last, began, in_background=False)
+            _write(place, about, found, hosts, latest, keep_last, began, in_background=False)
     if asynchronous:
         _pending.append(saving)
-        saving.start(lambda: _write(place, about, found, control, latest, keep_last, began, in_background=True))
+        saving.start(lambda: _write(place, about, found, hosts, latest, keep_last, began, in_background=True))
     return saving
 
 
@@ -166,7 +166,7 @@ def _about(
         "id": uuid.uuid4().hex,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"adafisher_dist": __version__, "torch": torch.__version__},
-        "world_size": target.control.size,
+        "world_size": target.hosts.size,
         "layout": targets.layout_of(target),
         "step": max((entry["step"] for entry in state.values()), default=0),
         **facts,
@@ -180,7 +180,7 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     """Everything that this rank writes."""
     names = {name: name for name in [*target.parameters, *target.buffers]}
     stored = {name: name for name in names if name not in target.left_out}
-    rank = target.control.rank
+    rank = target.hosts.rank
     found = list(targets.weights(target, stored, writing=True))
     found += targets.state(target, target.access.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
@@ -201,31 +201,31 @@ def _copied(range_: Range) -> Range:
 
 
 def _write(
-    place: CheckpointDirectory, about: Mapping[str, Any], found: Sequence[Range], control: Control, latest: bool,
+    place: CheckpointDirectory, about: Mapping[str, Any], found: Sequence[Range], hosts: HostGroup, latest: bool,
     keep_last: int | None, began: float, in_background: bool,
 ) -> None:  # fmt: skip
-    writer = ShardWriter(place, about, control, latest, in_background)
+    writer = ShardWriter(place, about, hosts, latest, in_background)
     problem: str | None = None
     published: bool | None = False  # None: this rank cannot know
     try:
-        dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=control.handle)
+        dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=hosts.handle)
     except CheckpointException as failure:  # which all ranks are told of
         problem = explain(failure)
         published = any(isinstance(error, PublishedError) for error, _ in failure.failures.values())
     except Exception as error:  # another rank is gone, say
-        problem = control.explain(error)
-        published = writer.published if control.rank == 0 or not writer.handed_over else None
+        problem = hosts.explain(error)
+        published = writer.published if hosts.rank == 0 or not writer.handed_over else None
     if problem is not None:
-        if control.rank == 0 and not published:
+        if hosts.rank == 0 and not published:
             place.discard()
         raise CheckpointError(_what_became(place.folder, about["id"], published, problem.rstrip(".")))
     try:
-        with control.at_work():
-            if control.rank == 0:
+        with hosts.at_work():
+            if hosts.rank == 0:
                 place.clear_away(keep_last)
     except CheckpointError as error:  # another rank is gone, and the checkpoint is there
         raise CheckpointError(_what_became(place.folder, about["id"], True, str(error).rstrip("."))) from error
-    if control.rank == 0:
+    if hosts.rank == 0:
         seconds = time.monotonic() - began
         rate = writer.nbytes / 1e9 / max(seconds, 1e-9)
         logger.info("Saved %s: %.3f GB in %.1f s, %.2f GB/s", place.folder, writer.nbytes / 1e9, seconds, rate)

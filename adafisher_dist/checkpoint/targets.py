@@ -16,7 +16,7 @@ from adafisher_dist.checkpoint import encoding, ranges
 from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.collectives import Group
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts import LocalShard, Storage
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.optimizer.checkpointing import CheckpointAccess
@@ -42,7 +42,7 @@ class CheckpointTarget:
         optimizer: AdaFisher.
         access: to what stands behind it.
         wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
-        control: the ranks that save and load together.
+        hosts: the ranks that save and load together.
         names: of the optimizer's parameters, by their positions.
         parameters: by name; a tied one by its first.
         buffers: the persistent ones, by name; a shared one by its first.
@@ -54,7 +54,7 @@ class CheckpointTarget:
     optimizer: AdaFisher
     access: CheckpointAccess
     wrapper: Any
-    control: Control
+    hosts: HostGroup
     names: Mapping[int, str]
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
@@ -69,11 +69,11 @@ class CheckpointTarget:
 
     def plain_group(self) -> Group:
         """The ranks that plain tensors are the same on."""
-        return Group(None, self.control.rank, self.control.size)
+        return Group(None, self.hosts.rank, self.hosts.size)
 
 
 def collect_target(
-    module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, control: Control
+    module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
 ) -> CheckpointTarget:
     """Name everything.
 
@@ -94,7 +94,7 @@ def collect_target(
             " model that it was built for (after fully_shard, where that is used)."
         )
     names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
-    return CheckpointTarget(module, optimizer, access, wrapper, control, names, parameters, buffers, aliases)
+    return CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
 
 
 def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
@@ -153,7 +153,7 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
     for number, (name, tensor) in enumerate([*target.parameters.items(), *target.buffers.items()]):
         if name in names:
             kind = "weight" if name in target.parameters else "buffer"
-            if kind == "buffer" and writing and held[name].replicated and target.control.rank:
+            if kind == "buffer" and writing and held[name].replicated and target.hosts.rank:
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
             yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing, alone)
@@ -307,7 +307,7 @@ def layout_of(target: CheckpointTarget) -> str:
     storages = [shard.storage for shard in shards] or target.storages()
     if storages:
         return storages[0].layout
-    return "replicated" if target.control.size > 1 else "one process"
+    return "replicated" if target.hosts.size > 1 else "one process"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from adafisher_dist.checkpoint.manifest import (
     dtype_name,
 )
 from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.comm.control_group import Control, beat
+from adafisher_dist.comm.host_groups import HostGroup, beat
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -98,11 +98,11 @@ class ShardWriter(StorageWriter):
     """Writes a rank's file; on the coordinator, the manifest; and publishes the checkpoint."""
 
     def __init__(
-        self, place: CheckpointDirectory, about: Mapping[str, Any], control: Control, latest: bool, in_background: bool
+        self, place: CheckpointDirectory, about: Mapping[str, Any], hosts: HostGroup, latest: bool, in_background: bool
     ) -> None:
         self.place, self.about, self.latest = place, about, latest
-        self.control, self.in_background = control, in_background
-        self.name = f"shard-{control.rank:05d}-of-{control.size:05d}.safetensors"
+        self.hosts, self.in_background = hosts, in_background
+        self.name = f"shard-{hosts.rank:05d}-of-{hosts.size:05d}.safetensors"
         self.nbytes = 0
         """Of all files, on the coordinator, when it is published."""
         self.handed_over = False
@@ -115,7 +115,7 @@ class ShardWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Make the folder, before any rank writes: they first send their plans to the coordinator."""
-        with self.control.at_work():
+        with self.hosts.at_work():
             if is_coordinator:
                 self.place.prepare()
 
@@ -134,7 +134,7 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         """Write this rank's ranges, one at a time."""
         future: Future[list[WriteResult]] = Future()
-        with self.control.at_work():
+        with self.hosts.at_work():
             results = self._write(plan.items, planner) if plan.items else []
         future.set_result(results)
         self.handed_over = True

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adafisher_dist.comm.control_group import STEP, control
+from adafisher_dist.comm.host_groups import STEP, host_group
 from adafisher_dist.comm.timeouts import meetings
 
 sent: Counter[str] = Counter()
@@ -152,7 +152,7 @@ def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
         RuntimeError: names the ranks that did not come to `purpose`.
     """
     if group.size > 1:
-        handle = group.handle if "cpu" in group.devices else control(sorted(group.members), group.handle).handle
+        handle = group.handle if "cpu" in group.devices else host_group(sorted(group.members), group.handle).handle
         _all_reduce_minimum(values, handle, purpose)
     return values if group.replicas is None else minimum(group.replicas, values, purpose)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adafisher_dist.comm.collectives import Group, join
-from adafisher_dist.comm.control_group import Control, control
+from adafisher_dist.comm.host_groups import HostGroup, host_group
 from adafisher_dist.layouts import flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed_wrappers import (
     PartOfStep,
@@ -218,18 +218,18 @@ def mesh_group(given_parameters: GivenParameters) -> Group | None:
     return fsdp2.group_of(mesh)
 
 
-def control_of(
+def host_group_of(
     given_parameters: GivenParameters, process_group: ProcessGroup | None, purpose: str, error: type[Exception]
-) -> Control:
+) -> HostGroup:
     """The ranks that save and load together: of the device mesh where there is one, else of the process group.
 
-    See `control` for `purpose` and `error`.
+    See `host_group` for `purpose` and `error`.
     """
     mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
     if mesh is not None:
-        return control(mesh.mesh.flatten().tolist(), None, purpose, error)
+        return host_group(mesh.mesh.flatten().tolist(), None, purpose, error)
     ranks = None if process_group is None else sorted(join(process_group).members)
-    return control(ranks, process_group, purpose, error)
+    return host_group(ranks, process_group, purpose, error)
 
 
 def check_parameter(tensor: Tensor, name: str) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adafisher_dist import layouts
-from adafisher_dist.comm.control_group import Control
+from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts import Storage
 from adafisher_dist.layouts.storage import ParameterInfo
+from adafisher_dist.optimizer.consolidated import as_dtensors
 from adafisher_dist.state.shard import Shard
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ class CheckpointAccess:
         """Where their state is; counters are right."""
         return self._registry.shards
 
-    def hosts(self, purpose: str, error: type[Exception]) -> Control:
-        """The ranks that save and load together; see `control_group.control`."""
-        return layouts.control_of(self._registry.given_parameters, self._registry.process_group, purpose, error)
+    def hosts(self, purpose: str, error: type[Exception]) -> HostGroup:
+        """The ranks that save and load together; see `host_groups.control`."""
+        return layouts.host_group_of(self._registry.given_parameters, self._registry.process_group, purpose, error)
 
     def storages_of(self, tensors: Sequence[Tensor], wrapper: Any) -> list[Storage]:
         """What is stored where in the parameters, or in what a DeepSpeed wrapper has put in their place."""
@@ -65,7 +66,7 @@ class CheckpointAccess:
 
     def whole_state(self) -> dict[int, dict[str, Tensor]]:
         """By the id of each stored tensor, its state as DTensors, where ranks hold parts. A collective."""
-        return self._registry.as_dtensors()
+        return as_dtensors(self._registry)
 
     # ---- a load ----
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.consistency import raise_if_any_failed
 
 Entries = dict[int, dict[str, Tensor]]  # by the id of the stored tensor
@@ -67,7 +68,7 @@ def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None
         RuntimeError: this rank holds a part, and the whole was not consolidated.
     """
     if registry.is_sharded:
-        return Consolidated(registry.as_dtensors())
+        return Consolidated(as_dtensors(registry))
     registry.init_missing_shards()
     registry.sync_user_state(registry.shards)
     if known is not None and known.on_rank is not None:
@@ -88,3 +89,44 @@ def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None
                 " adafisher_dist.OptimizerState(model, optimizer), which is saved in parts."
             )
     return Consolidated(entries)
+
+
+def as_dtensors(registry: ParameterRegistry) -> Entries:
+    """The whole state as DTensors, by the id of the stored tensor. A collective.
+
+    Raises:
+        RuntimeError: on all ranks: one of them has no room for it, or the layout cannot be cut so.
+    """
+    errors = DeferredErrors()
+    rooms: Entries = {}
+
+    def make_room() -> None:
+        registry.init_missing_shards()
+        registry.sync_user_state(registry.shards)
+        _check_one_each(registry.shards)
+        for shard, index, tensor in registry.current_tensors():
+            if shard.storage.on_ranks:
+                rooms[id(tensor)] = state_dicts.dtensor_room(shard, index)
+
+    errors.attempt(make_room)
+    raise_if_any_failed(registry.ranks(), errors, "to make room for the whole state")
+    return {
+        id(tensor): state_dicts.as_dtensors(shard, index, rooms[id(tensor)])
+        if shard.storage.on_ranks
+        else dict(shard.views[index])
+        for shard, index, tensor in registry.current_tensors()
+    }
+
+
+def _check_one_each(shards: list[Shard]) -> None:
+    """Refuse a state that torch's checkpoint functions cannot carry.
+
+    Raises:
+        RuntimeError: a tensor holds pieces of several parameters.
+    """
+    for shard in shards:
+        if not shard.storage.one_each:
+            raise RuntimeError(
+                f"torch.distributed.checkpoint cannot carry AdaFisher's state under {shard.storage.layout}, and would"
+                " save one rank's part for all. Use adafisher_dist.ds.save_checkpoint and load_checkpoint."
+            )

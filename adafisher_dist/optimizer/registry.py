@@ -18,7 +18,6 @@ from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.settings import state_config
 from adafisher_dist.state.shard import Shard, build
-from adafisher_dist.stepping.consistency import raise_if_any_failed
 from adafisher_dist.stepping.metrics import Meter
 from adafisher_dist.stepping.step import Stepper
 
@@ -239,32 +238,6 @@ class ParameterRegistry:
         self.stepper.drop(unused)
         self.prebuilt = []
 
-    def as_dtensors(self) -> dict[int, dict[str, Tensor]]:
-        """The whole state as DTensors, by the id of the stored tensor. A collective.
-
-        Raises:
-            RuntimeError: on all ranks: one of them has no room for it, or the layout cannot be cut so.
-        """
-        errors = DeferredErrors()
-        rooms: dict[int, dict[str, Tensor]] = {}
-
-        def make_room() -> None:
-            self.init_missing_shards()
-            self.sync_user_state(self.shards)
-            _check_one_each(self.shards)
-            for shard, index, tensor in self.current_tensors():
-                if shard.storage.on_ranks:
-                    rooms[id(tensor)] = state_dicts.dtensor_room(shard, index)
-
-        errors.attempt(make_room)
-        raise_if_any_failed(self.ranks(), errors, "to make room for the whole state")
-        return {
-            id(tensor): state_dicts.as_dtensors(shard, index, rooms[id(tensor)])
-            if shard.storage.on_ranks
-            else dict(shard.views[index])
-            for shard, index, tensor in self.current_tensors()
-        }
-
     def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
         """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)
@@ -351,17 +324,3 @@ class ParameterRegistry:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _check_one_each(shards: list[Shard]) -> None:
-    """Refuse a state that torch's checkpoint functions cannot carry.
-
-    Raises:
-        RuntimeError: a tensor holds pieces of several parameters.
-    """
-    for shard in shards:
-        if not shard.storage.one_each:
-            raise RuntimeError(
-                f"torch.distributed.checkpoint cannot carry AdaFisher's state under {shard.storage.layout}, and would"
-                " save one rank's part for all. Use adafisher_dist.ds.save_checkpoint and load_checkpoint."
-            )

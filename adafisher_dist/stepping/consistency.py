@@ -16,8 +16,8 @@ from torch import Tensor
 from adafisher_dist.blocks import sharding
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
-from adafisher_dist.comm.control_group import STEP
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.comm.host_groups import STEP
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.inputs import Inputs
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group, Waits
-from adafisher_dist.comm.control_group import control
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.comm.host_groups import host_group
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.block_step import damping
 from adafisher_dist.numerics.factors import FALLBACKS, condition_number
@@ -146,7 +146,7 @@ class Meter:
         self._attempt(self._read)
         step, measured = self._step, self._measured
         self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
-        ranks = control(sorted(group.members), group.handle).gather(measured) if group.size > 1 else [measured]
+        ranks = host_group(sorted(group.members), group.handle).gather(measured) if group.size > 1 else [measured]
         if not group.is_first:
             return
         problems = [f"rank {number}: {rank.problem}" for number, rank in enumerate(ranks) if rank.problem is not None]

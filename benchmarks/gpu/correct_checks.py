@@ -83,7 +83,7 @@ def batch(step: int, here: Here) -> tuple[Tensor, Tensor]:
 
 def same_on_all(found: Arrays, here: Here) -> None:
     """Raise where ranks hold other weights. A collective."""
-    prints = collectives.control(None).gather([value.tobytes() for value in found.values()])
+    prints = collectives.host_group(None).gather([value.tobytes() for value in found.values()])
     assert all(other == prints[0] for other in prints), f"the weights on this rank, {here.rank}, or on others differ"
 
 
@@ -605,8 +605,8 @@ def communication(here: Here, group: Callable[[Here], Any] = lambda here: None) 
         collectives.measure_waits(None)
     seconds = waits.seconds()
     assert 0 < seconds < TIMEOUT, seconds
-    again = collectives.control(None)
-    assert again.gather(here.rank) == list(range(here.world)) and collectives.control(None) is again
+    again = collectives.host_group(None)
+    assert again.gather(here.rank) == list(range(here.world)) and collectives.host_group(None) is again
     assert real.members == frozenset(range(here.world))
     return f"{real.devices}: waited {1e3 * seconds:.2f} ms in all"
 

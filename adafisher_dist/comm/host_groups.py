@@ -25,7 +25,7 @@ STEP = "a step of AdaFisher"
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class HostGroup:
     """The ranks that save and load together, or whose hosts agree in a step, and a gloo group of their own for that.
 
     It is apart from the groups that training uses, so that a save can go on in the background. `handle` is None for
@@ -94,9 +94,9 @@ class _Rounds:
     that comes to no beat lets the others wait in the collective, which has the timeout of the process group.
     """
 
-    def __init__(self, control: Control) -> None:
-        assert control.handle is not None
-        self._control, self._meetings = control, meetings(control.handle)
+    def __init__(self, hosts: HostGroup) -> None:
+        assert hosts.handle is not None
+        self._hosts, self._meetings = hosts, meetings(hosts.handle)
         self._interval = min(1.0, self._meetings.timeout / 10)
         self._began = monotonic()
         self._all_done = torch.zeros((), dtype=torch.int64)
@@ -122,16 +122,16 @@ class _Rounds:
 
     def _start(self, done: int) -> None:
         if self._meetings.failure is not None:  # the group cannot be used any more
-            raise self._control.error(self._meetings.failure)
+            raise self._hosts.error(self._meetings.failure)
         self._began = monotonic()
         self._meetings.begin()
         self._all_done.fill_(done)
-        self._open = dist.all_reduce(self._all_done, dist.ReduceOp.MIN, self._control.handle, async_op=True)
+        self._open = dist.all_reduce(self._all_done, dist.ReduceOp.MIN, self._hosts.handle, async_op=True)
 
     def _end(self) -> bool:
         """Wait for the others to come to the collective; whether all are done."""
         opened, self._open = self._open, None
-        self._meetings.wait(opened, self._control.purpose, self._control.error, under_way=self._ended > 0)
+        self._meetings.wait(opened, self._hosts.purpose, self._hosts.error, under_way=self._ended > 0)
         self._ended += 1
         return bool(self._all_done)
 
@@ -140,7 +140,7 @@ _here = threading.local()  # an asynchronous save works beside the training
 
 
 def beat() -> None:
-    """Tell the ranks that wait for this one's work (`Control.at_work`) that it goes on; does not wait for them.
+    """Tell the ranks that wait for this one's work (`HostGroup.at_work`) that it goes on; does not wait for them.
 
     Raises:
         Exception: another rank was lost, so that the work is in vain.
@@ -151,16 +151,16 @@ def beat() -> None:
 
 
 _Key = tuple[str, tuple[int, ...], float]  # purpose, global ranks, timeout
-_controls: dict[_Key, tuple[Any, Control]] = {}  # beside the world that they are of
+_host_groups: dict[_Key, tuple[Any, HostGroup]] = {}  # beside the world that they are of
 
 
-def control(
+def host_group(
     ranks: Sequence[int] | None,
     stands_for: dist.ProcessGroup | None = None,
     purpose: str = STEP,
     error: type[Exception] = RuntimeError,
-) -> Control:
-    """The control group of these global ranks, by default of all. A collective of theirs, the first time.
+) -> HostGroup:
+    """The group of the hosts of these global ranks, by default of all. A collective of theirs, the first time.
 
     Args:
         ranks: the global numbers.
@@ -173,14 +173,14 @@ def control(
         Exception: `error`: names the ranks that did not come to make it.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return Control(None, 0, 1, purpose, error)
+        return HostGroup(None, 0, 1, purpose, error)
     everyone = range(dist.get_world_size())
     members = tuple(sorted(ranks) if ranks is not None else everyone)  # new_group sorts them too
     if dist.get_rank() not in members:
         raise ValueError(f"This is rank {dist.get_rank()}, and only the ranks {list(members)} share the parameters.")
     timeout = timeout_of(stands_for)
     key = purpose, members, timeout
-    world, known = _controls.get(key, (None, None))
+    world, known = _host_groups.get(key, (None, None))
     # One that has lost a rank cannot be used again; if all ranks are there after all, they make another one.
     if known is None or world is not dist.group.WORLD or meetings(known.handle).failure is not None:
         leave = assemble(members, purpose, timeout, error)
@@ -191,7 +191,7 @@ def control(
                 backend="gloo",
                 use_local_synchronization=len(members) < len(everyone),
             )
-            known = Control(handle, members.index(dist.get_rank()), len(members), purpose, error)
+            known = HostGroup(handle, members.index(dist.get_rank()), len(members), purpose, error)
             with known.at_work():  # all have made it
                 pass
         except RuntimeError as problem:
@@ -201,5 +201,5 @@ def control(
             ) from problem
         finally:
             leave()
-        _controls[key] = dist.group.WORLD, known
+        _host_groups[key] = dist.group.WORLD, known
     return known

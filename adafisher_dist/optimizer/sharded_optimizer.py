@@ -1,0 +1,201 @@
+"""What torch.optim asks of an optimizer whose state lies in shards: param groups, state dicts, copies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from adafisher_dist import layouts
+from adafisher_dist.adamw_keys import translate_group
+from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.optimizer.consolidated import Consolidated, consolidate, for_torch_checkpoint
+from adafisher_dist.optimizer.notices import Notices
+from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.optimizer.restoring import completed, shards_with
+from adafisher_dist.settings import OF_ALL_GROUPS, normalize
+from adafisher_dist.state.shard import Shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # noqa: TID251 (a type)
+    from torch.optim.optimizer import ParamsT
+
+
+class ShardedOptimizer(Optimizer):
+    """Of AdaFisher, all but its settings, its step, and what it tells of itself."""
+
+    # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
+    _state_is_elsewhere = False
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: ProcessGroup | None) -> None:
+        self._begin(process_group)
+        super().__init__(params, defaults)
+
+    def _begin(self, process_group: ProcessGroup | None) -> None:
+        self._registry = ParameterRegistry(self, process_group)
+        self._notices = Notices(self._registry)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._registry.forget_shards(self._registry.stepper.meter)
+        self._consolidated: Consolidated | None = None  # since the last step
+        self._notices.told_of_no_gradients = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; its settings may differ from the defaults, except fisher_dtype and memory_budget_gb.
+
+        Raises:
+            TypeError: a parameter is complex, or not floating-point; a setting has the wrong type.
+            ValueError: a setting is out of bounds, looks misspelt, or asks for what AdaFisher does not do.
+            UnsupportedLayoutError: a parameter's layout is not supported.
+        """
+        notice = None
+        if isinstance(param_group, dict):
+            param_group, notice = translate_group(param_group, self.defaults)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            normalize(group)
+            for key in OF_ALL_GROUPS:
+                if group[key] != self.defaults[key]:
+                    raise ValueError(
+                        f"{key} is one for the whole optimizer ({self.defaults[key]}), but a param group asks for"
+                        f" {group[key]}. Use two optimizers."
+                    )
+            self._registry.check(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._registry.register(len(self.param_groups) - 1)
+        self._notices.betas(notice)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim has it; see `optimizer.state_dicts` for the keys.
+
+        In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must
+        have been called, on all ranks, since the last step. Under ZeRO and FSDP2 it is this rank's part, and says so.
+
+        Raises:
+            RuntimeError: the state is sharded and was not consolidated.
+        """
+        self._registry.stepper.check_complete()
+        if self._state_is_elsewhere:
+            return state_dicts.without_state(super().state_dict()["param_groups"])
+        self._registry.sync_param_groups()
+        if layouts.is_called_by_torch_checkpoint():
+            return self._with_state(for_torch_checkpoint(self._registry, self._consolidated))
+        self._registry.sync_user_state(self._registry.shards)
+        shards = self._registry.shards
+        if state_dicts.is_partial(shards) or not any(shard.storage.group.size > 1 for shard in shards):
+            self._consolidated = None
+            return {**super().state_dict(), state_dicts.META: state_dicts.describe(shards)}
+        if self._consolidated is None:
+            raise RuntimeError(
+                "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
+                " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
+                " rank that saves."
+            )
+        return self._with_state(self._consolidated)
+
+    def _with_state(self, whole: Consolidated) -> dict[str, Any]:
+        """A state dict with this state in the place of the optimizer's own."""
+        own = self.state
+        try:  # the base class packs whatever `state` holds
+            chosen = {tensor: whole.entries[id(tensor)] for tensor in own if id(tensor) in whole.entries}
+            self.state = type(own)(dict, chosen)
+            result = super().state_dict()
+        finally:
+            self.state = own
+        return {**result, state_dicts.META: whole.about}
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
+
+        A collective: all ranks of the process group must call it, and `to` is a rank of that group. The copy is dropped
+        by the next step. On the other ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
+
+        Raises:
+            ValueError: the group has no rank `to`.
+            RuntimeError: on all ranks: one of them has no room for it; or the parameters themselves are sharded
+                (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come within the timeout of the process
+                group.
+        """
+        self._registry.stepper.check_complete()
+        self._registry.sync_param_groups()
+        self._registry.sync_user_state(self._registry.shards)
+        self._consolidated = consolidate(self._registry, to)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; bit for bit where the layout is the same.
+
+        A whole state dict loads on any number of ranks of the replicated layout: each rank takes its own blocks.
+        Settings of the param groups are restored too, as in torch.optim. Nothing changes if an error is raised.
+
+        Raises:
+            ValueError: the state does not fit the parameters, or is one rank's part of another layout.
+        """
+        prepared: list[Shard] = []
+
+        def prepare_load(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            prepared.extend(shards_with(self._registry, saved))
+            return {**saved, "state": {}, "param_groups": completed(self._registry, saved["param_groups"])}
+
+        def install(_: Optimizer) -> None:
+            self._reset()
+            self.defaults |= {key: self.param_groups[0][key] for key in OF_ALL_GROUPS}
+            self._registry.groups = self.param_groups
+            for shard in prepared:
+                self._registry.install(shard)
+
+        # As hooks, so that the user's own hooks see what they would with any other optimizer.
+        before = self.register_load_state_dict_pre_hook(prepare_load)
+        after = self.register_load_state_dict_post_hook(install, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle.
+
+        Raises:
+            RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
+        """
+        if self._registry.process_group is not None or any(
+            shard.storage.group.size > 1 for shard in self._registry.shards
+        ):
+            raise RuntimeError(
+                "An AdaFisher that shares its blocks with other ranks cannot be copied or pickled: this rank holds only"
+                " a part. Use consolidate_state_dict() and state_dict()."
+            )
+        self._registry.sync_user_state(self._registry.shards)
+        # Copies: a view would drag along the whole batch that it is a part of.
+        own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
+        return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        """From copy, pickle, and torch's own load_state_dict."""
+        saved = dict(saved)
+        skipped = saved.pop("skipped_steps", None)
+        if skipped is not None:  # a copy: the tensors are new, and its state waits in `state` for the next step
+            self._begin(None)
+            self._registry.stepper.skipped = skipped
+        super().__setstate__(saved)
+        if skipped is not None:
+            self._registry.register_all()
+            layouts.register_with_deepspeed(self, built=False)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped for a gradient that was not finite or too large to square.
+
+        Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here; this waits for it.
+        """
+        self._registry.stepper.resolve_pending()
+        return self._registry.stepper.skipped
+
+    def reset_state(self) -> None:
+        """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
+        self.state.clear()
+        self._reset()
