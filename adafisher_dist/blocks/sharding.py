@@ -36,8 +36,8 @@ class TensorPiece:
 class Route:
     """How one rank's gradients reach the owners of their blocks; read backwards, how the updates come back.
 
-    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer, `receive` enters this rank's
-    flat buffer; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
+    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer, `receive` enters this
+    rank's; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
     """
 
     local: tuple[TensorPiece, ...]
@@ -65,7 +65,7 @@ class Assignment:
 
 
 def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], replicated: bool) -> Assignment:
-    """Equal runs of row groups where every rank stores everything; otherwise each row group to who stores its first element."""
+    """Equal runs of row groups where every rank stores everything; otherwise each to who stores its first element."""
     owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [cut(spans, grids, parts) for spans in owned]

@@ -168,7 +168,8 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
     if own not in (CHECKPOINT_FORMAT, WEIGHTS_ONLY):
         remedy = "update" if own > CHECKPOINT_FORMAT else "load it with the version that saved it, an older"
         raise CheckpointError(
-            f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT}: {remedy} adafisher_dist."
+            f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT}: {remedy}"
+            " adafisher_dist."
         )
     manifest = _parse(content)
     _check(path, manifest)

@@ -83,15 +83,15 @@ _MARKS = {
 
 
 def storages(
-    optimizer: Optimizer, tensors: Sequence[Tensor], given_parameters: GivenParameters, process_group: ProcessGroup | None,
-    wrapper: Any = None,
+    optimizer: Optimizer, tensors: Sequence[Tensor], given_parameters: GivenParameters,
+    process_group: ProcessGroup | None, wrapper: Any = None,
 ) -> list[Storage]:  # fmt: skip
     """What is stored where, for tensors that stand in the optimizer's param groups. Alike on all ranks; no collective.
 
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
         tensors: the tensors.
-        given_parameters: which parameters the user gave to the optimizer, as opposed to what a wrapper put in their place.
+        given_parameters: which the user gave to the optimizer, as opposed to what a wrapper put in their place.
         process_group: the user's, for the replicated layout.
         wrapper: the DeepSpeed object that put the tensors there, where it is known; else it is the one that calls.
 

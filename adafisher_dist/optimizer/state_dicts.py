@@ -110,13 +110,14 @@ def check_format(saved: Mapping[str, Any]) -> None:
     meta = meta or {}
     if meta.get("format", STATE_DICT_FORMAT) > STATE_DICT_FORMAT:
         raise ValueError(
-            f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to {STATE_DICT_FORMAT};"
-            " update adafisher_dist."
+            f"This state dict has format {meta['format']}, and this version of adafisher_dist reads up to"
+            f" {STATE_DICT_FORMAT}; update adafisher_dist."
         )
     if meta.get("format", STATE_DICT_FORMAT) < STATE_DICT_FORMAT:
         raise ValueError(
             f"This state dict has format {meta['format']}, whose Fisher blocks are cut and weighed otherwise; this"
-            f" version of adafisher_dist reads {STATE_DICT_FORMAT}. Load it with the version that saved it, an older one."
+            f" version of adafisher_dist reads {STATE_DICT_FORMAT}. Load it with the version that saved it, an older"
+            " one."
         )
     if meta.get("part") == "beside":
         raise ValueError(

@@ -93,8 +93,8 @@ def export_weights(
 
 
 def _export(
-    opened: OpenCheckpoint, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, standing: Sequence[Path], verify: bool,
-    bar: Bar,
+    opened: OpenCheckpoint, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, standing: Sequence[Path],
+    verify: bool, bar: Bar,
 ) -> list[Path]:  # fmt: skip
     _check(opened, verify, bar)
     shards = _cut(_outputs(opened.manifest, dtype), max_shard_bytes)
