@@ -72,8 +72,8 @@ def match(
         raise CheckpointError(
             f"The checkpoint's optimizer state is of adafisher_dist {manifest.about['versions'].get('adafisher_dist')}"
             f" (format {manifest.format}; this version's is {CHECKPOINT_FORMAT}), whose Fisher blocks are cut and"
-            " weighed otherwise: it would not mean the same here. Load the weights alone (load_optimizer_states=False of"
-            " DeepSpeed's load_checkpoint, or a file made by `adafisher_dist export`), or go on with that version."
+            " weighed otherwise: it would not mean the same here. Load the weights alone (load_optimizer_states=False"
+            " of DeepSpeed's load_checkpoint, or a file made by `adafisher_dist export`), or go on with that version."
             " Nothing was changed."
         )
     found = Match()

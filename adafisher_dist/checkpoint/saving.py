@@ -99,7 +99,8 @@ def _report_at_exit() -> None:
 
 def save(
     place: CheckpointDirectory, target: CheckpointTarget, facts: Mapping[str, Any],
-    extra: Callable[[], Mapping[str, Any]], keep_last: int | None = None, asynchronous: bool = False, latest: bool = True,
+    extra: Callable[[], Mapping[str, Any]], keep_last: int | None = None, asynchronous: bool = False,
+    latest: bool = True,
 ) -> Saving:  # fmt: skip
     """Save to a place. A collective; the caller has waited for the last save.
 
