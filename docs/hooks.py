@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.files import File, Files
+from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = ("DESIGN.md", "LOG.md", "CHANGELOG.md")

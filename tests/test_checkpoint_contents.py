@@ -51,7 +51,7 @@ def trained(module: nn.Module | None = None, count: int = 4, **settings: Any) ->
 
 
 def state(optimizer: AdaFisher) -> dict[str, Tensor]:
-    names = {id(t): given.name for t, given in optimizer._registry.given_parameters.given()}
+    names = {id(t): given.name for t, given in optimizer._registry.given_parameters.items()}
     return {
         f"{names[id(p)]}/{key}": lower(key, value)
         for p, entry in optimizer.state.items()

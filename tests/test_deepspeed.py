@@ -210,4 +210,4 @@ def test_a_script_that_never_imports_us() -> None:
     script = SCRIPT.replace('MASTER_PORT="0"', 'MASTER_PORT="29617"')
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "adafisher_dist.optimizer 1" in done.stdout
+    assert "adafisher_dist.optimizer.adafisher 1" in done.stdout

@@ -365,12 +365,12 @@ def one_rank_fails(rank: int, world: int) -> None:
     steps(module, optimizer, 0, 2, rank, world)
     right = held(module, optimizer)
     saved = get_optimizer_state_dict(module, optimizer)
-    make_room = state_dicts.spread_room
+    make_room = state_dicts.dtensor_room
     if rank == 1:
-        state_dicts.spread_room = no_room
+        state_dicts.dtensor_room = no_room
     with pytest.raises((MemoryError, RuntimeError), match=r"no room|rank 1 failed to make room"):
         get_optimizer_state_dict(module, optimizer)
-    state_dicts.spread_room = make_room
+    state_dicts.dtensor_room = make_room
     name, key = "inner.weight", "step"
     good = saved["state"][name][key]
     if rank == 1:

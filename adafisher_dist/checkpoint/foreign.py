@@ -69,9 +69,9 @@ def _check(engine: Any, hosts: HostGroup, root: Path, tag: str, flags: Mapping[s
         raise CheckpointError(
             f"{folder} holds no state of AdaFisher: it has no {SUBFOLDER}/{MANIFEST}. If another optimizer saved it,"
             " load with load_optimizer_states=False (weights, learning rate schedule, counters) or"
-            " load_module_only=True (weights); where a library calls engine.load_checkpoint, as Hugging Face's resume_from_checkpoint does,"
-            " load the weights into the model beforehand (from_pretrained). If AdaFisher saved it, that folder is lost:"
-            " copy it again, or take another checkpoint. Nothing was changed."
+            " load_module_only=True (weights); where a library calls engine.load_checkpoint, as Hugging Face's"
+            " resume_from_checkpoint does, load the weights into the model beforehand (from_pretrained). If AdaFisher"
+            " saved it, that folder is lost: copy it again, or take another checkpoint. Nothing was changed."
         )
     stage3 = engine.zero_optimization_partition_weights()
     files = [Path(path) for path in engine._get_all_ckpt_names(str(root), tag)]
