@@ -46,7 +46,7 @@ def blocks() -> Figure:
     left.set_title(f"a weight of {ROWS} rows of L = {LENGTH}: block_size=16, rows_per_block=8", fontsize=10)
     left.text(LENGTH / 2, ROWS + 2.2, "a row: all that feeds one output", ha="center")
     left.annotate("", (0, ROWS + 0.8), (LENGTH, ROWS + 0.8), arrowprops={"arrowstyle": "<->", "color": INK})
-    left.text(-1, ROWS / 2, "a slab: 8 rows,\nnever shared out", ha="right", va="center")
+    left.text(-1, ROWS / 2, "a row group: 8 rows,\nnever shared out", ha="right", va="center")
     right.set_aspect("equal")
     right.set_axis_off()
     size, rows = grid.columns, grid.rows
@@ -66,7 +66,7 @@ def blocks() -> Figure:
 
 
 def ranks() -> Figure:
-    """Who owns which slabs: where all ranks hold everything, and where each holds a part."""
+    """Who owns which row groups: where all ranks hold everything, and where each holds a part."""
     world = 4
     grid = make_grid((ROWS, LENGTH), 16, 4, "rows", None)
     numel = [ROWS * LENGTH]
@@ -74,7 +74,7 @@ def ranks() -> Figure:
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2)
     for axes, stored_spans, replicated, title in (
-        (left, everywhere, True, "DDP, ZeRO-0: equal runs of slabs"),
+        (left, everywhere, True, "DDP, ZeRO-0: equal runs of row groups"),
         (right, _cut_by_partitions(numel[0], world), False, "ZeRO-1 to 3, FSDP2: where its first element is"),
     ):
         assignment = sharding.assign([grid], stored_spans, replicated)
@@ -88,7 +88,7 @@ def ranks() -> Figure:
 
 
 def _cut_by_partitions(numel: int, world: int) -> list[list[StoredSpan]]:
-    """Partitions that cut slabs: as if another parameter of 70 elements lay before this one in the flat buffer."""
+    """Partitions that cut row groups: as if another parameter of 70 elements lay before this one in the flat buffer."""
     offset = 70
     length = -(-(numel + offset) // world)
     return [list(places) for places in placement.in_partitions([offset], [numel], length, world)]
@@ -103,7 +103,7 @@ def step() -> Figure:
     axes.set_ylim(0, 30)
     boxes = (
         ("agree", "all gradients finite?\nall ranks alike?", "#E4E8EF"),
-        ("to the owners", "what of a slab lies\non another rank", "#F3DFC9"),
+        ("to the owners", "what of a row group lies\non another rank", "#F3DFC9"),
         ("compute", "each rank its blocks:\nw, F, $A^{-1/2}$, polar, U", "#CFE3D4"),
         ("and back", "new weights, or\npieces of the update", "#F3DFC9"),
         ("settle", "did every rank\ndo its part?", "#E4E8EF"),

@@ -1,6 +1,6 @@
 """AdaFisher as DESIGN.md section 2 words it, in plain numpy: one process, float64, a loop over blocks, no cleverness.
 
-Every fast path of the package is compared with this file, so it shares no line with the package. It walks no ladder:
+Every fast path of the package is compared with this file, so it shares no line with the package. It has no fallbacks:
 a block that cannot be inverted is an error here.
 """
 
@@ -37,7 +37,7 @@ def row_groups(
     shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
     max_blocks: int | None = None,
 ) -> list[list[list[range]]]:  # fmt: skip
-    """What a parameter is cut into: slabs of blocks of vectors, each a range of its row-major flattening."""
+    """What a parameter is cut into: row groups of blocks of vectors, each a range of its row-major flattening."""
     n = math.prod(shape)
     if n == 0:
         return []

@@ -1,4 +1,4 @@
-"""A fault of one rank alone reaches all ranks: nobody waits in a collective, and nobody goes on with half a step."""
+"""An error of one rank alone reaches all ranks: nobody waits in a collective, and nobody goes on with half a step."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def host_verdicts(rank: int, world: int, stage: int, accelerator_only: bool):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_verdicts_where_the_backend_knows_accelerators_alone(stage: int) -> None:
+def test_found_infs_where_the_backend_knows_accelerators_alone(stage: int) -> None:
     there, here = (run_ranks(host_verdicts, 3, stage, alone, timeout=60, deepspeed=True) for alone in (True, False))
     for a, b in zip(there, here, strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in b)

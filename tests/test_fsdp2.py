@@ -168,7 +168,7 @@ def test_settings(settings: dict[str, Any]) -> None:
 
 
 def rows_stay(rank: int, world: int) -> list[bool]:
-    """Shards of whole slabs, here of three rows and a last one of one: nothing travels."""
+    """Shards of whole row groups, here of three rows and a last one of one: nothing travels."""
     module = nn.Sequential(nn.Linear(20, 7, bias=False), nn.Linear(7, 9, bias=False))
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
     optimizer = AdaFisher(module.parameters(), block_size=7, rows_per_block=3)

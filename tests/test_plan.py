@@ -201,4 +201,4 @@ def test_a_large_model_is_planned_in_closed_form() -> None:
     runs = sharding.cut(sharding.whole(grids), grids, 64)
     assert sum(sharding.count(run) for run in runs) == sum(grid.numel for grid in grids)
     work = [sharding.work(run, grids) for run in runs]
-    assert max(work) - min(work) <= 2 * 11008 // 64 * 64**2, "each end may be off by less than a slab"
+    assert max(work) - min(work) <= 2 * 11008 // 64 * 64**2, "each end may be off by less than a row group"

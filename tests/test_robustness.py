@@ -33,7 +33,7 @@ def state_is_finite(optimizer: AdaFisher) -> bool:
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize("shape", [(64,), (8, 8)], ids=str)
 def test_a_singular_fisher_costs_nothing(shape: tuple[int, ...], exponent: float) -> None:
-    """For p = 1 it walks the ladder and is counted; for p = 1/2 there is no need."""
+    """For p = 1 it takes fallbacks, which are counted; for p = 1/2 there is no need."""
     # One gradient direction and no damping worth the name: A has rank one to float32's rounding.
     gradient = torch.sin(torch.arange(64.0)).view(shape)
     gradient = gradient[:1] * torch.linspace(1, 2, len(gradient))[:, None] if gradient.dim() > 1 else gradient

@@ -178,7 +178,7 @@ def ladder(here: Here) -> str:
         )
         apart = far(host(found.gradient_NRB), host(want.gradient_NRB))
         assert apart < 1e-4, f"packed {packed}, {rows} rows: u apart by {apart:.2g}"
-    return f"as on a CPU: rungs {found.fallback_counts}"
+    return f"as on a CPU: fallbacks {found.fallback_counts}"
 
 
 def _fall_back(device: torch.device, packed: bool, rows: int) -> BlockStack:
@@ -211,7 +211,7 @@ def not_numbers(here: Here) -> str:
     return "of ∞, NaN and 3e37 in a block's F its neighbours notice nothing"
 
 
-# ---- the verdict's gate ----
+# ---- the gate ----
 
 
 def gate(here: Here) -> str:

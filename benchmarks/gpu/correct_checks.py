@@ -220,7 +220,7 @@ PLAN = [None, None, NAN, None, INF, 3e19, None]  # bad at calls 3, 5, 6: at 1, 2
 
 @contextmanager
 def deciding_on_the_device() -> Iterator[None]:
-    """On a CPU too, as tests/test_verdict.py does."""
+    """On a CPU too, as tests/test_found_inf.py does."""
     before, found_inf.is_meant_for = found_inf.is_meant_for, lambda device: True
     try:
         yield
@@ -301,10 +301,10 @@ def no_waiting(here: Here, where: str) -> Iterator[None]:
     if here.world > 1:
         raise NotChecked("on CPUs the hosts' own numbers, which several ranks compare, look like the device's")
     if find_spec("deepspeed") is None:
-        raise NotChecked("tests/test_verdict.py, which knows what waits, needs DeepSpeed")
-    import test_verdict
+        raise NotChecked("tests/test_found_inf.py, which knows what waits, needs DeepSpeed")
+    import test_found_inf
 
-    with test_verdict.Waits() as noted:
+    with test_found_inf.Waits() as noted:
         yield
     assert not noted.seen, f"{where} waits: {noted.seen}"
 

@@ -1,4 +1,4 @@
-"""A step whose verdict is on the device: its arithmetic is gated, and the host learns of it later.
+"""A step that the device decides on: its arithmetic is gated, and the host learns of it later.
 
 A CPU stands for the device here, so that all of it can be seen without a GPU.
 """
