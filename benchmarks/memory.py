@@ -4,7 +4,8 @@
 
 Real DeepSpeed engines, DDP and FSDP2 on the CPU over gloo take one step. Measured is what the optimizer then keeps: the
 bytes of all tensor storages that can be reached from it, each counted once, without parameters and gradients. So the
-state, the flat buffer, the buffers of what travels, the counters. Not in it: temporaries of a step, which a chunk bounds.
+state, the flat buffer, the buffers of what travels, the counters. Not in it: temporaries of a step, which a chunk
+bounds.
 """
 
 from __future__ import annotations

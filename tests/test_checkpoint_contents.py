@@ -99,7 +99,8 @@ def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: 
     settings = {"inverse_update_freq": 3 if keeps else 1, "rows_per_block": 2, "max_blocks": 12, "fisher_dtype": dtype}
     module, optimizer = trained(packed=packed, **settings)
     save_checkpoint(tmp_path / "a", module, optimizer)
-    stored = read(tmp_path / "a").tensors["fisher/mix.weight"].numel  # rows of 37: 8, 8, 8, 8, 5; two row groups of two rows
+    # Rows of 37: 8, 8, 8, 8, 5; two row groups of two rows.
+    stored = read(tmp_path / "a").tensors["fisher/mix.weight"].numel
     assert stored == 2 * (4 * 36 + 15) + 37
     other, resumed = trained(count=0, packed=not packed, **settings)
     load_checkpoint(tmp_path / "a", other, resumed)
