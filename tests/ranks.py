@@ -9,10 +9,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
-
-# What each rank would import anew, which takes seconds: torch._dynamo by a first optimizer, Muon by DeepSpeed.
-_PRELOAD = ["torch.distributed", "torch._dynamo", "numpy", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 def run_ranks(
@@ -28,7 +27,7 @@ def run_ranks(
     Nobody waits for the ranks in `lost`, which a test kills, stops or keeps away: None stands for what they return.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    _start_server(context)
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         processes, ends = [], []
@@ -49,6 +48,20 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _start_server(context: Any) -> None:
+    """The process that ranks are forked from, unless it is there. It looks for modules where Python does alone."""
+    context.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _free_port() -> int:
@@ -114,10 +127,8 @@ def _init_deepspeed(where: str, rank: int, world: int, limit: timedelta | None) 
     import logging
 
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    __compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first use
     deepspeed.init_distributed(
         dist_backend="gloo", init_method=where, rank=rank, world_size=world, verbose=False, auto_mpi_discovery=False,
         **({} if limit is None else {"timeout": limit}),
