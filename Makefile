@@ -10,7 +10,7 @@ REHEARSE ?=
 PARTS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-all release-check bench bench-convergence gpu gpu-wheels docs docs-serve lint format type clean
+.PHONY: help venv demo test test-ci test-all release-check bench bench-convergence gpu gpu-wheels docs docs-serve lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -25,10 +25,13 @@ $(STAMP): pyproject.toml constraints.txt launch/venv.sh
 demo: $(STAMP)  ## train AdaFisher beside AdamW on 2 CPU ranks or all GPUs, about two minutes
 	@$(BIN)/python launch/demo.py
 
-test: $(STAMP)  ## the tests, without the slow ones; PYTEST="-k name" chooses, WORKERS=0 runs them in this process
+test: $(STAMP)  ## the desk's: all in one process, and each layout once at two ranks; PYTEST="-k name" chooses
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and (desk or not dist and not deepspeed)" $(PYTEST)
+
+test-ci: $(STAMP)  ## CI's: all but the slow ones
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST)
 
-test-all: $(STAMP)  ## all tests
+test-all: $(STAMP)  ## all tests: hours
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest torch and DeepSpeed (network, 15 GB)

@@ -46,7 +46,12 @@ def load_and_go_on(rank: int, world: int, layout: str, folder: str) -> tuple[Any
         return loaded, run.weights()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+DESK = ("alone", "ddp", "zero1", "zero3", "fsdp2")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=[pytest.mark.desk] if layout in DESK else []) for layout in LAYOUTS]
+)
 def test_the_same_layout_goes_on_bit_for_bit(layout: str, tmp_path: Path) -> None:
     world = 1 if layout == "alone" else 4 if layout == "hsdp" else 2
     straight = run_ranks(save_and_go_on, world, layout, str(tmp_path), deepspeed=True)

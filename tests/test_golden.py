@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from adafisher_dist.checkpoint.manifest import read
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.dist, pytest.mark.desk]
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "zero3-2-kept"
 
