@@ -1,7 +1,7 @@
 """Sharded checkpoints that load at any world size, ZeRO stage and precision.
 
 Each rank writes its own Fisher blocks, momentum and weights, as ranges of named global tensors, through
-torch.distributed.checkpoint; a load reads whatever ranges it needs. See `places` for how a checkpoint is published,
+torch.distributed.checkpoint; a load reads whatever ranges it needs. See `directory` for how a checkpoint is published,
 `manifest` for the format, `ranges` for what makes it independent of ranks.
 """
 

@@ -3,7 +3,7 @@
 Every function is called by all ranks of a group in the same order. With one rank, nothing is sent.
 Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device; what a host has to know
 before it goes on travels in a gloo group, since reading it from the device would wait for all the work that is queued
-there. A host waits for no rank longer than the timeout of the process group (`waiting`).
+there. A host waits for no rank longer than the timeout of the process group (`timeouts`).
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class ParameterRegistry:
 
         Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and writes the new
         parameters into `param_groups`, each where the old one stood; Lightning puts more groups there before it loads.
-        Afterwards anything goes that `succession` tells, if it is an nn.Parameter. What wrappers of other libraries put
+        Afterwards anything goes that `replaced_parameters` tells, if it is an nn.Parameter. What wrappers of other libraries put
         there is none, or has another shape; that is refused by `layouts`.
         """
         groups = self.optimizer.param_groups
@@ -246,7 +246,7 @@ class ParameterRegistry:
         """Shards without any step for these tensors, with the settings that the param groups have now.
 
         A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps. See
-        `batch.allocate` for `zeroed`.
+        `block_stack.allocate` for `zeroed`.
         """
         storages = self.storages_of(tensors, wrapper) if tensors else []
         numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
