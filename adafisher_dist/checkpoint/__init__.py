@@ -21,7 +21,7 @@ from adafisher_dist.checkpoint.directory import CheckpointDirectory, checkpoint_
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.options import IGNORED, Loaded, Options
-from adafisher_dist.checkpoint.saving import Saving, save
+from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state
 from adafisher_dist.checkpoint.stateful import OptimizerState
 from adafisher_dist.checkpoint.targets import without_frozen
 from adafisher_dist.optimizer.adafisher import AdaFisher
@@ -143,10 +143,3 @@ def load_checkpoint(
         lambda: checkpoint_directory(Path(path)), target, Options(strict, rename, verify, lr_scheduler=lr_scheduler)
     )
     return Restored(found.folder, found.values.get("extra", found.values.get("client_state")), found.not_restored)
-
-
-def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:
-    """What is saved of a scheduler."""
-    if lr_scheduler is None:
-        return None
-    return {"class": type(lr_scheduler).__name__, "state": lr_scheduler.state_dict()}

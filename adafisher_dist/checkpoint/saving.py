@@ -146,6 +146,13 @@ def save(
     return saving
 
 
+def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:
+    """What is saved of a scheduler."""
+    if lr_scheduler is None:
+        return None
+    return {"class": type(lr_scheduler).__name__, "state": lr_scheduler.state_dict()}
+
+
 def _checked_number(keep_last: Any) -> int | None:
     if keep_last is None:
         return None

@@ -132,7 +132,7 @@ class ParameterRegistry:
 
         Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and writes the new
         parameters into `param_groups`, each where the old one stood; Lightning puts more groups there before it loads.
-        Afterwards anything goes that `replaced_parameters` tells, if it is an nn.Parameter. What wrappers of other libraries put
+        Afterwards anything goes that `replaced_parameters` tells, if it is an nn.Parameter. What wrappers of others put
         there is none, or has another shape; that is refused by `layouts`.
         """
         groups = self.optimizer.param_groups
