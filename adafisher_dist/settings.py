@@ -31,6 +31,9 @@ DEFAULTS: dict[str, Any] = {
     "memory_budget_gb": None,
 }
 
+# Settings that checkpoints of earlier versions do not have: a load leaves the optimizer's own.
+ADDED_LATER: tuple[str, ...] = ()
+
 # Settings that are one for the whole optimizer.
 OF_ALL_GROUPS = ("fisher_dtype", "memory_budget_gb")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-OWN_SETTINGS = {"weight_decay": 0.0, "lr": 5e-3, "damping": 0.3, "momentum": 0.8, "block_size": 4}
+SECOND_GROUP = {"weight_decay": 0.0, "lr": 5e-3, "damping": 0.3, "momentum": 0.8, "block_size": 4}
 
 
 class Odd(nn.Module):
@@ -64,7 +64,7 @@ def param_groups(module: nn.Module) -> list[dict[str, Any]]:
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, p in module.named_parameters():
         groups[p.dim() <= 1 or name.endswith("mix.weight")].append(p)
-    return [{"params": groups[0]}, {"params": groups[1], **OWN_SETTINGS}]
+    return [{"params": groups[0]}, {"params": groups[1], **SECOND_GROUP}]
 
 
 def batch(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import OWN_SETTINGS, Odd, Stacked, Tied, batch, distance, model, param_groups, weights
+from models import SECOND_GROUP, Odd, Stacked, Tied, batch, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
 from test_oracle import assert_blocks_agree
@@ -107,7 +107,7 @@ def follow(world: int, **chosen: Any) -> list[Any]:
     names = {id(p): name for name, p in module.named_parameters()}
     in_groups = [[names[id(p)] for p in group["params"]] for group in param_groups(module)]
     order = [name for group in in_groups for name in group] if options["groups"] else list(names.values())
-    own = {name: OWN_SETTINGS for name in in_groups[1]} if options["groups"] else {}
+    own = {name: SECOND_GROUP for name in in_groups[1]} if options["groups"] else {}
     start = rows[0][1]
     oracle = Oracle([(start[name], own.get(name, {})) for name in order], arithmetic=np.float32, **options["settings"])
     rates = [setting["lr"] for setting in oracle.settings]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import OWN_SETTINGS, Odd, Stacked, Tied, batch, model, param_groups
+from models import SECOND_GROUP, Odd, Stacked, Tied, batch, model, param_groups
 from ranks import run_ranks
 from test_fsdp2 import shard_model
 from torch import nn
@@ -200,7 +200,7 @@ def saving(rank: int, world: int, layout: str, folder: Path) -> None:
         steps(again, resumed, 5, 8, rank, world)
         assert_same(held(again, resumed), held(module, optimizer))
         assert all(np.array_equal(a, weights_of(module)[key]) for key, a in weights_of(again).items()), name
-        assert [group["lr"] for group in resumed.param_groups] == [1e-2, OWN_SETTINGS["lr"]]
+        assert [group["lr"] for group in resumed.param_groups] == [1e-2, SECOND_GROUP["lr"]]
 
 
 def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -255,7 +255,7 @@ def loading(rank: int, world: int, layout: str, folders: dict[str, Path]) -> Non
                 assert_same(held(again, resumed), right)
             except AssertionError as error:
                 raise AssertionError(f"{source} → {layout} {world}, {name}: {error}") from error
-            assert [group["lr"] for group in resumed.param_groups] == [1e-2, OWN_SETTINGS["lr"]]
+            assert [group["lr"] for group in resumed.param_groups] == [1e-2, SECOND_GROUP["lr"]]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def accelerate(rank: int, world: int, kind: str, folder: Path) -> None:
     again, resumed = build("FSDP2", world, lr=5.0)
     fsdp_utils.load_fsdp_optimizer(plugin, accelerator, resumed, again, folder)
     assert_same(held(again, resumed), held(module, optimizer))
-    assert [group["lr"] for group in resumed.param_groups] == [1e-2, OWN_SETTINGS["lr"]]
+    assert [group["lr"] for group in resumed.param_groups] == [1e-2, SECOND_GROUP["lr"]]
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])

@@ -23,7 +23,7 @@ from engines import (
     run_alone,
     train,
 )
-from models import OWN_SETTINGS, Odd, Stacked, Tied, distance, model, param_groups, weights
+from models import SECOND_GROUP, Odd, Stacked, Tied, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
 from test_oracle import assert_blocks_agree
@@ -86,7 +86,7 @@ def follow(
     order = [name for name in names.values() if name in rows[0][0]]
     if groups:
         first, second = ([names[id(p)] for p in group["params"]] for group in param_groups(module))
-        settings |= {name: OWN_SETTINGS for name in second}
+        settings |= {name: SECOND_GROUP for name in second}
         order = [name for name in (*first, *second) if name in rows[0][0]]
     hyper = ds_config["optimizer"]["params"]
     # Frozen parameters count among those that were given.

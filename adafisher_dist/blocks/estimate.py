@@ -136,8 +136,10 @@ def _config(settings: Mapping[str, Any], **more: Any) -> StateConfig:
 
 def layout_named(name: str) -> str:
     """Which of `LAYOUTS` the layout of a `layouts.Storage` is."""
-    known = {"ZeRO-1": "zero1", "BF16_Optimizer": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
-    return known.get(name, "fsdp2" if name in ("FSDP2", "HSDP") else "ddp")
+    return {
+        "one process": "ddp", "replicated": "ddp", "ZeRO-1": "zero1", "BF16_Optimizer": "zero1", "ZeRO-2": "zero2",
+        "ZeRO-3": "zero3", "FSDP2": "fsdp2", "HSDP": "fsdp2",
+    }[name]  # fmt: skip
 
 
 def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight_dtype: torch.dtype) -> PlanSummary:

@@ -19,7 +19,7 @@ from adafisher_dist.checkpoint import targets
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.matching import Match, settings_to_restore
 from adafisher_dist.checkpoint.targets import OWN_SETTINGS, CheckpointTarget
-from adafisher_dist.settings import DEFAULTS, normalize
+from adafisher_dist.settings import ADDED_LATER, DEFAULTS, normalize
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -41,7 +41,9 @@ def settings(target: CheckpointTarget, saved: Sequence[Mapping[str, Any]], match
     result = []
     for number, (group, source) in enumerate(zip(target.optimizer.param_groups, matched.groups, strict=True)):
         taken = {} if source is None else settings_to_restore(saved[source])
-        lacking = [name for name in DEFAULTS if source is not None and name not in (*taken, *OWN_SETTINGS)]
+        lacking = [
+            name for name in DEFAULTS if source is not None and name not in (*taken, *OWN_SETTINGS, *ADDED_LATER)
+        ]
         if lacking:
             raise ValueError(f"its param group {source} has no {', '.join(lacking)}.")
         for key in taken.keys() & _OF_SCHEDULERS:

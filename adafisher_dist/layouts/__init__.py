@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
-from adafisher_dist.layouts import flat_partitions, replicated, zero3
+from adafisher_dist.layouts import deepspeed_wrappers, flat_partitions, replicated, zero3
 from adafisher_dist.layouts.deepspeed_wrappers import (
     PartOfStep,
     calling_wrapper,
     engine_that_builds,
     left_idle,
-    part_of_step,
     refuse_modes,
     register_with_deepspeed,
     unexpected,
@@ -44,9 +43,9 @@ __all__ = [
     "Storage",
     "UnsupportedLayoutError",
     "check_parameter",
-    "control_of",
     "dtensor",
     "engine_that_builds",
+    "host_group_of",
     "is_called_by_deepspeed",
     "is_called_by_torch_checkpoint",
     "is_dtensor",
@@ -67,11 +66,34 @@ _SUPPORTED = (
     "one process, DDP, FSDP2 (fully_shard), and DeepSpeed with ZeRO stage 0, 1, 2 or 3 in fp32, bf16 or fp16, with or"
     " without CPU offload of the optimizer"
 )
-# What lays a tensor out, and the wrapper's list of all of them.
+
+
+class _Wrapper(NamedTuple):
+    """What is known of one of DeepSpeed's wrappers that shard the optimizer's tensors.
+
+    Attributes:
+        storage: what a tensor of it holds.
+        tensors: the attribute that lists all of them.
+        refresh: brings the model's own weights up to date with them.
+        part: where it steps a part after the other, what its `_optimizer_step` calls the part's number; else None.
+    """
+
+    storage: Callable[[Any, Tensor, GivenParameters], Storage]
+    tensors: str
+    refresh: Callable[[Any], None]
+    part: str | None
+
+
 _SHARDED_WRAPPERS = {
-    "DeepSpeedZeroOptimizer": (flat_partitions.zero12, "single_partition_of_fp32_groups"),
-    "BF16_Optimizer": (flat_partitions.bf16_optimizer, "fp32_groups_flat_partition"),
-    "DeepSpeedZeroOptimizer_Stage3": (zero3.storage, "fp32_partitioned_groups_flat"),
+    "DeepSpeedZeroOptimizer": _Wrapper(
+        flat_partitions.zero12, "single_partition_of_fp32_groups", flat_partitions.refresh, "group_no"
+    ),
+    "BF16_Optimizer": _Wrapper(
+        flat_partitions.bf16_optimizer, "fp32_groups_flat_partition", flat_partitions.refresh, None
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": _Wrapper(
+        zero3.storage, "fp32_partitioned_groups_flat", zero3.refresh, "sub_group_id"
+    ),
 }
 _REPLICATED_WRAPPER = "FP16_UnfusedOptimizer"
 
@@ -108,7 +130,7 @@ def storages(
     name = type(wrapper).__name__
     try:
         if wrapper is not None and name in _SHARDED_WRAPPERS:
-            storage_of, _ = _SHARDED_WRAPPERS[name]
+            storage_of = _SHARDED_WRAPPERS[name].storage
             return [storage_of(wrapper, tensor, given_parameters) for tensor in tensors]
         if wrapper is not None and name == _REPLICATED_WRAPPER:
             masters = [(tensor, replicated.master_of(wrapper, tensor, given_parameters)) for tensor in tensors]
@@ -130,7 +152,7 @@ def wrapped_tensors(wrapper: Any) -> list[Tensor]:
     """
     name = type(wrapper).__name__
     if name in _SHARDED_WRAPPERS:
-        return list(getattr(wrapper, _SHARDED_WRAPPERS[name][1]))
+        return list(getattr(wrapper, _SHARDED_WRAPPERS[name].tensors))
     if name == _REPLICATED_WRAPPER:
         return [tensor for group in wrapper.fp32_groups for tensor in group]
     raise UnsupportedLayoutError(f"AdaFisher does not know DeepSpeed's {name}. Supported are {_SUPPORTED}.")
@@ -138,12 +160,22 @@ def wrapped_tensors(wrapper: Any) -> list[Tensor]:
 
 def refresh_module(wrapper: Any) -> None:
     """Bring the model's own weights up to date with a wrapper's fp32 tensors, which were loaded. A collective."""
-    if type(wrapper).__name__ == _REPLICATED_WRAPPER:
-        replicated.refresh(wrapper)
-    elif type(wrapper).__name__ == "DeepSpeedZeroOptimizer_Stage3":
-        zero3.refresh(wrapper)
-    else:
-        wrapper.update_lp_params()
+    name = type(wrapper).__name__
+    refresh = replicated.refresh if name == _REPLICATED_WRAPPER else _SHARDED_WRAPPERS[name].refresh
+    refresh(wrapper)
+
+
+def part_of_step(optimizer: Optimizer) -> PartOfStep | None:
+    """Which part of DeepSpeed's step this call of step() is; None where one call is all of it.
+
+    ZeRO-1 and 2 step one param group after the other, and ZeRO-3 one sub-group. DeepSpeed mostly discards a step with a
+    gradient that is not finite before any of these calls, but not in bf16 with check_grad_overflow off, nor with
+    compute_grad_norm off; and what is finite may be too large to square.
+
+    Raises:
+        UnsupportedLayoutError: the wrapper is not what AdaFisher knows.
+    """
+    return deepspeed_wrappers.part_of_step(optimizer, {name: own.part for name, own in _SHARDED_WRAPPERS.items()})
 
 
 def locate(tensor: Tensor, group: Group) -> LocalShard:
@@ -163,9 +195,9 @@ def locate(tensor: Tensor, group: Group) -> LocalShard:
 
 
 def is_state_init_call(optimizer: Optimizer) -> bool:
-    """Whether this call of step() is DeepSpeed's own, with all-zero gradients: not a training step.
+    """Whether this call of step() is DeepSpeed's own, by the function that makes it: not a training step.
 
-    FP16_UnfusedOptimizer makes one at start-up (`unfused_optimizer.py`), to have other optimizers allocate their state.
+    FP16_UnfusedOptimizer makes one at start-up, with gradients of zero, to have other optimizers allocate their state.
     """
     return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
 

@@ -51,25 +51,13 @@ class PartOfStep(NamedTuple):
     largest: Callable[[], Tensor]
 
 
-# Of each wrapper that steps a part after the other: what its `_optimizer_step` calls the part's number.
-_PARTS = {"DeepSpeedZeroOptimizer": "group_no", "DeepSpeedZeroOptimizer_Stage3": "sub_group_id"}
-
-
-def part_of_step(optimizer: Optimizer) -> PartOfStep | None:
-    """Which part of DeepSpeed's step this call of step() is; None where one call is all of it.
-
-    ZeRO-1 and 2 step one param group after the other, and ZeRO-3 one sub-group. DeepSpeed mostly discards a step with a
-    gradient that is not finite before any of these calls, but not in bf16 with check_grad_overflow off, nor with
-    compute_grad_norm off; and what is finite may be too large to square.
-
-    Raises:
-        UnsupportedLayoutError: the wrapper is not what AdaFisher knows.
-    """
+def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartOfStep | None:
+    """See `layouts.part_of_step`; `parts` has what each wrapper's `_optimizer_step` calls the part's number."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner, function = frame.f_locals.get("self"), frame.f_code.co_name
         if function == "_optimizer_step" and getattr(owner, "optimizer", None) is optimizer:
-            known = _PARTS.get(type(owner).__name__)
+            known = parts.get(type(owner).__name__)
             if known is None:
                 return None
             number = frame.f_locals.get(known)

@@ -2,7 +2,7 @@
 
 All trainable parameters of a group are views of one flat buffer, parameter p at `p.storage_offset()`; rank r's
 partition is elements [r·k, (r+1)·k) of it, k the partition's length, and padding belongs to no parameter. Found by
-running DeepSpeed 0.19.8 (shared DEEPSPEED.md), pinned by tests/test_zero.py.
+running DeepSpeed 0.19.8, pinned by tests/test_zero.py.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
     stage = 2 if wrapper.partition_gradients else 1
     groups = (wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, wrapper.bit16_groups)
     return _storage(f"ZeRO-{stage}", wrapper, partition, groups, given_parameters)
+
+
+def refresh(wrapper: Any) -> None:
+    """Copy the fp32 partitions into the model's own weights. A collective."""
+    wrapper.update_lp_params()
 
 
 def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -> Storage:

@@ -2,7 +2,7 @@
 
 Rank r of `p.ds_process_group` holds elements [r·n, min((r+1)·n, p.ds_numel)) of p, n = `p.partition_numel()`; in the
 flat fp32 tensor of the sub-group each parameter takes n elements, so padding follows each of them. Found by running
-DeepSpeed 0.19.8 (shared DEEPSPEED.md), pinned by tests/test_zero.py.
+DeepSpeed 0.19.8 , pinned by tests/test_zero.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from adafisher_dist.numerics.rounding import round_stochastically, seeds_of_elements
 
 
-def largest_gradient(dtype: torch.dtype, block_size: int) -> float:
+def gradient_limit(dtype: torch.dtype, block_size: int) -> float:
     """The largest gradient element whose squares can be summed over a block in this dtype, with a margin of 8."""
     return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
 

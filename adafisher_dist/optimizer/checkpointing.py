@@ -35,7 +35,7 @@ class CheckpointAccess:
         return self._registry.shards
 
     def hosts(self, purpose: str, error: type[Exception]) -> HostGroup:
-        """The ranks that save and load together; see `host_groups.control`."""
+        """The ranks that save and load together; see `host_groups.host_group`."""
         return layouts.host_group_of(self._registry.given_parameters, self._registry.process_group, purpose, error)
 
     def storages_of(self, tensors: Sequence[Tensor], wrapper: Any) -> list[Storage]:

@@ -143,12 +143,12 @@ class ParameterRegistry:
         gone = self._gone(current_tensors)
         if not self._may_sync(current_tensors, new, gone):
             return
-        find_replacements = replaced_parameters.find_replacements(
+        replacements = replaced_parameters.find_replacements(
             self.shards, self.given_parameters, groups, self.optimizer.state
         )
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
         forgotten = []
-        for replacement in find_replacements:
+        for replacement in replacements:
             old = replacement.shard.storage.tensors[replacement.index]
             replaced_parameters.replace_tensor(replacement)
             self.stepper.replace(old, replacement.successor)
@@ -275,10 +275,10 @@ class ParameterRegistry:
             shards.append(build(storage, [order.index(number) for number in mine], configs, zeroed))
         return shards
 
-    def largest_gradient(self) -> float:
+    def gradient_limit(self) -> float:
         """The largest gradient element that the blocks of every param group can square and sum up."""
         own = [state_config(group) for group in self.groups if group["block_size"] != "auto"]
-        return min((fisher.largest_gradient(s.compute_dtype, s.block_size) for s in own), default=math.inf)
+        return min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> collectives.Group:
         """The ranks that take each step together: of the device mesh where there is one, else of the process group."""

@@ -2,7 +2,7 @@
 
 Libraries put a new parameter where an old one stood and hand its state on: `state[new] = state.pop(old)`. The blocks of
 the old one, which ranks may share, then belong to the new one, if it has the same shape. What is taken out of the
-groups is retired: its state is forgotten.
+groups is removed: its state is forgotten.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Shard:
 
     @property
     def active(self) -> list[tuple[int, Parameter]]:
-        """The parameters, with their numbers, but those of retired tensors."""
+        """The parameters, with their numbers, but those of removed tensors."""
         return [(i, p) for i, p in enumerate(self.storage.parameters) if p.tensor not in self.removed]
 
     @property
@@ -114,7 +114,7 @@ class Shard:
 
 
 def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig], zeroed: bool = True) -> Shard:
-    """Plan the blocks of the stored parameters and allocate this rank's state; see `allocate` for `zeroed`."""
+    """Plan the blocks of the stored parameters and allocate this rank's state; `zeroed`: see `block_stack.allocate`."""
     parameters, rank = storage.parameters, storage.group.rank
     grids = [grid_of(parameter.shape, configs[groups[parameter.tensor]]) for parameter in parameters]
     assignment = sharding.assign(grids, storage.stored_spans, storage.replicated)
@@ -200,9 +200,9 @@ def gather_dtype(shard: Shard) -> torch.dtype:
     return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
 
-def largest_gradient(shard: Shard) -> float:
+def gradient_limit(shard: Shard) -> float:
     """The largest gradient element that the shard's blocks can square and sum up."""
-    return min(fisher.largest_gradient(s.compute_dtype, s.block_size) for s in shard.configs)
+    return min(fisher.gradient_limit(s.compute_dtype, s.block_size) for s in shard.configs)
 
 
 def _runs(

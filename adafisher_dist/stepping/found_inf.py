@@ -1,8 +1,8 @@
 """Whether a step may change anything, decided and kept on the device: the host reads it when it comes back.
 
 A host that looked at the gradients would wait for the device, which would then wait for the host to queue new work. So
-the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite; the
-host learns of it at the next call, and takes back that it counted the step.
+the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite. The
+host, which has counted the step, learns of it at the next call, and rolls back its counters (`Stepper.resolve_pending`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FoundInf:
             0-d int32 on the device: 0 if the step is to change nothing.
         """
         flag = self._should_step.tensor
-        errors.attempt(lambda: flag.copy_(torch.stack([norm <= limit for norm, limit in largest]).all()))
+        errors.attempt(lambda: flag.copy_(torch.stack([element <= limit for element, limit in largest]).all()))
         collectives.minimum_on_device(self._group, self._should_step)
         self._seen.copy_(flag, non_blocking=True)
         if self._arrival is not None:

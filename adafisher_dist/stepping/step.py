@@ -1,4 +1,4 @@
-"""The order of a step: collect gradients → agree → exchange and compute → apply → settle. See `Stepper.step`."""
+"""The order of a step: collect → agree → decide → exchange and compute → settle. See `Stepper.step`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts import PartOfStep, UnsupportedLayoutError
 from adafisher_dist.numerics.block_step import StepContext
 from adafisher_dist.state import statistics
-from adafisher_dist.state.shard import Shard, compute_chunk, largest_gradient, waits_for_nothing
+from adafisher_dist.state.shard import Shard, compute_chunk, gradient_limit, waits_for_nothing
 from adafisher_dist.stepping import found_inf
 from adafisher_dist.stepping.consistency import check_consistency, raise_if_any_failed
 from adafisher_dist.stepping.exchange import Exchange, exchange_for
@@ -64,9 +64,9 @@ class _Collected:
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
     found_inf: FoundInf | None = None
 
-    def finite(self) -> bool:
-        """Whether every gradient can be used, as far as the host asks. NaN is not below a limit."""
-        return self.found_inf is not None or all(bool(norm <= limit) for norm, limit in self.largest)
+    def usable(self) -> bool:
+        """Whether every gradient can be used, as far as the host knows; a device is not asked. NaN is below no limit."""
+        return self.found_inf is not None or all(bool(largest <= limit) for largest, limit in self.largest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +76,7 @@ class _Pending:
     found_inf: FoundInf
     shards: list[Shard]
     counters: list[Tensor]
-    counts: bool  # as a skipped step; of the parts of one, only the first
+    is_counted: bool  # as a skipped step, if it was one; of the parts of a step only the first
 
 
 class Stepper:
@@ -154,7 +154,7 @@ class Stepper:
                 self._pending.remove(pending)
                 self._idle.append(pending.found_inf)
                 if not pending.found_inf.read():
-                    self.skipped += pending.counts
+                    self.skipped += pending.is_counted
                     for shard, counters in zip(pending.shards, pending.counters, strict=True):
                         shard.counters.copy_(counters)
 
@@ -203,12 +203,12 @@ class Stepper:
         calls = [_Call(exchange) for exchange in self._exchanges_of(groups)]
         shards = [call.shard for call in calls]
         self.resolve_pending(shards)
-        collected, counts = _Collected(), part is None or part.number == 0
+        collected, is_counted = _Collected(), part is None or part.number == 0
         if errors.none:
             with errors.deferred():
                 self._collect(calls, collected, groups, ranks, part, limit)
         if not self._ranks_agree(calls, collected, ranks, errors):
-            self.skipped += counts
+            self.skipped += is_counted
             return
         self.incomplete = True  # until all ranks have done their part
         if self.meter is not None:
@@ -234,7 +234,7 @@ class Stepper:
         if self.meter is not None:
             self.meter.end([(call.exchange, call.known) for call in calls], self.sent)
         if inf is not None:
-            self._pending.append(_Pending(inf, shards, counters, counts))
+            self._pending.append(_Pending(inf, shards, counters, is_counted))
 
     def _collect(
         self, calls: Sequence[_Call], into: _Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
@@ -244,7 +244,7 @@ class Stepper:
         _check_ranks([call.shard for call in calls], ranks)
         for call in calls:
             call.inputs = inputs_of(call.shard, groups)
-        into.largest += [(call.exchange.collect(call.known), largest_gradient(call.shard)) for call in calls]
+        into.largest += [(call.exchange.collect(call.known), gradient_limit(call.shard)) for call in calls]
         if part is not None:
             self._bound = part.largest() if part.number == 0 else self._bound
             assert self._bound is not None
@@ -274,7 +274,7 @@ class Stepper:
         on_device = collected.found_inf is not None
         try:
             finite = check_consistency(
-                ranks, shards, inputs, collected.finite(), on_device, plan, errors, compare_copies
+                ranks, shards, inputs, collected.usable(), on_device, plan, errors, compare_copies
             )
         except Exception:
             # What was planned in this step may not be what the other ranks planned.

@@ -237,7 +237,7 @@ def fail(problem: object, code: int) -> NoReturn:
 
 @contextmanager
 def bar(what: str, nbytes: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr, if that is a terminal; see `summary.Bar`."""
+    """A progress bar on stderr, if that is a terminal; see `inspection.Bar`."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
