@@ -2,7 +2,8 @@
 
 A host that looked at the gradients would wait for the device, which would then wait for the host to queue new work. So
 the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite. The
-host, which has counted the step, learns of it at the next call, and rolls back its counters (`Stepper.resolve_pending`).
+host, which has counted the step, learns of it at the next call, and rolls its counters back
+(`Stepper.resolve_pending`).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class _Collected:
     found_inf: FoundInf | None = None
 
     def usable(self) -> bool:
-        """Whether every gradient can be used, as far as the host knows; a device is not asked. NaN is below no limit."""
+        """Whether every gradient can be used, as far as the host knows, which asks no device. NaN is below no limit."""
         return self.found_inf is not None or all(bool(largest <= limit) for largest, limit in self.largest)
 
 
