@@ -431,9 +431,9 @@ import sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
 from checkpoint_runs import trained
-from adafisher_dist.checkpoint.places import Place
-prepare = Place.prepare
-Place.prepare = lambda place: (time.sleep(0.3), prepare(place))
+from adafisher_dist.checkpoint.directory import CheckpointDirectory
+prepare = CheckpointDirectory.prepare
+CheckpointDirectory.prepare = lambda place: (time.sleep(0.3), prepare(place))
 trained(1).save(Path({root!r}) / "last", 1, asynchronous=True)
 """
 

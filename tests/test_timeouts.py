@@ -28,8 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, save_checkpoint
 from adafisher_dist.checkpoint import open_checkpoint, reader, saving, writer
-from adafisher_dist.comm import collectives
-from adafisher_dist.comm import host_groups as controls
+from adafisher_dist.comm import collectives, host_groups
 from adafisher_dist.comm.timeouts import Meetings, meetings, timeout_of
 from adafisher_dist.stepping.metrics import Meter
 
@@ -448,16 +447,16 @@ def timeouts(rank: int, world: int, folder: str) -> dict[str, float]:
     optimizer.step()
     Run().train(1).save(Path(folder) / "world", 1)
     save_checkpoint(Path(folder) / "other", module, optimizer)
-    found["controls"] = sorted({of_backend(known.handle) for _, known in controls._host_groups.values()})
-    step = controls.hosts(range(world), dist.group.WORLD)
+    found["controls"] = sorted({of_backend(known.handle) for _, known in host_groups._host_groups.values()})
+    step = host_groups.host_group(range(world), dist.group.WORLD)
     found["step"] = of_backend(step.handle)
-    save = controls.hosts(range(world), None, "a save or load", CheckpointError)
+    save = host_groups.host_group(range(world), None, "a save or load", CheckpointError)
     found["apart"] = step.handle is not save.handle and step.handle is not dist.group.WORLD
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/again", rank=rank, world_size=world, timeout=timedelta(seconds=44)
     )
-    found["again"] = of_backend(controls.hosts(None, None).handle)
+    found["again"] = of_backend(host_groups.host_group(None, None).handle)
     dist.barrier()
     return found
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from common_gpu import ROOT
 from correct_blocks import blocks, gate, host, ladder, not_numbers, same_bits
 from correct_runner import TIMEOUT, Check, Here, NotChecked
-from models import OWN_SETTINGS, distance, model, param_groups
+from models import SECOND_GROUP, distance, model, param_groups
 from oracle import Oracle
 from test_oracle import assert_blocks_agree
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def beside_groups(module: nn.Module, start: Arrays, **more: Any) -> Beside:
     """The oracle for a model whose optimizer was given `param_groups(module)`, and PARAMS."""
     names = {id(p): name.removeprefix("module.") for name, p in module.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in param_groups(module)]
-    own = {name: OWN_SETTINGS for name in groups[1]}
+    own = {name: SECOND_GROUP for name in groups[1]}
     return Beside({name: start[name] for group in groups for name in group}, own, **{**PARAMS, **more})
 
 
