@@ -10,6 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.ci
+
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "development"
 
 SCRIPT = """

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).parent.parent
 GPU = ROOT / "benchmarks" / "gpu"
 HEAD = {"command", "date", "commit", "rehearsal", "card", "driver", "cuda", "torch", "python", "ended"}

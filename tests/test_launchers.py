@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 BASH = (LAUNCH / "torchrun.sh", LAUNCH / "mpirun.sh", LAUNCH / "deepspeed.sh")

@@ -111,6 +111,7 @@ def test_launchers(line: str, tmp_path: Path) -> None:
     assert "launch/train.py" in done.stderr and words[-1] in done.stderr
 
 
+@pytest.mark.ci
 def test_python_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lines of Python in their order (those for an engine are test_deepspeed.py's), then each command."""
     monkeypatch.chdir(tmp_path)
