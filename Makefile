@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt launch/venv.sh
 demo: $(STAMP)  ## train AdaFisher beside AdamW on 2 CPU ranks or all GPUs, about two minutes
 	@$(BIN)/python launch/demo.py
 
-test: $(STAMP)  ## the desk's: all in one process, and each layout once at two ranks; PYTEST="-k name" chooses
+test: $(STAMP)  ## the desk's: all in one process but the longest, and each layout once at two ranks; PYTEST="-k name" chooses
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not ci and (desk or not dist and not deepspeed)" $(PYTEST)
 
 test-ci: $(STAMP)  ## CI's: all but the slow ones

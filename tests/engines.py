@@ -98,6 +98,19 @@ def train(engine: Any, first: int, last: int, rank: int, world: int) -> None:
         engine.step()
 
 
+def train_one_step_with_nan(engine: Any, step: int, rank: int, world: int, faulty: int) -> None:
+    """One step in which rank `faulty` alone has NaNs as gradients, after DeepSpeed's own checks."""
+
+    def poison(optimizer: Any, *_: Any) -> None:
+        for tensor in optimizer.param_groups[0]["params"]:
+            if rank == faulty and tensor.grad is not None:
+                tensor.grad.fill_(float("nan"))
+
+    hook = engine.basic_optimizer.register_step_pre_hook(poison)
+    train(engine, step, step + 1, rank, world)
+    hook.remove()
+
+
 def gradients(engine: Any) -> dict[str, np.ndarray]:
     """All full gradients as float64 arrays, after the last backward of a step: averaged and unscaled, not clipped."""
     scale = getattr(engine.optimizer, "loss_scale", 1.0) if engine.fp16_enabled() else 1.0

@@ -1,8 +1,10 @@
 """What every layout computes, frozen: weights, state and checkpoints after six steps.
 
-python tests/golden.py freeze FOLDER     # before a change that is to change no bit
-python tests/golden.py compare FOLDER    # after it, on the same machine: tells every tensor that differs in a bit
-python tests/golden.py freeze --kept     # the weights alone, for test_golden.py, which has a tolerance
+In a checkout:
+
+    python tests/golden.py freeze FOLDER     # before a change that is to change no bit
+    python tests/golden.py compare FOLDER    # after it, on the same machine: tells every tensor that differs in a bit
+    python tests/golden.py freeze --kept     # the weights alone, for test_golden.py, which has a tolerance
 """
 
 from __future__ import annotations

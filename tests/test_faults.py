@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import PARAMS, backward, config, engine_of, masters, run_alone, train
+from engines import PARAMS, backward, config, engine_of, masters, run_alone, train, train_one_step_with_nan
 from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
@@ -178,15 +178,7 @@ def poisoned(rank: int, world: int, stage: int):
     base = engine.basic_optimizer
     train(engine, 0, 2, rank, world)
     before = masters(engine)
-
-    def poison(*_: Any) -> None:
-        tensors = base.param_groups[0]["params"] if rank == FAULTY else ()
-        for tensor in (tensor for tensor in tensors if tensor.grad is not None):
-            tensor.grad.fill_(float("nan"))
-
-    hook = base.register_step_pre_hook(poison)
-    train(engine, 2, 3, rank, world)
-    hook.remove()
+    train_one_step_with_nan(engine, 2, rank, world, faulty=FAULTY)
     after = masters(engine)
     train(engine, 3, 4, rank, world)
     steps = {entry.fisher_updates for entry in base.fisher_stats().values()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import config, engine_of, masters, train
+from engines import config, engine_of, masters, train, train_one_step_with_nan
 from models import batch, distance, model, param_groups, weights
 from ranks import run_ranks
 from torch import nn
@@ -160,15 +160,7 @@ def poisoned(rank: int, world: int, stage: int, device: bool):
     base = engine.basic_optimizer
     train(engine, 0, 2, rank, world)
     before = masters(engine)
-
-    def poison(*_: Any) -> None:
-        tensors = base.param_groups[0]["params"] if rank == 1 else ()
-        for tensor in (tensor for tensor in tensors if tensor.grad is not None):
-            tensor.grad.fill_(float("nan"))
-
-    hook = base.register_step_pre_hook(poison)
-    train(engine, 2, 3, rank, world)
-    hook.remove()
+    train_one_step_with_nan(engine, 2, rank, world, faulty=1)
     after = masters(engine)
     train(engine, 3, 5, rank, world)
     return before, after, masters(engine), base.skipped_steps

@@ -170,7 +170,7 @@ class ShardedOptimizer(Optimizer):
                 " a part. Use consolidate_state_dict() and state_dict()."
             )
         self._registry.sync_user_state(self._registry.shards)
-        # Copies: a view would drag along the whole batch that it is a part of.
+        # Copies: a view would drag along the whole stack that it is a part of.
         own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
 
