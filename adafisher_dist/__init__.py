@@ -40,7 +40,8 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, since torch imports this package at the end of its own import, for adafisher_dist.autoload.
+    # Lazy, since torch imports this package at the end of its own import, for
+    # adafisher_dist.autoload.
     if name in _HOMES:
         from importlib import import_module
 

@@ -13,9 +13,9 @@ from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of
 
 P = ParamSpec("P")
 
-# What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not: keys, values that
-# ask for nothing that it does not do (none: any value), and what to do where another is asked for. None means, as
-# there, that the key is not set.
+# What Adam and AdamW of torch, DeepSpeed, bitsandbytes and transformers take and AdaFisher has not:
+# keys, values that ask for nothing that it does not do (none: any value), and what to do where
+# another is asked for. None means, as there, that the key is not set.
 _BY_REMEDY: tuple[tuple[tuple[str, ...], tuple[bool | int, ...], str], ...] = (
     # Which implementation computes: there is one. Where step() is captured, it says so.
     (("foreach", "fused", "torch_adam", "use_triton", "capturable"), (True, False), ""),
@@ -96,8 +96,9 @@ def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translate
 
     Raises:
         TypeError: a name does not exist, or a value has the wrong type.
-        ValueError: a value is out of bounds, or asks for what AdaFisher does not do. Either message tells all that is
-            wrong, with the nearest valid name, and is raised before anything changes.
+        ValueError: a value is out of bounds, or asks for what AdaFisher does not do. Either message
+            tells all that is wrong, with the nearest valid name, and is raised before anything
+            changes.
     """
     valid = [*DEFAULTS, *more]
     unknown = [_unknown(key, valid) for key in written if not _is_known(key, valid)]
@@ -110,12 +111,13 @@ def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translate
 def translate_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> Translated:
     """What a user wrote for a param group, whose other keys are the user's own unless they look like a setting.
 
-    A group that needs no translation is returned as it is, not copied: torch.optim keeps the one that it is given.
+    A group that needs no translation is returned as it is, not copied: torch.optim keeps the one
+    that it is given.
 
     Raises:
         TypeError: a value has the wrong type.
-        ValueError: a key looks misspelt or is a setting elsewhere; a value is out of bounds, or asks for what AdaFisher
-            does not do.
+        ValueError: a key looks misspelt or is a setting elsewhere; a value is out of bounds, or
+            asks for what AdaFisher does not do.
     """
     problems: list[Exception] = []
     for key in group:
@@ -194,8 +196,8 @@ def _check_foreign(key: str, value: object) -> None:
 def translated(init: Callable[P, None]) -> Callable[P, None]:
     """Have a constructor called with its own settings alone: what was written for Adam is translated before.
 
-    Not in the constructor itself, where a momentum that was given could not be told from the default; and so its
-    signature shows what there is to set.
+    Not in the constructor itself, where a momentum that was given could not be told from the
+    default; and so its signature shows what there is to set.
     """
     signature = inspect.signature(init)
 

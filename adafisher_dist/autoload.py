@@ -1,7 +1,8 @@
 """Puts `AdaFisher` into `torch.optim`, where DeepSpeed looks up the `"type"` of its JSON config.
 
-`register` is an entry point of the group `torch.backends`: torch calls it at the end of `import torch`, in every
-process, so it must be light and may never fail. AdaFisher itself is imported when somebody asks for it.
+`register` is an entry point of the group `torch.backends`: torch calls it at the end of `import
+torch`, in every process, so it must be light and may never fail. AdaFisher itself is imported when
+somebody asks for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 NAME = "AdaFisher"
 
-# DeepSpeed compiles this at its first use on CPUs, for minutes at the most. Who is killed meanwhile leaves a lock.
+# DeepSpeed compiles this at its first use on CPUs, for minutes at the most. Who is killed meanwhile
+# leaves a lock.
 _OPERATOR = "deepspeed_shm_comm"
 _MINUTES = 15
 

@@ -33,16 +33,18 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
 
     Args:
         params: what DeepSpeed passes on: the model's parameters or param groups.
-        config: AdaFisher's arguments; fisher_dtype by name ("bfloat16"); "preset", "language_models" or
-            "image_classification", which the other keys override; and "metrics_every": every how many steps the
-            engine's monitors (TensorBoard, W&B, Comet, CSV) are told `metrics.NAMES`. With memory_budget_gb,
-            block_size is "auto" if it is left out: Hugging Face's Trainer and Accelerate refuse an "auto" that they
-            have no value for. Adam's keys (betas, torch_adam, …) are taken as by AdaFisher itself.
+        config: AdaFisher's arguments; fisher_dtype by name ("bfloat16"); "preset",
+            "language_models" or "image_classification", which the other keys override; and
+            "metrics_every": every how many steps the engine's monitors (TensorBoard, W&B, Comet,
+            CSV) are told `metrics.NAMES`. With memory_budget_gb, block_size is "auto" if it is left
+            out: Hugging Face's Trainer and Accelerate refuse an "auto" that they have no value for.
+            Adam's keys (betas, torch_adam, …) are taken as by AdaFisher itself.
 
     Raises:
-        TypeError: a key is unknown, or a value has the wrong type. The message tells all that is wrong, the nearest
-            valid name of each unknown key, and all valid ones.
-        ValueError: a value is out of bounds or asks for what AdaFisher does not do, or the preset is unknown.
+        TypeError: a key is unknown, or a value has the wrong type. The message tells all that is
+            wrong, the nearest valid name of each unknown key, and all valid ones.
+        ValueError: a value is out of bounds or asks for what AdaFisher does not do, or the preset
+            is unknown.
     """
     translate(config, more=("preset", "metrics_every"))  # all that is wrong; AdaFisher itself knows neither of the two
     name, every = config.pop("preset", None), config.pop("metrics_every", None)
@@ -61,12 +63,12 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
 def report_metrics(engine: Any, every: int = 100) -> None:
     """Tell an engine's monitors (TensorBoard, W&B, Comet, CSV) of every n-th step; all ranks call it.
 
-    The events are called AdaFisher/NAME, by `metrics.NAMES`, over the number of samples, as DeepSpeed's own are.
-    `"metrics_every"` in the config's params does the same.
+    The events are called AdaFisher/NAME, by `metrics.NAMES`, over the number of samples, as
+    DeepSpeed's own are. `"metrics_every"` in the config's params does the same.
 
     Raises:
-        ValueError: the engine's optimizer is not AdaFisher, no monitor is on, or `every` is not a whole number from
-            1 on.
+        ValueError: the engine's optimizer is not AdaFisher, no monitor is on, or `every` is not a
+            whole number from 1 on.
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, AdaFisher):
@@ -85,7 +87,8 @@ def _to_monitor(engine: Any) -> Callback:
     def tell(step: int, metrics: dict[str, float]) -> None:
         engine = held()
         if engine is not None:
-            # DeepSpeed's own count: W&B drops what is of fewer samples than its last event, and skipped steps count.
+            # DeepSpeed's own count: W&B drops what is of fewer samples than its last event, and
+            # skipped steps count.
             samples = engine.global_samples
             engine.monitor.write_events([(f"AdaFisher/{name}", value, samples) for name, value in metrics.items()])
 
@@ -99,31 +102,34 @@ def save_checkpoint(
 ) -> Saving:  # fmt: skip
     """Save an engine that trains with AdaFisher, each rank its own part, to be loaded at any world size and stage.
 
-    The first arguments are those of `engine.save_checkpoint`. Saved are the weights (the fp32 ones, where there are
-    some), the optimizer, the learning rate scheduler, the loss scale, the engine's counters, the random number
-    generators, and the client state. A collective: all ranks call it.
+    The first arguments are those of `engine.save_checkpoint`. Saved are the weights (the fp32 ones,
+    where there are some), the optimizer, the learning rate scheduler, the loss scale, the engine's
+    counters, the random number generators, and the client state. A collective: all ranks call it.
 
     Args:
         engine: what `deepspeed.initialize` returned.
         save_dir: the folder of checkpoints, on a file system that all ranks share.
         tag: the name of this one, the same on all ranks; by default global_stepN.
-        client_state: of rank 0: None, numbers, strings, lists, tuples, dicts, tensors, numpy arrays and the like.
+        client_state: of rank 0: None, numbers, strings, lists, tuples, dicts, tensors, numpy arrays
+            and the like.
         save_latest: let the file `latest` name this one.
-        keep_last: keep so many of the checkpoints in `save_dir`, and delete the older ones; a whole number from 1 on,
-            the same on all ranks.
+        keep_last: keep so many of the checkpoints in `save_dir`, and delete the older ones; a whole
+            number from 1 on, the same on all ranks.
         asynchronous: return when the state is copied to CPU memory, and write in the background.
-        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the base of a LoRA, say).
-            A load leaves them as they are in the model, and checks their names and shapes.
+        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the
+            base of a LoRA, say). A load leaves them as they are in the model, and checks their
+            names and shapes.
 
     Returns:
         A handle: `path`, `done()` and `wait()`; true, as DeepSpeed's result.
 
     Raises:
-        CheckpointError: on all ranks: it could not be written. The message says whether it was published; a rank that
-            lost contact with rank 0 at the end cannot know, and says how to look. Or ranks, which are named, did not
-            come or got no further for the timeout of the process group.
-        TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have it; a CheckpointError
-            on the others); the optimizer is not AdaFisher.
+        CheckpointError: on all ranks: it could not be written. The message says whether it was
+            published; a rank that lost contact with rank 0 at the end cannot know, and says how to
+            look. Or ranks, which are named, did not come or got no further for the timeout of the
+            process group.
+        TypeError: `client_state` holds what cannot be saved without pickling (on ranks that have
+            it; a CheckpointError on the others); the optimizer is not AdaFisher.
     """
     from adafisher_dist.checkpoint.deepspeed import save_engine  # it takes time, which who only trains need not spend
 
@@ -139,14 +145,17 @@ def load_checkpoint(
 ) -> tuple[str | None, Any]:  # fmt: skip
     """Load what `save_checkpoint` saved, here or for torch, at any world size, ZeRO stage and precision.
 
-    The first arguments are those of `engine.load_checkpoint`, the others those of `adafisher_dist.load_checkpoint`.
-    What does not fit is an error; with strict=False (or load_module_strict=False) it is logged, and left as it is.
+    The first arguments are those of `engine.load_checkpoint`, the others those of
+    `adafisher_dist.load_checkpoint`. What does not fit is an error; with strict=False (or
+    load_module_strict=False) it is logged, and left as it is.
 
     Returns:
-        The checkpoint's folder and the client state; (None, None) where `tag` is None and `load_dir` has no `latest`.
+        The checkpoint's folder and the client state; (None, None) where `tag` is None and
+        `load_dir` has no `latest`.
 
     Raises:
-        CheckpointError: on all ranks, before anything changes: it is missing, damaged, or does not fit.
+        CheckpointError: on all ranks, before anything changes: it is missing, damaged, or does not
+            fit.
     """
     from adafisher_dist.checkpoint import Options
     from adafisher_dist.checkpoint.deepspeed import load_engine
@@ -160,9 +169,9 @@ def load_checkpoint(
 def adopt_engine() -> None:
     """Let DeepSpeed's own save_checkpoint and load_checkpoint keep AdaFisher's state, and leave other optimizers alone.
 
-    Called when an AdaFisher and DeepSpeed are both there. What knows of DeepSpeed's functions alone (Hugging Face's
-    Trainer, Accelerate) then resumes at another world size and stage too. An engine that is built with another
-    optimizer in the place of an AdaFisher is told of.
+    Called when an AdaFisher and DeepSpeed are both there. What knows of DeepSpeed's functions alone
+    (Hugging Face's Trainer, Accelerate) then resumes at another world size and stage too. An engine
+    that is built with another optimizer in the place of an AdaFisher is told of.
     """
     engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     if engine_class is None or hasattr(engine_class.save_checkpoint, "without_adafisher"):
@@ -216,8 +225,9 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
     """Refuse to resume another optimizer from AdaFisher's state, where DeepSpeed would fail for a missing key.
 
     Raises:
-        CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all ranks that see the
-            same files; on others DeepSpeed fails as it would have, since no rank's file of its own has such a state.
+        CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all
+            ranks that see the same files; on others DeepSpeed fails as it would have, since no
+            rank's file of its own has such a state.
     """
     from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER
     from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError

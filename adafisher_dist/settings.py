@@ -127,7 +127,8 @@ def normalize(group: dict[str, Any]) -> None:
 
     Raises:
         TypeError: a setting has the wrong type.
-        ValueError: a setting is out of bounds. Either message has all values that are wrong, and their bounds.
+        ValueError: a setting is out of bounds. Either message has all values that are wrong, and
+            their bounds.
     """
     raise_all(problems_of(group))
 

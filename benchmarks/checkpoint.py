@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py       # writes docs/checkpoint.json and docs/checkpoint.png
 
-Each of W ranks (gloo, one thread) holds its share of the state of one model. Every way writes the same bytes of the
-same tensors beside those of the last round, ends with fsync, and takes their place; rounds in turn, medians. What a
-load reads is in the page cache. "+ MiB" is what the process grew by at most: a load drops the state that it replaces.
+Each of W ranks (gloo, one thread) holds its share of the state of one model. Every way writes the
+same bytes of the same tensors beside those of the last round, ends with fsync, and takes their
+place; rounds in turn, medians. What a load reads is in the page cache. "+ MiB" is what the process
+grew by at most: a load drops the state that it replaces.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds and cases, in
 
 def start(main: Callable[..., None]) -> None:
     """Run a benchmark's command line."""
-    # One thread for each rank and each process, here and in what is started from here: figures of one core.
+    # One thread for each rank and each process, here and in what is started from here: figures of
+    # one core.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     matplotlib.use("Agg")
@@ -89,7 +90,8 @@ def on_ranks(fn: Callable[..., Any], world: int, *args: Any, deepspeed: bool = F
         started = torch.multiprocessing.start_processes(
             _run_rank, (fn, world, folder, results, deepspeed, args), nprocs=world, join=False, start_method="spawn"
         )
-        # Taken out before the ranks are waited for: a pipe that is full would keep them from ending.
+        # Taken out before the ranks are waited for: a pipe that is full would keep them from
+        # ending.
         by_rank: dict[int, Any] = {}
         while len(by_rank) < world:
             if results.empty():

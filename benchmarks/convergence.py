@@ -3,9 +3,10 @@
     python benchmarks/convergence.py            # hours; goes on where it was stopped
     python benchmarks/convergence.py --report   # only tables and figures, from the trainings that are there
 
-Each optimizer is run over the same grid of learning rates, from the same weights, on the same batches and schedule, and
-further where its best is at the edge of the grid. Finished trainings go into docs/convergence.jsonl, what follows from
-them into docs/convergence.json, convergence_tables.md, convergence.png and convergence_TASK.png.
+Each optimizer is run over the same grid of learning rates, from the same weights, on the same
+batches and schedule, and further where its best is at the edge of the grid. Finished trainings go
+into docs/convergence.jsonl, what follows from them into docs/convergence.json,
+convergence_tables.md, convergence.png and convergence_TASK.png.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Plan:
 
     Attributes:
         tasks: names of the tasks, unless --task chooses.
-        lrs: the base grid of learning rates, the smallest first, of tasks that have none of their own.
+        lrs: the base grid of learning rates, the smallest first, of tasks that have none of their
+            own.
         seeds: of initial weights and batches, likewise.
         steps: of a training; None: the task's own.
         extensions: how often the grid may grow by a factor of two.

@@ -245,7 +245,8 @@ def draw_curves(by_step: Any, by_time: Any, report: Report, ratios: Mapping[str,
         limit(axis, min(lowest), statistics.median(early) if early else math.inf)
     by_step.legend(fontsize=8)
     if by_time.lines:
-        # AdamW's whole training, and on until the last of the others is where it ends; then there are only the dear.
+        # AdamW's whole training, and on until the last of the others is where it ends; then there
+        # are only the dear.
         reached = [row["time_to_adamw"] or 0 for row in report["optimizers"].values()]
         by_time.set_xlim(0, max(1.5, *(1.1 * part for part in reached)) * report["steps"])
     else:

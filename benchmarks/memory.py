@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py       # writes docs/memory.json and docs/memory.png
 
-Real DeepSpeed engines, DDP and FSDP2 on the CPU over gloo take one step. Measured is what the optimizer then keeps: the
-bytes of all tensor storages that can be reached from it, each counted once, without parameters and gradients. So the
-state, the flat buffer, the buffers of what travels, the counters. Not in it: temporaries of a step, which a chunk
-bounds.
+Real DeepSpeed engines, DDP and FSDP2 on the CPU over gloo take one step. Measured is what the
+optimizer then keeps: the bytes of all tensor storages that can be reached from it, each counted
+once, without parameters and gradients. So the state, the flat buffer, the buffers of what travels,
+the counters. Not in it: temporaries of a step, which a chunk bounds.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def storages(optimizer: AdaFisher) -> dict[int, int]:
 def tensors_in(item: Any, seen: set[int]) -> Iterator[Tensor]:
     """All tensors in containers, and in the attributes of this package's own objects.
 
-    Not behind the registry of parameters and the layouts' storages: they hold no tensor of their own, but parameters.
+    Not behind the registry of parameters and the layouts' storages: they hold no tensor of their
+    own, but parameters.
     """
     if id(item) in seen:
         return

@@ -2,10 +2,10 @@
 
     python benchmarks/metrics.py       # writes docs/metrics.json and docs/metrics.png
 
-Two models of the same kind are trained in the same process, a step of each after the other; only one's optimizer
-reports metrics. The ratios of these pairs tell what a measured step costs (it looks at the blocks), what the next one
-does (it calls back), and what all others do; medians, since a busy machine disturbs single steps by more than that.
-Halfway the other optimizer reports instead.
+Two models of the same kind are trained in the same process, a step of each after the other; only
+one's optimizer reports metrics. The ratios of these pairs tell what a measured step costs (it looks
+at the blocks), what the next one does (it calls back), and what all others do; medians, since a
+busy machine disturbs single steps by more than that. Halfway the other optimizer reports instead.
 """
 
 from __future__ import annotations

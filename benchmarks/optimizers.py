@@ -15,7 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from adafisher_dist import AdaFisher
 from adafisher_dist.settings import DEFAULTS
 
-# A row of its own for each of these settings: add, for instance, "AdaFisher, every 10": {"inverse_update_freq": 10}.
+# A row of its own for each of these settings: add, for instance, "AdaFisher, every 10":
+# {"inverse_update_freq": 10}.
 ADAFISHERS: dict[str, dict[str, Any]] = {"AdaFisher": {}}
 # The others are compared with the better of these; times are relative to the first.
 ADAMWS: dict[str, tuple[float, float]] = {"AdamW": (0.9, 0.999), "AdamW, β₂ = 0.95": (0.9, 0.95)}
@@ -29,8 +30,10 @@ class Contender:
     """An optimizer with its settings.
 
     Attributes:
-        build: what trains a task's model at a learning rate: one optimizer, or two with a part of the parameters each.
-        settings: besides the learning rate, as JSON has them. Runs with other settings are other runs.
+        build: what trains a task's model at a learning rate: one optimizer, or two with a part of
+            the parameters each.
+        settings: besides the learning rate, as JSON has them. Runs with other settings are other
+            runs.
         missing: why it cannot be built here; None where it can.
         unfit: why it is not for a task; None where it is.
         slow_start: whether its step grows dearer, or cheaper, for dozens of steps.
@@ -58,7 +61,8 @@ def _adafisher(settings: dict[str, Any]) -> Contender:
     def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
         return [AdaFisher(model.named_parameters(), lr=lr, **settings)]
 
-    # The defaults and the update too, so that runs from before one of them changed are not taken for today's.
+    # The defaults and the update too, so that runs from before one of them changed are not taken
+    # for today's.
     everything = {name: value for name, value in {**DEFAULTS, **settings}.items() if name != "lr"}
     written = {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -2,12 +2,14 @@
 
     python benchmarks/scaling.py       # writes docs/scaling.json and docs/scaling.png
 
-Ranks: W processes over gloo, one thread each, hold the same parameters and gradients, as under DDP. A step is split
-into the arithmetic (each rank's time inside `shard.compute`; the slowest rank's counts) and the rest: gradients in,
-the two small all-reduces, the all-gather of the updates and their application. Rounds of all W in turn: the same
-processes step as one group of all ranks, as smaller groups, and as one rank, the others waiting. The arithmetic is
-given by the clock, and by processor time, which tells what a rank would need with a core of its own (but for caches
-and memory, which all share): where there are fewer cores than ranks, or other work, only that can scale.
+Ranks: W processes over gloo, one thread each, hold the same parameters and gradients, as under DDP.
+A step is split into the arithmetic (each rank's time inside `shard.compute`; the slowest rank's
+counts) and the rest: gradients in, the two small all-reduces, the all-gather of the updates and
+their application. Rounds of all W in turn: the same processes step as one group of all ranks, as
+smaller groups, and as one rank, the others waiting. The arithmetic is given by the clock, and by
+processor time, which tells what a rank would need with a core of its own (but for caches and
+memory, which all share): where there are fewer cores than ranks, or other work, only that can
+scale.
 
 Size: one rank, models from 0.25 to 16 million parameters, in turn. All figures are ratios.
 """
@@ -39,8 +41,8 @@ RANKS_MODEL = {"width": 256, "layers": 6, "heads": 4, "seq_len": 128}  # 4.9 mil
 ROUNDS, ROUNDS_QUICK, WARM_UP = 7, 2, 2
 TARGET = 1.7  # how much faster the arithmetic of two ranks is to be
 
-# Width and layers of about 0.25, 1, 4 and 16 million parameters. Widths are multiples of both block sizes, so that all
-# blocks are full, at any size.
+# Width and layers of about 0.25, 1, 4 and 16 million parameters. Widths are multiples of both block
+# sizes, so that all blocks are full, at any size.
 SIZES = ((64, 4), (128, 5), (256, 5), (512, 5))
 SIZES_QUICK = SIZES[:3]
 SIZE_ROUNDS, SIZE_ROUNDS_QUICK = 3, 1

@@ -2,7 +2,8 @@
 
     python benchmarks/stages.py          # writes docs/stages.png and docs/stages.json
 
-Every run is launch/train.py on 2 ranks with the same seed, text and batches; only the DeepSpeed config differs.
+Every run is launch/train.py on 2 ranks with the same seed, text and batches; only the DeepSpeed
+config differs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/step_time.py       # writes docs/step_time.json and docs/step_time.png
 
-Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike, each on a copy of the same
-parameters and with the same gradients. Ratios; absolute times are given for a GPU only.
+Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike, each on a
+copy of the same parameters and with the same gradients. Ratios; absolute times are given for a GPU
+only.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from adafisher_dist import AdaFisher
 
 # What is refreshed every few steps is counted over whole cycles of this many steps.
 CYCLE = 10
-# AdaFisher's interval between refreshes grows from 1 to inverse_update_freq = 10 while the Fisher fills, as
-# round(10 (1 − ρᵏ)) (DESIGN.md, "Old factors"). At ρ = 0.95 it is 10 from k = 59 on, and only then is counted.
+# AdaFisher's interval between refreshes grows from 1 to inverse_update_freq = 10 while the Fisher
+# fills, as round(10 (1 − ρᵏ)) (DESIGN.md, "Old factors"). At ρ = 0.95 it is 10 from k = 59 on, and
+# only then is counted.
 WARM_UP, FILLED = 12, 60
 CYCLES, CYCLES_QUICK = 3, 2
 BATCH, SEQ_LEN = 32, 128
@@ -110,14 +112,16 @@ def adafishers(quick: bool) -> dict[str, dict[str, Any]]:
 def others(add: Callable[..., None], quick: bool) -> None:
     """SOAP and Shampoo of pytorch_optimizer 4.1.0, with their defaults except how often they refresh.
 
-    SOAP: every 10 steps is its default and its paper's; every step is what AdaFisher's default is to be compared with.
-    It refreshes all its eigenbases in the same step, by one QR each; vectors are left to Adam (precondition_1d=False).
-    Every dimension here is below max_precondition_dim, so it keeps the whole factors of up to 384 × 384.
+    SOAP: every 10 steps is its default and its paper's; every step is what AdaFisher's default is
+    to be compared with. It refreshes all its eigenbases in the same step, by one QR each; vectors
+    are left to Adam (precondition_1d=False). Every dimension here is below max_precondition_dim, so
+    it keeps the whole factors of up to 384 × 384.
 
-    Shampoo: its default is every step (preconditioning_compute_steps=1), by an SVD of every factor, those of vectors
-    included, and without momentum. Every 10 steps stands beside AdaFisher's and SOAP's 10. Its ScalableShampoo cuts
-    factors into blocks and would start at step 25, refreshing every 1000 steps: every 10 and a start at once are set,
-    the inverse root by Schur-Newton as by default. Blocks of 128 instead of 512 are what suits matrices this small.
+    Shampoo: its default is every step (preconditioning_compute_steps=1), by an SVD of every factor,
+    those of vectors included, and without momentum. Every 10 steps stands beside AdaFisher's and
+    SOAP's 10. Its ScalableShampoo cuts factors into blocks and would start at step 25, refreshing
+    every 1000 steps: every 10 and a start at once are set, the inverse root by Schur-Newton as by
+    default. Blocks of 128 instead of 512 are what suits matrices this small.
     """
     try:
         from pytorch_optimizer import SOAP, ScalableShampoo, Shampoo
@@ -170,8 +174,8 @@ def main(quick: Quick = False) -> None:
 def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:
     """Fill in the seconds of each candidate's counted steps; returns those of forward and backward.
 
-    The model is trained meanwhile, by an AdamW of its own, so that gradients are those of a training. A candidate that
-    cannot go on is taken out.
+    The model is trained meanwhile, by an AdamW of its own, so that gradients are those of a
+    training. A candidate that cannot go on is taken out.
     """
     trainer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     forward: list[float] = []

@@ -1,7 +1,7 @@
 """What the optimizers are compared on: five small models and data that come with Python and scikit-learn.
 
-Everything is a function of a seed: initial weights, the order of the data, its augmentation. Two optimizers that are
-given the same seed see the same batches.
+Everything is a function of a seed: initial weights, the order of the data, its augmentation. Two
+optimizers that are given the same seed see the same batches.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Task:
         build: the model, in the state that the global random generator gives it.
         loss: of a model on the training batch of a step, by model, seed and step.
         validate: the loss on held-out data.
-        hidden: whether a parameter of this name and these dimensions is one of the matrices that Muon is for, as its
-            authors use it: not embeddings, heads, biases and gains.
+        hidden: whether a parameter of this name and these dimensions is one of the matrices that
+            Muon is for, as its authors use it: not embeddings, heads, biases and gains.
         lrs: a grid of learning rates of its own, coarser since it is long.
         seeds: likewise, fewer.
     """

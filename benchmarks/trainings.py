@@ -1,6 +1,7 @@
 """Single trainings of convergence.py: how one goes, and the file in which the finished ones are kept.
 
-The file has a line of JSON a training. Several processes may append to it at once, and may be killed at any time.
+The file has a line of JSON a training. Several processes may append to it at once, and may be
+killed at any time.
 """
 
 from __future__ import annotations

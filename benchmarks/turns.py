@@ -1,7 +1,8 @@
 """What a whole training step takes with each of convergence.py's optimizers, relative to AdamW's.
 
-Apart from the trainings, which share the machine: here one process steps all optimizers in turns, each on a model of
-its own, so that a machine whose speed drifts slows all alike. Ratios only, since the tasks run on the CPU.
+Apart from the trainings, which share the machine: here one process steps all optimizers in turns,
+each on a model of its own, so that a machine whose speed drifts slows all alike. Ratios only, since
+the tasks run on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from trainings import train_step
 
 # What is refreshed every few steps is counted over whole cycles of this many steps.
 CYCLE, CYCLES = 10, 3
-# AdaFisher's interval between refreshes grows from 1 to inverse_update_freq while the Fisher fills: step_time.py.
+# AdaFisher's interval between refreshes grows from 1 to inverse_update_freq while the Fisher fills:
+# step_time.py.
 WARM_UP, FILLED = 10, 60
 LR = 3e-4  # safe for all: a model that diverges computes with other numbers, some of them slow
 

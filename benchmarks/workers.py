@@ -27,7 +27,8 @@ def carry_out(wanted: Wanted, done: dict[Run, Curve], path: Path, workers: int) 
     """Train until `wanted` asks for no more; what is finished goes into `done` and the file.
 
     Args:
-        wanted: the trainings to do that are not in what it is given, the first first. It is asked again after each.
+        wanted: the trainings to do that are not in what it is given, the first first. It is asked
+            again after each.
         done: the finished trainings.
         path: the file.
         workers: processes.

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/accelerate_ddp.py --out runs/ddp
     torchrun --nproc-per-node 2 examples/accelerate_ddp.py --out runs/more --resume runs/ddp/step20
 
-On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its --num_processes. A run may be
-resumed on another number of ranks; --global-batch is then shared out among those.
+On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its
+--num_processes. A run may be resumed on another number of ranks; --global-batch is then shared out
+among those.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from adafisher_dist import AdaFisher
 
 def main() -> None:
     args = arguments()
-    # The order of the data is then a matter of seed and epoch alone, so that a resumed run finds it on any ranks.
+    # The order of the data is then a matter of seed and epoch alone, so that a resumed run finds it
+    # on any ranks.
     seedable = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -41,8 +43,9 @@ def main() -> None:
     scheduler = get_cosine_schedule_with_warmup(adafisher, num_warmup_steps=4, num_training_steps=args.steps)
     model, optimizer, loader, scheduler = accelerator.prepare(model, adafisher, loader, scheduler)
 
-    # Each rank has its share of the state: all of it is collected on rank 0 before that saves. Where it is too much for
-    # one rank, leave the optimizer out of `prepare`, and use adafisher_dist.save_checkpoint.
+    # Each rank has its share of the state: all of it is collected on rank 0 before that saves.
+    # Where it is too much for one rank, leave the optimizer out of `prepare`, and use
+    # adafisher_dist.save_checkpoint.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: adafisher.consolidate_state_dict())
     progress = Progress()
     accelerator.register_for_checkpointing(progress)

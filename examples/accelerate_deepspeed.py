@@ -1,10 +1,12 @@
 """Accelerate with DeepSpeed and AdaFisher, chosen by the JSON config alone: nothing of adafisher_dist is imported.
 
-    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/accelerate
-    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/more --resume runs/accelerate/step20
+    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/accelerate torchrun
+    --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/more --resume
+    runs/accelerate/step20
 
-On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its --num_processes. A run may be
-resumed on another number of ranks; --global-batch is then shared out among those.
+On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its
+--num_processes. A run may be resumed on another number of ranks; --global-batch is then shared out
+among those.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def main() -> None:
     plugin = DeepSpeedPlugin(hf_ds_config=str(args.config))
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # Accelerator(cpu=True) would train without DeepSpeed, without a word
-    # The order of the data is then a matter of seed and epoch alone, so that a resumed run finds it on any ranks.
+    # The order of the data is then a matter of seed and epoch alone, so that a resumed run finds it
+    # on any ranks.
     seedable = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(deepspeed_plugin=plugin, dataloader_config=seedable)
     set_seed(0)
@@ -35,7 +38,8 @@ def main() -> None:
     batch = args.global_batch // accelerator.num_processes
     loader = DataLoader(training_set(), batch_size=batch, shuffle=True, drop_last=True)
 
-    # The optimizer is built by DeepSpeed, from the config; DummyOptim has what "auto" stands for there.
+    # The optimizer is built by DeepSpeed, from the config; DummyOptim has what "auto" stands for
+    # there.
     optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=0.01)
 
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

@@ -1,11 +1,12 @@
 """Hugging Face's Trainer with AdaFisher, chosen by the DeepSpeed config alone: nothing of adafisher_dist is imported.
 
-    torchrun --nproc-per-node 2 examples/huggingface_trainer.py --deepspeed configs/huggingface_zero2.json
-    torchrun --nproc-per-node 2 examples/huggingface_trainer.py --deepspeed configs/huggingface_zero2.json \
+    torchrun --nproc-per-node 2 examples/huggingface_trainer.py --deepspeed
+    configs/huggingface_zero2.json torchrun --nproc-per-node 2 examples/huggingface_trainer.py
+    --deepspeed configs/huggingface_zero2.json \
         --resume_from_checkpoint runs/huggingface/checkpoint-20
 
-All of TrainingArguments are arguments. Learning rate, weight decay, batch size, gradient clipping and precision go from
-there into the config, where it says "auto".
+All of TrainingArguments are arguments. Learning rate, weight decay, batch size, gradient clipping
+and precision go from there into the config, where it says "auto".
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main() -> None:
     set_seed(args.seed)
     model = GPT2LMHeadModel(CONFIG)
     trainer = Trainer(model=model, args=args, train_dataset=training_set(), eval_dataset=held_out_set())
-    # "last" would be True; a path, also to a checkpoint that another number of ranks saved, goes on from there.
+    # "last" would be True; a path, also to a checkpoint that another number of ranks saved, goes on
+    # from there.
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.evaluate()
     trainer.save_model()

@@ -1,9 +1,11 @@
 """Lightning's DeepSpeedStrategy with AdaFisher, chosen by the config alone: nothing of adafisher_dist is imported.
 
-    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/lightning
-    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/more --resume runs/lightning/epoch=0.ckpt
+    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/lightning torchrun
+    --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/more --resume
+    runs/lightning/epoch=0.ckpt
 
-It needs GPUs: DeepSpeedStrategy refuses to run on CPUs. A run may be resumed on another number of ranks.
+It needs GPUs: DeepSpeedStrategy refuses to run on CPUs. A run may be resumed on another number of
+ranks.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class LanguageModel(LightningModule):
         return loss
 
     def train_dataloader(self) -> DataLoader[Any]:
-        # A sampler of our own, since Lightning's would order the data otherwise on one rank than on several.
+        # A sampler of our own, since Lightning's would order the data otherwise on one rank than on
+        # several.
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = DistributedSampler(training_set(), ranks, rank, drop_last=True)
         return DataLoader(training_set(), GLOBAL_BATCH // ranks, sampler=sampler)
@@ -74,8 +77,9 @@ def main() -> None:
         logger=CSVLogger(args.out, name="", version=""),
         log_every_n_steps=1,
     )
-    # At the ends of epochs, as here, a resumed run is the undisturbed one. Within an epoch Lightning would begin the
-    # data anew, unless the loader keeps its place itself (torchdata's StatefulDataLoader does).
+    # At the ends of epochs, as here, a resumed run is the undisturbed one. Within an epoch
+    # Lightning would begin the data anew, unless the loader keeps its place itself (torchdata's
+    # StatefulDataLoader does).
     trainer.fit(LanguageModel(), ckpt_path=args.resume)
 
 

@@ -1,10 +1,11 @@
 """Lightning's ModelParallelStrategy (FSDP2) with AdaFisher.
 
-    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/fsdp2
-    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/more --resume runs/fsdp2/epoch0
+    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/fsdp2 torchrun
+    --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/more --resume
+    runs/fsdp2/epoch0
 
-The callback here saves with `adafisher_dist.save_checkpoint`, whose checkpoints load in any layout and are not
-unpickled; Lightning's own work too. A run may be resumed on another number of ranks.
+The callback here saves with `adafisher_dist.save_checkpoint`, whose checkpoints load in any layout
+and are not unpickled; Lightning's own work too. A run may be resumed on another number of ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class LanguageModel(LightningModule):
         return loss
 
     def train_dataloader(self) -> DataLoader[Any]:
-        # A sampler of our own, since Lightning's would order the data otherwise on one rank than on several.
+        # A sampler of our own, since Lightning's would order the data otherwise on one rank than on
+        # several.
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = DistributedSampler(training_set(), ranks, rank, drop_last=True)
         return DataLoader(training_set(), GLOBAL_BATCH // ranks, sampler=sampler)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 0.1  # of the bytes, at the end
-# Not the library itself (tests, installed packages) or not prose and code (tables of character sets, a data dump).
+# Not the library itself (tests, installed packages) or not prose and code (tables of character
+# sets, a data dump).
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
 
@@ -34,8 +35,8 @@ class Corpus:
 def load(data: Path | None, megabytes: float, seq_len: int) -> Corpus:
     """Read at most `megabytes` (10⁶ bytes) of text and hold out the last tenth.
 
-    Files of a folder are taken in the order of the hashes of their relative names: the same on every machine, and the
-    held-out tail is a fair sample of the folder.
+    Files of a folder are taken in the order of the hashes of their relative names: the same on
+    every machine, and the held-out tail is a fair sample of the folder.
 
     Raises:
         ValueError: there is no text at `data`, or too little for sequences of `seq_len`.

@@ -65,7 +65,8 @@ class ByteTransformer(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # What is added to the residual stream starts smaller: its variance does not grow with depth (GPT-2).
+                # What is added to the residual stream starts smaller: its variance does not grow
+                # with depth (GPT-2).
                 deep = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if deep else 0.02)
             elif name.endswith("bias"):

@@ -1,7 +1,7 @@
 """Where this machine stands towards a host: `python launch/network.py HOST PORT`, for torchrun.sh.
 
-Prints three words: whether HOST is this machine (true or false), this machine's address towards it, and the network
-interface that has that address.
+Prints three words: whether HOST is this machine (true or false), this machine's address towards it,
+and the network interface that has that address.
 """
 
 from __future__ import annotations

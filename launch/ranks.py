@@ -83,9 +83,9 @@ def start(device: str) -> Place:
 def leave(code: int) -> NoReturn:
     """Leave the group and end this process, for ends that all ranks reach alike.
 
-    DeepSpeed's references keep the group alive past destroy_process_group, and a thread of it that is still busy while
-    Python shuts down aborts the process after a good run (signal 6, seen in 1 of 10 runs with 4 ranks at stage 0).
-    So Python's own shutdown is left out.
+    DeepSpeed's references keep the group alive past destroy_process_group, and a thread of it that
+    is still busy while Python shuts down aborts the process after a good run (signal 6, seen in 1
+    of 10 runs with 4 ranks at stage 0). So Python's own shutdown is left out.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -102,7 +102,8 @@ def run_on_all_ranks(prepare: Callable[[], T]) -> T:
     """Call `prepare` on every rank; what fails on one rank fails on all.
 
     Raises:
-        UsageError: `prepare` raised a ValueError or OSError somewhere; tells of the first such rank.
+        UsageError: `prepare` raised a ValueError or OSError somewhere; tells of the first such
+            rank.
     """
     result, problem = None, None
     try:

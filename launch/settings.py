@@ -90,7 +90,8 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
     """The JSON of `settings.config` with this run's optimizer and batch size written into it.
 
     Raises:
-        ValueError: the file is no JSON object, `--set` is malformed, or the batch cannot be shared out.
+        ValueError: the file is no JSON object, `--set` is malformed, or the batch cannot be shared
+            out.
     """
     config = _read(settings.config)
     config["optimizer"] = _optimizer(settings, config.get("optimizer") or {})

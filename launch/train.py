@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 launch/train.py --config configs/zero2.json
 
-adafisher_dist is not imported: having it installed is enough for {"type": "AdaFisher"} in a DeepSpeed config.
+adafisher_dist is not imported: having it installed is enough for {"type": "AdaFisher"} in a
+DeepSpeed config.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def main(
     try:
         run(settings, console)
     except Exception as error:
-        # By name, since this script does not import adafisher_dist. Raised on all ranks alike, as UsageError is.
+        # By name, since this script does not import adafisher_dist. Raised on all ranks alike, as
+        # UsageError is.
         if not isinstance(error, UsageError) and type(error).__name__ != "UnsupportedLayoutError":
             raise
         if ranks.rank() == 0:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-# A checkpoint goes on only with these unchanged: they shape its tensors, are restored from it, or make it another run.
+# A checkpoint goes on only with these unchanged: they shape its tensors, are restored from it, or
+# make it another run.
 _FIXED = ("model", "optimizer", "zero_stage", "world_size", "global_batch", "seed", "corpus")
 
 
@@ -175,7 +176,8 @@ class Trainer:
         self.engine.eval()
         size = self.config["train_micro_batch_size_per_gpu"]
         share = math.ceil(len(self.held_out) / self.place.world_size)
-        # Every rank calls the model equally often, since ZeRO-3 communicates in it; what is too much has weight 0.
+        # Every rank calls the model equally often, since ZeRO-3 communicates in it; what is too
+        # much has weight 0.
         numbers = torch.arange(self.place.rank * share, (self.place.rank + 1) * share)
         weights = (numbers < len(self.held_out)).to(self.place.device)
         mine = self.held_out[numbers.clamp(max=len(self.held_out) - 1)].to(self.place.device)
@@ -195,7 +197,8 @@ class Trainer:
         folder = self.settings.folder / "checkpoint"
         progress = {"step": self.step, "spent": asdict(self.spent)}
         if self.place.is_main:
-            # Before the checkpoint, and in one go: whenever the run is killed, what it has saved can be gone on with.
+            # Before the checkpoint, and in one go: whenever the run is killed, what it has saved
+            # can be gone on with.
             folder.mkdir(parents=True, exist_ok=True)
             identity = _identity(self.settings, self.config, self.corpus, self.place)
             folder.joinpath("run.json.new").write_text(json.dumps(identity, indent=2))
@@ -286,15 +289,16 @@ def find_checkpoint(settings: Settings, config: dict[str, Any], corpus: Corpus, 
     """The checkpoint folder that --resume names, if it fits this run.
 
     Raises:
-        ValueError: there is none, or it was made by another model, optimizer, ZeRO stage, number of ranks, batch size,
-            seed or text.
+        ValueError: there is none, or it was made by another model, optimizer, ZeRO stage, number of
+            ranks, batch size, seed or text.
     """
     assert settings.resume is not None
     folder = checkpoint_folder(settings.resume)
     if not (folder / "latest").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"--resume {settings.resume}: no checkpoint of launch/train.py there; give a run's folder.")
     saved, here = json.loads((folder / "run.json").read_text()), _identity(settings, config, corpus, place)
-    # With AdaFisher, engine.load_checkpoint goes on at any number of ranks and ZeRO stage; DeepSpeed alone does not.
+    # With AdaFisher, engine.load_checkpoint goes on at any number of ranks and ZeRO stage;
+    # DeepSpeed alone does not.
     free = ("world_size", "zero_stage") if config["optimizer"]["type"] == "AdaFisher" else ()
     fixed = [key for key in _FIXED if key not in free]
     different = [f"  {key}: {saved.get(key)} there, {here[key]} here" for key in fixed if saved.get(key) != here[key]]

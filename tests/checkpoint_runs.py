@@ -112,7 +112,8 @@ _watched: list[bool] = []
 def before_each_change(*acts: Callable[[str], Any]) -> None:
     """Call them with the name of each change of the disk, right before it; "write" with half of it written.
 
-    They take the place of earlier ones. For processes that end with the test: what watches the disk cannot be undone.
+    They take the place of earlier ones. For processes that end with the test: what watches the disk
+    cannot be undone.
     """
     if not _watched:
         _watch()

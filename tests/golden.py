@@ -22,7 +22,8 @@ import torch
 STEPS = 6
 KEPT = Path(__file__).with_suffix(".npz")
 
-# Settings that take every path of the arithmetic; the names of the layouts are those of layout_runs.LAYOUTS.
+# Settings that take every path of the arithmetic; the names of the layouts are those of
+# layout_runs.LAYOUTS.
 _CUT = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": _CUT,

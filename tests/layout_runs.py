@@ -15,14 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from adafisher_dist import AdaFisher, ds, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
-# Kept factors, in turns: the state that is hardest to carry over. max_blocks: the larger matrices end with a diagonal
-# Fisher, in the middle of a stack too.
+# Kept factors, in turns: the state that is hardest to carry over. max_blocks: the larger matrices
+# end with a diagonal Fisher, in the middle of a stack too.
 SETTINGS = {
     "lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2, "inverse_update_freq": 3, "max_blocks": 16,
 }  # fmt: skip
 BEFORE, AFTER = 5, 10  # steps
 
-# How a training is laid out: a layout, a precision, and more of the DeepSpeed config (and "packed", of AdaFisher's).
+# How a training is laid out: a layout, a precision, and more of the DeepSpeed config (and "packed",
+# of AdaFisher's).
 LAYOUTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "alone": ("torch", "fp32", {}),
     "ddp": ("ddp", "fp32", {}),

@@ -1,7 +1,8 @@
 """Runs a Lightning script with DeepSpeedStrategy on CPU ranks: `python lightning_on_cpu.py SCRIPT ARGUMENTS`.
 
-Lightning 2.6 refuses DeepSpeedStrategy without CUDA, though DeepSpeed itself trains on CPUs. That check is taken out
-here, and CPUs get a device index, which DeepSpeed is given as a rank's. All else is Lightning's own.
+Lightning 2.6 refuses DeepSpeedStrategy without CUDA, though DeepSpeed itself trains on CPUs. That
+check is taken out here, and CPUs get a device index, which DeepSpeed is given as a rank's. All else
+is Lightning's own.
 """
 
 from __future__ import annotations

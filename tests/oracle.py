@@ -1,7 +1,7 @@
 """AdaFisher as DESIGN.md section 2 words it, in plain numpy: one process, float64, a loop over blocks, no cleverness.
 
-Every fast path of the package is compared with this file, so it shares no line with the package. It has no fallbacks:
-a block that cannot be inverted is an error here.
+Every fast path of the package is compared with this file, so it shares no line with the package. It
+has no fallbacks: a block that cannot be inverted is an error here.
 """
 
 from __future__ import annotations

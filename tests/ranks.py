@@ -20,11 +20,13 @@ def run_ranks(
 ) -> list[Any]:  # fmt: skip
     """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned.
 
-    `fn` and its result must be picklable, so a function at the top of a test module that returns numbers, numpy arrays
-    or CPU tensors turned into them. A rank that raises fails the test with its own traceback; one that hangs is named.
+    `fn` and its result must be picklable, so a function at the top of a test module that returns
+    numbers, numpy arrays or CPU tensors turned into them. A rank that raises fails the test with
+    its own traceback; one that hangs is named.
 
-    `group_timeout` goes to init_process_group, in seconds. `store` is "file", or "tcp", which rank 0's process keeps.
-    Nobody waits for the ranks in `lost`, which a test kills, stops or keeps away: None stands for what they return.
+    `group_timeout` goes to init_process_group, in seconds. `store` is "file", or "tcp", which rank
+    0's process keeps. Nobody waits for the ranks in `lost`, which a test kills, stops or keeps
+    away: None stands for what they return.
     """
     context = mp.get_context("forkserver")
     _start_server(context)
@@ -79,7 +81,8 @@ def _collect(processes: list[Any], ends: list[Any], timeout: float, lost: Collec
     pending = {end: rank for rank, end in enumerate(ends) if rank not in lost}
     deadline = monotonic() + timeout
     while pending:
-        # After a first failure the others may wait for it for ever: a moment for their own errors, then stop.
+        # After a first failure the others may wait for it for ever: a moment for their own errors,
+        # then stop.
         ready = wait(list(pending), max(0.0, (min(deadline, monotonic() + 5) if failures else deadline) - monotonic()))
         if not ready:
             break

@@ -3,9 +3,10 @@
     make release-check                                       # or: python tests/release.py
     python tests/release.py --oldest-python python3.10 --newest-python python3.13 --folder runs/release
 
-Needs the network, some 15 GB of disk (the default builds of torch bring CUDA) and half an hour. Builds sdist and wheel
-from the tracked files, checks what is in them and `twine check`s them; then, for the lower bounds of pyproject.toml and
-for the newest releases, makes a virtual environment, installs the wheel, and runs tests/smoke.py there.
+Needs the network, some 15 GB of disk (the default builds of torch bring CUDA) and half an hour.
+Builds sdist and wheel from the tracked files, checks what is in them and `twine check`s them; then,
+for the lower bounds of pyproject.toml and for the newest releases, makes a virtual environment,
+installs the wheel, and runs tests/smoke.py there.
 """
 
 from __future__ import annotations

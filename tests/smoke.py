@@ -3,8 +3,9 @@
     python tests/smoke.py                        # also with DeepSpeed, where it is installed
     python tests/smoke.py --require-deepspeed    # an error where it is not
 
-Prints a line for each check; the exit status is 1 if one failed. `make release-check` runs it on a built wheel, with
-the oldest and the newest torch and DeepSpeed. It needs no pytest, and no file of this repository but itself.
+Prints a line for each check; the exit status is 1 if one failed. `make release-check` runs it on a
+built wheel, with the oldest and the newest torch and DeepSpeed. It needs no pytest, and no file of
+this repository but itself.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Call `fn(rank, world, *args)` on `world` processes of a gloo group; what each returned, by rank.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: with the traceback of the first rank that failed.
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the first rank that
+            failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (world, folder, fn, args), nprocs=world)

@@ -25,8 +25,9 @@ AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 # What Hugging Face's Trainer puts in the place of "auto", with learning_rate=3e-3.
 FILLED = {"lr": 3e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 
-# "params" of public configs whose type is Adam or AdamW, each with its source and ZeRO stage. Axolotl's and
-# LLaMA-Factory's files of today leave the section out, and Trainer then takes its own optimizer.
+# "params" of public configs whose type is Adam or AdamW, each with its source and ZeRO stage.
+# Axolotl's and LLaMA-Factory's files of today leave the section out, and Trainer then takes its own
+# optimizer.
 PUBLIC: dict[str, tuple[int, dict[str, Any]]] = {
     "huggingface/transformers tests/deepspeed/ds_config_zero2.json": (2, AUTO),
     "huggingface/transformers tests/deepspeed/ds_config_zero3.json": (3, AUTO),

@@ -1,6 +1,7 @@
 """Whatever kills a save or fills the disk: what has the name of a checkpoint is whole, and the last one is there.
 
-Saves are cut off, or made to fail, in processes forked for it. Then every bit of model and optimizer is asked for.
+Saves are cut off, or made to fail, in processes forked for it. Then every bit of model and
+optimizer is asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def test_killed_at_every_change_of_the_disk(scene: str, two: Path, folder: Path)
             break
     assert {"os.mkdir", "open", "write", "fsync", "os.rename"} <= set(events) and number > 20
     assert not problems, f"of {number} kills:\n" + "\n".join(problems)
-    # What a kill does not show, but a power cut would: every file and their folder are on the disk before a rename.
+    # What a kill does not show, but a power cut would: every file and their folder are on the disk
+    # before a rename.
     written = events[: events.index("os.rename")]
     assert events.count("fsync") > written.count("fsync") > written.count("open")
 
@@ -226,7 +228,8 @@ def test_one_rank_of_two_is_killed(victim: int, kind: str, number: int, two: Pat
         before_each_change(*([nth(number, kill, kind)] if rank == victim else []))
         with pytest.raises(CheckpointError, match="step3 was not written") as caught:
             run.save(root / "step3", 3, keep_last=2)
-        # Rank 0 may have published once it had this rank's part, which it has when both have written theirs.
+        # Rank 0 may have published once it had this rank's part, which it has when both have
+        # written theirs.
         early = victim == 1 or kind in ("os.mkdir", "write")
         assert ("may have been published" in str(caught.value)) != early, str(caught.value)
         assert ("Nothing was published" in str(caught.value)) == early

@@ -466,7 +466,8 @@ def replaced(rank: int, world: int) -> list[str]:
     import copy
     import gc
 
-    # Nothing to tell of: an optimizer of another model, one in an engine, a copy, one that has trained.
+    # Nothing to tell of: an optimizer of another model, one in an engine, a copy, one that has
+    # trained.
     elsewhere = AdaFisher(model().parameters())
     with_sgd(model())
     module = model()

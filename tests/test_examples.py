@@ -1,7 +1,7 @@
 """The scripts of examples/ as their users start them: under torchrun, with losses that fall, and resumed.
 
-A resumed run must give the losses of the one that was never stopped: bit for bit on the same ranks, to float rounding
-on others or at another ZeRO stage.
+A resumed run must give the losses of the one that was never stopped: bit for bit on the same ranks,
+to float rounding on others or at another ZeRO stage.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def lightning_losses(folder: Path) -> Losses:
         return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
 
 
-# How a script is started here, its checkpoint of the first epoch, arguments of a run that resumes elsewhere.
+# How a script is started here, its checkpoint of the first epoch, arguments of a run that resumes
+# elsewhere.
 LIGHTNING = {
     "deepspeed": (f"{ROOT / 'tests/lightning_on_cpu.py'} lightning_deepspeed.py", "epoch=0.ckpt", ["--stage", 3]),
     "fsdp2": ("lightning_fsdp2.py", "epoch0", []),

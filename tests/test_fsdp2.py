@@ -162,8 +162,8 @@ def test_clipping_accumulation_tied_and_unused_weights() -> None:
     ids=str,
 )
 def test_settings(settings: dict[str, Any]) -> None:
-    # At the second step an element with a diagonal Fisher is divided by its first gradient alone. One of these almost
-    # cancels out, so that its rounding shows: 3.5e-4.
+    # At the second step an element with a diagonal Fisher is divided by its first gradient alone.
+    # One of these almost cancels out, so that its rounding shows: 3.5e-4.
     follow(3, settings={**PARAMS, **settings}, bound=1e-3 if "fisher_update_freq" in settings else 1e-4)
 
 

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.deepspeed, pytest.mark.dist, pytest.mark.desk]
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "zero3-2-kept"
 
-# Other processors round otherwise, and six steps carry it on; 16-bit weights and states round to 8 bits.
+# Other processors round otherwise, and six steps carry it on; 16-bit weights and states round to 8
+# bits.
 FINE, COARSE = 2e-4, 2e-2
 
 

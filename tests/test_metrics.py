@@ -88,7 +88,8 @@ def test_each_metric_of_one_process() -> None:
         assert found["damping_min"] == found["damping_max"] == 0.2 + 1e-8
         assert found["communication_bytes"] == found["communication_ms"] == found["skipped_steps"] == 0
         assert 1 < found["condition_number_median"] <= found["condition_number_max"] < 9 * 9 / 0.2
-    # All factors are new at steps 1 to 8, when the Fisher is filling: its interval is round(4 (1 - 0.95^k)).
+    # All factors are new at steps 1 to 8, when the Fisher is filling: its interval is round(4 (1 -
+    # 0.95^k)).
     assert told[0][1]["factor_age_max"] == 0
 
 

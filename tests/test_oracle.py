@@ -1,7 +1,7 @@
 """The optimizer against the numpy oracle, and the oracle against what is known without it.
 
-A step is judged by what it added to the parameter, block by block, so that neither a large parameter nor a large
-neighbour hides a wrong update.
+A step is judged by what it added to the parameter, block by block, so that neither a large
+parameter nor a large neighbour hides a wrong update.
 """
 
 from __future__ import annotations
@@ -198,14 +198,16 @@ def test_oracle_tables_by_hand() -> None:
 def test_oracle_refresh_intervals_by_hand() -> None:
     # f (1 − 0.5^k) for f = 10 is 5, 7.5, 8.75, 9.4, 9.7, ..., and k holds it back at first.
     assert [refresh_interval(0.5, k, 10) for k in (1, 2, 3, 8, 9, 10, 11, 50)] == [1, 2, 3, 8, 9, 10, 10, 10]
-    # For ρ = 0.95 it rises by about f / 20 a step; 10 (1 − 0.95^3) = 1.43 and 10 (1 − 0.95^4) = 1.85.
+    # For ρ = 0.95 it rises by about f / 20 a step; 10 (1 − 0.95^3) = 1.43 and 10 (1 − 0.95^4) =
+    # 1.85.
     assert [refresh_interval(0.95, k, 10) for k in (1, 3, 4, 200)] == [1, 1, 2, 10]
     assert {refresh_interval(0.95, k, 1) for k in range(1, 100)} == {1}
     assert refresh_interval(0.5, 2, 2) == 2  # 1.5: halves go up
 
 
 def test_oracle_first_step_by_hand() -> None:
-    # t = 1, so m̂ = g and F̂ = g gᵀ = [[9, 12], [12, 16]], d = 25/2, A = F̂/12.5 + 0.1 I, whose inverse along g is 1/2.1.
+    # t = 1, so m̂ = g and F̂ = g gᵀ = [[9, 12], [12, 16]], d = 25/2, A = F̂/12.5 + 0.1 I, whose
+    # inverse along g is 1/2.1.
     plain = {"eps": 0.0, "weight_decay": 0.0, "lr": 1.0, "damping": 0.1, "block_grid": "flat"}
     oracle = Oracle([np.zeros(2)], grafting="none", exponent=1.0, **plain)
     oracle.step([np.array([3.0, 4.0])])
@@ -224,13 +226,15 @@ def test_oracle_of_two_rows_that_share_a_block_by_hand() -> None:
     oracle = Oracle([np.zeros((2, 2))], eps=0.0, weight_decay=0.0, lr=1.0, damping=0.1, grafting="none", exponent=1.0)
     oracle.step([g])
     np.testing.assert_allclose(oracle.params[0], -np.array([[3 / 0.82, 0], [0, 4 / 1.38]]) / 6.25, rtol=1e-13)
-    # ŵ = 4.5, 8, so F̂ is the mean of diag(2, 0) and diag(0, 2), and A = 1.1 I: the iteration sees diag(√2, √2) / 2.
+    # ŵ = 4.5, 8, so F̂ is the mean of diag(2, 0) and diag(0, 2), and A = 1.1 I: the iteration sees
+    # diag(√2, √2) / 2.
     oracle = Oracle([np.zeros((2, 2))], eps=0.0, weight_decay=0.0, lr=1.0, damping=0.1)
     oracle.step([g])
     x = np.full(2, 0.5**0.5)
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    # v is 4.5 · 1 where the 3 is, and 8 · 1 where the 4 is: Adafactor's update is diag(√2, √2), of norm 2.
+    # v is 4.5 · 1 where the 3 is, and 8 · 1 where the 4 is: Adafactor's update is diag(√2, √2), of
+    # norm 2.
     np.testing.assert_allclose(oracle.params[0], -2 * np.diag(x) / np.linalg.norm(x), rtol=1e-13)
     np.testing.assert_allclose(oracle.states[0].blocks[0].fisher, 0.03 * np.eye(2), rtol=1e-13)
 
@@ -387,7 +391,8 @@ def test_old_factors_and_max_blocks(max_blocks: int, block_grid: str) -> None:
 @pytest.mark.parametrize("freqs", [(1, 1), (1, 10), (3, 10), (2, 1)], ids=str)
 @pytest.mark.parametrize("zeros", [1, 4, 21, 99])
 def test_zero_gradients_at_first(zeros: int, freqs: tuple[int, int], max_blocks: int | None, grafting: str) -> None:
-    # 99: never anything else. 21: factors come seldom by then, so blocks go on with the factor of an empty Fisher.
+    # 99: never anything else. 21: factors come seldom by then, so blocks go on with the factor of
+    # an empty Fisher.
     shapes = [(3, 4), (7,), ()]
     grads = gradients(shapes, 10 if zeros == 99 else zeros + 12)
     for row in grads[:zeros]:
@@ -399,7 +404,8 @@ def test_zero_gradients_at_first(zeros: int, freqs: tuple[int, int], max_blocks:
 
 @pytest.mark.parametrize("setting", [{}, {"grafting": "none"}, {"max_blocks": 1}, {"exponent": 0.5}], ids=str)
 def test_some_elements_never_see_a_gradient(setting: Settings) -> None:
-    # An embedding: rows that were never looked up. Blocks that are all zero, and blocks that are partly zero.
+    # An embedding: rows that were never looked up. Blocks that are all zero, and blocks that are
+    # partly zero.
     shapes = [(9, 6)]
     grads = gradients(shapes, 12)
     for step, row in enumerate(grads):
@@ -420,7 +426,8 @@ def test_scale_of_the_gradient(scale: float, grafting: str, exponent: float) -> 
 
 
 def test_a_large_parameter_does_not_hide_the_update() -> None:
-    # The tests above allow the rounding of a stored parameter. From zero and with a large lr there is none to speak of.
+    # The tests above allow the rounding of a stored parameter. From zero and with a large lr there
+    # is none to speak of.
     setting = {"lr": 1.0, "weight_decay": 0.0, "block_size": 16}
     start = values(FEW, scale=0.0)
     for row in gradients(FEW, 12):
@@ -552,7 +559,8 @@ def test_a_bad_gradient_skips_the_whole_call(bad: float, setting: Settings) -> N
 def test_large_gradients_are_used_as_long_as_squares_do_not_overflow(
     dtype: torch.dtype, fine: float, too_large: float
 ) -> None:
-    # DESIGN.md leaves open how much below the overflow of a block's sum the bound lies; these two are far from it.
+    # DESIGN.md leaves open how much below the overflow of a block's sum the bound lies; these two
+    # are far from it.
     setting = {"dtype": dtype, "fisher_dtype": dtype, "tolerance": 2e-4, "weight_decay": 0.0}
     for size, skipped in ((fine, 0), (too_large, 1)):
         grads = gradients(SMALL, 8)
@@ -675,7 +683,8 @@ def test_the_natural_gradient_is_a_linear_solve(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
 def test_float32(scale: float, setting: Settings) -> None:
     shapes = [*FEW, (65,), (4, 130), (17, 130)]
-    # Rounding times the condition number: up to block_size/damping = 640; an inverse that is kept has most of it.
+    # Rounding times the condition number: up to block_size/damping = 640; an inverse that is kept
+    # has most of it.
     float32 = {
         "dtype": torch.float32,
         "fisher_dtype": torch.float32,
@@ -706,7 +715,8 @@ def test_low_precision_parameters_are_rounded_once(dtype: torch.dtype, setting: 
         for p, want, change in zip(parameters, oracle.params, changes, strict=True):
             got = to_numpy(p)
             half_an_ulp = 0.5 * np.maximum(np.abs(got), np.abs(want)) * torch.finfo(dtype).eps
-            # float16 is coarser still near zero; the last term is what float32 may differ by before rounding.
+            # float16 is coarser still near zero; the last term is what float32 may differ by before
+            # rounding.
             slack = half_an_ulp + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             slack = slack * 1.001 + (2e-4 * np.abs(change).max() if change.size else 0.0)
             assert (np.abs(got - want) <= slack).all(), (step, p.shape)
@@ -714,7 +724,8 @@ def test_low_precision_parameters_are_rounded_once(dtype: torch.dtype, setting: 
 
 @pytest.mark.parametrize("setting", [{}, {"grafting": "none"}, {"exponent": 0.5, "max_blocks": 2}], ids=str)
 def test_a_bfloat16_fisher_is_close(setting: Settings) -> None:
-    # bfloat16 rounds F̂ / d by up to about r / 250, and the damping says what that does to the inverse.
+    # bfloat16 rounds F̂ / d by up to about r / 250, and the damping says what that does to the
+    # inverse.
     shapes = [*FEW, (33, 20)]
     dtypes = {"dtype": torch.float32, "fisher_dtype": torch.bfloat16}
     for damping, tolerance in ((0.1, 0.5), (1.0, 0.06)):

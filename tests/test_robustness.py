@@ -70,7 +70,8 @@ def test_float64_is_the_second_rung(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer.fisher_stats()["weight"].ladder == {"more damping": 0, "float64": 3, "diagonal": 0}
 
 
-# As a vector, whose elements are alone, as pieces of one, and as a matrix, whose rows share a block or do not.
+# As a vector, whose elements are alone, as pieces of one, and as a matrix, whose rows share a block
+# or do not.
 STORED: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((100,), {}),
     ((100,), {"block_grid": "flat"}),

@@ -109,7 +109,8 @@ def test_state_shows_in_the_state_attribute() -> None:
     steps(module, optimizer, 0, 3)
     state = optimizer.state[module.mix.weight]
     assert state["step"] == 3 and state["fisher_updates"] == 3
-    # 5 rows of 37, cut into 10, 10, 10 and 7: blocks of so few rows have at most twice as many columns
+    # 5 rows of 37, cut into 10, 10, 10 and 7: blocks of so few rows have at most twice as many
+    # columns
     assert state["momentum_10x5"].shape == (3, 5, 10) and state["fisher_7x5"].shape == (1, 7, 7)
     assert state["square_10x5"].shape == (3, 5)
     assert module.frozen not in optimizer.state

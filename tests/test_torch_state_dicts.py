@@ -1,6 +1,7 @@
 """The state by torch's own means: get_/set_optimizer_state_dict, dcp.save and dcp.load, at any number of ranks.
 
-What is loaded is compared bit by bit with what `load_checkpoint` makes of a checkpoint of the same run.
+What is loaded is compared bit by bit with what `load_checkpoint` makes of a checkpoint of the same
+run.
 """
 
 from __future__ import annotations

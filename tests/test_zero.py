@@ -1,7 +1,8 @@
 """Every ZeRO stage and precision: exact beside the oracle and beside one process, or refused. Real DeepSpeed engines.
 
-The oracle is fed the gradients that DeepSpeed's public `safe_get_full_grad` tells, so that a low precision's rounding
-of the gradient is in both, and every step is compared with `safe_get_full_fp32_param`.
+The oracle is fed the gradients that DeepSpeed's public `safe_get_full_grad` tells, so that a low
+precision's rounding of the gradient is in both, and every step is compared with
+`safe_get_full_fp32_param`.
 """
 
 from __future__ import annotations
@@ -229,15 +230,16 @@ def test_clipping_and_accumulation(stage: int) -> None:
 def test_old_factors_and_a_diagonal_tail(stage: int, freq: int, grid: str) -> None:
     params = {**PARAMS, "inverse_update_freq": 4, "fisher_update_freq": freq, "max_blocks": 9, "block_grid": grid}
     zero = {"sub_group_size": 150} if stage == 3 else {}
-    # For three steps an element with a diagonal Fisher is divided by its first gradient. One of these almost cancels
-    # out, so that its rounding shows: 2.6e-4.
+    # For three steps an element with a diagonal Fisher is divided by its first gradient. One of
+    # these almost cancels out, so that its rounding shows: 2.6e-4.
     bound = 2e-4 if freq == 1 else 1e-3
     same_as_alone(config(stage, 3, params, zero=zero), 3, steps=10, groups=True, bound=bound)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_tied_and_unused_weights(stage: int) -> None:
-    # An unused parameter has no gradient at stage 0, and one of zeros at the others, where weight decay moves it.
+    # An unused parameter has no gradient at stage 0, and one of zeros at the others, where weight
+    # decay moves it.
     params = {**PARAMS, "weight_decay": 0.0}
     same_as_alone(config(stage, 2, params), 2, kind=Tied)
     if stage:

@@ -1,7 +1,7 @@
 """What AdaFisher will cost a model on some ranks, before anything is built: the plan is made from shapes alone.
 
-It is the plan that training makes, by the same functions, so that the figures are exact where the layout is (DeepSpeed
-pads its partitions as told here; tests compare with real engines).
+It is the plan that training makes, by the same functions, so that the figures are exact where the
+layout is (DeepSpeed pads its partitions as told here; tests compare with real engines).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Estimate:
     """Of one setting, for the rank that has the most of each.
 
     Attributes:
-        memory: bytes on the device by kind, and "total"; without the model's own parameters and gradients.
+        memory: bytes on the device by kind, and "total"; without the model's own parameters and
+            gradients.
         least: bytes in all on the rank that has the least.
         sent: bytes sent in a step.
         flops: floating-point operations in a step.
@@ -60,7 +61,8 @@ class Forecast:
         layout: one of `LAYOUTS`.
         world: ranks.
         rows: for each setting, what is varied (block_size, fisher_dtype, packed) and what it costs.
-        fits: the largest block size that fits the budget, for each pair of the others; empty without a budget.
+        fits: the largest block size that fits the budget, for each pair of the others; empty
+            without a budget.
         budget: GB (10⁹ bytes) a rank, or None.
     """
 
@@ -150,7 +152,8 @@ def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight
         layout: one of `LAYOUTS`.
         world: ranks that share the blocks.
         config: the settings that shape the state.
-        weight_dtype: of the tensors that the optimizer steps, where they are gathered ("ddp", "zero0").
+        weight_dtype: of the tensors that the optimizer steps, where they are gathered ("ddp",
+            "zero0").
 
     Raises:
         ValueError: the layout is unknown, or there is no rank.
@@ -200,8 +203,8 @@ def shapes_of(factory: str) -> list[tuple[int, ...]]:
     """The shapes of the parameters of a model that need a gradient.
 
     Args:
-        factory: "package.module:function", which is called without arguments and returns the model. It is built on
-            torch's meta device, so that its parameters take no memory.
+        factory: "package.module:function", which is called without arguments and returns the model.
+            It is built on torch's meta device, so that its parameters take no memory.
 
     Raises:
         ValueError: there is no such function, or it fails, or it returns no model with parameters.
@@ -226,7 +229,8 @@ def shapes_of(factory: str) -> list[tuple[int, ...]]:
 def transformer_shapes(parameters: int) -> list[tuple[int, ...]]:
     """The matrices of a decoder with about so many parameters: d/128 layers of 12 d² each, and an embedding.
 
-    d is a multiple of 128, and the embedding takes what is left. Norms and biases, which cost little, are left out.
+    d is a multiple of 128, and the embedding takes what is left. Norms and biases, which cost
+    little, are left out.
 
     Raises:
         ValueError: fewer parameters than the smallest such model has.
@@ -248,7 +252,8 @@ def largest_block_size(
     """The largest block size with which no rank needs more than `budget` bytes.
 
     Args:
-        groups: the shapes and settings of each param group; those whose block_size is a number keep it.
+        groups: the shapes and settings of each param group; those whose block_size is a number keep
+            it.
         layout: see `plan_of`.
         world: likewise.
         weight_dtype: likewise.

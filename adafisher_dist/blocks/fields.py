@@ -21,8 +21,9 @@ class Field(NamedTuple):
 def fields(block: BlockShape, config: StateConfig) -> tuple[Field, ...]:
     """What is kept of blocks of this shape, by the names that it has in state dicts and checkpoints.
 
-    Momentum; F, dense, as a lower triangle, or its diagonal; of rows that share a block the mean square of each; and
-    of dense blocks whose factors are kept A^(−p) and the mean curvature that it was made with.
+    Momentum; F, dense, as a lower triangle, or its diagonal; of rows that share a block the mean
+    square of each; and of dense blocks whose factors are kept A^(−p) and the mean curvature that it
+    was made with.
     """
     columns, rows, dense = block
     wide = config.compute_dtype

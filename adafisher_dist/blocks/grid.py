@@ -14,9 +14,10 @@ from adafisher_dist.settings import StateConfig
 # The longest side of a convolution's window. Longer dimensions at the end of a shape are inputs.
 LARGEST_WINDOW = 32
 
-# A matrix whose one side is more than so many times the other is a table (of tokens, of few outputs, of adapters): its
-# elements are alone, as Adam's. Grouped keys and values are up to 8 times as wide as high; hidden layers 4 times, and
-# seldom as long as the vocabularies of 32,000 whose tables are less than 8 times as high as wide.
+# A matrix whose one side is more than so many times the other is a table (of tokens, of few
+# outputs, of adapters): its elements are alone, as Adam's. Grouped keys and values are up to 8
+# times as wide as high; hidden layers 4 times, and seldom as long as the vocabularies of 32,000
+# whose tables are less than 8 times as high as wide.
 LARGEST_RATIO = 8
 LARGEST_RATIO_OF_VOCABULARIES = 4
 LEAST_VOCABULARY = 30_000
@@ -41,8 +42,9 @@ class BlockShape(NamedTuple):
 class BlockRun:
     """Blocks of one shape that lie evenly spaced in the flattened parameter: `count` in each of its row groups.
 
-    Row v of block c of row group s begins at element start + s·stride + c·columns + v·row_stride. A run that is not
-    dense stands for elements with a diagonal Fisher: its shape is (1, 1), and `count` counts elements.
+    Row v of block c of row group s begins at element start + s·stride + c·columns + v·row_stride. A
+    run that is not dense stands for elements with a diagonal Fisher: its shape is (1, 1), and
+    `count` counts elements.
 
     Attributes:
         shape: of the blocks.
@@ -89,11 +91,12 @@ class BlockRun:
 class Grid:
     """A parameter's blocks.
 
-    The flattened parameter is a sequence of matrices of `matrix_numel` elements, each of rows of `row_numel` elements.
-    `rows` of them make a row group (the last one of a matrix may have fewer), which is what ranks own: it is never
-    shared out. Within a row group the rows are cut at the same places, every `columns` elements: each cut is one block,
-    whose Fisher is shared by the group's rows. Blocks are numbered one row group after the other. Those of the row
-    groups from `dense_row_groups` on keep a diagonal Fisher.
+    The flattened parameter is a sequence of matrices of `matrix_numel` elements, each of rows of
+    `row_numel` elements. `rows` of them make a row group (the last one of a matrix may have fewer),
+    which is what ranks own: it is never shared out. Within a row group the rows are cut at the same
+    places, every `columns` elements: each cut is one block, whose Fisher is shared by the group's
+    rows. Blocks are numbered one row group after the other. Those of the row groups from
+    `dense_row_groups` on keep a diagonal Fisher.
 
     Only where there is one matrix, `rows` is 1 and rows are not cut may the last row be short.
     """
@@ -220,7 +223,8 @@ def make_grid(
         row_numel = columns = block_size // row_numel * row_numel
     else:
         rows = _even(total, rows_per_block)
-        # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an element than another's.
+        # A matrix of few rows has smaller blocks, so that its Fisher takes no more memory an
+        # element than another's.
         most = rows * max(block_size, 2 * rows_per_block) // rows_per_block
         columns = _even(row_numel, min(block_size, most))
     row_groups = Grid(numel, matrix_numel, row_numel, columns, rows, 0).row_groups
@@ -236,9 +240,9 @@ def grid_of(shape: Sequence[int], config: StateConfig) -> Grid:
 def view(shape: Sequence[int]) -> tuple[int, int, int]:
     """What a parameter is seen as: so many matrices, of so many rows, of so many elements (DESIGN.md, section 2).
 
-    Dimensions of 1 do not count. What is left is a vector (one matrix of one row); a matrix; or more dimensions, of
-    which short ones at the end are a convolution's window and belong to its row, and those before the last two stack
-    matrices, as of experts.
+    Dimensions of 1 do not count. What is left is a vector (one matrix of one row); a matrix; or
+    more dimensions, of which short ones at the end are a convolution's window and belong to its
+    row, and those before the last two stack matrices, as of experts.
     """
     left = [size for size in shape if size != 1]
     window = 1

@@ -36,8 +36,9 @@ class TensorPiece:
 class Route:
     """How one rank's gradients reach the owners of their blocks; read backwards, how the updates come back.
 
-    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer, `receive` enters this
-    rank's; both are ordered by rank, and within a rank both ends list the same pieces in the same order.
+    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer,
+    `receive` enters this rank's; both are ordered by rank, and within a rank both ends list the
+    same pieces in the same order.
     """
 
     local: tuple[TensorPiece, ...]
@@ -47,7 +48,8 @@ class Route:
 
 Spans = tuple[Span, ...]
 
-# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in fp32).
+# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in
+# fp32).
 CHUNK_FISHER_NUMEL = 2**25
 
 
@@ -57,7 +59,8 @@ class Assignment:
 
     Attributes:
         owned: for each rank, the spans of its blocks.
-        chunks: for each chunk and rank, the spans of the rank's chunk: its blocks in parts of equal work.
+        chunks: for each chunk and rank, the spans of the rank's chunk: its blocks in parts of equal
+            work.
     """
 
     owned: tuple[Spans, ...]
@@ -80,8 +83,9 @@ def whole(grids: Sequence[Grid]) -> Spans:
 def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
     """Cut a run of blocks into contiguous runs of equal work, on the boundaries of row groups.
 
-    Work is measured in elements of the Fisher, so that blocks of several sizes, and diagonal ones, weigh what they
-    cost in memory and time. No run exceeds its even share by more than one row group.
+    Work is measured in elements of the Fisher, so that blocks of several sizes, and diagonal ones,
+    weigh what they cost in memory and time. No run exceeds its even share by more than one row
+    group.
     """
     before = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.start)) for s in spans]
     upto = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.stop)) for s in spans]

@@ -1,8 +1,9 @@
 """Sharded checkpoints that load at any world size, ZeRO stage and precision.
 
-Each rank writes its own Fisher blocks, momentum and weights, as ranges of named global tensors, through
-torch.distributed.checkpoint; a load reads whatever ranges it needs. See `directory` for how a checkpoint is published,
-`manifest` for the format, `ranges` for what makes it independent of ranks.
+Each rank writes its own Fisher blocks, momentum and weights, as ranges of named global tensors,
+through torch.distributed.checkpoint; a load reads whatever ranges it needs. See `directory` for how
+a checkpoint is published, `manifest` for the format, `ranges` for what makes it independent of
+ranks.
 """
 
 from __future__ import annotations
@@ -71,31 +72,37 @@ def save_checkpoint(
 ) -> Saving:  # fmt: skip
     """Save model and optimizer, each rank its own part. A collective: all ranks call it.
 
-    The checkpoint is written beside `path` and gets its name when it is complete, so that a failure or a kill leaves
-    the last one whole; then the file `latest` beside it names it. An existing checkpoint of that name is replaced.
+    The checkpoint is written beside `path` and gets its name when it is complete, so that a failure
+    or a kill leaves the last one whole; then the file `latest` beside it names it. An existing
+    checkpoint of that name is replaced.
 
     Args:
         path: its folder, as runs/a/step100, on a file system that all ranks share.
-        model: plain, in DistributedDataParallel, or sharded by fully_shard. For DeepSpeed see `ds.save_checkpoint`.
+        model: plain, in DistributedDataParallel, or sharded by fully_shard. For DeepSpeed see
+            `ds.save_checkpoint`.
         optimizer: AdaFisher, with parameters of that model.
-        extra: whatever else belongs to the run (a GradScaler's state_dict(), the epoch, …), of rank 0: None, numbers,
-            strings, lists, tuples, dicts, tensors, numpy arrays and the like.
+        extra: whatever else belongs to the run (a GradScaler's state_dict(), the epoch, …), of rank
+            0: None, numbers, strings, lists, tuples, dicts, tensors, numpy arrays and the like.
         lr_scheduler: a learning rate scheduler, whose state is saved too.
-        keep_last: keep so many of the checkpoints in the parent folder, and delete the older ones; a whole number from
-            1 on, the same on all ranks.
-        asynchronous: return when the state is copied to CPU memory, and write in the background. The next save or load
-            waits for it, and raises what went wrong; so does `wait()` of the result.
-        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the base of a LoRA, say).
-            A load leaves them as they are in the model, and checks their names and shapes.
+        keep_last: keep so many of the checkpoints in the parent folder, and delete the older ones;
+            a whole number from 1 on, the same on all ranks.
+        asynchronous: return when the state is copied to CPU memory, and write in the background.
+            The next save or load waits for it, and raises what went wrong; so does `wait()` of the
+            result.
+        exclude_frozen_parameters: leave out the values of parameters that need no gradient (the
+            base of a LoRA, say). A load leaves them as they are in the model, and checks their
+            names and shapes.
 
     Returns:
         A handle: `path`, `done()` and `wait()`. A save that is not asynchronous is done.
 
     Raises:
-        CheckpointError: on all ranks: it could not be written (no room, no permission, …). The message says whether it
-            was published; a rank that lost contact with rank 0 at the end cannot know, and says how to look. Or ranks,
-            which are named, did not come or got no further for the timeout of the process group.
-        TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a CheckpointError says so.
+        CheckpointError: on all ranks: it could not be written (no room, no permission, …). The
+            message says whether it was published; a rank that lost contact with rank 0 at the end
+            cannot know, and says how to look. Or ranks, which are named, did not come or got no
+            further for the timeout of the process group.
+        TypeError: `extra` holds what cannot be saved without pickling; on the other ranks, a
+            CheckpointError says so.
         ValueError: an argument is out of bounds; the optimizer does not belong to the model.
         RuntimeError: the optimizer's state is incomplete after a failed step.
     """
@@ -116,27 +123,31 @@ def load_checkpoint(
 ) -> Restored:  # fmt: skip
     """Restore what `save_checkpoint` (also that of `ds`) saved, at any number of ranks and in any layout.
 
-    With the same number of ranks and layout, training goes on bit for bit; with others, to float rounding. The
-    settings of the param groups (lr, damping, …) are restored, as by torch.optim; those that shape the state
-    (block_size, rows_per_block, block_grid, max_blocks, fisher_dtype, exponent, grafting, inverse_update_freq, packed)
-    stay as they are, and the state is converted to this optimizer's fisher_dtype and packing. Random number generators
-    are restored on the ranks that there were. A collective. Nothing is unpickled.
+    With the same number of ranks and layout, training goes on bit for bit; with others, to float
+    rounding. The settings of the param groups (lr, damping, …) are restored, as by torch.optim;
+    those that shape the state (block_size, rows_per_block, block_grid, max_blocks, fisher_dtype,
+    exponent, grafting, inverse_update_freq, packed) stay as they are, and the state is converted to
+    this optimizer's fisher_dtype and packing. Random number generators are restored on the ranks
+    that there were. A collective. Nothing is unpickled.
 
     Args:
         path: the checkpoint's folder, or one of checkpoints: the one that `latest` names.
         model: built as for training, with the same names and shapes; any precision.
         optimizer: AdaFisher, with parameters of that model.
         lr_scheduler: the learning rate scheduler, of the class that was saved.
-        strict: refuse a checkpoint that does not hold all of the model and the optimizer, or holds more.
-        rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
+        strict: refuse a checkpoint that does not hold all of the model and the optimizer, or holds
+            more.
+        rename: names in the checkpoint → names in the model; one that ends with "." renames all
+            that begin with it.
         verify: check every file's checksum first. Without, sizes and headers alone are checked.
 
     Raises:
-        CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file of it is missing,
-            truncated or damaged, and named; it does not fit, or holds a value that cannot be restored; other saves
-            replaced or deleted it again and again; or ranks, which are named, did not come or got no further for the
-            timeout of the process group. Or, while reading, an I/O error: the optimizer then refuses to step until a
-            load succeeds.
+        CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file
+            of it is missing, truncated or damaged, and named; it does not fit, or holds a value
+            that cannot be restored; other saves replaced or deleted it again and again; or ranks,
+            which are named, did not come or got no further for the timeout of the process group.
+            Or, while reading, an I/O error: the optimizer then refuses to step until a load
+            succeeds.
     """
     target = target_for(model, optimizer)
     found = load(

@@ -16,8 +16,8 @@ def run_on_all_ranks(hosts: HostGroup, work: Callable[[], T]) -> list[T]:
 
     Raises:
         Exception: what `work` raised here.
-        CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did not come, or no
-            further, within the timeout of the process group.
+        CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did
+            not come, or no further, within the timeout of the process group.
     """
     with hosts.at_work():
         value, error = attempt(work)

@@ -32,7 +32,8 @@ def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Checkpoi
     access = CheckpointAccess(optimizer)
     if wrapper is None:
         access.sync_param_groups()
-    # A save that goes on in the background uses the same group of hosts, so nothing else may until it has ended.
+    # A save that goes on in the background uses the same group of hosts, so nothing else may until
+    # it has ended.
     _, problem = attempt(finish_pending)
     hosts = access.hosts("a save or load", CheckpointError)
     run_on_all_ranks(hosts, lambda: _raise(problem))  # it may be known to some ranks already, by wait()

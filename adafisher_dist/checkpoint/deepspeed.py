@@ -97,8 +97,9 @@ def save_with_deepspeed(
 ) -> Any:  # fmt: skip
     """Let DeepSpeed write its files, and put AdaFisher's state, and all that a load elsewhere needs, beside them.
 
-    DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts that fit no other
-    world size. A load reads ours alone, so a client state that only a pickle could hold is refused.
+    DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts
+    that fit no other world size. A load reads ours alone, so a client state that only a pickle
+    could hold is refused.
     """
     target = _training_to_save(engine, exclude_frozen_parameters)
     tag = _same_tag(target, tag, engine)
@@ -121,7 +122,8 @@ def load_with_deepspeed(
     """Load what `save_with_deepspeed` saved, from our files alone; of what others saved, the weights, if asked for.
 
     Raises:
-        CheckpointError: see `ds.load_checkpoint`; or AdaFisher's state is asked for, and is not there.
+        CheckpointError: see `ds.load_checkpoint`; or AdaFisher's state is asked for, and is not
+            there.
     """
     target = _training(engine)
     root = Path(load_dir).absolute()
@@ -182,7 +184,8 @@ def _same_tag(target: CheckpointTarget, tag: Any, engine: Any) -> str:
     """The tag, by default as DeepSpeed makes it.
 
     Raises:
-        ValueError: the ranks give different ones, or it names no folder inside of that of the checkpoints.
+        ValueError: the ranks give different ones, or it names no folder inside of that of the
+            checkpoints.
     """
     tags = target.hosts.gather(str(tag) if tag is not None else f"global_step{engine.global_steps}")
     if len(set(tags)) > 1:
@@ -261,7 +264,8 @@ def _restore_loss_scale(engine: Any, saved: Mapping[str, Any]) -> None:
     dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
     if engine.fp16_enabled() and dynamic:
         for name in _LOSS_SCALE:
-            # A scale that was fixed has no last overflow: None, with which one that adapts cannot go on.
+            # A scale that was fixed has no last overflow: None, with which one that adapts cannot
+            # go on.
             if saved.get(name) is not None and hasattr(scaler, name):
                 setattr(scaler, name, saved[name])
 

@@ -67,8 +67,9 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: there is none; names those that there are.
         """
-        # The second, where a save was killed between two renames; the third, where DeepSpeed's own function saved.
-        # Once more from the first: a save may just have published between the looks.
+        # The second, where a save was killed between two renames; the third, where DeepSpeed's own
+        # function saved. Once more from the first: a save may just have published between the
+        # looks.
         for folder in (self.folder, self._replaced, self.folder / SUBFOLDER, self.folder):
             if (folder / MANIFEST).is_file():
                 return folder

@@ -129,7 +129,8 @@ def _param_groups_kept(optimizer: Optimizer) -> Iterator[None]:
             group.update(kept)
 
 
-# How far a scheduler of torch, or of DeepSpeed, has come. What else a state lacks may be of another version.
+# How far a scheduler of torch, or of DeepSpeed, has come. What else a state lacks may be of another
+# version.
 _PROGRESS = ("last_epoch", "base_lrs", "last_batch_iteration")
 
 
@@ -137,7 +138,8 @@ def _check_alike(own: Any, saved: Any) -> None:
     """A scheduler of torch takes any dict as its state; one of another kind would fail, or train otherwise, later.
 
     Raises:
-        ValueError: an entry that is a number, a string, a list, … here, is none there; or it lacks the progress.
+        ValueError: an entry that is a number, a string, a list, … here, is none there; or it lacks
+            the progress.
     """
     if not isinstance(own, dict):
         return

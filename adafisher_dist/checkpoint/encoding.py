@@ -1,7 +1,7 @@
 """What is not a tensor of the model or the optimizer, as JSON: schedulers, client state, counters. Nothing is pickled.
 
-Plain values are JSON's own. What JSON lacks is an object with one key that begins with "$": {"$tuple": […]}. Tensors
-and arrays are put aside, and stand in the JSON by their number.
+Plain values are JSON's own. What JSON lacks is an object with one key that begins with "$":
+{"$tuple": […]}. Tensors and arrays are put aside, and stand in the JSON by their number.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
     """A value as JSON.
 
     Args:
-        value: made of None, numbers, strings, bytes, paths, lists, tuples, sets, dicts, namespaces, numpy values,
-            dtypes, devices, and plain tensors.
+        value: made of None, numbers, strings, bytes, paths, lists, tuples, sets, dicts, namespaces,
+            numpy values, dtypes, devices, and plain tensors.
         where: what it is called, for the error: "client_state".
         tensors: takes the tensors and arrays in it.
 
     Raises:
-        TypeError: something in it is of another type, or it holds itself; says where, and what to do.
+        TypeError: something in it is of another type, or it holds itself; says where, and what to
+            do.
     """
     try:
         return _encode(value, where, tensors)
@@ -78,8 +79,8 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `encode`.
 
     Raises:
-        ValueError: it was encoded by a newer version, or names a tensor that there is not. What `encode` did not make
-            may raise other errors too.
+        ValueError: it was encoded by a newer version, or names a tensor that there is not. What
+            `encode` did not make may raise other errors too.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]

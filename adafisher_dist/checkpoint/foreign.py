@@ -1,7 +1,8 @@
 """What another optimizer's run saved with DeepSpeed alone: its weights, where the user asks for no more.
 
-DeepSpeed's files are pickles, which can run any code. They are read as plain data (`torch.load`'s weights_only), and
-what is more than that is refused. Their optimizer states fit their own optimizer alone.
+DeepSpeed's files are pickles, which can run any code. They are read as plain data (`torch.load`'s
+weights_only), and what is more than that is refused. Their optimizer states fit their own optimizer
+alone.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def load(
         flags: the other arguments of load_checkpoint.
 
     Raises:
-        CheckpointError: on all ranks, before anything changes: the optimizer's state is asked for; there are no files
-            for these ranks and this ZeRO stage; or they hold more than plain data.
+        CheckpointError: on all ranks, before anything changes: the optimizer's state is asked for;
+            there are no files for these ranks and this ZeRO stage; or they hold more than plain
+            data.
     """
     run_on_all_ranks(hosts, lambda: _check(engine, hosts, root, tag, flags))
     if engine.zero_optimization_partition_weights():
-        # With it DeepSpeed 0.19.8 would look for the weights where stage 3 has none, and load nothing.
+        # With it DeepSpeed 0.19.8 would look for the weights where stage 3 has none, and load
+        # nothing.
         flags = {**flags, "load_optimizer_states": False}
     with _plain_data():
         result = original(engine, str(root), tag, **flags)

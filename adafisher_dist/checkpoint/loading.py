@@ -64,14 +64,16 @@ def _open_together(
 ) -> tuple[OpenCheckpoint, Match, set[str]]:
     """Hold the same checkpoint open on all ranks, with all files that this one reads; the stack lets go of it.
 
-    Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they hold changes after
-    that, so that it is enough to compare the ids of what they hold.
+    Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they
+    hold changes after that, so that it is enough to compare the ids of what they hold.
 
     Returns:
-        It, what of it fits, and the files that this rank reads. Those that it only checks are held too.
+        It, what of it fits, and the files that this rank reads. Those that it only checks are held
+        too.
 
     Raises:
-        CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced again and again.
+        CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced
+            again and again.
     """
     found: list[tuple[OpenCheckpoint, Match, set[str]]] = []
     gone: list[Vanished] = []
@@ -166,7 +168,8 @@ def _check_together(
     """Try all that will be applied.
 
     Raises:
-        CheckpointError: on all ranks: something does not fit, or is not what a save can have written.
+        CheckpointError: on all ranks: something does not fit, or is not what a save can have
+            written.
     """
     checked, tried = Checked(), Tried()
 

@@ -24,12 +24,13 @@ READ = os.O_RDONLY | os.O_NONBLOCK
 
 CHECKPOINT_FORMAT = 4
 
-# The earlier format whose weights can be read, and not its optimizer's state: F was of rows that were not weighed, and
-# blocks were cut by other rules.
+# The earlier format whose weights can be read, and not its optimizer's state: F was of rows that
+# were not weighed, and blocks were cut by other rules.
 WEIGHTS_ONLY = 3
 MANIFEST = "manifest.json"
 
-# What is said of a parameter whose values are not in the checkpoint: they stay what they are in the model.
+# What is said of a parameter whose values are not in the checkpoint: they stay what they are in the
+# model.
 LEFT_OUT = "left_out"
 
 _NAMES = {
@@ -94,7 +95,8 @@ class Manifest:
     """See the module's docstring.
 
     Attributes:
-        about: whatever is no tensor, as JSON: who wrote it, step, world size, parameters, param groups, values.
+        about: whatever is no tensor, as JSON: who wrote it, step, world size, parameters, param
+            groups, values.
         files: by name.
         tensors: by key.
         format: `CHECKPOINT_FORMAT`, or `WEIGHTS_ONLY`.

@@ -31,11 +31,15 @@ class Match:
 
     Attributes:
         weights: by name in the model, of parameters and buffers: the name in the checkpoint.
-        states: by name in the model, of parameters whose optimizer state is restored: the name in the checkpoint.
+        states: by name in the model, of parameters whose optimizer state is restored: the name in
+            the checkpoint.
         extra_states: by name of a module in the model: the name in the checkpoint.
-        groups: for each param group of the optimizer, the number of the checkpoint's whose settings it takes.
-        block_sizes: by param group, the checkpoint's, where the optimizer's was to be chosen ("auto").
-        left_out: parameters whose values were left out of the checkpoint, being frozen: they stay as they are.
+        groups: for each param group of the optimizer, the number of the checkpoint's whose settings
+            it takes.
+        block_sizes: by param group, the checkpoint's, where the optimizer's was to be chosen
+            ("auto").
+        left_out: parameters whose values were left out of the checkpoint, being frozen: they stay
+            as they are.
         problems: what will not be restored, and why.
     """
 
@@ -60,13 +64,14 @@ def match(
     Args:
         manifest: of the checkpoint.
         target: what it is to be loaded into.
-        rename: names in the checkpoint → names in the model; one that ends with "." renames all that begin with it.
+        rename: names in the checkpoint → names in the model; one that ends with "." renames all
+            that begin with it.
         weights: whether parameters and buffers are asked for.
         states: whether the optimizer's state is asked for.
 
     Raises:
-        CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice; the optimizer's
-            state is asked for, and is of an earlier version's kind.
+        CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice;
+            the optimizer's state is asked for, and is of an earlier version's kind.
     """
     if states and manifest.format != CHECKPOINT_FORMAT:
         raise CheckpointError(

@@ -1,7 +1,8 @@
 """A checkpoint that is held open: what is read of it is what was found, whatever becomes of its names meanwhile.
 
-A save beside it may replace or delete the checkpoint at any moment. So a load opens the folder once, and all files that
-it will read relative to that; a rename then changes nothing for it, and what is deleted stays readable until it ends.
+A save beside it may replace or delete the checkpoint at any moment. So a load opens the folder
+once, and all files that it will read relative to that; a rename then changes nothing for it, and
+what is deleted stays readable until it ends.
 """
 
 from __future__ import annotations
@@ -249,7 +250,8 @@ def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
     """What `where` finds.
 
     Raises:
-        CheckpointError: it finds nothing: what it raises, or, where it found something before that is gone, that.
+        CheckpointError: it finds nothing: what it raises, or, where it found something before that
+            is gone, that.
     """
     try:
         return where()

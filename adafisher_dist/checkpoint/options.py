@@ -24,8 +24,8 @@ class Options:
         states: restore the optimizer.
         random: restore the random number generators.
         lr_scheduler: restore this scheduler, or ignore what the checkpoint has of one.
-        more: given the other values by name, checks those that its caller will apply, and returns what else is to be
-            restored; a ValueError tells what is wrong with them.
+        more: given the other values by name, checks those that its caller will apply, and returns
+            what else is to be restored; a ValueError tells what is wrong with them.
     """
 
     strict: bool = True

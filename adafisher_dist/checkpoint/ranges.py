@@ -1,10 +1,10 @@
 """A rank's part of a checkpoint: ranges of global 1-d tensors, and where they lie in this rank's memory.
 
-A parameter's momentum is the 1-d tensor of its elements, its Fisher that of its blocks, one after the other in the
-order of the grid. A rank owns consecutive blocks, so that its state is a range of either, whatever the batches are that
-hold it. That is what makes a checkpoint independent of ranks. A dense block of the Fisher is its lower triangle there,
-whether the optimizer stores it so (`packed`) or not. Blocks that vectors share also have those vectors' mean squares,
-block by block.
+A parameter's momentum is the 1-d tensor of its elements, its Fisher that of its blocks, one after
+the other in the order of the grid. A rank owns consecutive blocks, so that its state is a range of
+either, whatever the batches are that hold it. That is what makes a checkpoint independent of ranks.
+A dense block of the Fisher is its lower triangle there, whether the optimizer stores it so
+(`packed`) or not. Blocks that vectors share also have those vectors' mean squares, block by block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from adafisher_dist.state.shard import Shard
 # Elements a range holds at most, but for one block: what is packed at a time (64 MiB in fp32).
 RANGE_NUMEL = 2**24
 
-# A replicated tensor is written in parts of at least so many elements, so that small ones are not cut.
+# A replicated tensor is written in parts of at least so many elements, so that small ones are not
+# cut.
 _PART_NUMEL = 2**14
 
 
@@ -36,7 +37,8 @@ _PART_NUMEL = 2**14
 class RangePiece:
     """Memory of this rank, of any shape, and where its elements are in the range: an offset, a stride a dimension.
 
-    Where `symmetric`, the memory is whole blocks, (…, B, B), and the range has their lower triangles, (…, T).
+    Where `symmetric`, the memory is whole blocks, (…, B, B), and the range has their lower
+    triangles, (…, T).
     """
 
     memory: Tensor

@@ -1,7 +1,7 @@
 """Whether what a manifest says can be what a save wrote: the type and the bounds of every value that a load relies on.
 
-A manifest whose checksum is right may still have been made by something else than a save. Whatever is wrong in it is
-found here, before a load changes anything, and not by the code that applies it.
+A manifest whose checksum is right may still have been made by something else than a save. Whatever
+is wrong in it is found here, before a load changes anything, and not by the code that applies it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def check(content: Mapping[str, Any], dtypes: Mapping[str, Any], old: bool) -> N
     Args:
         content: of the manifest.
         dtypes: of tensors, by the names that files have for them.
-        old: whether it is of a version whose optimizer's state is not read: what that was built for is not looked at.
+        old: whether it is of a version whose optimizer's state is not read: what that was built for
+            is not looked at.
 
     Raises:
         ValueError: names the first value that cannot be right, and what it should be.

@@ -22,11 +22,12 @@ class OptimizerState:
         dcp.save(parts, checkpoint_id="ckpt/step100")
         dcp.load(parts, checkpoint_id="ckpt/step100")
 
-    Each rank saves and loads a part of every tensor, by the parameters' names in the model, so that a checkpoint loads
-    at any number of ranks, in one process, under DDP, FSDP2 and HSDP, whichever of them saved it; but not under
-    DeepSpeed. The settings that shape the state (block_size, fisher_dtype, packed, …) have to be those that it was
-    saved with; the others are loaded too. `adafisher_dist.save_checkpoint` needs no copy of the state, converts such
-    settings, and unpickles nothing; `dcp.load` unpickles.
+    Each rank saves and loads a part of every tensor, by the parameters' names in the model, so that
+    a checkpoint loads at any number of ranks, in one process, under DDP, FSDP2 and HSDP, whichever
+    of them saved it; but not under DeepSpeed. The settings that shape the state (block_size,
+    fisher_dtype, packed, …) have to be those that it was saved with; the others are loaded too.
+    `adafisher_dist.save_checkpoint` needs no copy of the state, converts such settings, and
+    unpickles nothing; `dcp.load` unpickles.
 
     Args:
         model: plain, in DistributedDataParallel, or sharded by fully_shard.
@@ -42,7 +43,8 @@ class OptimizerState:
 
         Raises:
             RuntimeError: on all ranks: one of them has no room for its part.
-            TypeError: the optimizer is not AdaFisher; or a param group holds what cannot be saved without pickling.
+            TypeError: the optimizer is not AdaFisher; or a param group holds what cannot be saved
+                without pickling.
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
         """
         target = target_for(self._model, self._optimizer)

@@ -23,7 +23,8 @@ from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
-# What an optimizer keeps of its own when it loads: settings that shape the state, and its memory budget.
+# What an optimizer keeps of its own when it loads: settings that shape the state, and its memory
+# budget.
 OWN_SETTINGS = (
     *("block_size", "rows_per_block", "block_grid", "max_blocks"),
     *("fisher_dtype", "exponent", "grafting", "inverse_update_freq", "packed", "memory_budget_gb"),

@@ -46,7 +46,8 @@ T = TypeVar("T")
 
 _SECONDS_BETWEEN_REPORTS = 10.0
 
-# As much is brought to the disk at a time: a sync of a whole file would keep still for as long as the disk takes.
+# As much is brought to the disk at a time: a sync of a whole file would keep still for as long as
+# the disk takes.
 _BYTES_BETWEEN_SYNCS = 1 << 28
 
 
@@ -148,7 +149,8 @@ class ShardWriter(StorageWriter):
             )
         header, chunks = _layout(items, self.name, self.about["id"])
         with (folder / self.name).open("xb") as file:
-            # In the background there is nothing to pack, and no thread can be started when Python shuts down.
+            # In the background there is nothing to pack, and no thread can be started when Python
+            # shuts down.
             with nullcontext(_Direct()) if self.in_background else ThreadPoolExecutor(2) as pool:
                 crc32 = _stream(file, header, items, planner, pool)
             os.fsync(file.fileno())

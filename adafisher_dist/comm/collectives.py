@@ -1,9 +1,10 @@
 """The collectives of a step.
 
 Every function is called by all ranks of a group in the same order. With one rank, nothing is sent.
-Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device; what a host has to know
-before it goes on travels in a gloo group, since reading it from the device would wait for all the work that is queued
-there. A host waits for no rank longer than the timeout of the process group (`timeouts`).
+Data on the CPU with a backend that knows accelerators alone (NCCL) travels through the device; what
+a host has to know before it goes on travels in a gloo group, since reading it from the device would
+wait for all the work that is queued there. A host waits for no rank longer than the timeout of the
+process group (`timeouts`).
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Group:
 class CommBuffer:
     """A 1-d tensor and what of it is sent: the same tensor, or a copy on a device that the backend knows.
 
-    Made once, since allocating may fail, and a rank that fails between two collectives leaves the others waiting.
+    Made once, since allocating may fail, and a rank that fails between two collectives leaves the
+    others waiting.
     """
 
     tensor: Tensor
@@ -190,8 +192,8 @@ def all_to_all(
 ) -> Callable[[], None]:
     """Start to send consecutive stretches of a 1-d tensor to the ranks, one each, and to receive what they sent here.
 
-    The result waits for it; neither tensor may be touched before that. All ranks take part or none: whether anything is
-    sent at all must be known alike on all of them.
+    The result waits for it; neither tensor may be touched before that. All ranks take part or none:
+    whether anything is sent at all must be known alike on all of them.
     """
     counts = list(receive_counts), list(send_counts)
     meetings(group.handle).begin()
@@ -205,8 +207,9 @@ def move_rows(
 ) -> None:
     """Bring rows of a tensor from the ranks that have them to those that want them, bit for bit.
 
-    Both cut the rows into one run a rank, in the order of the ranks, so that what a rank sends to the others, one after
-    the other, is what it has, and what it receives is what it wants. All ranks take part.
+    Both cut the rows into one run a rank, in the order of the ranks, so that what a rank sends to
+    the others, one after the other, is what it has, and what it receives is what it wants. All
+    ranks take part.
 
     Args:
         group: the ranks.

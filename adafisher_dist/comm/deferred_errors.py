@@ -9,9 +9,10 @@ from contextlib import contextmanager, suppress
 class DeferredErrors:
     """The first error of this rank's own work in a step.
 
-    A rank that raised between two collectives would leave the others waiting in the second. So its work runs through
-    `attempt`, which remembers an error instead of raising it, and does nothing after that; the rank goes on to the next
-    collective that tells all ranks of it (`stepping.consistency`).
+    A rank that raised between two collectives would leave the others waiting in the second. So its
+    work runs through `attempt`, which remembers an error instead of raising it, and does nothing
+    after that; the rank goes on to the next collective that tells all ranks of it
+    (`stepping.consistency`).
 
         if errors.none:
             with errors.deferred():

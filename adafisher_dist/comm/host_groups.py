@@ -1,7 +1,8 @@
 """The ranks that save and load together, or whose hosts agree in a step, and the gloo groups that they do it by.
 
-A rank that is done with its part waits for the others as long as they go on with theirs: what they do may take longer
-than the timeout of the process group, but nobody may keep still for as long as that.
+A rank that is done with its part waits for the others as long as they go on with theirs: what they
+do may take longer than the timeout of the process group, but nobody may keep still for as long as
+that.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ STEP = "a step of AdaFisher"
 class HostGroup:
     """The ranks that save and load together, or whose hosts agree in a step, and a gloo group of their own for that.
 
-    It is apart from the groups that training uses, so that a save can go on in the background. `handle` is None for
-    one process without torch.distributed. `purpose` and `error` are for the message of a rank that waits in vain.
+    It is apart from the groups that training uses, so that a save can go on in the background.
+    `handle` is None for one process without torch.distributed. `purpose` and `error` are for the
+    message of a rank that waits in vain.
     """
 
     handle: dist.ProcessGroup | None
@@ -42,7 +44,8 @@ class HostGroup:
         """What each rank gives, in the order of the ranks.
 
         Raises:
-            Exception: `error`: names the ranks that did not come within the timeout of the process group.
+            Exception: `error`: names the ranks that did not come within the timeout of the process
+                group.
         """
         if self.handle is None:
             return [value]
@@ -62,8 +65,8 @@ class HostGroup:
         Ranks that are done wait for the others as long as those go on, which `beat` tells.
 
         Raises:
-            Exception: `error`: names the ranks that did not come, or that came no further, for the timeout. Else what
-                the work raised, after all are done.
+            Exception: `error`: names the ranks that did not come, or that came no further, for the
+                timeout. Else what the work raised, after all are done.
         """
         if self.handle is None:
             yield
@@ -90,8 +93,9 @@ class HostGroup:
 class _Rounds:
     """Small all-reduces by which ranks that are done learn that the others are not, and go on: one for each `beat`.
 
-    A rank at work starts one and looks at it again at a later beat; nobody waits for it but those that are done. One
-    that comes to no beat lets the others wait in the collective, which has the timeout of the process group.
+    A rank at work starts one and looks at it again at a later beat; nobody waits for it but those
+    that are done. One that comes to no beat lets the others wait in the collective, which has the
+    timeout of the process group.
     """
 
     def __init__(self, hosts: HostGroup) -> None:
@@ -165,7 +169,8 @@ def host_group(
     Args:
         ranks: the global numbers.
         stands_for: the process group whose timeout it has, by default the world.
-        purpose: each has a group of its own, so that a save in the background and a step do not meet in one.
+        purpose: each has a group of its own, so that a save in the background and a step do not
+            meet in one.
         error: what is raised where ranks do not come.
 
     Raises:
@@ -181,7 +186,8 @@ def host_group(
     timeout = timeout_of(stands_for)
     key = purpose, members, timeout
     world, known = _host_groups.get(key, (None, None))
-    # One that has lost a rank cannot be used again; if all ranks are there after all, they make another one.
+    # One that has lost a rank cannot be used again; if all ranks are there after all, they make
+    # another one.
     if known is None or world is not dist.group.WORLD or meetings(known.handle).failure is not None:
         leave = assemble(members, purpose, timeout, error)
         try:

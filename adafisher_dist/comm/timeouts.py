@@ -1,8 +1,9 @@
 """How long a rank waits for the others, and the names of those that did not come.
 
-The ranks of a process group meet in the same order, so each of them numbers their meetings by itself. A rank that has
-waited for a while, or whose collective failed, tells the store of torch.distributed at which meeting it is: who has not
-come as far is missed. Nothing is told, and nothing asked, where nobody waits.
+The ranks of a process group meet in the same order, so each of them numbers their meetings by
+itself. A rank that has waited for a while, or whose collective failed, tells the store of
+torch.distributed at which meeting it is: who has not come as far is missed. Nothing is told, and
+nothing asked, where nobody waits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _MARGIN = 2.0  # seconds that the backend has, past the timeout, to end a collec
 def timeout_of(group: dist.ProcessGroup | None) -> float:
     """Seconds that the user lets ranks wait for each other in a process group, by default in the world.
 
-    One that was given no timeout (torch's DeviceMesh and DeepSpeed make such) has that of the world.
+    One that was given no timeout (torch's DeviceMesh and DeepSpeed make such) has that of the
+    world.
     """
     world = dist.group.WORLD
     for candidate in (group, world):
@@ -94,7 +96,8 @@ class Meetings:
             work: the collective.
             purpose: what it belongs to, for the message.
             error: what is raised.
-            under_way: whether all ranks have come to it already, and some only have to end their part.
+            under_way: whether all ranks have come to it already, and some only have to end their
+                part.
 
         Raises:
             Exception: `error`: names the ranks that did not come.

@@ -75,7 +75,8 @@ class _Wrapper(NamedTuple):
         storage: what a tensor of it holds.
         tensors: the attribute that lists all of them.
         refresh: brings the model's own weights up to date with them.
-        part: where it steps a part after the other, what its `_optimizer_step` calls the part's number; else None.
+        part: where it steps a part after the other, what its `_optimizer_step` calls the part's
+            number; else None.
     """
 
     storage: Callable[[Any, Tensor, GivenParameters], Storage]
@@ -113,12 +114,15 @@ def storages(
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
         tensors: the tensors.
-        given_parameters: which the user gave to the optimizer, as opposed to what a wrapper put in their place.
+        given_parameters: which the user gave to the optimizer, as opposed to what a wrapper put in
+            their place.
         process_group: the user's, for the replicated layout.
-        wrapper: the DeepSpeed object that put the tensors there, where it is known; else it is the one that calls.
+        wrapper: the DeepSpeed object that put the tensors there, where it is known; else it is the
+            one that calls.
 
     Raises:
-        UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use instead.
+        UnsupportedLayoutError: the layout is unknown or not supported; names it and what to use
+            instead.
     """
     info = [(tensor, given_parameters.find(tensor)) for tensor in tensors]
     own = [(tensor, origin) for tensor, origin in info if origin is not None]
@@ -168,9 +172,10 @@ def refresh_module(wrapper: Any) -> None:
 def part_of_step(optimizer: Optimizer) -> PartOfStep | None:
     """Which part of DeepSpeed's step this call of step() is; None where one call is all of it.
 
-    ZeRO-1 and 2 step one param group after the other, and ZeRO-3 one sub-group. DeepSpeed mostly discards a step with a
-    gradient that is not finite before any of these calls, but not in bf16 with check_grad_overflow off, nor with
-    compute_grad_norm off; and what is finite may be too large to square.
+    ZeRO-1 and 2 step one param group after the other, and ZeRO-3 one sub-group. DeepSpeed mostly
+    discards a step with a gradient that is not finite before any of these calls, but not in bf16
+    with check_grad_overflow off, nor with compute_grad_norm off; and what is finite may be too
+    large to square.
 
     Raises:
         UnsupportedLayoutError: the wrapper is not what AdaFisher knows.
@@ -197,7 +202,8 @@ def locate(tensor: Tensor, group: Group) -> LocalShard:
 def is_state_init_call(optimizer: Optimizer) -> bool:
     """Whether this call of step() is DeepSpeed's own, by the function that makes it: not a training step.
 
-    FP16_UnfusedOptimizer makes one at start-up, with gradients of zero, to have other optimizers allocate their state.
+    FP16_UnfusedOptimizer makes one at start-up, with gradients of zero, to have other optimizers
+    allocate their state.
     """
     return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
 
@@ -210,8 +216,9 @@ def is_called_by_deepspeed(optimizer: Optimizer) -> bool:
 def is_called_by_torch_checkpoint() -> bool:
     """Whether torch.distributed.checkpoint is on the call stack.
 
-    Its get_optimizer_state_dict and the like call `step()`, with gradients of zero, where an optimizer has no state,
-    and then `state_dict()`; and `dcp.save` and `dcp.load` call `state_dict()` of an optimizer that they are given.
+    Its get_optimizer_state_dict and the like call `step()`, with gradients of zero, where an
+    optimizer has no state, and then `state_dict()`; and `dcp.save` and `dcp.load` call
+    `state_dict()` of an optimizer that they are given.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

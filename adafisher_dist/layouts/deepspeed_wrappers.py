@@ -26,8 +26,9 @@ _ENGINE = "deepspeed.runtime.engine"
 def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
     """The DeepSpeed object on the call stack whose base optimizer this is, and which of its functions calls.
 
-    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper. Whoever calls `step`
-    or `load_state_dict` is that wrapper, by construction. (None, "") where nobody is.
+    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper.
+    Whoever calls `step` or `load_state_dict` is that wrapper, by construction. (None, "") where
+    nobody is.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -43,8 +44,8 @@ class PartOfStep(NamedTuple):
 
     Attributes:
         number: 0 for the first.
-        largest: to be called in the first: a 0-d bound of this rank's gradient elements in all the calls; ∞ or NaN
-            where one is not finite.
+        largest: to be called in the first: a 0-d bound of this rank's gradient elements in all the
+            calls; ∞ or NaN where one is not finite.
     """
 
     number: int
@@ -73,10 +74,12 @@ def _largest_gradient(wrapper: Any) -> Tensor:
     norm, clip = wrapper._global_grad_norm, float(wrapper.clip_grad)
     if norm is not None:
         norm = torch.as_tensor(norm, dtype=torch.float32)
-        # DeepSpeed writes -1 or ∞ where the norm is not finite. What is clipped is no longer than clip_grad.
+        # DeepSpeed writes -1 or ∞ where the norm is not finite. What is clipped is no longer than
+        # clip_grad.
         usable = norm.isfinite() & (norm >= 0)
         return torch.where(usable, norm.clamp(max=clip) if clip > 0 else norm, torch.inf)
-    # compute_grad_norm is off, and so is clipping: what DeepSpeed is about to step, some of it still in 16 bits.
+    # compute_grad_norm is off, and so is clipping: what DeepSpeed is about to step, some of it
+    # still in 16 bits.
     first = wrapper.single_partition_of_fp32_groups[0].grad
     rest = [gradient for part in wrapper.averaged_gradients.values() if part is not None for gradient in part]
     norms = torch._foreach_norm([gradient.float() for gradient in rest if gradient.numel()], torch.inf)
@@ -95,7 +98,8 @@ def engine_that_builds() -> Any:
     return None
 
 
-# AdaFishers that were built here, as opposed to copies, by which a program notices one that nobody uses.
+# AdaFishers that were built here, as opposed to copies, by which a program notices one that nobody
+# uses.
 _built: WeakSet[Optimizer] = WeakSet()
 _classes: list[type] = []
 
@@ -131,8 +135,8 @@ def _meet() -> None:
 class _Watch(MetaPathFinder):
     """Calls `_meet` when DeepSpeed's engine has been imported.
 
-    An optimizer may be built before DeepSpeed is imported, as with Accelerate, which does so late; and a checkpoint may
-    be loaded before the first step. So nothing later would do.
+    An optimizer may be built before DeepSpeed is imported, as with Accelerate, which does so late;
+    and a checkpoint may be loaded before the first step. So nothing later would do.
     """
 
     _busy = False
@@ -176,8 +180,9 @@ def left_idle(module: nn.Module, used: Optimizer, given_to: Callable[[Optimizer]
     Args:
         module: the model of an engine.
         used: the optimizer that the engine has.
-        given_to: the parameters that an AdaFisher was built for. Its param groups may hold others by now: Accelerate
-            hands them, not a copy, to the optimizer that it takes instead, and DeepSpeed puts its own tensors there.
+        given_to: the parameters that an AdaFisher was built for. Its param groups may hold others
+            by now: Accelerate hands them, not a copy, to the optimizer that it takes instead, and
+            DeepSpeed puts its own tensors there.
     """
     _built.discard(used)
     own = {id(parameter) for parameter in module.parameters()}
@@ -194,7 +199,8 @@ def info_of(wrapper: Any, parameter: Tensor, given_parameters: GivenParameters) 
     """How a model parameter was given, with DeepSpeed's name for it: its own engine passes parameters without names.
 
     Raises:
-        UnsupportedLayoutError: it was not given to the optimizer, or is itself a part of a parallel layer.
+        UnsupportedLayoutError: it was not given to the optimizer, or is itself a part of a parallel
+            layer.
     """
     info = given_parameters.find(parameter)
     if info is None:

@@ -1,7 +1,8 @@
 """State as DTensors, which torch's checkpoint functions gather, save in parts, and load at any number of ranks.
 
-Each key of a parameter's state is one tensor whose rows are cut over the ranks as `torch.chunk` cuts them. Those are
-not the rows that a rank owns: `comm.move_rows` brings them from one to the other.
+Each key of a parameter's state is one tensor whose rows are cut over the ranks as `torch.chunk`
+cuts them. Those are not the rows that a rank owns: `comm.move_rows` brings them from one to the
+other.
 """
 
 from __future__ import annotations

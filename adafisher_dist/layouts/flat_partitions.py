@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO stages 1 and 2, and BF16_Optimizer: each rank holds one flat fp32 partition of every param group.
 
-All trainable parameters of a group are views of one flat buffer, parameter p at `p.storage_offset()`; rank r's
-partition is elements [r·k, (r+1)·k) of it, k the partition's length, and padding belongs to no parameter. Found by
-running DeepSpeed 0.19.8, pinned by tests/test_zero.py.
+All trainable parameters of a group are views of one flat buffer, parameter p at
+`p.storage_offset()`; rank r's partition is elements [r·k, (r+1)·k) of it, k the partition's length,
+and padding belongs to no parameter. Found by running DeepSpeed 0.19.8, pinned by
+tests/test_zero.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
         given_parameters: the parameters that the optimizer was given.
 
     Raises:
-        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
+            expected.
     """
     refuse_modes(
         wrapper,
@@ -56,7 +58,8 @@ def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParam
     """The same for DeepSpeed's BF16_Optimizer: stage 1 in bf16 with gradients accumulated in fp32.
 
     Raises:
-        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
+            expected.
     """
     refuse_modes(
         wrapper,

@@ -1,7 +1,8 @@
 """FSDP2 (`fully_shard`): each parameter is a DTensor whose rows are cut over the ranks of a device mesh.
 
-Rank r of W holds rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last ranks may hold
-none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the same work on the same gradients.
+Rank r of W holds rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last
+ranks may hold none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the
+same work on the same gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def mesh_of(parameter: Tensor, name: str) -> Any:
     """The device mesh of a parameter that is sharded by FSDP2.
 
     Raises:
-        UnsupportedLayoutError: the DTensor is not sharded by rows alone, as `fully_shard` does by default.
+        UnsupportedLayoutError: the DTensor is not sharded by rows alone, as `fully_shard` does by
+            default.
     """
     assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -1,6 +1,7 @@
 """Every rank holds all parameters and all averaged gradients: one process, DDP, DeepSpeed ZeRO-0.
 
-In bf16 and fp16 DeepSpeed's FP16_UnfusedOptimizer puts fp32 copies in their own shapes in the parameters' place.
+In bf16 and fp16 DeepSpeed's FP16_UnfusedOptimizer puts fp32 copies in their own shapes in the
+parameters' place.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def storage(members: Sequence[tuple[Tensor, ParameterInfo]], group: Group) -> St
 def _refuse_loss_scale(wrapper: Any) -> None:
     """Refuse a loss scale at stage 0: in DeepSpeed 0.19.8 `engine.backward` does not multiply the loss by it there.
 
-    `step` divides the gradients by it all the same, so they are too small by the scale. Since nothing overflows, a
-    dynamic scale doubles every thousand steps without end: the gradients shrink to nothing.
+    `step` divides the gradients by it all the same, so they are too small by the scale. Since
+    nothing overflows, a dynamic scale doubles every thousand steps without end: the gradients
+    shrink to nothing.
     """
     scale = wrapper.loss_scale_config
     if scale.dynamic_loss_scale or scale.cur_scale != 1.0:
@@ -54,7 +56,8 @@ def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -
     """Which parameter DeepSpeed's FP16_UnfusedOptimizer keeps an fp32 copy of in `tensor`.
 
     Raises:
-        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
+            expected.
     """
     refuse_modes(
         wrapper,

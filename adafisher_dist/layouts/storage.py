@@ -44,7 +44,8 @@ class GivenParameters:
     """The parameters that the optimizer was given, in order, whatever a wrapper puts in their place later."""
 
     def __init__(self) -> None:
-        # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors refuses those.
+        # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors
+        # refuses those.
         self._given: dict[int, tuple[Tensor, ParameterInfo]] = {}
         self._shapes: list[tuple[int, ...]] = []
         self._groups: list[list[int]] = []  # ids, by param group
@@ -98,9 +99,11 @@ class Storage:
     Attributes:
         layout: its name, for reports.
         group: the ranks that the parameters are spread over, or replicated on.
-        tensors: what `param_groups` holds on this rank; their `.grad` are the gradients, averaged over ranks.
+        tensors: what `param_groups` holds on this rank; their `.grad` are the gradients, averaged
+            over ranks.
         parameters: in the order of `param_groups`.
-        stored_spans: for each rank, the spans that it stores. Where `replicated`, the same for every rank.
+        stored_spans: for each rank, the spans that it stores. Where `replicated`, the same for
+            every rank.
         replicated: every rank stores everything; otherwise, every element is stored on one rank.
     """
 

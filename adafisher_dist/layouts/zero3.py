@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO stage 3: every parameter is cut over the ranks by itself; a rank's pieces of a sub-group lie in a row.
 
-Rank r of `p.ds_process_group` holds elements [r·n, min((r+1)·n, p.ds_numel)) of p, n = `p.partition_numel()`; in the
-flat fp32 tensor of the sub-group each parameter takes n elements, so padding follows each of them. Found by running
-DeepSpeed 0.19.8 , pinned by tests/test_zero.py.
+Rank r of `p.ds_process_group` holds elements [r·n, min((r+1)·n, p.ds_numel)) of p, n =
+`p.partition_numel()`; in the flat fp32 tensor of the sub-group each parameter takes n elements, so
+padding follows each of them. Found by running DeepSpeed 0.19.8 , pinned by tests/test_zero.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def storage(wrapper: Any, flat: Tensor, given_parameters: GivenParameters) -> St
         given_parameters: the parameters that the optimizer was given.
 
     Raises:
-        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as expected.
+        UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
+            expected.
     """
     refuse_modes(
         wrapper,

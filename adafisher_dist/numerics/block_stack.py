@@ -17,8 +17,8 @@ from adafisher_dist.settings import StateConfig
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-# Elements of the Fisher that a CPU works on at a time: 2 MiB in float32, so that A and its factor stay in its caches.
-# Twice as fast as whole chunks at block sizes 32 to 64 (LOG.md, 2026-11-24).
+# Elements of the Fisher that a CPU works on at a time: 2 MiB in float32, so that A and its factor
+# stay in its caches. Twice as fast as whole chunks at block sizes 32 to 64 (LOG.md, 2026-11-24).
 CPU_TILE_FISHER_NUMEL = 2**19
 
 
@@ -32,7 +32,8 @@ class BlockStack:
         config: the settings that their state was made for.
         gradient_NRB: the gradient on the way in, the update on the way out; compute dtype.
         state: what is kept, by name: see `blocks.fields`.
-        number_N: each block's number q, which decides when its factor is refreshed and how a bfloat16 F is rounded.
+        number_N: each block's number q, which decides when its factor is refreshed and how a
+            bfloat16 F is rounded.
         seeding_N: the same as int32 on the device, where F is bfloat16.
         made_N: of each kept factor, the step t at which it was made; -1 where that is not known.
         fallback_counts: for each block of the whole stack, how often each of FALLBACKS was needed.

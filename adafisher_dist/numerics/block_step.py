@@ -2,7 +2,8 @@
 
     M, then w and F of the gradient  →  S = ŵ^(−p) M̂ A^(−p)  →  U = polar(S), as long as Adam's update
 
-What takes B numbers a block is done for a whole stack, what takes B² tile by tile, so that a CPU's caches hold it.
+What takes B numbers a block is done for a whole stack, what takes B² tile by tile, so that a CPU's
+caches hold it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class StepContext:
         settings: of their param group.
         step: t, this step included.
         updates: k, the updates of F, this step's included where it makes one.
-        should_step: where it is given, an int32 0-d tensor on the device. If it is 0, the update is 0 and nothing else
-            changes, whatever is in the gradient; nobody waits to know.
+        should_step: where it is given, an int32 0-d tensor on the device. If it is 0, the update is
+            0 and nothing else changes, whatever is in the gradient; nobody waits to know.
     """
 
     settings: StepSettings
@@ -69,8 +70,8 @@ class StepContext:
 def waits_for_nothing(config: StateConfig) -> bool:
     """Whether the arithmetic of a param group asks the device nothing, so that a host need not wait for it.
 
-    A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor would have to be put
-    back.
+    A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor
+    would have to be put back.
     """
     return config.exponent != 1.0 and not config.keeps_factors
 

@@ -16,8 +16,9 @@ FALLBACKS = ("more damping", "float64", "diagonal")
 class Factor(NamedTuple):
     """What preconditions a stack of blocks.
 
-    root_NBB is the lower Cholesky factor of A where `triangular`, else A^(−p); d_N the mean curvature that A was scaled
-    by. fallback_N is None, or tells for each block which of FALLBACKS gave its factor (0: none was needed).
+    root_NBB is the lower Cholesky factor of A where `triangular`, else A^(−p); d_N the mean
+    curvature that A was scaled by. fallback_N is None, or tells for each block which of FALLBACKS
+    gave its factor (0: none was needed).
     """
 
     root_NBB: Tensor
@@ -32,8 +33,9 @@ def factorize(
 ) -> Factor:  # fmt: skip
     """Factorise A, whose damping is δ + ε, or more: see `_damped`.
 
-    Never raises for a bad block. For p = 1 there are the FALLBACKS (ten times the damping, at least 1e-2; that in
-    float64; the diagonal), and `fallback_N` tells which. d = 0 gives the factor of damping · I. `exact` is of A^(−1/2).
+    Never raises for a bad block. For p = 1 there are the FALLBACKS (ten times the damping, at least
+    1e-2; that in float64; the diagonal), and `fallback_N` tells which. d = 0 gives the factor of
+    damping · I. `exact` is of A^(−1/2).
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
@@ -85,10 +87,12 @@ def condition_number(fisher_NBB: Tensor, damping: float, noise: float, dtype: to
 def _damped(fisher_NBB: Tensor, mean_N: Tensor, damping: float, noise: float) -> Tensor:
     """A = F̂/d + damping · I, symmetric; with more damping where rounding has left F with more noise than that.
 
-    The norm of a symmetric matrix of independent noise is about twice the largest root of a row's summed variances
-    (Bandeira and van Handel 2016, Annals of Probability 44), which A must outweigh to stay positive definite.
+    The norm of a symmetric matrix of independent noise is about twice the largest root of a row's
+    summed variances (Bandeira and van Handel 2016, Annals of Probability 44), which A must outweigh
+    to stay positive definite.
     """
-    # F̂ / d = F / mean diag F. A mean that is not a normal number counts as the smallest that is: 1 / mean is finite.
+    # F̂ / d = F / mean diag F. A mean that is not a normal number counts as the smallest that is: 1
+    # / mean is finite.
     scale_N = mean_N.clamp_min(torch.finfo(mean_N.dtype).tiny).reciprocal()
     a_NBB = fisher_NBB.to(mean_N.dtype) * scale_N[:, None, None]
     a_NBB = a_NBB.tril().add_(a_NBB.tril(-1).mT)  # only the lower triangle of F counts

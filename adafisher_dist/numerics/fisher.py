@@ -1,8 +1,8 @@
 """F, the averages of gradients by which blocks are preconditioned, and the second moments that they tell of.
 
-Shape suffixes, here and in the other modules of this folder: N blocks, R rows that share a block, B elements of a row,
-T = B (B + 1) / 2 elements of a lower triangle. Formulas use DESIGN's symbols: F Fisher, d mean curvature, A = F̂/d +
-(δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
+Shape suffixes, here and in the other modules of this folder: N blocks, R rows that share a block, B
+elements of a row, T = B (B + 1) / 2 elements of a lower triangle. Formulas use DESIGN's symbols: F
+Fisher, d mean curvature, A = F̂/d + (δ + ε) I with F̂ = F · correction, p exponent, m̂ momentum.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ def update(
 
     Only the lower triangle counts: a product of matrices need not be symmetric in the last bit.
 
-    F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less than half a unit in
-    F's last place: rounded to nearest, F would neither fill nor decay (at ρ = 0.99 it stops 20 % off).
+    F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less
+    than half a unit in F's last place: rounded to nearest, F would neither fill nor decay (at ρ =
+    0.99 it stops 20 % off).
 
     Args:
         fisher_NBB: F.
         gradient_NRB: g.
         decay: ρ; a 0-d tensor where the device decides whether it is 1.
         weight_NR: by what each row is multiplied first; see `row_weights`.
-        seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on any rank.
+        seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on
+            any rank.
     """
     h_NRB = gradient_NRB * ((1 - decay) / gradient_NRB.shape[1]) ** 0.5
     if weight_NR is not None:
@@ -77,8 +79,8 @@ def update_squares(square_NR: Tensor, gradient_NRB: Tensor, decay: float | Tenso
 def row_weights(square_NR: Tensor) -> Tensor:
     """1/√ŵ of rows, by which F weighs them, so that large ones do not drown the rest; 0 where ŵ is 0.
 
-    F is then the right factor of a Kronecker product whose left factor is the diagonal ŵ (one step of "KL-Shampoo", Lin
-    et al. 2025, arXiv 2509.03378).
+    F is then the right factor of a Kronecker product whose left factor is the diagonal ŵ (one step
+    of "KL-Shampoo", Lin et al. 2025, arXiv 2509.03378).
     """
     return torch.where(square_NR > 0, square_NR.rsqrt(), 0.0)
 
@@ -86,8 +88,8 @@ def row_weights(square_NR: Tensor) -> Tensor:
 def second_moment(diagonal_NB: Tensor, square_NR: Tensor | None) -> Tensor:
     """The second moment of each element, (N, R, B), or (N, 1, B) for blocks of one row, whose diag F̂ it is.
 
-    Of rows that share a block it is the product of what is known of rows and of columns, ŵ · diag F̂ / d: Adafactor's
-    (Shazeer and Stern 2018, algorithm 1).
+    Of rows that share a block it is the product of what is known of rows and of columns, ŵ · diag
+    F̂ / d: Adafactor's (Shazeer and Stern 2018, algorithm 1).
     """
     if square_NR is None:
         return diagonal_NB.unsqueeze(1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Coefficients of Jordan et al. (2024, "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times. It takes singular values
-# from 2e-3 on to between 0.68 and 1.13, which is as good as 1 (LOG.md, 2026-11-26). `EXACT` takes them on to 1, to
-# twelve digits.
+# Coefficients of Jordan et al. (2024, "Muon"): x ← a x + (b x xᵀ + c (x xᵀ)²) x, five times. It
+# takes singular values from 2e-3 on to between 0.68 and 1.13, which is as good as 1 (LOG.md,
+# 2026-11-26). `EXACT` takes them on to 1, to twelve digits.
 FAST = ((3.4445, -4.7750, 2.0315),) * 5
 EXACT = ((1.875, -1.25, 0.375),) * 4
 
@@ -28,8 +28,9 @@ def polar_factor(vectors_NRB: Tensor) -> Tensor:
 def inverse_root(a_NBB: Tensor, exact: bool) -> Tensor:
     """A^(−1/2) of symmetric positive definite blocks.
 
-    The same iteration, coupled (Higham 2008, section 6.7): y → A^(1/2), z → A^(−1/2), of A over its norm. Where it is
-    not `exact`, it is A^(−1/2) but for a factor of 0.68 to 1.13 in each eigenvalue.
+    The same iteration, coupled (Higham 2008, section 6.7): y → A^(1/2), z → A^(−1/2), of A over its
+    norm. Where it is not `exact`, it is A^(−1/2) but for a factor of 0.68 to 1.13 in each
+    eigenvalue.
     """
     norm_N11 = torch.linalg.matrix_norm(a_NBB, keepdim=True)
     y_NBB = a_NBB / norm_N11

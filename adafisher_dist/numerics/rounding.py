@@ -9,7 +9,8 @@ from torch import Tensor
 def rounding_noise(decay: float, stored: torch.dtype) -> float:
     """Twice the standard deviation of F's elements for their rounding, as a part of them: 0 but for bfloat16.
 
-    Rounding leaves 0.24 % at an update, and σ = 0.24 % / √(1 − ρ²) in the average (LOG.md, 2026-11-25).
+    Rounding leaves 0.24 % at an update, and σ = 0.24 % / √(1 − ρ²) in the average (LOG.md,
+    2026-11-25).
     """
     return 0.005 / (1 - decay**2) ** 0.5 if stored == torch.bfloat16 else 0.0
 

@@ -19,7 +19,8 @@ def scale_rows(vectors_NRB: Tensor, weight_NR: Tensor | None, exponent: float) -
 def orthogonal_update(vectors_NRB: Tensor, by_diagonal_NRB: Tensor) -> Tensor:
     """The polar factor of each block, as long as `by_diagonal_NRB`; of zeros, zeros.
 
-    The polar factor of X = U Σ Vᵀ is U Vᵀ: of all matrices of this spectral norm that with the most progress along X.
+    The polar factor of X = U Σ Vᵀ is U Vᵀ: of all matrices of this spectral norm that with the most
+    progress along X.
     """
     x_NRB = polar_factor(vectors_NRB)
     norm_N11, length_N11 = (torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True) for v in (x_NRB, by_diagonal_NRB))

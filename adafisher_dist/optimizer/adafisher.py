@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class AdaFisher(ShardedOptimizer):
     """Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
 
-    A matrix is cut into blocks of rows_per_block rows and block_size columns. For the gradient G of a block, one row g
-    an output, at step t, after k Fisher updates (DESIGN.md, section 2):
+    A matrix is cut into blocks of rows_per_block rows and block_size columns. For the gradient G of
+    a block, one row g an output, at step t, after k Fisher updates (DESIGN.md, section 2):
 
         M ← μ M + (1−μ) G                       M̂ = μ M / (1 − μᵗ) + (1−μ) G  (Nesterov)
         w ← ρ w + (1−ρ) gᵀg / r, of each row    ŵ = w / (1 − ρᵏ)
@@ -36,55 +36,67 @@ class AdaFisher(ShardedOptimizer):
         U = polar(S), made as long as M̂ / (√V + ε) with V = ŵ diag(F̂)ᵀ / d
         Θ ← Θ − η λ Θ − η U
 
-    Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and tables (matrices whose
-    one side is more than 8 times the other, or 4 times and at least 30,000 long: of tokens, of few outputs, LoRA's
-    factors) are Adam's, element by element, with μ and ρ for its betas.
+    Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and
+    tables (matrices whose one side is more than 8 times the other, or 4 times and at least 30,000
+    long: of tokens, of few outputs, LoRA's factors) are Adam's, element by element, with μ and ρ
+    for its betas.
 
-    In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an equal run of the
-    blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block lives where its first element is.
-    N ranks train like one. Gradients must be averaged over ranks, as DDP and DeepSpeed leave them.
+    In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an
+    equal run of the blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block
+    lives where its first element is. N ranks train like one. Gradients must be averaged over ranks,
+    as DDP and DeepSpeed leave them.
 
-    A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any rank; it is counted in
-    `skipped_steps`, and a warning is logged. A parameter without gradient is left alone, as by AdamW.
+    A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any
+    rank; it is counted in `skipped_steps`, and a warning is logged. A parameter without gradient is
+    left alone, as by AdamW.
 
     Args:
-        params: parameters, (name, parameter) pairs, or dicts that define groups; dense real tensors of any shape, in
-            float32, float64, bfloat16 or float16.
+        params: parameters, (name, parameter) pairs, or dicts that define groups; dense real tensors
+            of any shape, in float32, float64, bfloat16 or float16.
         lr: learning rate η; what suits AdamW suits here.
         momentum: decay μ of the gradient's average, in [0, 1).
         nesterov: look ahead with the newest gradient.
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
         eps: ε, keeps the diagonal's length finite.
-        block_size: columns of a block, at most. The state takes about 4·b/rows_per_block + 12 bytes an element, shared
-            by all ranks. "auto": the largest that memory_budget_gb allows on these ranks, chosen at the first step.
-        rows_per_block: rows of a block, at most; they share F. More rows cost less, and tell more of a block in as many
-            steps; fewer follow each row's own curvature.
-        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and nothing is shared.
+        block_size: columns of a block, at most. The state takes about 4·b/rows_per_block + 12 bytes
+            an element, shared by all ranks. "auto": the largest that memory_budget_gb allows on
+            these ranks, chosen at the first step.
+        rows_per_block: rows of a block, at most; they share F. More rows cost less, and tell more
+            of a block in as many steps; fewer follow each row's own curvature.
+        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and
+            nothing is shared.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
-        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0: all of them. None:
-            no limit, but tables have none.
+        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0:
+            all of them. None: no limit, but tables have none.
         fisher_update_freq: steps between updates of F.
-        inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while the Fisher fills.
+        inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while
+            the Fisher fills.
         exponent: p, 0.5, or 1.0 (natural gradient).
-        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not weighed and no polar factor.
-        fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or torch.float64
-            (arithmetic in float64); or its name, as the param groups have it: "bfloat16".
-        packed: store a block of F as its lower triangle: half the memory, the same results to the last bit, somewhat
-            more time.
-        memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for block_size="auto".
-        process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO, DeepSpeed's own.
+        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not weighed and
+            no polar factor.
+        fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or
+            torch.float64 (arithmetic in float64); or its name, as the param groups have it:
+            "bfloat16".
+        packed: store a block of F as its lower triangle: half the memory, the same results to the
+            last bit, somewhat more time.
+        memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for
+            block_size="auto".
+        process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO,
+            DeepSpeed's own.
 
-    Keys of Adam and AdamW that are not listed (betas, fused, foreach, amsgrad=False, adam_w_mode=True, …) are taken
-    too, here, in param groups and in JSON, where they ask for nothing that AdaFisher does not do: the first of betas
-    is momentum, if that is not given, the second is left out, and one warning says so; docs/migrating.md has the rest.
+    Keys of Adam and AdamW that are not listed (betas, fused, foreach, amsgrad=False,
+    adam_w_mode=True, …) are taken too, here, in param groups and in JSON, where they ask for
+    nothing that AdaFisher does not do: the first of betas is momentum, if that is not given, the
+    second is left out, and one warning says so; docs/migrating.md has the rest.
 
     Raises:
         TypeError: a setting does not exist, or a setting or parameter has the wrong type.
-        ValueError: a setting is out of bounds, or asks for what AdaFisher does not do. Either message tells all that is
-            wrong with the settings.
-        UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised by `step`).
+        ValueError: a setting is out of bounds, or asks for what AdaFisher does not do. Either
+            message tells all that is wrong with the settings.
+        UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised
+            by `step`).
     """
 
     @translated
@@ -147,9 +159,10 @@ class AdaFisher(ShardedOptimizer):
             The closure's loss.
 
         Raises:
-            RuntimeError: a gradient is sparse; the ranks' parameters, gradients, settings or plans differ; a structural
-                setting (block_size, …), or a parameter's shape or device, was changed after the first step; another
-                rank failed; an earlier step failed half-way; a CUDA graph is being captured.
+            RuntimeError: a gradient is sparse; the ranks' parameters, gradients, settings or plans
+                differ; a structural setting (block_size, …), or a parameter's shape or device, was
+                changed after the first step; another rank failed; an earlier step failed half-way;
+                a CUDA graph is being captured.
             UnsupportedLayoutError: the layout is not supported.
         """
         loss = None
@@ -195,9 +208,10 @@ class AdaFisher(ShardedOptimizer):
     def communication_usage(self) -> dict[str, dict[str, int]]:
         """Bytes sent in a step, by kind: as planned of this rank ("rank") and of all ("all"), and as counted here.
 
-        "weights" are new weights, where all ranks have the same ones, and "blocks" what goes to the owners of blocks
-        that a boundary between ranks cuts, and back. "last_step" was counted in the last call of `step`, and has
-        "verdicts" too: what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
+        "weights" are new weights, where all ranks have the same ones, and "blocks" what goes to the
+        owners of blocks that a boundary between ranks cuts, and back. "last_step" was counted in
+        the last call of `step`, and has "verdicts" too: what the ranks agree on. DESIGN.md,
+        "Bytes", has the formulas.
         """
         stepper = self._registry.stepper
         last = {kind: stepper.sent[kind] for kind in ("weights", "blocks", "verdicts")}
@@ -206,10 +220,10 @@ class AdaFisher(ShardedOptimizer):
     def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
         """Have every n-th step measured: how well conditioned the blocks are, how far it went, what was sent.
 
-        The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells what they are), on the
-        first rank alone, when the next step is taken; `flush_metrics` tells of the last. An error on a rank or in the
-        callback is logged once, and stops nothing. All ranks call this, with the same `every`, or the next step is an
-        error on all; None ends it.
+        The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells
+        what they are), on the first rank alone, when the next step is taken; `flush_metrics` tells
+        of the last. An error on a rank or in the callback is logged once, and stops nothing. All
+        ranks call this, with the same `every`, or the next step is an error on all; None ends it.
 
         Args:
             callback: for example `adafisher_dist.metrics.CsvLog("metrics.csv")`.

@@ -61,8 +61,9 @@ def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
 def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None) -> Consolidated:
     """The whole state of all parameters that can be trained, as torch's checkpoint functions carry it.
 
-    Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it has to be `known`, but
-    for parameters that have seen no step. Whatever is loaded into it comes back to `load_state_dict`.
+    Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it
+    has to be `known`, but for parameters that have seen no step. Whatever is loaded into it comes
+    back to `load_state_dict`.
 
     Raises:
         RuntimeError: this rank holds a part, and the whole was not consolidated.

@@ -39,8 +39,8 @@ class ParameterRegistry:
         given_parameters: the parameters that it was given.
         groups: all its param groups; DeepSpeed takes some away while it steps one.
         stepper: takes the steps of the shards that hold their state.
-        prebuilt: of those, the ones that were made before their parameters had a gradient, to be shown to torch's
-            checkpoint functions.
+        prebuilt: of those, the ones that were made before their parameters had a gradient, to be
+            shown to torch's checkpoint functions.
     """
 
     def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
@@ -84,7 +84,8 @@ class ParameterRegistry:
     def begin_step(self, errors: DeferredErrors) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
         """The param groups of the tensors that have a gradient, by their ids; and those tensors that have no state yet.
 
-        What libraries have put into the param groups and into `state` is taken over, as far as there is no error.
+        What libraries have put into the param groups and into `state` is taken over, as far as
+        there is no error.
         """
         groups = self.optimizer.param_groups
         active = [(tensor, group) for group in groups for tensor in group["params"] if tensor.grad is not None]
@@ -130,10 +131,11 @@ class ParameterRegistry:
     def sync_param_groups(self) -> None:
         """Take note of what has been put into the param groups, and taken out of them. Local; not under DeepSpeed.
 
-        Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and writes the new
-        parameters into `param_groups`, each where the old one stood; Lightning puts more groups there before it loads.
-        Afterwards anything goes that `replaced_parameters` tells, if it is an nn.Parameter. What wrappers of others put
-        there is none, or has another shape; that is refused by `layouts`.
+        Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and
+        writes the new parameters into `param_groups`, each where the old one stood; Lightning puts
+        more groups there before it loads. Afterwards anything goes that `replaced_parameters`
+        tells, if it is an nn.Parameter. What wrappers of others put there is none, or has another
+        shape; that is refused by `layouts`.
         """
         groups = self.optimizer.param_groups
         if self.given_parameters.stands_as(groups):
@@ -186,7 +188,8 @@ class ParameterRegistry:
     def sync_user_state(self, shards: list[Shard]) -> None:
         """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
 
-        Libraries move or reset an optimizer's state by replacing what is in there, and the shards hold the original.
+        Libraries move or reset an optimizer's state by replacing what is in there, and the shards
+        hold the original.
         """
         changed = []
         for shard in shards:
@@ -245,8 +248,8 @@ class ParameterRegistry:
     def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
         """Shards without any step for these tensors, with the settings that the param groups have now.
 
-        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps. See
-        `block_stack.allocate` for `zeroed`.
+        A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
+        See `block_stack.allocate` for `zeroed`.
         """
         storages = self.storages_of(tensors, wrapper) if tensors else []
         numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
@@ -262,7 +265,8 @@ class ParameterRegistry:
     ) -> list[Shard]:  # fmt: skip
         """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
 
-        `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some groups in a step.
+        `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some
+        groups in a step.
         """
         if numbers is None:
             current_tensors = enumerate(self.optimizer.param_groups)

@@ -1,8 +1,8 @@
 """Parameters that take the places of others in the param groups after the first step, and those that leave.
 
-Libraries put a new parameter where an old one stood and hand its state on: `state[new] = state.pop(old)`. The blocks of
-the old one, which ranks may share, then belong to the new one, if it has the same shape. What is taken out of the
-groups is removed: its state is forgotten.
+Libraries put a new parameter where an old one stood and hand its state on: `state[new] =
+state.pop(old)`. The blocks of the old one, which ranks may share, then belong to the new one, if it
+has the same shape. What is taken out of the groups is removed: its state is forgotten.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def find_replacements(
 ) -> list[Replacement]:
     """The stored tensors that have left the param groups, and who follows them.
 
-    That is the parameter of the same shape, dtype and device that has their state, as the very tensors that the shard
-    has, or else the one that stands at their place: whether it has a copy of the state, or nothing, and so starts anew.
+    That is the parameter of the same shape, dtype and device that has their state, as the very
+    tensors that the shard has, or else the one that stands at their place: whether it has a copy of
+    the state, or nothing, and so starts anew.
 
     Args:
         shards: all of them.

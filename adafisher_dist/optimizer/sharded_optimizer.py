@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class ShardedOptimizer(Optimizer):
     """Of AdaFisher, all but its settings, its step, and what it tells of itself."""
 
-    # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has no state.
+    # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has
+    # no state.
     _state_is_elsewhere = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: ProcessGroup | None) -> None:
@@ -46,7 +47,8 @@ class ShardedOptimizer(Optimizer):
 
         Raises:
             TypeError: a parameter is complex, or not floating-point; a setting has the wrong type.
-            ValueError: a setting is out of bounds, looks misspelt, or asks for what AdaFisher does not do.
+            ValueError: a setting is out of bounds, looks misspelt, or asks for what AdaFisher does
+                not do.
             UnsupportedLayoutError: a parameter's layout is not supported.
         """
         notice = None
@@ -72,8 +74,9 @@ class ShardedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it; see `optimizer.state_dicts` for the keys.
 
-        In the replicated layout on several ranks a rank holds only its own blocks, so `consolidate_state_dict` must
-        have been called, on all ranks, since the last step. Under ZeRO and FSDP2 it is this rank's part, and says so.
+        In the replicated layout on several ranks a rank holds only its own blocks, so
+        `consolidate_state_dict` must have been called, on all ranks, since the last step. Under
+        ZeRO and FSDP2 it is this rank's part, and says so.
 
         Raises:
             RuntimeError: the state is sharded and was not consolidated.
@@ -111,14 +114,15 @@ class ShardedOptimizer(Optimizer):
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
 
-        A collective: all ranks of the process group must call it, and `to` is a rank of that group. The copy is dropped
-        by the next step. On the other ranks `state_dict()` then has an empty state, which `load_state_dict` refuses.
+        A collective: all ranks of the process group must call it, and `to` is a rank of that group.
+        The copy is dropped by the next step. On the other ranks `state_dict()` then has an empty
+        state, which `load_state_dict` refuses.
 
         Raises:
             ValueError: the group has no rank `to`.
-            RuntimeError: on all ranks: one of them has no room for it; or the parameters themselves are sharded
-                (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come within the timeout of the process
-                group.
+            RuntimeError: on all ranks: one of them has no room for it; or the parameters themselves
+                are sharded (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come
+                within the timeout of the process group.
         """
         self._registry.stepper.check_complete()
         self._registry.sync_param_groups()
@@ -128,11 +132,13 @@ class ShardedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; bit for bit where the layout is the same.
 
-        A whole state dict loads on any number of ranks of the replicated layout: each rank takes its own blocks.
-        Settings of the param groups are restored too, as in torch.optim. Nothing changes if an error is raised.
+        A whole state dict loads on any number of ranks of the replicated layout: each rank takes
+        its own blocks. Settings of the param groups are restored too, as in torch.optim. Nothing
+        changes if an error is raised.
 
         Raises:
-            ValueError: the state does not fit the parameters, or is one rank's part of another layout.
+            ValueError: the state does not fit the parameters, or is one rank's part of another
+                layout.
         """
         prepared: list[Shard] = []
 
@@ -160,7 +166,8 @@ class ShardedOptimizer(Optimizer):
         """For copy and pickle.
 
         Raises:
-            RuntimeError: the state is sharded over ranks, or a process group was given: neither can leave the process.
+            RuntimeError: the state is sharded over ranks, or a process group was given: neither can
+                leave the process.
         """
         if self._registry.process_group is not None or any(
             shard.storage.group.size > 1 for shard in self._registry.shards
@@ -190,7 +197,8 @@ class ShardedOptimizer(Optimizer):
     def skipped_steps(self) -> int:
         """Steps that were skipped for a gradient that was not finite or too large to square.
 
-        Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here; this waits for it.
+        Where a GPU's kernels find that, the host learns of it at the next call of `step`, or here;
+        this waits for it.
         """
         self._registry.stepper.resolve_pending()
         return self._registry.stepper.skipped

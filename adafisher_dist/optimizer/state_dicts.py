@@ -1,10 +1,11 @@
 """The optimizer's state as state dicts hold it: by stored tensor, checked before anything changes.
 
-For each tensor: `step`, `fisher_updates` (int64; 0-d, or of each parameter that a flat tensor holds), and for each
-kind of block, of B elements ("B") or of D vectors of B elements ("BxD"), `momentum_KIND` (N, D, B), `fisher_KIND`
-(N, B, B), or (N, B (B + 1) / 2) where it is packed, `square_KIND` (N, D) where D > 1, and, where factors are kept,
-`factor_KIND` (N, B, B) and `curvature_KIND` (N,), blocks in order; `momentum_diagonal` (N, 1, 1) and `fisher_diagonal`
-(N, 1) past max_blocks.
+For each tensor: `step`, `fisher_updates` (int64; 0-d, or of each parameter that a flat tensor
+holds), and for each kind of block, of B elements ("B") or of D vectors of B elements ("BxD"),
+`momentum_KIND` (N, D, B), `fisher_KIND` (N, B, B), or (N, B (B + 1) / 2) where it is packed,
+`square_KIND` (N, D) where D > 1, and, where factors are kept, `factor_KIND` (N, B, B) and
+`curvature_KIND` (N,), blocks in order; `momentum_diagonal` (N, 1, 1) and `fisher_diagonal` (N, 1)
+past max_blocks.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def is_partial(shards: list[Shard]) -> bool:
 def expected(shard: Shard, tensor: int) -> Wanted:
     """For each key of a whole state dict: this rank's view, the row where it begins, and the rows there are in all.
 
-    A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict fails on all ranks.
+    A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict
+    fails on all ranks.
     """
     if not shard.storage.one_each:
         return _own(shard, tensor)
@@ -156,7 +158,8 @@ def check_part(saved: Mapping[str, Any], shards: list[Shard]) -> None:
 def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
     """Copy a stored tensor's saved state into a shard; an empty one leaves it as it is.
 
-    A collective where the values are DTensors; then every rank has to `check` before any calls this.
+    A collective where the values are DTensors; then every rank has to `check` before any calls
+    this.
 
     Args:
         shard: the shard.
@@ -240,7 +243,8 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
             layouts.rows_here(saved[key], shard.storage.group, key)
 
 
-# What a parameter that was replaced by one with more or fewer rows cannot keep: a block's Fisher is that of its rows.
+# What a parameter that was replaced by one with more or fewer rows cannot keep: a block's Fisher is
+# that of its rows.
 _START_ANEW = (
     " A parameter that has been given more or fewer rows starts anew with `del optimizer.state[parameter]`. Its state"
     " can be cut to some of its rows only where each row has blocks of its own: rows_per_block=1, and a block_size that"

@@ -1,7 +1,7 @@
 """One rank's share of the blocks of some parameters: where its elements come from, and its state.
 
-The rank's own elements stand in a row in a *flat buffer*, in the order of the plan. It is cut into chunks, so that the
-updates of one can travel while the next is computed.
+The rank's own elements stand in a row in a *flat buffer*, in the order of the plan. It is cut into
+chunks, so that the updates of one can travel while the next is computed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Shard:
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
         checked: whether the ranks have compared their plans.
-        removed: the numbers of the stored tensors that the user has taken out of the param groups, or replaced by
-            others that do not fit in their places. Nobody gives them a gradient, or sees their state, any more.
+        removed: the numbers of the stored tensors that the user has taken out of the param groups,
+            or replaced by others that do not fit in their places. Nobody gives them a gradient, or
+            sees their state, any more.
     """
 
     storage: Storage
@@ -177,8 +178,8 @@ def compute_chunk(chunk: Chunk, contexts: Sequence[StepContext | None]) -> None:
 
     Args:
         chunk: the chunk.
-        contexts: for each parameter, the same object where they are at the same step of the same param group; None
-            where it has no gradient: its elements are zero, and stay so.
+        contexts: for each parameter, the same object where they are at the same step of the same
+            param group; None where it has no gradient: its elements are zero, and stay so.
     """
     for rows in chunk.rows:
         torch._foreach_copy_(rows.in_stack, rows.in_buffer)

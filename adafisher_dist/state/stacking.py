@@ -97,8 +97,8 @@ def stack_blocks(
 def _numbers(entries: list[_Planned], positions: Sequence[int], config: StateConfig) -> Numbers:
     """The number q of each block: its index on the parameter's grid plus the parameter's position.
 
-    Of elements without blocks: the index of the element, likewise, where their rounding asks for it; else zeros, which
-    take no memory.
+    Of elements without blocks: the index of the element, likewise, where their rounding asks for
+    it; else zeros, which take no memory.
     """
     if not entries[0].run.dense and config.fisher_dtype != torch.bfloat16:
         return np.broadcast_to(np.int64(0), sum(entry.run.num_blocks for entry in entries))

@@ -1,7 +1,7 @@
 """What the ranks agree on, in one small all-reduce before any of them changes state and one at the end of the step.
 
-A rank that raised alone would leave the others waiting in the next collective; so an error of one rank, like a gradient
-that is not finite, first becomes known to all.
+A rank that raised alone would leave the others waiting in the next collective; so an error of one
+rank, like a gradient that is not finite, first becomes known to all.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def check_consistency(
         on_device: whether that is decided on the device instead.
         metrics: which steps are measured, and which is being; None where none is.
         errors: what went wrong on this rank while its gradients were collected.
-        compare_copies: whether parameters and gradients are compared bit by bit where ranks hold the same ones, as
-            they always are in the first step of a shard. Alike on all ranks.
+        compare_copies: whether parameters and gradients are compared bit by bit where ranks hold
+            the same ones, as they always are in the first step of a shard. Alike on all ranks.
 
     Raises:
-        RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or settings, or one failed.
-            Or some did not come within the timeout of the process group; it names them.
+        RuntimeError: on all ranks alike: the ranks differ in plan, gradients, parameters or
+            settings, or one failed. Or some did not come within the timeout of the process group;
+            it names them.
         Exception: the error itself, on the rank that had it.
     """
     values = [int(finite), _failed(errors)]
@@ -57,7 +58,8 @@ def check_consistency(
         same_replicas = _same_in_replicas(group, shards, inputs, errors, compare_copies) if group.replicas else 1
         values = [int(finite), _failed(errors), same_replicas]
         values += chain.from_iterable((print_, -print_) for print_, _ in prints)
-        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different devices would all wait.
+        # On the CPU on every rank, whatever went wrong on this one: ranks that chose different
+        # devices would all wait.
         values = collectives.minimum(group, torch.tensor(values)).tolist()
         _raise(errors, values[1], "before anything changed")
         for low, minus_high, (_, message) in zip(values[3::2], values[4::2], prints, strict=True):
@@ -146,7 +148,8 @@ def _same_in_replicas(
 ) -> int:
     """Whether the replicas of this rank hold the same parts of parameters and gradients, bit by bit.
 
-    A collective whether they are compared or not, so that ranks which are not of one mind on that do not hang.
+    A collective whether they are compared or not, so that ranks which are not of one mind on that
+    do not hang.
     """
     assert group.replicas is not None
     pairs_of = zip(shards, inputs, strict=False)
@@ -163,8 +166,8 @@ def raise_if_any_failed(
     """Let all ranks know whether each of them did its own work.
 
     Raises:
-        RuntimeError: on all ranks alike: one of them failed, so what they did together is incomplete. Or some did not
-            come to `purpose` within the timeout of the process group.
+        RuntimeError: on all ranks alike: one of them failed, so what they did together is
+            incomplete. Or some did not come to `purpose` within the timeout of the process group.
         Exception: the error itself, on the rank that had it.
     """
     failure = _failed(errors)

@@ -32,8 +32,8 @@ class _Cut:
 class CopyPlan:
     """Pieces of stored tensors, and for each its view of a buffer.
 
-    The buffer's views are made once; those of the tensors in each step, since libraries replace gradients, and the
-    memory of parameters.
+    The buffer's views are made once; those of the tensors in each step, since libraries replace
+    gradients, and the memory of parameters.
     """
 
     def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], numels: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """How gradients reach the owners of their blocks, and how the results come back to where the weights are stored.
 
-Each layout has its own `Exchange`, with the same two calls in the order of a step: `collect` (local), and `chunks` (a
-collective: brings gradients to the owners, has the chunks computed, and brings back what changes the weights).
+Each layout has its own `Exchange`, with the same two calls in the order of a step: `collect`
+(local), and `chunks` (a collective: brings gradients to the owners, has the chunks computed, and
+brings back what changes the weights).
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class Exchange(Protocol):
     def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
         """Bring all gradients to the owners, and the results to where the weights are stored. A collective.
 
-        Yields the chunks of the flat buffer whose gradients are there; whoever asks for the next one has turned them
-        into updates. After an error this rank goes on through the collectives, and leaves its part of the weights as it
-        is.
+        Yields the chunks of the flat buffer whose gradients are there; whoever asks for the next
+        one has turned them into updates. After an error this rank goes on through the collectives,
+        and leaves its part of the weights as it is.
 
         Args:
             inputs: of this call.
-            should_step: None, or 0-d on the device: 0 if the step is to change nothing, and all updates are zeros.
+            should_step: None, or 0-d on the device: 0 if the step is to change nothing, and all
+                updates are zeros.
             errors: of this rank.
         """
 
@@ -86,8 +88,9 @@ class Local:
 class AllGather:
     """Every rank has all gradients and all weights: an owner reads its own gradients, and its new weights go to all.
 
-    Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes of the updates.
-    The all-gather of one chunk runs while the next chunk is computed; two buffers take turns.
+    Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes
+    of the updates. The all-gather of one chunk runs while the next chunk is computed; two buffers
+    take turns.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -175,8 +178,9 @@ class AllGather:
 class AllToAll:
     """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
 
-    Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks' elements of blocks
-    that are owned here. Gradients go from the first to the second, updates come back.
+    Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks'
+    elements of blocks that are owned here. Gradients go from the first to the second, updates come
+    back.
     """
 
     def __init__(self, shard: Shard) -> None:

@@ -1,9 +1,9 @@
 """Whether a step may change anything, decided and kept on the device: the host reads it when it comes back.
 
-A host that looked at the gradients would wait for the device, which would then wait for the host to queue new work. So
-the arithmetic is gated by a number on the device, and changes nothing where a gradient of any rank is not finite. The
-host, which has counted the step, learns of it at the next call, and rolls its counters back
-(`Stepper.resolve_pending`).
+A host that looked at the gradients would wait for the device, which would then wait for the host to
+queue new work. So the arithmetic is gated by a number on the device, and changes nothing where a
+gradient of any rank is not finite. The host, which has counted the step, learns of it at the next
+call, and rolls its counters back (`Stepper.resolve_pending`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class FoundInf:
         """Let all ranks know whether every gradient can be used. A collective, for which no host waits.
 
         Args:
-            largest: the largest absolute gradient elements of this rank, 0-d, and how large each may be.
+            largest: the largest absolute gradient elements of this rank, 0-d, and how large each
+                may be.
             errors: of this rank.
 
         Returns:

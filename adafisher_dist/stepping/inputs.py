@@ -21,7 +21,8 @@ class Inputs:
 
     Attributes:
         settings: of each param group of the shard; None where none of its tensors has a gradient.
-        weights: what this rank holds of each stored tensor, flattened; None where it has no gradient in this call.
+        weights: what this rank holds of each stored tensor, flattened; None where it has no
+            gradient in this call.
         gradients: likewise.
     """
 
@@ -48,8 +49,8 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
     """What the call brings for a shard.
 
     Raises:
-        RuntimeError: a gradient cannot be used, or a tensor has been given another shape, device or dtype since the
-            plan was made; or a setting that shapes the state was changed.
+        RuntimeError: a gradient cannot be used, or a tensor has been given another shape, device or
+            dtype since the plan was made; or a setting that shapes the state was changed.
     """
     inputs = Inputs(settings=_settings(shard, groups))
     for index, tensor in enumerate(shard.storage.tensors):

@@ -1,7 +1,7 @@
 """Metrics of every n-th step: how well conditioned the blocks are, how far the step went, what it sent.
 
-Nothing waits for a device: what is computed there is read, compared over the ranks and told when the next step is
-taken. Between measured steps nothing is done at all.
+Nothing waits for a device: what is computed there is read, compared over the ranks and told when
+the next step is taken. Between measured steps nothing is done at all.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class _Reading:
 class Meter:
     """Measures an optimizer's steps, and tells a callback.
 
-    A call of `step` may be a part of one: DeepSpeed makes one for each param group or sub-group. What the calls of a
-    step measure is put together, and told when the first call of another step has come.
+    A call of `step` may be a part of one: DeepSpeed makes one for each param group or sub-group.
+    What the calls of a step measure is put together, and told when the first call of another step
+    has come.
     """
 
     def __init__(self, callback: Callback, every: int) -> None:

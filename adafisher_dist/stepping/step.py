@@ -146,8 +146,8 @@ class Stepper:
     def resolve_pending(self, shards: Sequence[Shard] | None = None) -> None:
         """Take back that steps were counted, where the device has found that they were to change nothing.
 
-        Of these shards, or of all. DeepSpeed steps one param group after the other: to ask of the one before would be
-        to wait for it.
+        Of these shards, or of all. DeepSpeed steps one param group after the other: to ask of the
+        one before would be to wait for it.
         """
         for pending in list(self._pending):
             if shards is None or any(shard in shards for shard in pending.shards):
@@ -179,23 +179,28 @@ class Stepper:
     def step(self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: float) -> None:
         """Update the tensors that have a gradient, all of which are in a shard, unless `errors` has one.
 
-        1. Gradients go into the buffers from which they leave. Local; what goes wrong waits in `errors`.
-        2. The ranks agree: nobody has failed, all have the same plan, and every gradient can be used, as far as hosts
-           know. A step with one that is not finite, or too large to square, changes nothing; `skipped` counts it.
+        1. Gradients go into the buffers from which they leave. Local; what goes wrong waits in
+           `errors`.
+        2. The ranks agree: nobody has failed, all have the same plan, and every gradient can be
+           used, as far as hosts know. A step with one that is not finite, or too large to square,
+           changes nothing; `skipped` counts it.
         3. What only a device knows of the gradients, it tells the other devices: `should_step`.
-        4. Chunk by chunk, gradients reach the owners of their blocks, are turned into updates, and come back.
+        4. Chunk by chunk, gradients reach the owners of their blocks, are turned into updates, and
+           come back.
         5. The ranks tell each other whether all have done their part.
 
         Args:
             groups: those tensors' param groups.
-            ranks: that take each step of this optimizer together, whatever any of them has to do in it.
+            ranks: that take each step of this optimizer together, whatever any of them has to do in
+                it.
             errors: of this rank, so far.
-            part: which part of a wrapper's step this is, all of which change something or none; None for all of it.
+            part: which part of a wrapper's step this is, all of which change something or none;
+                None for all of it.
             limit: how large a gradient element may be in any of the parts.
 
         Raises:
-            RuntimeError: see `check_consistency` and `raise_if_any_failed`; also for a sparse gradient, a changed
-                structural setting, or after a step that failed half-way.
+            RuntimeError: see `check_consistency` and `raise_if_any_failed`; also for a sparse
+                gradient, a changed structural setting, or after a step that failed half-way.
         """
         self._refuse_incomplete()
         self._calls += 1
@@ -268,7 +273,8 @@ class Stepper:
         """Whether all ranks take the step. A collective; raises on all ranks alike where they cannot."""
         shards, inputs = [call.shard for call in calls], [call.inputs for call in calls if call.inputs is not None]
         fresh = [shard for shard in shards if not shard.checked]
-        # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1, 2, 4, 8, …
+        # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
+        # 2, 4, 8, …
         compare_copies = self._calls.bit_count() == 1
         plan = self.meter.plan if self.meter is not None else None
         on_device = collected.found_inf is not None

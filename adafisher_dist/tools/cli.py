@@ -1,6 +1,7 @@
 """The command line: python -m adafisher_dist. Facts go to stdout, what is wrong and progress to stderr.
 
-Exit codes: 1, a checkpoint is damaged, or something could not be read or written; 2, what was asked for is wrong.
+Exit codes: 1, a checkpoint is damaged, or something could not be read or written; 2, what was asked
+for is wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The weights and buffers of a checkpoint alone, in the model's own names and shapes: safetensors files for serving.
 
-What fits into one file is model.safetensors. What does not is cut as Hugging Face's libraries do it:
-model-00001-of-00003.safetensors, …, and model.safetensors.index.json, which tells where each tensor is.
+What fits into one file is model.safetensors. What does not is cut as Hugging Face's libraries do
+it: model-00001-of-00003.safetensors, …, and model.safetensors.index.json, which tells where each
+tensor is.
 """
 
 from __future__ import annotations
@@ -60,13 +61,15 @@ def export_weights(
 ) -> list[Path]:  # fmt: skip
     """Write the weights and buffers of a checkpoint as safetensors files, which `load_state_dict` takes strictly.
 
-    Tied parameters are written under each of their names. Files get their names when all of them are complete. Memory:
-    the tensors of one file, and where dtypes change, the largest tensor once more.
+    Tied parameters are written under each of their names. Files get their names when all of them
+    are complete. Memory: the tensors of one file, and where dtypes change, the largest tensor once
+    more.
 
     Args:
         folder: the checkpoint's own folder, as `CheckpointDirectory.find` tells it.
         out: the folder to write to, made where there is none. What else is in it stays.
-        dtype: of all floating-point parameters; None for their own in the model that was saved. Buffers keep theirs.
+        dtype: of all floating-point parameters; None for their own in the model that was saved.
+            Buffers keep theirs.
         max_shard_bytes: of the tensors in a file; a larger tensor has a file of its own.
         overwrite: replace what an earlier export has left in `out`.
         verify: check every file's checksum first. Without, sizes and headers alone are checked.
@@ -76,10 +79,11 @@ def export_weights(
         The files, in order. The index, where there is one, is the last.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, and its damaged files are named; or other saves replaced or deleted
-            it again and again. Nothing was written.
+        CheckpointError: the checkpoint is damaged, and its damaged files are named; or other saves
+            replaced or deleted it again and again. Nothing was written.
         FileExistsError: there is an export in `out`, and it may not be overwritten.
-        OverflowError: a weight is too large for the dtype; nothing was written, as for the next two.
+        OverflowError: a weight is too large for the dtype; nothing was written, as for the next
+            two.
         ValueError: max_shard_bytes is not positive.
         OSError: something cannot be read or written.
     """
@@ -225,7 +229,8 @@ def _tensor(opened: OpenCheckpoint, name: str, output: _Output) -> Tensor:
 def _publish(files: Sequence[Path], standing: Sequence[Path]) -> None:
     """Give the files their names, and take away what is left of an earlier export."""
     if len(files) > 1:
-        # What a reader opens first goes before the shards change, and comes last: it never sees a mixture.
+        # What a reader opens first goes before the shards change, and comes last: it never sees a
+        # mixture.
         for path in standing:
             if path.name in (_WHOLE, _INDEX):
                 path.unlink()

@@ -13,7 +13,8 @@ import torch
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
-# Shows how far a long piece of work is: given its name and its bytes, a context with what takes the bytes just done.
+# Shows how far a long piece of work is: given its name and its bytes, a context with what takes the
+# bytes just done.
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
@@ -34,7 +35,8 @@ class ParameterFacts:
             are none: it has no elements, or was frozen and left out.
         trainable: whether it required a gradient.
         aliases: its other names.
-        blocks: Fisher blocks; None where the optimizer had no state for it, as also for the next three.
+        blocks: Fisher blocks; None where the optimizer had no state for it, as also for the next
+            three.
         dense_blocks: those of them that are no diagonal.
         step: steps that it took.
         fisher_dtype: of its Fisher blocks.

@@ -28,7 +28,8 @@ def read(log: Path) -> tuple[str, dict[str, Curve]]:
     """What the horizontal axis is, and the curves by the names of `metrics.NAMES`.
 
     Args:
-        log: a file of CsvLog, or the folder in which DeepSpeed's csv_monitor has a file for each metric.
+        log: a file of CsvLog, or the folder in which DeepSpeed's csv_monitor has a file for each
+            metric.
 
     Raises:
         OSError: it cannot be read.

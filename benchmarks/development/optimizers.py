@@ -1,7 +1,8 @@
 """The optimizers of the development bench: AdaFisher, candidates for its update, and rivals, tuned alike.
 
-A name has settings, `key=value`, besides the learning rate and weight decay. `rest` is the learning rate of embedding,
-head and gains over that of the hidden matrices, for those that have another optimizer for them.
+A name has settings, `key=value`, besides the learning rate and weight decay. `rest` is the learning
+rate of embedding, head and gains over that of the hidden matrices, for those that have another
+optimizer for them.
 """
 
 from __future__ import annotations

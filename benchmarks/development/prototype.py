@@ -1,7 +1,8 @@
 """Candidates for AdaFisher's update, for one process and for trying out: what wins goes into the package.
 
-W = polar(n R(a)) R(b), n being the momentum of a matrix and R(p) = A^(−p) of its blocks, then scaled. The averages w
-and F start from zero and are not corrected for it, but where Adam's length is taken from them.
+W = polar(n R(a)) R(b), n being the momentum of a matrix and R(p) = A^(−p) of its blocks, then
+scaled. The averages w and F start from zero and are not corrected for it, but where Adam's length
+is taken from them.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ class Choice:
 
     Attributes:
         a, b: exponents before and after the polar factor.
-        polar: of which part: "piece" (a slab's block), "slab" (its rows whole), "whole" (the matrix), "none".
+        polar: of which part: "piece" (a slab's block), "slab" (its rows whole), "whole" (the
+            matrix), "none".
         rows, columns: the most of a piece.
         momentum, nesterov, rho, delta: of the momentum and of F.
         weigh: whether F is of g gᵀ / w, w being the rows' own mean square.
-        left: the exponent of w by which the momentum's rows are divided before the polar factor; 0.5 whitens them.
-        normalize: of rows after the polar factor: 0 for none, else the decay of their mean square (NorMuon).
+        left: the exponent of w by which the momentum's rows are divided before the polar factor;
+            0.5 whitens them.
+        normalize: of rows after the polar factor: 0 for none, else the decay of their mean square
+            (NorMuon).
         steps: of Newton and Schulz.
-        length: 1 for the root mean square of a factored Adam's update in place of 0.2, 2 for as much progress along
-            the momentum as that update makes (at most `most` times its length).
+        length: 1 for the root mean square of a factored Adam's update in place of 0.2, 2 for as
+            much progress along the momentum as that update makes (at most `most` times its length).
         every: steps between roots.
-        coupled: steps of the coupled iteration by which A^(−1/2) is found, a = 0.5; 0 for its eigenvectors.
+        coupled: steps of the coupled iteration by which A^(−1/2) is found, a = 0.5; 0 for its
+            eigenvectors.
     """
 
     a: float = 0.5

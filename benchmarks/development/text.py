@@ -1,6 +1,7 @@
 """The text of the development bench: the Python sources of the packages in this environment, and their C++ headers.
 
-The public benchmark has another text. No file, and hardly a line, comes twice; a training sees each byte at most once.
+The public benchmark has another text. No file, and hardly a line, comes twice; a training sees each
+byte at most once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trial of the development bench: trainings of one optimizer with some settings, kept in trials.jsonl.
 
-    python benchmarks/development/trial.py gpt64x20 prototype --lr 1e-2 2e-2 --seed 0 1 2 --set a=0.5 polar=slab
-    python benchmarks/development/trial.py --table gpt64x20
+    python benchmarks/development/trial.py gpt64x20 prototype --lr 1e-2 2e-2 --seed 0 1 2 --set
+    a=0.5 polar=slab python benchmarks/development/trial.py --table gpt64x20
 
 What is in the file is not trained again. Two trainings run at a time, of one thread each.
 """

@@ -74,8 +74,8 @@ def _one_by_events(run: Step, prepare: Step, head_start: int = HEAD_START_CYCLES
 def time_step(step: Step, device: torch.device, effort: Effort, cycle: int = 1) -> Row:
     """Milliseconds of a step on the device, on the host, and of both.
 
-    `device_ms` lies between two events, with the launches queued ahead; `host_ms` is until the call returns, and
-    `wall_ms` until the device is done, both from an idle device. Medians, and a mean.
+    `device_ms` lies between two events, with the launches queued ahead; `host_ms` is until the call
+    returns, and `wall_ms` until the device is done, both from an idle device. Medians, and a mean.
 
     Args:
         step: takes a step.

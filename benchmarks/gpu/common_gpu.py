@@ -1,9 +1,11 @@
 """What the parts of `make gpu` share: their options, the time that is left, and results that are whole at every moment.
 
-A part may be killed at its limit, and the machine taken away: so each writes its JSON again after every number, into a
-file beside it that takes its place at once. `ended` in it tells how far the part came.
+A part may be killed at its limit, and the machine taken away: so each writes its JSON again after
+every number, into a file beside it that takes its place at once. `ended` in it tells how far the
+part came.
 
-Only the standard library is imported here: `run.py` and `report.py` are to work where torch does not.
+Only the standard library is imported here: `run.py` and `report.py` are to work where torch does
+not.
 """
 
 from __future__ import annotations

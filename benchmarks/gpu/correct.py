@@ -4,12 +4,14 @@
     launch/check_gpus.sh                                    # all GPUs of this machine, by torchrun
     python benchmarks/gpu/correct.py --rehearse --only comm 'zero1-*'
 
-With several ranks every check runs on all of them, and the first one writes. `--only NAME …` chooses checks; a name may
-have wildcards. `--show FILE` prints what a run has written as a report to paste, and nothing else is done. The exit
-status is 1 if a check failed. In the environment, PART_SECONDS: a check that would begin later is left out.
+With several ranks every check runs on all of them, and the first one writes. `--only NAME …`
+chooses checks; a name may have wildcards. `--show FILE` prints what a run has written as a report
+to paste, and nothing else is done. The exit status is 1 if a check failed. In the environment,
+PART_SECONDS: a check that would begin later is left out.
 
-The default process group has NCCL alone, as most trainings have; some checks use another one, of gloo and NCCL. It
-needs pytest and hypothesis, and DeepSpeed for what is named zero…: those checks are left out where it is missing.
+The default process group has NCCL alone, as most trainings have; some checks use another one, of
+gloo and NCCL. It needs pytest and hypothesis, and DeepSpeed for what is named zero…: those checks
+are left out where it is missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `correct.py` checks of stacked blocks: a step's arithmetic on a device beside numpy in float64.
 
-The F, m and w that a step leaves are compared with their formulas; its update u with what the numpy oracle of
-tests/oracle.py makes of the F, m and w that came out, however they were rounded.
+The F, m and w that a step leaves are compared with their formulas; its update u with what the numpy
+oracle of tests/oracle.py makes of the F, m and w that came out, however they were rounded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ SIZES, ROWS = (1, 7, 16, 64, 128), (1, 5, 64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SCALES = (1e-6, 1.0, 1e6)  # of the gradients of three blocks
 NAN = float("nan")
-# How far u may be from numpy's. What is off is multiplied by up to 430, where A of 128 elements is as ill-conditioned
-# as damping lets it be, or by up to 3.4445⁵ = 485 in small singular values. On a CPU the worst is 650.
+# How far u may be from numpy's. What is off is multiplied by up to 430, where A of 128 elements is
+# as ill-conditioned as damping lets it be, or by up to 3.4445⁵ = 485 in small singular values. On a
+# CPU the worst is 650.
 U_ROUNDINGS = 4e3
 
 

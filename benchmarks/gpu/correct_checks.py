@@ -1,8 +1,10 @@
 """What `correct.py` checks: the optimizer on a device beside the numpy oracle of tests/oracle.py, or beside a twin, bit
-for bit. Each check is given a `Here`, returns in a line what it found, and raises where something is wrong.
+for bit. Each check is given a `Here`, returns in a line what it found, and raises where something
+is wrong.
 
-With several ranks each check runs on all of them: batches are cut by rank, and what is not data is the same on each. A
-check asks nothing that a rank knows alone before a collective, so that the ranks stay together while all goes well.
+With several ranks each check runs on all of them: batches are cut by rank, and what is not data is
+the same on each. A check asks nothing that a rank knows alone before a collective, so that the
+ranks stay together while all goes well.
 
 Everything also runs on CPU tensors, in a rehearsal.
 """

@@ -1,9 +1,10 @@
 """Runs checks on all ranks together, and ends a run in which a rank would wait for ever. For `correct.py`.
 
-A rank that fails in the middle of a collective leaves the others waiting in it. On GPUs no rank may ever come out of
-that: NCCL's own watchdog ends the process when the group's time is up, and with it whatever the rank had to tell. So a
-rank that fails first writes its traceback into a folder that all ranks see. The first rank looks there, gives the
-others `PATIENCE` seconds to end the check, and then writes what it has and ends the run; the launcher ends the others.
+A rank that fails in the middle of a collective leaves the others waiting in it. On GPUs no rank may
+ever come out of that: NCCL's own watchdog ends the process when the group's time is up, and with it
+whatever the rank had to tell. So a rank that fails first writes its traceback into a folder that
+all ranks see. The first rank looks there, gives the others `PATIENCE` seconds to end the check, and
+then writes what it has and ends the run; the launcher ends the others.
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ def run_checks(
 ) -> int:  # fmt: skip
     """Run the checks one after the other; all ranks call this with the same ones.
 
-    What is known on all ranks to have failed on some does not keep the other checks from running. A run ends early
-    where a rank would wait for another in vain, where a device computes no more, and where no time is left.
+    What is known on all ranks to have failed on some does not keep the other checks from running. A
+    run ends early where a rank would wait for another in vain, where a device computes no more, and
+    where no time is left.
 
     Args:
         checks: by name.
@@ -123,7 +125,8 @@ def run_checks(
         left: how many seconds are left for all of them.
 
     Returns:
-        The exit status: 1 if a check failed. The process ends by itself with that status where a rank hangs.
+        The exit status: 1 if a check failed. The process ends by itself with that status where a
+            rank hangs.
     """
     control = None
     if here.world > 1:

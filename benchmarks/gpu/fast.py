@@ -2,17 +2,20 @@
 
     python benchmarks/gpu/fast.py [--out FOLDER] [--rehearse]       # writes FOLDER/fast.json; `make gpu` calls it
 
-- blocks: a step of 1 GB of blocks of one kind, beside the least that its bytes and its products take (fast_blocks.py).
-- steps: one optimizer's step on all parameters of a GPT, with random gradients. `device_ms`: between two events, the
-  launches queued ahead as they are behind a backward; `host_ms`: until `step()` returns, which is what keeps the
-  next forward from being queued; `wall_ms`: from an idle device to an idle device. Medians; `wall_ms_mean` is the mean
-  of wall_ms, since some optimizers have a slow step in every ten. A step that waits for the device, as AdaFisher's
-  with exponent 1 does, cannot be queued ahead: its device_ms has those waits in it.
-- share: forward and backward of a GPT, and the step on an eighth of each of its parameters' blocks, which is what one
-  of eight ranks owns. What travels between ranks is not in it.
+- blocks: a step of 1 GB of blocks of one kind, beside the least that its bytes and its products
+  take (fast_blocks.py).
+- steps: one optimizer's step on all parameters of a GPT, with random gradients. `device_ms`:
+  between two events, the launches queued ahead as they are behind a backward; `host_ms`: until
+  `step()` returns, which is what keeps the next forward from being queued; `wall_ms`: from an idle
+  device to an idle device. Medians; `wall_ms_mean` is the mean of wall_ms, since some optimizers
+  have a slow step in every ten. A step that waits for the device, as AdaFisher's with exponent 1
+  does, cannot be queued ahead: its device_ms has those waits in it.
+- share: forward and backward of a GPT, and the step on an eighth of each of its parameters' blocks,
+  which is what one of eight ranks owns. What travels between ranks is not in it.
 
-The most important comes first; what the time does not suffice for is named in `left_out`. An error ends one number, and
-one after which the device answers no more ends the process, which starts again behind it.
+The most important comes first; what the time does not suffice for is named in `left_out`. An error
+ends one number, and one after which the device answers no more ends the process, which starts again
+behind it.
 """
 
 from __future__ import annotations
@@ -281,7 +284,8 @@ class Plan:
             if missing is not None:
                 raise LeftOutError(missing)
             measure = partial(measure_step, shape, name, self.given.rehearse)
-            # SOAP's first step takes long and cannot be interrupted; in a process of its own it can.
+            # SOAP's first step takes long and cannot be interrupted; in a process of its own it
+            # can.
             seconds = min(SOAP_SECONDS, left(self.given) - 3)
             row = Apart(measure).result(seconds) if slow else measure()
             return {**row, "to_adamw": to_adamw(row, rows)}

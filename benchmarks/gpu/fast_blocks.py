@@ -1,8 +1,9 @@
 """What a step of blocks of one kind takes on a device, beside the least that it could take. For `fast.py`.
 
-About 1 GB of blocks, far more than any cache holds, in chunks as large as the optimizer's. Two floors stand beside it:
-F, m and w read and written, g read and u written, once each, at the bandwidth of a large copy; and the step's products
-of matrices, as torch counts them, at the rate of a large product in float32.
+About 1 GB of blocks, far more than any cache holds, in chunks as large as the optimizer's. Two
+floors stand beside it: F, m and w read and written, g read and u written, once each, at the
+bandwidth of a large copy; and the step's products of matrices, as torch counts them, at the rate of
+a large product in float32.
 """
 
 from __future__ import annotations

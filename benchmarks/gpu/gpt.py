@@ -1,6 +1,7 @@
 """GPT-2's shapes: the language models on whose parameters `fast.py` takes steps.
 
-Shape suffixes as in launch/model.py, whose layers these are: B sequences, T positions, W width, V vocabulary.
+Shape suffixes as in launch/model.py, whose layers these are: B sequences, T positions, W width, V
+vocabulary.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python benchmarks/gpu/report.py FOLDER               # writes FOLDER/gpu.md, and FOLDER/trains.png
     python benchmarks/gpu/report.py --publish FOLDER     # and puts them into docs/: JSON and picture into docs/gpu/,
-                                                         # the page between the markers of docs/gpu.md
+                                                         # the page between the markers of
+                                                         docs/gpu.md
 
-docs/gpu.md is written by hand but for what lies between `<!-- results: begin -->` and `<!-- results: end -->`, and for
-its first paragraph, which says whether a GPU has run this code. A part that FOLDER lacks stays as it was published
-before. A rehearsal is never published.
+docs/gpu.md is written by hand but for what lies between `<!-- results: begin -->` and `<!--
+results: end -->`, and for its first paragraph, which says whether a GPU has run this code. A part
+that FOLDER lacks stays as it was published before. A rehearsal is never published.
 """
 
 from __future__ import annotations
@@ -373,7 +374,8 @@ def publish(folder: Path, docs: Path) -> None:
     """Put the results of FOLDER into docs/gpu/, and the page of all that is published into docs/gpu.md.
 
     Raises:
-        SystemExit: there is nothing to publish, a rehearsal, or a page without its markers; then nothing changes.
+        SystemExit: there is nothing to publish, a rehearsal, or a page without its markers; then
+            nothing changes.
     """
     found = make(folder)
     rehearsals = [part for part, content in found.items() if content["rehearsal"]]

@@ -2,13 +2,15 @@
 
     python3 benchmarks/gpu/run.py [--parts "correct fast trains"] [--rehearse] [--out FOLDER]
 
-Parts: "correct" (does the GPU code compute the right thing), "fast" (what a step takes), "trains" (does a small GPT
-train). Each is a process group of its own, which is killed as a whole at its limit, and each writes FOLDER/PART.json
-while it goes, so what it had stays. After each the page FOLDER/gpu.md is made anew from all that is there, so that
-PARTS="fast" runs one part again and keeps the others. Everything said goes to FOLDER/log.txt too.
+Parts: "correct" (does the GPU code compute the right thing), "fast" (what a step takes), "trains"
+(does a small GPT train). Each is a process group of its own, which is killed as a whole at its
+limit, and each writes FOLDER/PART.json while it goes, so what it had stays. After each the page
+FOLDER/gpu.md is made anew from all that is there, so that PARTS="fast" runs one part again and
+keeps the others. Everything said goes to FOLDER/log.txt too.
 
-In the environment: PARTS and OUT stand for the options, COMMIT for git's answer where there is no .git, PART_SECONDS
-for what a part plans with. The status is 1 if a part failed, was cut, or reported a failed check.
+In the environment: PARTS and OUT stand for the options, COMMIT for git's answer where there is no
+.git, PART_SECONDS for what a part plans with. The status is 1 if a part failed, was cut, or
+reported a failed check.
 """
 
 from __future__ import annotations

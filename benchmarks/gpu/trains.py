@@ -2,12 +2,14 @@
 
     python benchmarks/gpu/trains.py [--out FOLDER] [--rehearse]       # writes FOLDER/trains.json; `make gpu` calls it
 
-In bfloat16 autocast, on the sources of the Python packages that this machine has; no window is seen twice, and all see
-the same ones in the same order. How many steps there is time for is timed first, and all runs have as many: 5 % of them
-warm up, and the rate falls to zero by a cosine. Training losses are means over the steps since the last one, kept on
-the device until the next evaluation; what evaluations take is not counted.
+In bfloat16 autocast, on the sources of the Python packages that this machine has; no window is seen
+twice, and all see the same ones in the same order. How many steps there is time for is timed first,
+and all runs have as many: 5 % of them warm up, and the rate falls to zero by a cosine. Training
+losses are means over the steps since the last one, kept on the device until the next evaluation;
+what evaluations take is not counted.
 
-With two rates each this says that it trains, and not who is better: `benchmarks/convergence.py` is for that.
+With two rates each this says that it trains, and not who is better: `benchmarks/convergence.py` is
+for that.
 """
 
 from __future__ import annotations
