@@ -1,4 +1,7 @@
-"""What a user wrote, in AdaFisher's own settings: Adam's keys are translated or dropped, all that is wrong is told."""
+"""Translate what a user wrote into AdaFisher's own settings.
+
+Adam's keys are translated or dropped. Everything that is wrong is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ _IN_ANOTHER_PLACE = {
 
 
 class Translated(NamedTuple):
-    """Settings of AdaFisher's own, and what to warn of: what became of Adam's betas, where they were given."""
+    """AdaFisher's own settings, and a warning that says what became of Adam's betas, if given."""
 
     settings: dict[str, Any]
     notice: str | None
@@ -109,10 +112,10 @@ def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translate
 
 
 def translate_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> Translated:
-    """What a user wrote for a param group, whose other keys are the user's own unless they look like a setting.
+    """Translate what a user wrote for a param group.
 
-    A group that needs no translation is returned as it is, not copied: torch.optim keeps the one
-    that it is given.
+    Keys that are no setting are the user's own, unless they look like one. A group that needs no
+    translation is returned as it is, not copied: torch.optim keeps the one that it is given.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -194,10 +197,10 @@ def _check_foreign(key: str, value: object) -> None:
 
 
 def translated(init: Callable[P, None]) -> Callable[P, None]:
-    """Have a constructor called with its own settings alone: what was written for Adam is translated before.
+    """Wrap a constructor so that Adam's keys are translated to its own settings before the call.
 
-    Not in the constructor itself, where a momentum that was given could not be told from the
-    default; and so its signature shows what there is to set.
+    The constructor itself could not tell a momentum that was given from the default. Its signature
+    also shows only the settings that exist.
     """
     signature = inspect.signature(init)
 

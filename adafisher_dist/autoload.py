@@ -24,7 +24,10 @@ _MINUTES = 15
 
 
 def register() -> None:
-    """Make `torch.optim.AdaFisher` resolve, lazily. Does nothing if torch is not there or does not allow it."""
+    """Make `torch.optim.AdaFisher` resolve, lazily.
+
+    Never raises: where torch is not there or does not allow it, a line on stderr says so.
+    """
     try:
         optim = sys.modules["torch.optim"]
         _install(optim)
@@ -66,7 +69,7 @@ def _tell_if_near(name: str, plain: str) -> None:
 
 @cache
 def _tell_of_locks() -> None:
-    """Tell of a lock that a killed compilation has left: DeepSpeed would wait for it without a word, and for ever.
+    """Warn of a lock that a killed compilation left: DeepSpeed would wait for it silently, forever.
 
     Once a process: `import torch` and `import adafisher_dist` both register.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed: what `"optimizer": {"type": "AdaFisher", "params": {…}}` builds, and checkpoints of its engines."""
+"""DeepSpeed: the optimizer that `"type": "AdaFisher"` in a config builds, and checkpoints."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ def from_config(params: ParamsT, **config: Any) -> AdaFisher:
 
 
 def report_metrics(engine: Any, every: int = 100) -> None:
-    """Tell an engine's monitors (TensorBoard, W&B, Comet, CSV) of every n-th step; all ranks call it.
+    """Report every n-th step to an engine's monitors (TensorBoard, W&B, Comet, CSV).
 
-    The events are called AdaFisher/NAME, by `metrics.NAMES`, over the number of samples, as
-    DeepSpeed's own are. `"metrics_every"` in the config's params does the same.
+    All ranks have to call this. The events are called AdaFisher/NAME, by `metrics.NAMES`, over the
+    number of samples, as DeepSpeed's own are. `"metrics_every"` in the config's params does the
+    same.
 
     Raises:
         ValueError: the engine's optimizer is not AdaFisher, no monitor is on, or `every` is not a
@@ -100,11 +101,12 @@ def save_checkpoint(
     client_state: Mapping[str, Any] | None = None, save_latest: bool = True, *, keep_last: int | None = None,
     asynchronous: bool = False, exclude_frozen_parameters: bool = False,
 ) -> Saving:  # fmt: skip
-    """Save an engine that trains with AdaFisher, each rank its own part, to be loaded at any world size and stage.
+    """Save an engine that trains with AdaFisher, each rank its own part.
 
-    The first arguments are those of `engine.save_checkpoint`. Saved are the weights (the fp32 ones,
-    where there are some), the optimizer, the learning rate scheduler, the loss scale, the engine's
-    counters, the random number generators, and the client state. A collective: all ranks call it.
+    The checkpoint loads at any world size and ZeRO stage. The first arguments are those of
+    `engine.save_checkpoint`. Saved are the weights (the fp32 ones, where there are some), the
+    optimizer, the learning rate scheduler, the loss scale, the engine's counters, the random number
+    generators, and the client state. A collective: all ranks call it.
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -143,9 +145,10 @@ def load_checkpoint(
     load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False, *,
     strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True,
 ) -> tuple[str | None, Any]:  # fmt: skip
-    """Load what `save_checkpoint` saved, here or for torch, at any world size, ZeRO stage and precision.
+    """Load a checkpoint into an engine, at any world size, ZeRO stage and precision.
 
-    The first arguments are those of `engine.load_checkpoint`, the others those of
+    It was saved by `save_checkpoint`, either this one or `adafisher_dist.save_checkpoint`. The
+    first arguments are those of `engine.load_checkpoint`, the others those of
     `adafisher_dist.load_checkpoint`. What does not fit is an error; with strict=False (or
     load_module_strict=False) it is logged, and left as it is.
 
@@ -167,11 +170,12 @@ def load_checkpoint(
 
 
 def adopt_engine() -> None:
-    """Let DeepSpeed's own save_checkpoint and load_checkpoint keep AdaFisher's state, and leave other optimizers alone.
+    """Have DeepSpeed's own save_checkpoint and load_checkpoint keep AdaFisher's state.
 
-    Called when an AdaFisher and DeepSpeed are both there. What knows of DeepSpeed's functions alone
-    (Hugging Face's Trainer, Accelerate) then resumes at another world size and stage too. An engine
-    that is built with another optimizer in the place of an AdaFisher is told of.
+    Other optimizers save and load as before, but cannot load AdaFisher's state. Called when an
+    AdaFisher and DeepSpeed are both there. Libraries that know only DeepSpeed's functions (Hugging
+    Face's Trainer, Accelerate) then resume at another world size and stage too. An engine that is
+    built with another optimizer in the place of an AdaFisher gets a warning.
     """
     engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     if engine_class is None or hasattr(engine_class.save_checkpoint, "without_adafisher"):
@@ -222,7 +226,9 @@ def adopt_engine() -> None:
 
 
 def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]) -> None:
-    """Refuse to resume another optimizer from AdaFisher's state, where DeepSpeed would fail for a missing key.
+    """Refuse to resume another optimizer from AdaFisher's state.
+
+    DeepSpeed would fail for a missing key.
 
     Raises:
         CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all
@@ -250,7 +256,7 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
 
 
 def _warn_of_another_optimizer(engine: Any) -> None:
-    """Tell where a library has put another optimizer in the place of an AdaFisher that was built for the same model."""
+    """Warn where a library has replaced an AdaFisher that was built for the same model."""
     used = engine.basic_optimizer
     if not isinstance(used, Optimizer):  # none: this engine does not train
         return

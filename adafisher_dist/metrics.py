@@ -1,4 +1,4 @@
-"""Metrics of every n-th step, for users: what each is, and a callback that keeps them in a CSV file."""
+"""Metrics of every n-th step, for users: what each is, and a callback that writes a CSV file."""
 
 from adafisher_dist.stepping.metrics import NAMES, Callback, CsvLog
 

@@ -1,4 +1,4 @@
-"""The optimizer's hyper-parameters: their defaults, presets and bounds, and what to say of a wrong value."""
+"""Hyper-parameters: their defaults, presets and bounds, and the messages for wrong values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FISHER_DTYPES: dict[str, torch.dtype] = {
 
 
 class StateConfig(NamedTuple):
-    """The settings of a param group that shape its state, and so cannot change once there is state."""
+    """Settings of a param group that shape its state, and so cannot change once there is one."""
 
     block_size: int
     rows_per_block: int
@@ -67,12 +67,12 @@ class StateConfig(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of momentum, factors and all arithmetic: float64 for a float64 Fisher, else float32."""
+        """Dtype of momentum, factors and arithmetic: float64 if the Fisher is, else float32."""
         return torch.float64 if self.fisher_dtype == torch.float64 else torch.float32
 
 
 def state_config(group: Mapping[str, Any]) -> StateConfig:
-    """The structural settings of a validated param group; block_size="auto" stands there until it is chosen."""
+    """Structural settings of a validated param group; block_size may still be "auto"."""
     return StateConfig(
         group["block_size"],
         group["rows_per_block"],
@@ -134,7 +134,7 @@ def normalize(group: dict[str, Any]) -> None:
 
 
 def problems_of(group: dict[str, Any]) -> list[Exception]:
-    """All that is wrong with a param group's settings; the others are brought into one form, in place."""
+    """All problems with a param group's settings; valid ones are normalised in place."""
     found: list[Exception] = []
 
     def check(how: Callable[..., None], *arguments: Any, **bounds: Any) -> None:
@@ -179,7 +179,7 @@ def raise_all(problems: Sequence[Exception]) -> None:
 
 
 def fisher_dtype(value: object) -> torch.dtype:
-    """The dtype that a name, as JSON has it ("bfloat16", "bf16", "torch.bfloat16"), or a torch.dtype means.
+    """The dtype that a name as in JSON ("bfloat16", "bf16", "torch.bfloat16") or a dtype means.
 
     Raises:
         ValueError: it is none of those that AdaFisher keeps a Fisher in.

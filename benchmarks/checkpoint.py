@@ -1,4 +1,4 @@
-"""Saving and loading a sharded checkpoint beside a plain file of the same bytes and `torch.save`, in one run.
+"""Time to save and load a sharded checkpoint, a plain file of the same bytes, and `torch.save`.
 
     python benchmarks/checkpoint.py       # writes docs/checkpoint.json and docs/checkpoint.png
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command line, ranks, figures of a machine that is not quiet, and where results go."""
+"""Shared by the benchmarks: command line, ranks, statistics for a noisy machine, saved results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def show(table: Table) -> None:
 
 
 def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any, **more: Any) -> None:
-    """Write docs/NAME.json and docs/NAME.png; a quick run's go to runs/bench, since they are not for quoting."""
+    """Write docs/NAME.json and docs/NAME.png; a quick run writes both to runs/bench instead.
+
+    A quick run's numbers are not for quoting.
+    """
     folder = ROOT / ("runs/bench" if quick else "docs")
     folder.mkdir(parents=True, exist_ok=True)
     head = {
@@ -83,7 +86,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 
 def on_ranks(fn: Callable[..., Any], world: int, *args: Any, deepspeed: bool = False) -> list[Any]:
-    """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned."""
+    """Call `fn(rank, world, *args)` on `world` processes of a gloo group; returns all results."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """How fast AdaFisher trains beside AdamW, SGD, Muon and SOAP, on the small models of tasks.py.
 
     python benchmarks/convergence.py            # hours; goes on where it was stopped
-    python benchmarks/convergence.py --report   # only tables and figures, from the trainings that are there
+    python benchmarks/convergence.py --report   # tables and figures alone, from finished trainings
 
 Each optimizer is run over the same grid of learning rates, from the same weights, on the same
 batches and schedule, and further where its best is at the edge of the grid. Finished trainings go
@@ -152,7 +152,10 @@ def pairs_of(task_names: Sequence[str], names: Sequence[str]) -> list[Pair]:
 
 
 def stored_ratios(plan: Plan, again: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of the last result, by task and optimizer: those of today's settings, and not of an optimizer that is redone."""
+    """Ratios of the last result, by task and optimizer.
+
+    Only of optimizers whose settings have not changed since, and that are not trained `again`.
+    """
     path = plan.folder / "convergence.json"
     last = json.loads(path.read_text()) if path.exists() else {}
     settings = last.get("settings", {})

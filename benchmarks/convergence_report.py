@@ -91,7 +91,7 @@ def mean_curve(curves: Sequence[Curve]) -> dict[str, list[float]]:
 
 
 def part_to(curve: Mapping[str, Sequence[float]], target: float, steps: int) -> float | None:
-    """The part of the steps after which the curve is at `target` for the first time, by lines between its points."""
+    """Part of the steps after which the curve first reaches `target`, by linear interpolation."""
     if not math.isfinite(target):
         return None
     before: tuple[float, float] | None = None
@@ -105,7 +105,7 @@ def part_to(curve: Mapping[str, Sequence[float]], target: float, steps: int) -> 
 
 
 def width(means: Mapping[float, float]) -> float:
-    """Largest over smallest learning rate of those around the best whose loss is about as good; 1: it is alone."""
+    """Largest over smallest learning rate around the best with about its loss; 1 if it is alone."""
     lrs = sorted(means)
     low = high = best = min(range(len(lrs)), key=lambda i: means[lrs[i]])
     bound = (1 + WITHIN) * means[lrs[best]]
@@ -117,7 +117,7 @@ def width(means: Mapping[float, float]) -> float:
 
 
 def worst_ratio(row: Report, adamws: Sequence[Report], base_lrs: Sequence[float]) -> Report | None:
-    """The largest ratio of final losses to the better AdamW's at the same learning rate, and that learning rate."""
+    """Largest ratio to the better AdamW's final loss at the same learning rate, and that rate."""
     own, *others = ({entry["lr"]: entry["mean"] for entry in report["by_lr"]} for report in (row, *adamws))
     found = []
     for lr in base_lrs:

@@ -1,4 +1,4 @@
-"""Bytes of AdaFisher's state on each rank: measured beside predicted, by layout, ranks, block size and Fisher dtype.
+"""State bytes on each rank, measured and predicted, by layout, ranks, block size and Fisher dtype.
 
     python benchmarks/memory.py       # writes docs/memory.json and docs/memory.png
 
@@ -108,7 +108,7 @@ def predicted(optimizer: AdaFisher) -> int:
 
 
 def storages(optimizer: AdaFisher) -> dict[int, int]:
-    """Bytes by address of all storages that the optimizer keeps; it does not ask `report`, which is what is tested."""
+    """Bytes by address of all storages that the optimizer keeps, without asking `memory_usage`."""
     given = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     given += [tensor for shard in optimizer._registry.shards for tensor in shard.storage.tensors]
     theirs = {local(t).untyped_storage().data_ptr() for p in given for t in (p, p.grad) if t is not None}

@@ -1,4 +1,4 @@
-"""What metrics cost: training steps with them beside steps without, in one process and on two ranks.
+"""Cost of metrics: training steps with and without them, in one process and on two ranks.
 
     python benchmarks/metrics.py       # writes docs/metrics.json and docs/metrics.png
 
@@ -31,7 +31,7 @@ SEQUENCES = 16
 
 
 def measure(rank: int, world: int, pairs: int) -> dict[str, Any]:
-    """Ratios of whole training steps, by what metrics do in them, and what that makes of every 100 steps."""
+    """Ratios of training steps by what metrics do in them, and the cost for every 100 steps."""
     torch.manual_seed(0)
     models = [ByteTransformer(**MODEL) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

@@ -72,7 +72,7 @@ def _adafisher(settings: dict[str, Any]) -> Contender:
 
 
 def _update(settings: dict[str, Any]) -> list[float]:
-    """What a few steps make of a matrix and of a vector: other numbers where AdaFisher computes another update.
+    """Fingerprint of AdaFisher's update: what a few steps make of a matrix and of a vector.
 
     To three digits, which another machine rounds alike.
     """
@@ -106,7 +106,7 @@ def _sgd() -> Contender:
 
 
 def _muon() -> Contender:
-    """Muon for the hidden matrices, AdamW for the rest; scaled so that both may have one learning rate."""
+    """Muon for hidden matrices, AdamW for the rest; scaled so that both share a learning rate."""
     betas = (0.9, 0.95)
 
     def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
@@ -133,7 +133,7 @@ def _muon() -> Contender:
 
 
 def _soap() -> Contender:
-    """With its defaults: eigenbases of all dimensions up to 10,000, refreshed every 10 steps; Adam for vectors."""
+    """SOAP's defaults: eigenbases of size ≤ 10,000, refreshed every 10 steps; Adam for vectors."""
 
     def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
         from pytorch_optimizer import SOAP

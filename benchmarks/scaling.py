@@ -1,4 +1,4 @@
-"""How AdaFisher's step scales: with the number of ranks that share the blocks, and with the size of the model.
+"""How AdaFisher's step scales with the number of ranks that share the blocks, and with model size.
 
     python benchmarks/scaling.py       # writes docs/scaling.json and docs/scaling.png
 
@@ -84,7 +84,10 @@ def arithmetic() -> Iterator[list[tuple[float, float]]]:
 
 
 def step_on_ranks(rank: int, world: int, worlds: tuple[int, ...], rounds: int) -> list[dict[int, tuple[float, ...]]]:
-    """Of each counted round and number of ranks: seconds of the step, and of this rank's arithmetic in it (twice)."""
+    """By counted round and world size: seconds of the step, and of this rank's arithmetic in it.
+
+    The arithmetic is given by the clock and by processor time.
+    """
     groups = {size: dist.new_group(list(range(size))) for size in worlds}
     mine = {  # each with its own parameters, which would not be alike on all ranks if fewer of them stepped
         size: AdaFisher(build(**RANKS_MODEL).named_parameters(), block_size=BLOCK_SIZE, process_group=group)
@@ -109,7 +112,7 @@ def step_on_ranks(rank: int, world: int, worlds: tuple[int, ...], rounds: int) -
 
 
 def by_world(worlds: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Steps and their arithmetic on the slowest rank, as ratios to the same round's step of one rank."""
+    """Steps and arithmetic of the slowest rank, as ratios to the same round's one-rank step."""
     ranks = common.on_ranks(step_on_ranks, max(worlds), worlds, rounds)
     steps, inside, busy = (
         {size: [max(rank[n][size][which] for rank in ranks[:size]) for n in range(rounds)] for size in worlds}
@@ -136,7 +139,7 @@ def over(above: list[float], below: list[float]) -> dict[str, float]:
 
 
 def by_size(sizes: tuple[tuple[int, int], ...], block_size: int, rounds: int) -> dict[str, Any]:
-    """The step's time for each parameter as a ratio to the smallest model's, and the slope of log time by log size."""
+    """Time per parameter relative to the smallest model, and the slope of log time by log size."""
     modules = [build(width, layers) for width, layers in sizes]
     numels = [sum(p.numel() for p in module.parameters()) for module in modules]
     optimizers = [AdaFisher(module.named_parameters(), block_size=block_size) for module in modules]

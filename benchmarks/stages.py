@@ -1,4 +1,4 @@
-"""DeepSpeed's own way to check an optimizer: one training at every ZeRO stage, all loss curves in one picture.
+"""DeepSpeed's own check of an optimizer: a training at every ZeRO stage, all losses in one picture.
 
     python benchmarks/stages.py          # writes docs/stages.png and docs/stages.json
 

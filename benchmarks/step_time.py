@@ -1,4 +1,4 @@
-"""The optimizer's step beside AdamW, Muon, SOAP, Shampoo and the model's own forward and backward, in one process.
+"""Step time beside AdamW, Muon, SOAP, Shampoo and the model's forward and backward, in one process.
 
     python benchmarks/step_time.py       # writes docs/step_time.json and docs/step_time.png
 
@@ -93,7 +93,7 @@ def muon(named: Named) -> Callable[[], Any]:
 
 
 def adafishers(quick: bool) -> dict[str, dict[str, Any]]:
-    """Settings by name. Rows of 96 and 384 are cut into pieces of 16, 32, 48 or 64, and 96 or 128."""
+    """Settings by name. Rows of 96 and 384 have pieces of 16, 32, 48 or 64, and 96 or 128."""
     sizes, packs = ((32, 64) if quick else (16, 32, 64, 128)), [False]
     if "packed" in inspect.signature(AdaFisher.__init__).parameters:
         packs.append(True)
@@ -110,7 +110,7 @@ def adafishers(quick: bool) -> dict[str, dict[str, Any]]:
 
 
 def others(add: Callable[..., None], quick: bool) -> None:
-    """SOAP and Shampoo of pytorch_optimizer 4.1.0, with their defaults except how often they refresh.
+    """SOAP and Shampoo of pytorch_optimizer 4.1.0 with their defaults except the refresh interval.
 
     SOAP: every 10 steps is its default and its paper's; every step is what AdaFisher's default is
     to be compared with. It refreshes all its eigenbases in the same step, by one QR each; vectors
@@ -226,12 +226,12 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Iterator[tuple[Sequence[fl
 
 
 def by_phase(seconds: Sequence[float]) -> list[float]:
-    """Of each step of a cycle, the median over the cycles: the machine's hiccups do not come back, real spikes do."""
+    """Median over cycles of each step of a cycle: random stalls disappear, real spikes remain."""
     return [statistics.median(seconds[phase::CYCLE]) for phase in range(CYCLE)]
 
 
 def figures(candidate: Candidate, base: Candidate, forward: list[float], device: torch.device) -> dict[str, Any]:
-    """One optimizer's: ratios of each cycle's average step, so that both sides of a ratio met the same machine."""
+    """An optimizer's ratios, cycle by cycle, so that both sides ran under the same conditions."""
     average = statistics.fmean if candidate.periodic else statistics.median
 
     def compare(others: list[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the optimizers are compared on: five small models and data that come with Python and scikit-learn.
+"""Tasks to compare optimizers on: five small models, with data from Python and scikit-learn.
 
 Everything is a function of a seed: initial weights, the order of the data, its augmentation. Two
 optimizers that are given the same seed see the same batches.
@@ -51,7 +51,7 @@ class Task:
 
 
 class AutoEncoder(nn.Module):
-    """The deep auto-encoder on which second-order methods have been compared since Hinton and Salakhutdinov (2006)."""
+    """A deep auto-encoder, usual for second-order methods (Hinton and Salakhutdinov 2006)."""
 
     WIDTHS = (64, 128, 64, 32, 12)
 
@@ -109,7 +109,7 @@ def _next_byte(model: nn.Module, tokens_BT: Tensor) -> Tensor:
 
 
 def _inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """A weight between the first layer and the head; torch's Muon takes matrices only, so convolutions are AdamW's."""
+    """A matrix between first layer and head; torch's Muon takes no convolutions (AdamW does)."""
     return parameter.dim() == 2 and name.startswith("layers.")
 
 

@@ -1,4 +1,4 @@
-"""Single trainings of convergence.py: how one goes, and the file in which the finished ones are kept.
+"""Single trainings of convergence.py, and the file in which the finished ones are kept.
 
 The file has a line of JSON a training. Several processes may append to it at once, and may be
 killed at any time.
@@ -69,7 +69,7 @@ class Curve:
 
 
 def train(run: Run) -> Curve:
-    """Train from the seed's weights on the seed's batches; the same on every call, whatever ran before."""
+    """Train from the seed's weights on its batches; the same on every call, whatever ran before."""
     task = tasks()[run.task]
     torch.manual_seed(run.seed)
     model = task.build()
@@ -97,7 +97,7 @@ def train(run: Run) -> Curve:
 
 
 def train_step(task: Task, model: nn.Module, optimizers: list[torch.optim.Optimizer], seed: int, step: int) -> float:
-    """A whole training step; the loss before it, after which nothing is done if it is not finite."""
+    """Take a training step; returns the loss before it. If that is not finite, it does nothing."""
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss = task.loss(model, seed, step)
@@ -180,7 +180,7 @@ def _parse(line: bytes) -> tuple[Run, Curve]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Nobody else reads or writes meanwhile. It is the folder that is locked, since `forget` replaces the file."""
+    """Keep other readers and writers out. Locks the folder, since `forget` replaces the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -191,7 +191,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """The file's lines. A last one without its end, from a process that was killed in the middle, is cut off."""
+    """The file's lines. An incomplete last one, left by a killed process, is cut off the file."""
     text = path.read_bytes() if path.exists() else b""
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):

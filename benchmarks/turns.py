@@ -45,7 +45,7 @@ class Runner:
 
 
 def step_to_adamw(task: Task, chosen: Mapping[str, Contender]) -> dict[str, dict[str, float]]:
-    """The smallest, median and largest ratio of each over the cycles. AdamW is to be among the chosen."""
+    """Smallest, median and largest ratio of each over the cycles. `chosen` must contain AdamW."""
     runners = {name: Runner.of(task, contender) for name, contender in chosen.items()}
     longest = max(runner.warm_up for runner in runners.values())
     for number in range(-longest, CYCLE * CYCLES):

@@ -122,7 +122,7 @@ class Board:
             self.console.print(f"{self.count}/{self.total}  {run}: {loss}  {self.left}", highlight=False)
 
     def expected(self, run: Run) -> float:
-        """Seconds, from those like it: the same optimizer on the same task, else the task's, else all."""
+        """Mean seconds of similar runs: same task and optimizer, else same task, else all."""
         alike = self.seconds.get((run.task, run.optimizer))
         alike = alike or [s for (task, _), own in self.seconds.items() if task == run.task for s in own]
         return statistics.fmean(alike or [s for own in self.seconds.values() for s in own])

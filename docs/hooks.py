@@ -1,4 +1,4 @@
-"""Brings the project's own papers into the site: they stay at the top level, where people look for them."""
+"""Adds the project's own papers to the site; the files stay at the repository's top level."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def ranks() -> Figure:
 
 
 def _cut_by_partitions(numel: int, world: int) -> list[list[StoredSpan]]:
-    """Partitions that cut row groups: as if another parameter of 70 elements lay before this one in the flat buffer."""
+    """Partitions that cut row groups, as if 70 elements of another parameter came first."""
     offset = 70
     length = -(-(numel + offset) // world)
     return [list(places) for places in placement.in_partitions([offset], [numel], length, world)]

@@ -1,8 +1,8 @@
-"""Accelerate with DeepSpeed and AdaFisher, chosen by the JSON config alone: nothing of adafisher_dist is imported.
+"""Accelerate with DeepSpeed and AdaFisher, by the JSON config alone: no import of adafisher_dist.
 
-    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/accelerate torchrun
-    --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/more --resume
-    runs/accelerate/step20
+    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/accelerate
+    torchrun --nproc-per-node 2 examples/accelerate_deepspeed.py --out runs/more \
+        --resume runs/accelerate/step20
 
 On GPUs `accelerate launch` does as well; on CPUs it would start one process, whatever its
 --num_processes. A run may be resumed on another number of ranks; --global-batch is then shared out

@@ -1,8 +1,9 @@
-"""Hugging Face's Trainer with AdaFisher, chosen by the DeepSpeed config alone: nothing of adafisher_dist is imported.
+"""Hugging Face's Trainer with AdaFisher, by the DeepSpeed config alone: no adafisher_dist import.
 
-    torchrun --nproc-per-node 2 examples/huggingface_trainer.py --deepspeed
-    configs/huggingface_zero2.json torchrun --nproc-per-node 2 examples/huggingface_trainer.py
-    --deepspeed configs/huggingface_zero2.json \
+    torchrun --nproc-per-node 2 examples/huggingface_trainer.py \
+        --deepspeed configs/huggingface_zero2.json
+    torchrun --nproc-per-node 2 examples/huggingface_trainer.py \
+        --deepspeed configs/huggingface_zero2.json \
         --resume_from_checkpoint runs/huggingface/checkpoint-20
 
 All of TrainingArguments are arguments. Learning rate, weight decay, batch size, gradient clipping

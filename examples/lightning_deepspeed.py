@@ -1,8 +1,8 @@
-"""Lightning's DeepSpeedStrategy with AdaFisher, chosen by the config alone: nothing of adafisher_dist is imported.
+"""Lightning's DeepSpeedStrategy with AdaFisher, by the config alone: no import of adafisher_dist.
 
-    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/lightning torchrun
-    --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/more --resume
-    runs/lightning/epoch=0.ckpt
+    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/lightning
+    torchrun --nproc-per-node 2 examples/lightning_deepspeed.py --out runs/more \
+        --resume runs/lightning/epoch=0.ckpt
 
 It needs GPUs: DeepSpeedStrategy refuses to run on CPUs. A run may be resumed on another number of
 ranks.
@@ -27,7 +27,7 @@ GLOBAL_BATCH = 16
 
 
 def config(stage: int, steps: int) -> dict[str, Any]:
-    """The DeepSpeed config. Lightning puts batch size, accumulation, clipping and precision into it."""
+    """The DeepSpeed config; Lightning adds batch size, accumulation, clipping and precision."""
     schedule = {"total_num_steps": steps, "warmup_num_steps": 4, "warmup_min_ratio": 0.1}
     return {
         "zero_optimization": {"stage": stage},

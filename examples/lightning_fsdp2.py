@@ -1,8 +1,8 @@
 """Lightning's ModelParallelStrategy (FSDP2) with AdaFisher.
 
-    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/fsdp2 torchrun
-    --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/more --resume
-    runs/fsdp2/epoch0
+    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/fsdp2
+    torchrun --nproc-per-node 2 examples/lightning_fsdp2.py --devices 2 --out runs/more \
+        --resume runs/fsdp2/epoch0
 
 The callback here saves with `adafisher_dist.save_checkpoint`, whose checkpoints load in any layout
 and are not unpickled; Lightning's own work too. A run may be resumed on another number of ranks.
@@ -64,7 +64,7 @@ class LanguageModel(LightningModule):
 
 
 class Checkpoints(Callback):
-    """Saves model, optimizer, schedule and Lightning's counters after each epoch, and resumes from them."""
+    """Saves model, optimizer, schedule and Lightning's counters each epoch; resumes from them."""
 
     def __init__(self, folder: Path, resume: Path | None) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What the examples train: a GPT-2 of two layers, random at first, on the bytes of Python's own source; no download."""
+"""For the examples, without downloads: a random two-layer GPT-2, and bytes of Python's source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = GPT2Config(
 
 
 class Bytes(Dataset[dict[str, torch.Tensor]]):
-    """Sequences of bytes, as language models of transformers take them: the labels are the inputs."""
+    """Sequences of bytes in the format of transformers' language models: labels are the inputs."""
 
     def __init__(self, first: int, count: int, length: int = 64) -> None:
         text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("[a-d]*.py")))

@@ -1,4 +1,4 @@
-"""Text to train on, as bytes: the user's own, or the sources of Python's standard library, which every machine has."""
+"""Text to train on, as bytes: the user's own, or the sources of Python's standard library."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load(data: Path | None, megabytes: float, seq_len: int) -> Corpus:
 
 
 def train_batch(corpus: Corpus, step: int, seed: int, batch: int, seq_len: int) -> Tensor:
-    """The global batch of a step, (batch, seq_len + 1) int64: a function of seed and step, alike on every rank."""
+    """A step's global batch, (batch, seq_len + 1) int64, from seed and step; equal on all ranks."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(corpus.train) - seq_len, (batch,), generator=generator)
     return _windows(corpus.train, starts, seq_len)

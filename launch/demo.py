@@ -1,4 +1,4 @@
-"""`make demo`: AdaFisher beside AdamW on the same model, text and batches, on 2 CPU ranks, or on all GPUs."""
+"""`make demo`: AdaFisher and AdamW on the same model, text, batches; 2 CPU ranks, or all GPUs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def main(
 
 
 def _torchrun(world_size: int, arguments: list[str], errors: Path) -> int:
-    """Run launch/train.py on `world_size` ranks of this machine; progress to the console, the rest to a file."""
+    """Run launch/train.py on `world_size` local ranks; stdout to the console, stderr to a file."""
     errors.parent.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}

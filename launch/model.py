@@ -73,7 +73,9 @@ class ByteTransformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Named parameters for AdaFisher: the tables of bytes and positions in a group by themselves, as Adam's.
+        """Named parameters in groups; the tables of bytes and positions are updated as by Adam.
+
+        AdaFisher recognizes tables of larger vocabularies by their shape.
 
         Of larger vocabularies AdaFisher knows tables by their shape.
         """

@@ -1,4 +1,4 @@
-"""What a run tells: the progress on the console, log.csv, the loss curves, and a table of several runs."""
+"""Output of runs: progress on the console, log.csv, loss curves, and a table of several runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Log:
     """log.csv, written as the run goes on."""
 
     def __init__(self, path: Path, after: int | None) -> None:
-        """Start the log anew, or go on `after` a step: what an earlier run logged later is dropped."""
+        """Start a new log, or continue `after` a step and drop what was logged later."""
         kept = [row for row in read_log(path) if row["step"] <= after] if after is not None and path.exists() else []
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, [field.name for field in fields(Row)])
@@ -56,7 +56,7 @@ class Log:
 
 
 class Board:
-    """Progress on the console: a bar on a terminal, a line at every validation elsewhere, nothing on other ranks."""
+    """Progress on rank 0's console: a bar on a terminal, elsewhere a line at every validation."""
 
     def __init__(self, console: Console, title: str, steps: int, start: int) -> None:
         self.console = console

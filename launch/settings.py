@@ -12,7 +12,7 @@ TYPES = {"adafisher": "AdaFisher", "adamw": "AdamW"}
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; raised on all ranks alike, so that none waits for another."""
+    """The request cannot be met; raised on all ranks alike, so that none waits for another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _optimizer(settings: Settings, configured: dict[str, Any]) -> dict[str, Any]:
-    """The section "optimizer": the file's own params where its type is the one asked for, then --lr and --set."""
+    """The section "optimizer": the file's params if it has the requested type, then --lr, --set."""
     kind = TYPES[settings.optimizer]
     params: dict[str, Any] = {"weight_decay": 0.01}
     if configured.get("type") == kind:

@@ -81,7 +81,7 @@ def main(
     ] = False,
     device: Annotated[Device, Option(help="GPUs where there are any, unless told.")] = Device.auto,
 ) -> None:
-    """Train a byte-level transformer language model with DeepSpeed; see configs/README.md for the configs."""
+    """Train a byte-level transformer language model with DeepSpeed (configs: configs/README.md)."""
     settings = Settings(
         optimizer.value, config, lr, overrides or [], steps, batch_size, global_batch, seq_len, width, layers, heads,
         data, corpus_mb, seed, warmup, validate_every, log_every, save_every, held_out, out, overwrite, resume,

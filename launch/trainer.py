@@ -36,7 +36,7 @@ class Spent:
 
 
 class Stopwatch:
-    """Measures steps, and the part that the optimizer's own step() takes, without DeepSpeed's work around it."""
+    """Times steps, and the optimizer's own step() in them, without DeepSpeed's work around it."""
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self.device = device
@@ -172,7 +172,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the held-out sequences, shared out to the ranks in equally many batches."""
+        """Mean loss over the held-out sequences; every rank gets equally many batches."""
         self.engine.eval()
         size = self.config["train_micro_batch_size_per_gpu"]
         share = math.ceil(len(self.held_out) / self.place.world_size)
@@ -262,7 +262,7 @@ def _identity(settings: Settings, config: dict[str, Any], corpus: Corpus, place:
 
 
 def from_checkpoint(settings: Settings) -> Settings:
-    """What follows from the checkpoint that there is: whether a restartable run goes on, and with which batch size.
+    """Add what a checkpoint decides: whether a restartable run resumes, and the global batch size.
 
     Raises:
         ValueError: a restartable run is told to --resume another.

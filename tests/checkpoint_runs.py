@@ -1,4 +1,4 @@
-"""A small training whose checkpoints are asked for every bit, and processes whose saves are cut off or made to fail."""
+"""A small training compared bit for bit with its checkpoints, and saves that are killed or fail."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def as_version_0_1_wrote_it(content: dict[str, Any]) -> None:
-    """Format 3: no grafting among the settings that state was built for, a backend, and blocks of other cuts."""
+    """Change into format 3: a backend, other numbers of blocks, no grafting in the structure."""
     content["format"], content["about"]["versions"]["adafisher_dist"] = 3, "0.1.0"
     for group in content["about"]["optimizer"]["groups"]:
         group["settings"]["backend"] = "auto"
@@ -110,7 +110,7 @@ _watched: list[bool] = []
 
 
 def before_each_change(*acts: Callable[[str], Any]) -> None:
-    """Call them with the name of each change of the disk, right before it; "write" with half of it written.
+    """Call `acts` with the name of each disk change, right before it; at "write", half is written.
 
     They take the place of earlier ones. For processes that end with the test: what watches the disk
     cannot be undone.
@@ -143,7 +143,7 @@ def _watch() -> None:
 
 
 class Torn:
-    """A file that tells when half of what it was given is on the disk: at first, and then from time to time."""
+    """A file that reports when half of a write is on the disk: first two, then every tenth."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._count = file, itertools.count()
@@ -263,7 +263,7 @@ def leftovers(root: Path) -> list[str]:
 
 
 def check(root: Path, digests: dict[int, str], least: int | None) -> int | None:
-    """What has a name is whole, and `latest` leads to a checkpoint that is no older than the last completed one.
+    """Check that named checkpoints are whole, and `latest` no older than the last completed save.
 
     Args:
         root: the folder.

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """An empty one. In memory, where there is such a disk: a kill does not lose what the kernel was given."""
+    """An empty folder, in memory if possible: a kill loses nothing that the kernel was given."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as made:
         yield Path(made)
 

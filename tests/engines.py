@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines on the test models, and what they compute, read through DeepSpeed's own public functions."""
+"""Real DeepSpeed engines on the test models, and their results by DeepSpeed's public functions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def engine_of(
 
 @contextmanager
 def fp16_on_the_cpu() -> Iterator[None]:
-    """DeepSpeed refuses fp16 on a CPU whose MKL-DNN has no fast fp16; torch computes it all the same."""
+    """Allow fp16 where DeepSpeed refuses it (MKL-DNN without fast fp16): torch computes it."""
     kind = type(get_accelerator())
     before = kind.is_fp16_supported
     kind.is_fp16_supported = lambda self: True
@@ -112,7 +112,7 @@ def train_one_step_with_nan(engine: Any, step: int, rank: int, world: int, fault
 
 
 def gradients(engine: Any) -> dict[str, np.ndarray]:
-    """All full gradients as float64 arrays, after the last backward of a step: averaged and unscaled, not clipped."""
+    """Full gradients (float64) after a step's last backward: averaged and unscaled, not clipped."""
     scale = getattr(engine.optimizer, "loss_scale", 1.0) if engine.fp16_enabled() else 1.0
     return {
         name: safe_get_full_grad(p).detach().double().cpu().numpy() / scale
@@ -156,7 +156,7 @@ def run_alone(
     accumulate: int = 1,
     kind: type[Odd] = Odd,
 ) -> dict[str, np.ndarray]:
-    """The weights after the same training in one plain process, without DeepSpeed, on the same global batch."""
+    """Weights after the same training without DeepSpeed, in one process with the global batch."""
     module = model(kind=kind)
     optimizer = from_config(param_groups(module) if groups else module.parameters(), **params)
     for step in range(steps):

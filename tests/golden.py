@@ -3,8 +3,8 @@
 In a checkout:
 
     python tests/golden.py freeze FOLDER     # before a change that is to change no bit
-    python tests/golden.py compare FOLDER    # after it, on the same machine: tells every tensor that differs in a bit
-    python tests/golden.py freeze --kept     # the weights alone, for test_golden.py, which has a tolerance
+    python tests/golden.py compare FOLDER    # after it, same machine: lists tensors that differ
+    python tests/golden.py freeze --kept     # only the weights, for the tolerant test_golden.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several hosts on one machine, for tests of launchers: network namespaces with addresses of their own on a bridge.
+"""Several hosts on one machine, for tests of launchers: network namespaces on a bridge.
 
 They share the machine's files, as nodes share a network file system, and nothing of its network.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A network namespace: its name, and its address on the bridge that it shares with the others."""
+    """A network namespace, with its address on the bridge that it shares with the others."""
 
     name: str
     address: str
@@ -52,7 +52,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Make hosts with addresses from 10.77.0.1 on; kill what still runs there, and take them down."""
+    """Create hosts from address 10.77.0.1 on; at exit, kill what runs there and remove them."""
     bridge = "eth0"  # the first host's interface; it is in that namespace alone, so that two tests may run at once
     made = [Host(f"host{os.getpid()}x{number}", f"10.77.0.{number}") for number in range(1, count + 1)]
     try:

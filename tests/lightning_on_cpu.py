@@ -1,4 +1,4 @@
-"""Runs a Lightning script with DeepSpeedStrategy on CPU ranks: `python lightning_on_cpu.py SCRIPT ARGUMENTS`.
+"""Run a Lightning script with DeepSpeedStrategy on CPUs: `python lightning_on_cpu.py SCRIPT ARGS`.
 
 Lightning 2.6 refuses DeepSpeedStrategy without CUDA, though DeepSpeed itself trains on CPUs. That
 check is taken out here, and CPUs get a device index, which DeepSpeed is given as a rank's. All else

@@ -12,7 +12,7 @@ SECOND_GROUP = {"weight_decay": 0.0, "lr": 5e-3, "damping": 0.3, "momentum": 0.8
 
 
 class Odd(nn.Module):
-    """Shapes that cut in every way: rows that split, rows that join, one element alone, a convolution."""
+    """Shapes cut in every way: rows that are split or joined, a single element, a convolution."""
 
     def __init__(self) -> None:
         super().__init__()

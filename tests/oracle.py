@@ -1,4 +1,4 @@
-"""AdaFisher as DESIGN.md section 2 words it, in plain numpy: one process, float64, a loop over blocks, no cleverness.
+"""AdaFisher as in DESIGN.md section 2, in plain numpy: one process, float64, a loop over blocks.
 
 Every fast path of the package is compared with this file, so it shares no line with the package. It
 has no fallbacks: a block that cannot be inverted is an error here.
@@ -37,7 +37,7 @@ def row_groups(
     shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
     max_blocks: int | None = None,
 ) -> list[list[list[range]]]:  # fmt: skip
-    """What a parameter is cut into: row groups of blocks of vectors, each a range of its row-major flattening."""
+    """A parameter's row groups of blocks of vectors, each a range of its row-major elements."""
     n = math.prod(shape)
     if n == 0:
         return []
@@ -61,7 +61,7 @@ def row_groups(
 
 
 def by_element(shape: Sequence[int], max_blocks: int | None) -> bool:
-    """Whether a parameter is a vector, or a table: a matrix whose one side is more than 8 times the other.
+    """Whether a parameter is a vector, or a table: a matrix with one side over 8 times the other.
 
     Of those with a side of 30,000, as of vocabularies, more than 4 times.
     """
@@ -87,7 +87,7 @@ def blocks_of(
     shape: Sequence[int], block_size: int, block_grid: str = "rows", rows_per_block: int = 1,
     max_blocks: int | None = None,
 ) -> list[list[tuple[int, int]]]:  # fmt: skip
-    """The blocks in order: of each the (start, stop) of its vectors, in elements of the row-major flattening."""
+    """The blocks in order, each as (start, stop) of its vectors in row-major elements."""
     every = row_groups(shape, block_size, block_grid, rows_per_block, max_blocks)
     return [[(vector.start, vector.stop) for vector in block] for row_group in every for block in row_group]
 
@@ -103,13 +103,13 @@ def even(total: int, most: int) -> int:
 
 
 def refresh_interval(decay: float, fisher_updates: int, freq: int) -> int:
-    """n of DESIGN.md: a factor is refreshed every n steps; 1 at first, `freq` when the Fisher is full."""
+    """n of DESIGN.md: a factor is refreshed every n steps; 1 at first, `freq` when F is full."""
     return max(1, min(fisher_updates, math.floor(freq * (1 - decay**fisher_updates) + 0.5)))
 
 
 @dataclass
 class Block:
-    """A block of one parameter: F is a matrix that its vectors share, or past `max_blocks` one vector's diagonal."""
+    """A block of one parameter: F is a matrix that its vectors share; if not dense, a diagonal."""
 
     where: np.ndarray  # (vectors, r), elements of the flattened parameter
     number: int  # q: its index, plus the position of its parameter
@@ -131,7 +131,7 @@ class State:
 
 
 class Oracle:
-    """AdaFisher over a list of parameters, each an array, or an array with the settings of its own group.
+    """AdaFisher over a list of parameters, each an array or (array, settings of its own group).
 
     Attributes:
         params: the parameters as they stand, float64 arrays of their own shapes.
@@ -170,7 +170,7 @@ class Oracle:
             self.states.append(State(np.zeros(np.size(theta)), blocks))
 
     def step(self, grads: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        """One step; returns what was added to each parameter. A parameter whose gradient is None is left alone."""
+        """Take a step; returns what it added to each parameter. A None gradient changes nothing."""
         assert len(grads) == len(self.params)
         flat = [None if g is None else np.asarray(g, dtype=np.float64).reshape(-1) for g in grads]
         changes = [np.zeros_like(theta) for theta in self.params]
@@ -235,7 +235,7 @@ def by_diagonal(m_hat: np.ndarray, moment: np.ndarray, h: Mapping[str, Any]) -> 
 
 
 def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any], noise: float = 0.0) -> None:
-    """Makes A^(−p) anew, and the d that goes with it; `noise` is what an element of F may be off, as a part of it."""
+    """Recompute A^(−p) and its d; `noise`: relative error that an element of F may have."""
     r = len(f_hat)
     block.d = float(np.trace(f_hat)) / r
     if block.d == 0:
@@ -286,7 +286,7 @@ def scaled_rows(m_hat: np.ndarray, square: np.ndarray, exponent: float) -> np.nd
 
 
 def rough_inverse_root(a: np.ndarray) -> np.ndarray:
-    """A^(−1/2) by as many steps, of Newton and Schulz's coupled iteration; of A's eigenvalues, since all commute."""
+    """A^(−1/2) by five coupled Newton-Schulz steps, on A's eigenvalues, as all iterates commute."""
     values, vectors = np.linalg.eigh(a)
     norm = np.linalg.norm(a)
     y, z = values / norm, np.ones_like(values)

@@ -1,4 +1,4 @@
-"""What every rank of a test needs, imported once: ranks are forked from a process that has it (see `ranks`)."""
+"""What every rank of a test imports, done once: ranks fork from a process with it (see `ranks`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a test's function on several processes with gloo, and show the failing rank's own traceback."""
+"""Run a test's function on several gloo processes, and show the failing rank's own traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_ranks(
     fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False,
     group_timeout: float | None = None, store: str = "file", lost: Collection[int] = (),
 ) -> list[Any]:  # fmt: skip
-    """Call `fn(rank, world, *args)` on `world` processes that share a gloo group; returns what each returned.
+    """Call `fn(rank, world, *args)` on `world` processes of a gloo group; returns all results.
 
     `fn` and its result must be picklable, so a function at the top of a test module that returns
     numbers, numpy arrays or CPU tensors turned into them. A rank that raises fails the test with
@@ -53,7 +53,7 @@ def run_ranks(
 
 
 def _start_server(context: Any) -> None:
-    """The process that ranks are forked from, unless it is there. It looks for modules where Python does alone."""
+    """Start the process that ranks fork from, if needed. It finds modules by Python's path."""
     context.set_forkserver_preload(["preloaded"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])

@@ -1,7 +1,8 @@
-"""Builds the package and tries the wheel in empty environments, with the oldest and the newest versions that it claims.
+"""Build the package and try its wheel in empty environments, with the oldest and newest versions.
 
     make release-check                                       # or: python tests/release.py
-    python tests/release.py --oldest-python python3.10 --newest-python python3.13 --folder runs/release
+    python tests/release.py --oldest-python python3.10 --newest-python python3.13 \
+        --folder runs/release
 
 Needs the network, some 15 GB of disk (the default builds of torch bring CUDA) and half an hour.
 Builds sdist and wheel from the tracked files, checks what is in them and `twine check`s them; then,
@@ -33,7 +34,7 @@ ARCHIVED = ["README.md", "CHANGELOG.md", "DESIGN.md", "LICENSE", "Makefile", "co
 
 
 def copy_tree(target: Path) -> Path:
-    """The tracked files as they are now: no stale build folder or egg-info gets into what is built from them."""
+    """Copy the tracked files as they are now, so that no stale build folder or egg-info is used."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in tracked.split("\0"):
         if name and (ROOT / name).is_file():

@@ -1,4 +1,4 @@
-"""Is this installation sound? Checks an installed adafisher_dist in some minutes, with torch and numpy alone.
+"""Check an installed adafisher_dist in some minutes, with torch and numpy alone.
 
     python tests/smoke.py                        # also with DeepSpeed, where it is installed
     python tests/smoke.py --require-deepspeed    # an error where it is not
@@ -103,7 +103,7 @@ def expect_equal(what: str, found: Weights, wanted: Weights, tolerance: float) -
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call `fn(rank, world, *args)` on `world` processes of a gloo group; what each returned, by rank.
+    """Call `fn(rank, world, *args)` on `world` processes of a gloo group; returns results by rank.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the first rank that
@@ -273,7 +273,7 @@ def _resume_fsdp2(rank: int, world: int, folder: str) -> Weights:
 
 
 def deepspeed_engines(folder: Path) -> str:
-    """DeepSpeed engines on two ranks train like one process; DeepSpeed's own checkpoint goes on on one rank."""
+    """Engines on two ranks train like one process; DeepSpeed's own checkpoint resumes on one."""
     wanted = alone(AFTER, torch.float32, PARAMS)
     straight, resumed = (run_ranks(_train_stages, world, str(folder))[0] for world in (2, 1))
     for stage in STAGES:

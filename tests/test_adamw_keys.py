@@ -1,4 +1,4 @@
-"""From AdamW by changing one word: the keys of Adam's, in code, in param groups and in a JSON config."""
+"""From AdamW by changing one word: Adam's keys in code, in param groups and in a JSON config."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(
 
 
 def test_every_key_of_theirs_is_known() -> None:
-    """Pins what torch and DeepSpeed take: a key that they add is to be accepted or refused here too."""
+    """Pin the keys of torch and DeepSpeed: one that they add must be accepted or refused here."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     kinds = [torch.optim.Adam, torch.optim.AdamW, DeepSpeedCPUAdam, FusedAdam]

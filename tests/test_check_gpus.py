@@ -1,4 +1,4 @@
-"""The checks for GPUs, rehearsed on CPUs: benchmarks/gpu/correct.py, launch/check_gpus.sh, and how they end badly."""
+"""GPU checks rehearsed on CPUs: benchmarks/gpu/correct.py, launch/check_gpus.sh, their failures."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def waits_in_vain(rank: int, world: int, folder: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_rank_that_would_wait_for_ever_ends_the_run(world: int, tmp_path: Path) -> None:
-    """With the traceback of the rank that failed, and what was found before it; the process's exit status is 1."""
+    """It ends with the failed rank's traceback, the results before it, and exit status 1."""
     began = time.monotonic()
     with pytest.raises(AssertionError, match="exit code 1"):
         run_ranks(waits_in_vain, world, tmp_path)

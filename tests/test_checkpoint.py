@@ -79,7 +79,7 @@ _sources: dict[tuple[str, int], tuple[str, Any]] = {}
 
 @pytest.fixture
 def source_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The checkpoint of a layout and world size, saved once, and the weights of the run that was not interrupted."""
+    """A checkpoint of a layout and world size, saved once, and the uninterrupted run's weights."""
 
     def source(layout: str, world: int) -> tuple[str, Any]:
         if (layout, world) not in _sources:
@@ -337,7 +337,7 @@ def test_memory_at_save_and_load(tmp_path: Path) -> None:
 
 
 class Normalised(nn.Module):
-    """Batch statistics differ by rank under DDP; so does a large buffer that each rank fills itself."""
+    """Batch statistics differ by rank under DDP, as does a large buffer that each rank fills."""
 
     def __init__(self) -> None:
         super().__init__()

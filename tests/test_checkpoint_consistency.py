@@ -1,4 +1,4 @@
-"""A load gives one whole checkpoint or an error that has changed nothing; and what a failed save says is so."""
+"""A load gives a whole checkpoint, or fails and changes nothing; a failed save's error is true."""
 
 from __future__ import annotations
 
@@ -404,7 +404,7 @@ def test_a_scheduler_that_cannot_be_copied(tmp_path: Path) -> None:
 
 
 def acting_at(number: int, act: Callable[[], None]) -> list[str]:
-    """From now on in this process: act right before the n-th thing is opened to be read; the names of those opened."""
+    """Call `act` right before this process opens its n-th path to read; returns names as opened."""
     names: list[str] = []
     busy: list[bool] = []
 
@@ -421,7 +421,7 @@ def acting_at(number: int, act: Callable[[], None]) -> list[str]:
 
 
 def loads_beside(act: Callable[[Path], None], verify: bool, two: Path, folder: Path) -> Counter[str]:
-    """Loads of `latest` during which something is done to the checkpoint, before each thing that they open."""
+    """Outcomes of loads of step2: in the n-th load, `act` runs before the n-th path is opened."""
     outcomes: Counter[str] = Counter()
     for number in range(1, 100):
         root = Path(shutil.copytree(two, folder / str(number)))
@@ -508,7 +508,7 @@ def test_loads_beside_a_saver_that_replaces_the_tag(world: int, folder: Path) ->
 
 
 def ranks_hold_different_ones(rank: int, world: int, root: str, source: str) -> int:
-    """Rank 0 holds the checkpoint, then it is replaced, then rank 1 opens it: both open it once more."""
+    """Rank 0 opens the checkpoint, it is replaced, rank 1 opens it: then both open it once more."""
     path, replaced, held, opens = Path(root), Path(root) / ".replaced-by-the-test", OpenCheckpoint.hold, []
 
     def hold(self: OpenCheckpoint, names: Any) -> None:
@@ -579,7 +579,7 @@ def test_a_shard_of_another_checkpoint(folder: Path) -> None:
 
 
 def rewrite_shard(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Another header, and a manifest that fits: as another version, or another hand, would have written it."""
+    """Change a shard's header, and the manifest to fit: as another version may have written it."""
     data = (folder / SHARD).read_bytes()
     length = int.from_bytes(data[:8], "little")
     text = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
@@ -680,7 +680,7 @@ class Many(Run):
     ("count", "soft", "hard", "works"), [(512, 1024, 1024, True), (512, 256, 1024, True), (512, 256, 256, False)]
 )
 def test_many_shards(count: int, soft: int, hard: int, works: bool, folder: Path) -> None:
-    """All are held at a time. The limit of open files is raised as far as it may be, or it is told."""
+    """All are open at once. The limit of open files is raised if possible, or an error names it."""
 
     def work(_: Tell) -> None:
         run = Many().train(1, 2)
@@ -721,7 +721,7 @@ def test_nothing_stays_open(two: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
 def test_the_command_line_beside_a_saver(command: str, two: Path, folder: Path) -> None:
-    """The tag is replaced before each thing that is opened: it tells of one checkpoint, or that it is gone."""
+    """If the tag is replaced before any path is opened, the command gives one whole checkpoint."""
     codes = Counter[int]()
     options = ["--verify", "--json"] if command == "inspect" else ["--to", "safetensors", "--out", str(folder / "out")]
     for number in range(1, 100):
@@ -867,7 +867,7 @@ def test_latest_cannot_be_changed_and_the_rename_not_undone(two: Path, folder: P
 
 
 def test_a_fixed_loss_scale_has_no_last_overflow() -> None:
-    """Which a scale that adapts does not take over; nor anything that is no part of a loss scale."""
+    """A dynamic scale ignores the missing value, and what is no part of a loss scale."""
     scaler = Namespace(dynamic=True, cur_scale=4.0, cur_iter=7, last_overflow_iter=-1, step=len)
     engine = Namespace(
         optimizer=Namespace(loss_scaler=scaler), fp16_enabled=lambda: True, training_dataloader=None,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what is restored of it into an optimizer or a model that is not quite the same."""
+"""What a checkpoint holds, and what of it a slightly different optimizer or model restores."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_another_fisher_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_packed_or_not(packed: bool, keeps: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A checkpoint holds lower triangles; who loads it goes on bit for bit, whichever way it stores its blocks."""
+    """A checkpoint holds lower triangles; packed or not, training resumes from it bit for bit."""
     settings = {"inverse_update_freq": 3 if keeps else 1, "rows_per_block": 2, "max_blocks": 12, "fisher_dtype": dtype}
     module, optimizer = trained(packed=packed, **settings)
     save_checkpoint(tmp_path / "a", module, optimizer)
@@ -166,7 +166,7 @@ def test_settings_come_from_the_checkpoint_and_structure_stays(tmp_path: Path) -
 
 @pytest.mark.parametrize(("saved", "own"), [("rms", "none"), ("none", "rms")])
 def test_another_grafting_is_refused_by_name(saved: str, own: str, tmp_path: Path) -> None:
-    """The Fisher is then of other vectors: of rows over their root mean square, or of rows as they are."""
+    """The Fisher then averages other vectors: rows over their root mean square, or plain rows."""
     module, optimizer = trained(grafting=saved)
     save_checkpoint(tmp_path / "a", module, optimizer)
     other, another = trained(count=2, grafting=own)
@@ -183,7 +183,7 @@ def test_another_grafting_is_refused_by_name(saved: str, own: str, tmp_path: Pat
 
 
 def test_a_checkpoint_of_version_0_1_gives_its_weights_alone(tmp_path: Path) -> None:
-    """Its state is of other blocks, and is refused with the reason; by an export its weights go on."""
+    """Its state has other blocks and is refused with the reason; its weights load by an export."""
     module, optimizer = trained()
     save_checkpoint(tmp_path / "a", module, optimizer)
     change_manifest(tmp_path / "a", as_version_0_1_wrote_it)
@@ -651,7 +651,7 @@ def test_wrong_things_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_out_in_silence(tmp_path: Path) -> None:
-    """An untied checkpoint in a tied model, extra state under another name, a param group that is not there."""
+    """Untied weights for a tied model, extra state under another name, a missing param group."""
     untied = model(kind=Tied)
     untied.again.weight = nn.Parameter(torch.ones(37, 11))
     save_checkpoint(tmp_path / "a", untied, AdaFisher(untied.parameters(), **SETTINGS))
@@ -709,7 +709,7 @@ def test_a_manifest_that_no_save_wrote(change: Any, message: str, tmp_path: Path
 
 
 def test_a_damaged_latest_does_not_undo_a_save(tmp_path: Path) -> None:
-    """What the rotation cannot tell any more is left alone: the new checkpoint is there, and is not said to be lost."""
+    """Rotation deletes nothing if it cannot read `latest`; the save succeeds without an error."""
     module, optimizer = trained(count=1)
     save_checkpoint(tmp_path / "a", module, optimizer)
     (tmp_path / "latest").write_bytes(b"\xff")
@@ -720,7 +720,7 @@ def test_a_damaged_latest_does_not_undo_a_save(tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_on_the_path_and_not_installed_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that a checkout was copied to: then there is no metadata of the distribution."""
+    """As on a machine with a copied checkout, where the distribution has no metadata."""
 
     def none(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

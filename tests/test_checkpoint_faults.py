@@ -1,4 +1,4 @@
-"""Whatever kills a save or fills the disk: what has the name of a checkpoint is whole, and the last one is there.
+"""Whatever kills a save or fills the disk, named checkpoints are whole, and the last one is there.
 
 Saves are cut off, or made to fail, in processes forked for it. Then every bit of model and
 optimizer is asked for.
@@ -63,7 +63,7 @@ def roots(scene: str, two: Path, folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def killed_at(number: int, save: Callable[[], Any]) -> tuple[bool, list[str]]:
-    """Save in a process that is killed before its n-th change of the disk: whether it was, and all changes begun."""
+    """Save in a process, killed before its n-th disk change; returns (killed, changes begun)."""
 
     def work(tell: Tell) -> None:
         before_each_change(tell, nth(number, kill))
@@ -100,7 +100,10 @@ def test_killed_at_every_change_of_the_disk(scene: str, two: Path, folder: Path)
     ("tag", "made"), slow_but(("step2", True), of=list(itertools.product(["step2", "step3"], [True, False])))
 )
 def test_killed_again_after_a_kill_between_two_renames(tag: str, made: bool, two: Path, folder: Path) -> None:
-    """The checkpoint that was put aside is the newest one until the next is published, whoever makes its folder."""
+    """The checkpoint put aside is the newest until the next one is published.
+
+    Also where an empty folder has its name.
+    """
     run = trained(3)
     for number, root in roots("same", two, folder):
         (root / "step2").rename(root / ".step2.replaced")
@@ -117,7 +120,7 @@ def test_killed_again_after_a_kill_between_two_renames(tag: str, made: bool, two
 
 
 def killed_again_and_again(rounds: int, seed: int, two: Path, folder: Path) -> None:
-    """Kills in one folder, each in what the last ones have left; from time to time a save is completed."""
+    """Kill saves in one folder, each amid what the last ones left; now and then one completes."""
     draw, run, least, tag, digests = random.Random(seed), trained(2), 2, "step2", Digests()
     root = Path(shutil.copytree(two, folder / "root"))
     for step in range(3, 3 + rounds):
@@ -150,7 +153,7 @@ def tag_of(tags: str, step: int) -> str:
 
 
 def train_and_save(root: Path, tags: str, asynchronous: bool, tell: Tell) -> None:
-    """Go on from the last checkpoint, and save after every step. What is told is the journal of the saves."""
+    """Resume from the last checkpoint and save after every step; `tell` gets a journal of saves."""
     run, saving, step = Run(), None, 0
     if latest_tag(root) is not None:
         step = run.load(root)
@@ -168,7 +171,7 @@ def train_and_save(root: Path, tags: str, asynchronous: bool, tell: Tell) -> Non
 
 
 def journal(lines: list[str], digests: dict[int, str], least: int | None) -> int | None:
-    """Note what was to be saved, the same as before the kill; the last step whose save was completed."""
+    """Note digests, equal to those before a kill; returns the last step whose save completed."""
     for line in lines:
         what, step, *digest = line.split()
         if what == "began":
@@ -249,7 +252,7 @@ CODES = {"full": errno.ENOSPC, "broken": errno.EIO, "forbidden": errno.EACCES}
 
 
 def fail_and_check(number: int, code: int, run: Run, path: Path, arguments: dict[str, Any], tell: Tell) -> None:
-    """One save in which the n-th change of the disk fails: it says so and has changed nothing, or it is complete."""
+    """A save whose n-th disk change fails: it raises and has changed nothing, or it is complete."""
     root, before, events, error = path.parent, visible(path.parent), [], None
     before_each_change(events.append, nth(number, failing(code)))
     try:
@@ -309,7 +312,7 @@ def lies(free: int) -> Any:
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
 def test_a_real_disk_is_full(asked: bool, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for one page, two, …, until there is enough. Not asked how much it has, it fails in a file."""
+    """Room for 1, 2, … pages, until it is enough; if free space is not asked for, a write fails."""
     root, filler, run = small_disk / "root", small_disk / "filler", trained(2)
     trained(1).save(root / "old", 1)
     room = shutil.disk_usage(small_disk).free
@@ -371,7 +374,7 @@ def fails_on_one_rank(rank: int, world: int, folder: str, asynchronous: bool) ->
 @pytest.mark.dist
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_one_rank_cannot_write(asynchronous: bool, folder: Path) -> None:
-    """Both ranks tell which, and why; nothing is published, nothing lies about, and the next save succeeds."""
+    """Both ranks name the rank and the cause; nothing is published or left; the next save works."""
     both = run_ranks(fails_on_one_rank, 2, str(folder / "root"), asynchronous, timeout=60)
     for (what, (faulty, cause, *_)), *messages in zip(ALONE.items(), *both, strict=True):
         for message in messages:

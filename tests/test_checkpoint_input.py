@@ -1,4 +1,4 @@
-"""Damaged files and wrong arguments are refused, with what is wrong, and change nothing; nothing is unpickled."""
+"""Refuse damaged files and wrong arguments with the reason; change nothing, unpickle nothing."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def flipped(content: bytes, position: int, mask: int) -> bytes:
 
 
 def flip_all_over(name: str, here: Path, count: int) -> None:
-    """Change the first byte, the last, the length of a safetensors header, some in it, and others all over the file."""
+    """Change the first and last byte, a safetensors header's length, bytes in it, random others."""
     content, bystander, draw = (here / name).read_bytes(), Bystander(), random.Random(name)
     header = 8 + int.from_bytes(content[:8], "little") if name in SHARDS else 0
     positions = [0, len(content) - 1, *(draw.randrange(len(content)) for _ in range(count))]
@@ -141,7 +141,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def named_for(name: str, how: str) -> list[str]:
-    """What the error should name. A manifest of another checkpoint is whole itself: the shards do not fit it."""
+    """What the error should name. Another checkpoint's manifest is whole; the shards do not fit."""
     if how == "swapped" or (name, how) == (MANIFEST, "of another checkpoint"):
         return SHARDS
     return [name]
@@ -311,7 +311,7 @@ class Unpickled(AssertionError):
 
 
 def test_nothing_is_unpickled(of_two_ranks: Path) -> None:
-    """Neither through the functions that there are for it, nor by who has taken hold of them before."""
+    """Neither by pickle's and torch's functions, nor by references taken to them earlier."""
     early = pickle.loads
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -423,7 +423,7 @@ def test_an_optimizer_of_another_model_or_class(call: Any, two: Path) -> None:
 
 
 def test_a_checkpoint_of_another_training(two: Path) -> None:
-    """What does not fit is listed, and nothing has changed: names and shapes, then the optimizer's settings."""
+    """What does not fit is listed and nothing changes: names, shapes, the optimizer's settings."""
     stranger = nn.Linear(3, 2)
     before = [p.clone() for p in stranger.parameters()]
     with pytest.raises(CheckpointError, match=r"step2 does not fit:(.|\n)*Nothing was changed"):

@@ -33,7 +33,7 @@ SHARD = "shard-00000-of-00001.safetensors"
 
 
 class Served(Tied):
-    """Tied and frozen parameters, and what else a state dict may hold: buffers, other dtypes, nothing at all."""
+    """Tied and frozen parameters, buffers, other dtypes, an empty parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ def save_with_deepspeed(rank: int, world: int, folder: str) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.deepspeed
 def test_a_checkpoint_of_deepspeed(tmp_path: Path) -> None:
-    """The shards of two ranks; by default the model's bf16, though DeepSpeed's fp32 weights are what is stored."""
+    """The shards of two ranks; the default export is the model's bf16, from the stored fp32."""
     trained, _ = run_ranks(save_with_deepspeed, 2, str(tmp_path / "runs"), deepspeed=True)
     facts = json.loads(run("inspect", tmp_path / "runs", "--verify", "--json").stdout)
     found = [facts[key] for key in ("step", "world_size", "zero_stage", "precision", "damage")]

@@ -1,4 +1,4 @@
-"""benchmarks/convergence.py: which trainings it asks for, what it keeps of them, and what it reads from the curves."""
+"""benchmarks/convergence.py: which trainings it runs, what it keeps, what it reads from curves."""
 
 from __future__ import annotations
 

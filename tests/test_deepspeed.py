@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around AdaFisher: from a JSON config, resumed, saved, with bad params, in a script of its own."""
+"""DeepSpeed's engine with AdaFisher: JSON config, resuming, saving, bad params, a plain script."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def scaled_at_stage_0(rank: int, world: int) -> tuple[float, float]:
 
 
 def test_a_loss_scale_at_stage_0_is_refused_for_what_deepspeed_makes_of_it() -> None:
-    """Pins the defect: where this fails, DeepSpeed has mended it, and the scale need not be refused any more."""
+    """Pin the defect: if this fails, DeepSpeed has fixed it, and the scale need not be refused."""
     for scaled, unscaled in run_ranks(scaled_at_stage_0, 2, deepspeed=True):
         assert scaled == pytest.approx(unscaled, rel=1e-2)
 

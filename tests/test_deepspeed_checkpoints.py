@@ -1,4 +1,4 @@
-"""DeepSpeed's own functions around AdaFisher: nothing unpickled, frozen weights left out, any order of imports."""
+"""DeepSpeed's own functions: nothing unpickled, frozen weights left out, any order of imports."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_adafishers_checkpoint_into_adamw(stage: int, tmp_path: Path) -> None:
 
 
 def adafisher_without_ours(rank: int, world: int, stage: int, folder: str) -> None:
-    """Where only our folder is lost, DeepSpeed's files still have the weights, for who asks for these."""
+    """If only our folder is lost, the weights alone can still be loaded from DeepSpeed's files."""
     import shutil
 
     import torch.distributed as dist
@@ -291,7 +291,7 @@ def test_universal_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 class Lora(nn.Module):
-    """A large frozen base, and a small part that is trained, of which one matrix has dense blocks."""
+    """A large frozen base and a small trained part, of which one matrix has dense blocks."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The development bench: its candidates compute what they say, and its trainings are functions of their settings.
+"""The development bench: candidates compute what they say; settings alone determine trainings.
 
 In a process of its own: its modules have the names of others that tests import.
 """

@@ -1,4 +1,4 @@
-"""The documentation's site builds, its code runs, its outputs are today's, and its figures agree."""
+"""The documentation's site builds, its code runs, its outputs and figures are up to date."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def kind_of(settings: dict[str, Any]) -> StateConfig:
 
 
 def held(optimizer: AdaFisher) -> int:
-    """Bytes of all tensors behind an optimizer but parameters, gradients, and what is counted on the host."""
+    """Bytes of all tensors of an optimizer except parameters, gradients and the host's counters."""
     shards = optimizer._registry.shards
     theirs = {id(shard.storage) for shard in shards} | {id(shard.counters) for shard in shards}
     storages: dict[int, int] = {}
@@ -151,7 +151,7 @@ def test_every_layout(layout: str, name: str, world: int) -> None:
 
 
 class Count(TorchDispatchMode):
-    """Adds up the floating-point operations of a step, from the shapes of what torch is asked to do."""
+    """Adds up the floating-point operations of a step, from the shapes that torch is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def automatic(rank: int, world: int, stage: int, budget: float):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_auto_uses_what_more_ranks_give(stage: int) -> None:
-    """Alike on all ranks, within the budget, and larger on more ranks; a group with a size of its own keeps it."""
+    """Equal on all ranks, within the budget, larger on more ranks; a group's own size is kept."""
     budget = 20e-6
     sizes = []
     for world in (1, 3):
@@ -276,7 +276,7 @@ def test_bad_budgets(settings: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("stepped", [False, True])
 def test_a_checkpoint_brings_its_block_size(tmp_path: Any, stepped: bool) -> None:
-    """Resumed where another size would be chosen: the blocks are those of the checkpoint, and training goes on."""
+    """Resumed where another size would be chosen, training goes on with the checkpoint's blocks."""
     from adafisher_dist import load_checkpoint, save_checkpoint
 
     module = model()

@@ -1,4 +1,4 @@
-"""The scripts of examples/ as their users start them: under torchrun, with losses that fall, and resumed.
+"""The scripts of examples/ as users start them: under torchrun, with falling losses, and resumed.
 
 A resumed run must give the losses of the one that was never stopped: bit for bit on the same ranks,
 to float rounding on others or at another ZeRO stage.

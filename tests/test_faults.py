@@ -1,4 +1,4 @@
-"""An error of one rank alone reaches all ranks: nobody waits in a collective, and nobody goes on with half a step."""
+"""An error of one rank reaches all: none waits in a collective, none goes on with half a step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fail(*_: Any, **__: Any) -> Any:
 
 
 def inject(place: str) -> None:
-    """Let the next call fail: when the state is allocated, in a block batch, or when updates are applied."""
+    """Make the next call fail: when allocating the state, in a block batch, or applying updates."""
     if place == "allocation":
         stacking.allocate = fail
     elif place == "block batch":
@@ -146,7 +146,7 @@ def test_recovery() -> None:
 
 
 def broken_block(rank: int, world: int, stage: int):
-    """Every Cholesky factorisation fails on one rank alone: its blocks take the diagonal, and training goes on."""
+    """Each Cholesky fails on one rank alone: its blocks take the diagonal, and training goes on."""
     engine = engine_of(config(stage, world, {**PARAMS, "exponent": 1.0}))
     real = torch.linalg.cholesky_ex
 
@@ -215,7 +215,7 @@ def test_a_layout_refused_on_one_rank() -> None:
 
 
 def on_the_wire(rank: int, world: int) -> str:
-    """Buffers for a backend that cannot send from the tensors' device are made with the state, under guard."""
+    """Buffers for a backend that cannot send from the device are made with the state, guarded."""
     module = model()
     optimizer = AdaFisher(module.parameters(), **SETTINGS)
     real = collectives.Group.comm_buffer
@@ -240,7 +240,7 @@ def test_no_room_on_the_wire() -> None:
 
 
 def through_copies(rank: int, world: int, stage: int):
-    """All data goes through copies, as with CPU offload on a backend that knows accelerators alone."""
+    """All data goes through copies, as with CPU offload and a backend for accelerators only."""
     collectives.Group.comm_buffer = lambda group, tensor: collectives.CommBuffer(tensor, tensor.clone())
     engine = engine_of(config(stage, world))
     train(engine, 0, 4, rank, world)
@@ -256,7 +256,7 @@ def test_data_that_travels_through_copies(stage: int) -> None:
 
 
 def host_verdicts(rank: int, world: int, stage: int, accelerator_only: bool):
-    """As with a backend that cannot send from the CPU, as NCCL: what hosts agree on takes a gloo group of its own."""
+    """As under NCCL, which cannot send from the CPU: hosts agree over a gloo group of their own."""
     used = []
     if accelerator_only:
         collectives.dist.get_backend_config = lambda handle: "cuda:nccl"

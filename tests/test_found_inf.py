@@ -59,7 +59,7 @@ def state_of(optimizer: AdaFisher) -> list[Any]:
 def test_a_bad_gradient_leaves_no_trace(
     bad: float, rows_per_block: int, max_blocks: int | None, fisher_dtype: torch.dtype
 ) -> None:
-    """Weights, state and counters are those of a twin that never saw it, whenever the host comes to know."""
+    """Weights, state and counters equal an unaffected twin's, whenever the host learns of it."""
     module, twin = model(), model()
     more = {**SETTINGS, "rows_per_block": rows_per_block, "max_blocks": max_blocks, "fisher_dtype": fisher_dtype}
     more["fisher_update_freq"] = 2
@@ -80,7 +80,7 @@ def test_a_bad_gradient_leaves_no_trace(
 
 
 def test_whoever_asks_is_told() -> None:
-    """Right after a bad step, before the next: statistics, state dict, the count of skipped steps."""
+    """Right after a bad step: statistics, state dict and the count of skipped steps are correct."""
     for ask in ("skipped_steps", "fisher_stats", "state_dict"):
         module = model()
         optimizer = AdaFisher(module.parameters(), **SETTINGS)
@@ -96,7 +96,7 @@ def test_whoever_asks_is_told() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Notes operations after which a host knows what a device computed, which means that it has waited for it."""
+    """Notes operations that give the host a result of the device, so that it has waited for it."""
 
     NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "allclose", "unique")
 
@@ -146,7 +146,7 @@ def under_ddp(rank: int, world: int, device: bool):
 
 @pytest.mark.dist
 def test_ddp() -> None:
-    """A NaN on one rank alone is a skipped step on all, and the rest is what the torch path does."""
+    """A NaN on one rank skips the step on all; deciding on device or host gives close weights."""
     fused, plain = (run_ranks(under_ddp, 2, device) for device in (True, False))
     for (result, skipped), (want, skipped_there) in zip(fused, plain, strict=True):
         assert skipped == skipped_there == 1
@@ -178,7 +178,7 @@ def test_zero(stage: int) -> None:
 
 
 def order_of_calls(rank: int, world: int) -> list[str]:
-    """What is decided and read, in which order, where DeepSpeed steps two param groups one after the other."""
+    """The order of deciding and reading when DeepSpeed steps one param group after the other."""
     decide_on_device(True)
     order: list[str] = []
     decide, read = FoundInf.decide, FoundInf.read

@@ -18,7 +18,7 @@ PRODUCTS = ("baddbmm", "bmm", "matmul")
 
 
 def ways(**settings: Any) -> list[list[str]]:
-    """For each product of matrices of a step, the package's own functions from `AdaFisher.step` to it."""
+    """For each matrix product of a step, the package's functions from `AdaFisher.step` to it."""
     parameter = nn.Parameter(torch.randn(64, 64))
     optimizer = AdaFisher([parameter], **settings)
     found: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""FSDP2: fully_shard on 1-D and 2-D meshes trains like one process, each step beside the oracle; or is refused."""
+"""FSDP2 on 1-D and 2-D meshes trains like one process and, step by step, the oracle; or refuses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def train(rank: int, world: int, options: dict[str, Any]):
-    """For each step: full gradients, weights before and after; then memory, and whether blocks had to travel."""
+    """By step: full gradients, weights before and after; then memory, and if blocks travel."""
     policies = {
         "fp32": {},
         "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
@@ -97,7 +97,7 @@ def alone(options: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def follow(world: int, **chosen: Any) -> list[Any]:
-    """Train on `world` ranks; compare each step with the oracle and, in fp32, the end with one process."""
+    """Train on `world` ranks; compare steps with the oracle and, but for bf16, with one process."""
     options = {**DEFAULTS, **chosen}
     results = run_ranks(train, world, options)
     rows = results[0][0]
@@ -355,7 +355,7 @@ def test_sharded_and_replicated_parameters_in_one_optimizer() -> None:
 
 
 def swapped_in_place(rank: int, world: int):
-    """The order in which Accelerate does it: optimizer first, then fully_shard, then the new parameters."""
+    """Accelerate's order: first the optimizer, then fully_shard, then the new parameters."""
     module = model()
     optimizer = AdaFisher(module.named_parameters(), **PARAMS)
     names = {id(p): name for name, p in module.named_parameters()}

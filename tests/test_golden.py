@@ -1,4 +1,4 @@
-"""Every layout still computes what it computed when tests/golden.npz was frozen, and reads a checkpoint of that day."""
+"""Every layout still computes what tests/golden.npz froze, and reads a checkpoint of that day."""
 
 from __future__ import annotations
 

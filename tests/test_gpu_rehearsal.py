@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its scripts run with tiny sizes, a cut keeps what it had, no rehearsal is published."""
+"""`make gpu` on CPUs: scripts run at tiny size, a cut keeps results, no rehearsal is published."""
 
 from __future__ import annotations
 

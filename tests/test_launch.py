@@ -1,4 +1,4 @@
-"""launch/train.py as its users start it: under torchrun, with what it leaves behind, resumed, and with bad input."""
+"""launch/train.py as users start it: under torchrun, its files, resumed, and with bad input."""
 
 from __future__ import annotations
 

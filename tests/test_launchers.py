@@ -1,4 +1,4 @@
-"""The launchers of launch/: what they run, how they refuse, and real trainings by those that need no second machine."""
+"""The launchers of launch/: what they run, how they refuse, and real trainings on one machine."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_slurms_job_has_to_be_submitted() -> None:
 
 
 def test_the_kubernetes_manifest_is_a_train_job() -> None:
-    """By Kubeflow's own models; they drop what they do not know, so what comes back has to be all that went in."""
+    """By Kubeflow's models, which drop unknown keys: what comes back must be all that went in."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     import yaml
 

@@ -1,4 +1,4 @@
-"""Metrics: beside numpy, alike on any number of ranks and in every layout, to callbacks, DeepSpeed and pictures."""
+"""Metrics against numpy, equal on any ranks and layout; callbacks, DeepSpeed and pictures."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_each_metric_of_one_process() -> None:
 
 
 def test_the_age_of_factors() -> None:
-    """With an interval of 4 that is reached at once, a quarter of the blocks each is 0, 1, 2 and 3 steps old."""
+    """With an interval of 4 from the start, a quarter of blocks each is 0, 1, 2, 3 steps old."""
     settings = {**KEPT, "fisher_decay": 0.1, "bias_correction": False, "damping": 1.0}
     told, _ = train(0, 1, settings, steps=24, every=12)
     for _, found in told:
@@ -268,7 +268,7 @@ def test_between_measured_steps_nothing_is_done() -> None:
 
 
 def monitored(rank: int, world: int, stage: int, folder: str, zero: dict[str, Any], accumulate: int) -> Told:
-    """From the config alone, and from report_metrics; two param groups, so that a step is several calls."""
+    """By config alone, then by report_metrics; with two param groups a step is several calls."""
     kinds = ("csv_monitor", "tensorboard")
     monitor = {kind: {"enabled": True, "output_path": folder, "job_name": kind} for kind in kinds}
     params = {**PARAMS, "metrics_every": 2}
@@ -311,7 +311,7 @@ def test_deepspeeds_monitors(stage: int, zero: dict[str, Any], tmp_path: Path) -
 
 
 def written(rank: int, world: int, folder: str) -> list[tuple[str, float, int]]:
-    """All events, DeepSpeed's own among them, of eight steps: after the measured second one, two overflow."""
+    """All events of eight steps, also DeepSpeed's own; after the measured step 2, two overflow."""
     monitor = {"csv_monitor": {"enabled": True, "output_path": folder}}
     with fp16_on_the_cpu():
         engine = engine_of(config(1, world, {**PARAMS, "metrics_every": 2}, precision="fp16", **monitor))

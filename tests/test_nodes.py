@@ -1,4 +1,4 @@
-"""Trainings over several hosts, each with an address of its own: by torchrun, with losses of processes and of nodes."""
+"""Trainings over several hosts with their own addresses: torchrun, and lost processes and nodes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def losses(folder: Path) -> dict[int, tuple[float, float | None]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, float | None]]:
-    """Losses of the same training in one process; they do not depend on the number of ranks or the stage."""
+    """Losses of the same training in one process, independent of the number of ranks and stage."""
     folder = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, *training(1, "a")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -127,7 +127,7 @@ def stand_ins(made: list[Host], folder: Path) -> str:
 def test_one_command_reaches_all_hosts(
     launcher: str, tmp_path: Path, undisturbed: dict[int, tuple[float, float | None]]
 ) -> None:
-    """DeepSpeed's launcher with a hostfile, and Slurm's job, with stand-ins for pdsh, ssh, srun and scontrol."""
+    """DeepSpeed's launcher with a hostfile, and Slurm; stand-ins for pdsh, ssh, srun, scontrol."""
     with hosts(2) as made:
         environment = {**os.environ, **ENVIRONMENT, "PATH": stand_ins(made, tmp_path / "bin")}
         for name in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
@@ -165,7 +165,7 @@ def test_hosts_train_as_one_process(
 def test_a_rank_that_is_killed_is_started_again(
     stage: int, count: int, tmp_path: Path, undisturbed: dict[int, tuple[float, float | None]]
 ) -> None:
-    """All ranks start again, go on from the last checkpoint by themselves, and end where an undisturbed run does."""
+    """All ranks restart, resume from the last checkpoint, and end where an undisturbed run does."""
     with hosts(count) as made:
         running = start(made, str(count), stage, tmp_path)
         wait_for(tmp_path / "a/checkpoint/step10", running)

@@ -35,7 +35,7 @@ def values(shapes: Sequence[tuple[int, ...]], seed: int = 0, scale: float = 0.1)
 
 
 def gradients(shapes: Sequence[tuple[int, ...]], steps: int, seed: int = 0, scale: float = 1.0) -> Gradients:
-    """Random gradients that are correlated from step to step, and of other sizes from row to row."""
+    """Random gradients, correlated from step to step, with another scale for each row."""
     rng = np.random.default_rng([seed, 2])
     mean = [rng.standard_normal(shape) for shape in shapes]
     size = [scale * np.exp(1.5 * rng.standard_normal(shape[:1] + (1,) * (len(shape) - 1))) for shape in shapes]

@@ -93,7 +93,7 @@ MATRICES = [
 
 @pytest.mark.parametrize("shape", TABLES + MATRICES, ids=str)
 def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
-    """As soon as one side is more than 8 times the other (4 from 30,000 on); unless max_blocks is given."""
+    """If one side is over 8 times the other (4 from 30,000 on), and max_blocks is not given."""
     grid, limited = (make_grid(shape, 16, 4, "rows", limit) for limit in (None, 10**9))
     assert by_element(shape, None) == (grid.dense_blocks == 0) == (shape in TABLES)
     assert limited.dense_blocks == limited.num_blocks and not by_element(shape, 10**9)
@@ -109,7 +109,7 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
 @many
 @given(shapes, block_sizes, row_counts)
 def test_matrices_of_few_rows_keep_no_more(shape: tuple[int, ...], size: int, rows: int) -> None:
-    """An element's part of its block's F is at most what it is where rows_per_block rows share it, or 2."""
+    """A block's F takes no more per element than with rows_per_block rows that share it, or 2."""
     grid = make_grid(shape, size, rows)
     first = next(grid.runs(0, grid.numel), None)
     if first is not None and first.dense:
@@ -181,7 +181,7 @@ def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], worl
 
 
 def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[StoredSpan]]:
-    """What ZeRO-1/2 stores: one flat buffer, `padding` after each parameter, cut into equal partitions."""
+    """ZeRO-1/2's storage: one flat buffer, `padding` after each parameter, in equal partitions."""
     total = sum(grid.numel + padding for grid in grids)
     length = max(1, -(-total // world))
     stored: list[list[StoredSpan]] = [[] for _ in range(world)]

@@ -1,4 +1,4 @@
-"""What README claims is backed: its commands run, the tests that it names exist, its settings are the optimizer's."""
+"""README's claims hold: its commands run, its tests exist, its settings are the optimizer's."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_launchers(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.ci
 def test_python_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines of Python in their order (those for an engine are test_deepspeed.py's), then each command."""
+    """The Python lines in order (test_deepspeed.py has those for an engine), then each command."""
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(4, 3)
     names: dict[str, Any] = {"model": model}

@@ -1,4 +1,4 @@
-"""What would be released: built offline from the tracked files, it holds the package and nothing else."""
+"""A release, built offline from the tracked files, holds the package and nothing else."""
 
 from __future__ import annotations
 

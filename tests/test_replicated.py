@@ -1,4 +1,4 @@
-"""The replicated layout on several ranks, with real DDP: N ranks equal 1 rank, bit-identical on all of them."""
+"""The replicated layout with real DDP: N ranks equal 1 rank, and each other bit for bit."""
 
 from __future__ import annotations
 

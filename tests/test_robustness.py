@@ -1,4 +1,4 @@
-"""Gradients that are singular, huge, tiny or not finite: the state stays finite, and what was done about them shows."""
+"""Singular, huge, tiny or non-finite gradients: the state stays finite, the remedy is reported."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_gradient_that_the_fisher_has_not_seen(rows: int, max_blocks: int | No
 
 @pytest.mark.parametrize("how", ["nothing", "old", "new", "high", "medium", "all"])
 def test_products_are_in_full_precision(how: str) -> None:
-    """Whichever of torch's two names for TF32 the user has set, it is off in a step, and as it was after it."""
+    """TF32, set by either of torch's names, is off in a step, and as it was after it."""
     code = f"""
 import torch
 from adafisher_dist.numerics import precision
@@ -283,7 +283,7 @@ if how == "nothing":  # what is set later still counts
 @pytest.mark.parametrize("grafting", ["rms", "none"])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_a_bfloat16_fisher_of_uneven_columns_stays_positive_definite(rank: int, grafting: str) -> None:
-    """Its rounding leaves noise as large as its largest elements make it, which few directions have to bear."""
+    """Despite rounding noise of F's large elements, updates stay in the gradients' directions."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(rank, 128, generator=generator) * torch.randn(128, generator=generator).exp()
     gradients = [torch.randn(64, rank, generator=generator) @ directions for _ in range(40)]

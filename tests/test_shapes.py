@@ -1,4 +1,4 @@
-"""How a parameter is stored does not decide whether it trains: the table of the documentation, and what it promises."""
+"""Parameters train however they are stored: the documentation's table, and what it promises."""
 
 from __future__ import annotations
 

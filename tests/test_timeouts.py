@@ -1,4 +1,4 @@
-"""No rank waits for another longer than the timeout of the process group, and who was missed is named.
+"""No rank waits longer than the process group's timeout, and the missing rank is named.
 
 A rank that goes on with its part may take longer than that: the others wait.
 """
@@ -142,7 +142,7 @@ def with_hsdp(rank: int, world: int) -> Any:
 
 
 def test_a_step_under_hsdp() -> None:
-    """The groups of torch's DeviceMesh, likewise. Not every rank has one in common with the lost rank."""
+    """The same for the groups of DeviceMesh; not every rank shares one with the lost rank."""
     answers = run_ranks(with_hsdp, 4, group_timeout=TIMEOUT, lost=[LOST], timeout=120)
     for rank in (0, 2, 3):
         seconds, kind, text = answers[rank]

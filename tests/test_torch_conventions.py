@@ -563,7 +563,7 @@ def test_shards_and_copies_that_a_library_puts_in_place_are_refused(stands_in: A
 
 
 def replace_parameter(module: nn.Module, optimizer: AdaFisher, name: str, carry: Any) -> nn.Parameter:
-    """As Gaussian splatting does: a new parameter in the old one's place, with what `carry` makes of the state."""
+    """As Gaussian splatting does: replace a parameter, with what `carry` makes of its state."""
     old = module.get_parameter(name)
     new = nn.Parameter(old.detach().clone())
     state = optimizer.state.pop(old)

@@ -1,4 +1,4 @@
-"""The state by torch's own means: get_/set_optimizer_state_dict, dcp.save and dcp.load, at any number of ranks.
+"""State by torch's own API: get_/set_optimizer_state_dict, dcp.save, dcp.load, on any ranks.
 
 What is loaded is compared bit by bit with what `load_checkpoint` makes of a checkpoint of the same
 run.
@@ -73,7 +73,7 @@ Held = dict[str, dict[str, np.ndarray]]
 
 
 def held(module: nn.Module, optimizer: AdaFisher) -> Held:
-    """The state bit by bit, by the parameters' names: under DDP the whole, under FSDP2 what this rank owns."""
+    """The state's bits by parameter name: all of it under DDP, what this rank owns under FSDP2."""
     names = [name for group in optimizer.param_groups for p in group["params"] for name, q in named(module) if q is p]
     if isinstance(module, DDP):
         optimizer.consolidate_state_dict(to=None)

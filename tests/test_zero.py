@@ -1,4 +1,4 @@
-"""Every ZeRO stage and precision: exact beside the oracle and beside one process, or refused. Real DeepSpeed engines.
+"""Every ZeRO stage and precision, in real engines: equal to the oracle and one process, or refused.
 
 The oracle is fed the gradients that DeepSpeed's public `safe_get_full_grad` tells, so that a low
 precision's rounding of the gradient is in both, and every step is compared with
@@ -43,7 +43,7 @@ Arrays = dict[str, np.ndarray]
 def record(
     rank: int, world: int, ds_config: dict[str, Any], steps: int, groups: bool, kind: type[Odd], spikes: tuple[int, ...]
 ):
-    """For each step: gradients, weights before, weights after, whether DeepSpeed skipped it for an overflow.
+    """For each step: gradients, weights before and after, whether it was skipped for an overflow.
 
     In the steps `spikes` the loss of the last rank alone is so large that fp16 gradients overflow.
     """
@@ -74,7 +74,7 @@ def follow(
     kind: type[Odd] = Odd,
     spikes: tuple[int, ...] = (),
 ) -> list[Any]:
-    """Train on `world` ranks, and compare every step of every parameter with the oracle, block by block."""
+    """Train on `world` ranks; compare every step of every parameter with the oracle, by block."""
     results = run_ranks(record, world, ds_config, steps, groups, kind, spikes, deepspeed=True)
     rows, updates, *_ = results[0]
     for other, other_updates, *_ in results[1:]:
@@ -158,7 +158,7 @@ def run_engine(
 
 
 def same_as_alone(ds_config: dict[str, Any], world: int, *, bound: float = 1e-4, **training: Any) -> list[Any]:
-    """Train on `world` ranks and alone, and compare the weights; returns each rank's (weights, stats, memory)."""
+    """Compare the weights of `world` ranks and of one; returns (weights, stats, memory) by rank."""
     alone = run_alone(
         ds_config["optimizer"]["params"],
         clip=ds_config["gradient_clipping"],
@@ -248,7 +248,7 @@ def test_tied_and_unused_weights(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_stack_of_matrices(stage: int) -> None:
-    """Partitions begin in the middle of either matrix, and of the blocks of rows that are left over at its end."""
+    """Partitions begin inside either matrix, and inside the left-over row blocks at its end."""
     follow(config(stage, 3, {**PARAMS, "max_blocks": 16}), 3, kind=Stacked)
 
 
@@ -319,7 +319,7 @@ def test_stage_3_leaves_nothing_in_the_param_groups(offload: bool) -> None:
 
 
 def largest_tensor(rank: int, world: int) -> tuple[int, int]:
-    """The largest tensor that a step of ours makes, in elements of a parameter's dtype, and the largest parameter."""
+    """Elements of the largest tensor of AdaFisher's step, blocks aside, and of the parameter."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -448,7 +448,7 @@ def test_hierarchical_partitions() -> None:
 
 
 def poisoned(rank: int, world: int, ds_config: dict[str, Any], bad: float, name: str):
-    """Weights before and after each of five steps, in the third of which one gradient of the last rank is `bad`."""
+    """Weights before and after five steps; in the third, a gradient of the last rank is `bad`."""
     engine = engine_of(ds_config, groups=True)
     poison = [False]
     parameter = dict(engine.module.named_parameters())[name]

@@ -1,1 +1,1 @@
-"""Which blocks a parameter has, who owns them, and what that costs: integers only, no process group."""
+"""Which blocks a parameter has, who owns them, and what that costs: integers, no process group."""

@@ -1,4 +1,4 @@
-"""What a plan costs each rank: bytes of memory, bytes sent in a step, arithmetic. From integers alone.
+"""What a plan costs each rank, from integers alone: memory, bytes sent in a step, arithmetic.
 
 DESIGN.md, "Bytes", has the formulas.
 """
@@ -28,7 +28,7 @@ class PlanSummary:
 
     Attributes:
         grids: of each parameter.
-        structures: the settings of each parameter's state.
+        configs: the settings of each parameter's state.
         stored_spans: for each rank, the spans that it stores.
         assignment: who owns which blocks.
         replicated: whether every rank stores everything.
@@ -49,7 +49,7 @@ class PlanSummary:
 
 
 def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
-    """Bytes on the device of a rank by kind; parameters and gradients are the model's and do not count.
+    """Bytes of device memory of a rank, by kind, without the model's parameters and gradients.
 
     "buffers" are the stacked gradients, the flat buffer, what is sent and received, and where F is
     bfloat16 the seeds.
@@ -68,10 +68,11 @@ def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
 
 
 def traffic(plan: PlanSummary, rank: int) -> dict[str, int]:
-    """Bytes that a rank sends in a step in which every parameter has a gradient, by kind, but for the verdicts.
+    """Bytes that a rank sends in a step, by kind, where every parameter has a gradient.
 
-    "weights": its new weights, to each of the others. "blocks": of blocks that a boundary between
-    ranks cuts, gradients to their owner and updates back.
+    Verdicts (what the ranks agree on) are not counted. "weights": its new weights, to each of the
+    others. "blocks": of blocks that a boundary between ranks cuts, gradients to their owner and
+    updates back.
     """
     sums = dict.fromkeys(TRAFFIC_KINDS, 0)
     if plan.replicated:
@@ -84,13 +85,13 @@ def traffic(plan: PlanSummary, rank: int) -> dict[str, int]:
 
 
 def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> int:
-    """Floating-point operations of a rank in a step, once the Fisher is full; additions and products count one each.
+    """Floating-point operations of a rank in a step, once the Fisher is full.
 
-    For a block of D vectors of r elements: (2D + 1) r² for F, 2D r² for the solutions, and r² +
-    34r³ for A^(−1/2), by 17 products of matrices (p = 1: r² + r³/3 for a Cholesky factor, and for
-    an inverse that is kept 3r³ more); for the polar factor 5 (4s²l + 2s³), s being the smaller and
-    l the larger of D and r. grafting="none" has no polar factor, and 33 products for an exact
-    A^(−1/2).
+    Additions and products count one each. For a block of D vectors of r elements: (2D + 1) r² for
+    F, 2D r² for the solutions, and r² + 34r³ for A^(−1/2), by 17 products of matrices (p = 1: r² +
+    r³/3 for a Cholesky factor, and for an inverse that is kept 3r³ more); for the polar factor 5
+    (4s²l + 2s³), s being the smaller and l the larger of D and r. grafting="none" has no polar
+    factor, and 33 products for an exact A^(−1/2).
     """
     total = 0.0
     for span, run in _block_runs(plan, rank):

@@ -1,7 +1,7 @@
-"""What AdaFisher will cost a model on some ranks, before anything is built: the plan is made from shapes alone.
+"""What AdaFisher will cost a model on some ranks, from its shapes, before anything is built.
 
-It is the plan that training makes, by the same functions, so that the figures are exact where the
-layout is (DeepSpeed pads its partitions as told here; tests compare with real engines).
+It makes the plan that training makes, by the same functions, so the figures are exact where the
+layout is. Partitions are padded as DeepSpeed pads them; tests compare with real engines.
 """
 
 from __future__ import annotations
@@ -227,10 +227,10 @@ def shapes_of(factory: str) -> list[tuple[int, ...]]:
 
 
 def transformer_shapes(parameters: int) -> list[tuple[int, ...]]:
-    """The matrices of a decoder with about so many parameters: d/128 layers of 12 d² each, and an embedding.
+    """The matrix shapes of a decoder with about `parameters` parameters.
 
-    d is a multiple of 128, and the embedding takes what is left. Norms and biases, which cost
-    little, are left out.
+    It has d/128 layers of 12 d² parameters each, and an embedding that takes what is left; d is a
+    multiple of 128. Norms and biases, which cost little, are left out.
 
     Raises:
         ValueError: fewer parameters than the smallest such model has.

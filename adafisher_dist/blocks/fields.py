@@ -19,7 +19,7 @@ class Field(NamedTuple):
 
 
 def fields(block: BlockShape, config: StateConfig) -> tuple[Field, ...]:
-    """What is kept of blocks of this shape, by the names that it has in state dicts and checkpoints.
+    """The state of a block of this shape, by its names in state dicts and checkpoints.
 
     Momentum; F, dense, as a lower triangle, or its diagonal; of rows that share a block the mean
     square of each; and of dense blocks whose factors are kept A^(−p) and the mean curvature that it
@@ -37,11 +37,14 @@ def fields(block: BlockShape, config: StateConfig) -> tuple[Field, ...]:
 
 
 SAVED = ("momentum", "fisher", "square", "factor", "curvature")
-"""The fields that a checkpoint may have of a parameter, each as one 1-d tensor, block after block."""
+"""The fields that a checkpoint may have of a parameter, each a 1-d tensor, block after block."""
 
 
 def saved_numel(field: str, block: BlockShape) -> int:
-    """Elements of a block in the 1-d tensor that a checkpoint has of a field; F is a triangle there however stored."""
+    """Elements of a block in a field's 1-d tensor in a checkpoint.
+
+    F is a triangle there, however it is stored.
+    """
     columns, rows, dense = block
     if field == "momentum":
         return rows * columns

@@ -1,4 +1,4 @@
-"""How one parameter is cut into blocks: integers in closed form, so that a block has no object of its own."""
+"""How one parameter is cut into blocks: closed formulas in integers, no object for each block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST_VOCABULARY = 30_000
 
 
 class BlockShape(NamedTuple):
-    """Of stacked blocks: elements of a row, rows that share a Fisher, and whether that is a matrix."""
+    """Shape of a block: elements of a row, rows that share a Fisher, whether that is a matrix."""
 
     columns: int
     rows: int
@@ -40,7 +40,7 @@ class BlockShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """Blocks of one shape that lie evenly spaced in the flattened parameter: `count` in each of its row groups.
+    """Blocks of one shape, evenly spaced in the flattened parameter: `count` in each row group.
 
     Row v of block c of row group s begins at element start + s·stride + c·columns + v·row_stride. A
     run that is not dense stands for elements with a diagonal Fisher: its shape is (1, 1), and
@@ -144,7 +144,7 @@ class Grid:
         return matrix * self.row_groups_per_matrix + -(-own // (self.row_numel * self.rows))
 
     def fisher_numel(self, row_group: int) -> int:
-        """Elements of the Fisher in the row groups before `row_group`: the measure by which work is shared out."""
+        """Elements of the Fisher in the row groups before `row_group`: they measure the work."""
         dense = min(row_group, self.dense_row_groups)
         whole = (self.pieces - 1) * self.columns**2 + self._last**2
         missing = whole - self._tail**2 if dense * self.row_numel > self.numel and self.rows == 1 else 0
@@ -155,7 +155,10 @@ class Grid:
         return bisect_left(range(self.row_groups), amount, key=self.fisher_numel)
 
     def runs(self, start: int, stop: int) -> Iterator[BlockRun]:
-        """The blocks of the elements [start, stop), both where row groups begin; of each shape in order."""
+        """Runs of the blocks of elements [start, stop), those of each shape in order.
+
+        Row groups have to begin at both `start` and `stop`.
+        """
         first, last = self.row_group_from(start), self.row_group_from(stop)
         dense_last = max(first, min(last, self.dense_row_groups))
         whole, rest = divmod(self.matrix_numel, self.row_numel * self.rows)
@@ -173,7 +176,7 @@ class Grid:
             yield BlockRun(BlockShape(1, 1, False), begin, 1, count, 1, count, dense_last * self.pieces, 0)
 
     def blocks_by_shape(self, stop: int) -> Counter[BlockShape]:
-        """How many blocks of each shape the elements before `stop`, where a row group begins, fill."""
+        """How many blocks of each shape lie before element `stop`, where a row group begins."""
         blocks: Counter[BlockShape] = Counter()
         for run in self.runs(0, stop):
             blocks[run.shape] += run.num_blocks
@@ -238,7 +241,7 @@ def grid_of(shape: Sequence[int], config: StateConfig) -> Grid:
 
 
 def view(shape: Sequence[int]) -> tuple[int, int, int]:
-    """What a parameter is seen as: so many matrices, of so many rows, of so many elements (DESIGN.md, section 2).
+    """A parameter as matrices: their number, rows, and elements of a row (DESIGN.md, section 2).
 
     Dimensions of 1 do not count. What is left is a vector (one matrix of one row); a matrix; or
     more dimensions, of which short ones at the end are a convolution's window and belong to its
@@ -259,5 +262,5 @@ def _is_table(rows: int, row_numel: int) -> bool:
 
 
 def _even(total: int, most: int) -> int:
-    """The length of parts of at most `most`, as few and as equal as can be, of which only the last may be shorter."""
+    """Length of the fewest, most equal parts of at most `most`; only the last may be shorter."""
     return -(-total // -(-total // most))

@@ -1,4 +1,7 @@
-"""Which elements of its parameters each rank stores, by layout. Integers only, so that they can also be foretold."""
+"""Which elements of its parameters each rank stores, by layout.
+
+Integers only, so that `estimate` can use it before anything is built.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def everywhere(numels: Sequence[int], world: int) -> StoredSpans:
 
 
 def in_partitions(offsets: Sequence[int], numels: Sequence[int], length: int, world: int) -> StoredSpans:
-    """The parameters lie in one flat buffer at `offsets`, of which each rank has a partition of `length` elements."""
+    """Parameters lie at `offsets` of a flat buffer; each rank's partition has `length` elements."""
     stored_spans: list[list[StoredSpan]] = [[] for _ in range(world)]
     for offset, number in sorted(zip(offsets, range(len(numels)), strict=True)):
         numel = numels[number]
@@ -30,7 +33,7 @@ def in_partitions(offsets: Sequence[int], numels: Sequence[int], length: int, wo
 
 
 def one_by_one(numels: Sequence[int], lengths: Sequence[int], world: int) -> StoredSpans:
-    """Each rank has `lengths[i]` elements of parameter i, padding included, one parameter after the other."""
+    """Each rank has `lengths[i]` elements of parameter i, padding included, one after the other."""
     stored_spans: list[list[StoredSpan]] = [[] for _ in range(world)]
     for number, (numel, length, end) in enumerate(zip(numels, lengths, accumulate(lengths), strict=True)):
         for rank, places in enumerate(stored_spans):
@@ -52,7 +55,10 @@ def by_rows(shapes: Sequence[Sequence[int]], world: int) -> StoredSpans:
 
 
 def rows_of(shape: Sequence[int], rank: int, world: int) -> tuple[int, int]:
-    """The elements that a rank holds where `torch.chunk` cuts the rows: ⌈R/W⌉ each, the last ranks fewer or none."""
+    """The elements of a rank, [start, stop), where `torch.chunk` cuts the rows.
+
+    Each rank has ⌈R/W⌉ rows; the last ranks have fewer or none.
+    """
     numel, rows = prod(shape), shape[0]
     chunk = -(-rows // world) * (numel // max(1, rows))
     return min(numel, rank * chunk), min(numel, (rank + 1) * chunk)

@@ -1,4 +1,4 @@
-"""Which rank owns which blocks, and the routes by which pieces reach their owner. Integers only, no process group."""
+"""Which rank owns which blocks, and how pieces reach their owners: integers, no process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adafisher_dist.blocks.spans import Span
 
 @dataclass(frozen=True, slots=True)
 class StoredSpan:
-    """A span that a rank stores: it begins `offset` elements into that rank's tensor number `tensor`."""
+    """A span that a rank stores; it begins at element `offset` of the rank's tensor `tensor`."""
 
     span: Span
     tensor: int
@@ -23,7 +23,10 @@ class StoredSpan:
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """Elements that lie in a stored tensor and, on their owner, in the flat buffer (the owner's elements in a row)."""
+    """Elements that lie in a stored tensor, and in the flat buffer of their owner.
+
+    The flat buffer holds all elements of an owner in a row.
+    """
 
     rank: int  # the other end of the transfer
     tensor: int
@@ -34,7 +37,7 @@ class TensorPiece:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How one rank's gradients reach the owners of their blocks; read backwards, how the updates come back.
+    """How a rank's gradients reach the owners of their blocks; in reverse, how updates come back.
 
     `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer,
     `receive` enters this rank's; both are ordered by rank, and within a rank both ends list the
@@ -68,7 +71,11 @@ class Assignment:
 
 
 def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], replicated: bool) -> Assignment:
-    """Equal runs of row groups where every rank stores everything; otherwise each to who stores its first element."""
+    """Assign every block to a rank.
+
+    Where every rank stores everything, the ranks get equal runs of row groups. Otherwise a row
+    group belongs to the rank that stores its first element.
+    """
     owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     by_rank = [cut(spans, grids, parts) for spans in owned]
@@ -130,7 +137,10 @@ def _owned(span: Span, grids: Sequence[Grid]) -> Span | None:
 
 
 def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: int) -> Route:
-    """How `rank` passes on what it stores and is sent what it owns, where every element is stored on one rank."""
+    """How `rank` sends what it stores and receives what it owns.
+
+    Every element has to be stored on one rank.
+    """
     send = [piece for owner in range(len(owned)) for piece in _pieces(stored[rank], owned[owner], owner)]
     receive = [piece for source in range(len(stored)) for piece in _pieces(stored[source], owned[rank], source)]
     return Route(
@@ -168,7 +178,7 @@ def _pieces(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[Tenso
 
 
 def merged(pieces: Sequence[TensorPiece]) -> tuple[TensorPiece, ...]:
-    """The same pieces, those that go on where the one before ends, in the tensor and in the flat buffer, as one."""
+    """Join pieces that continue the one before, both in the tensor and in the flat buffer."""
     result: list[TensorPiece] = []
     for piece in pieces:
         last = result[-1] if result else None
@@ -199,5 +209,5 @@ def work(spans: Spans, grids: Sequence[Grid]) -> int:
 
 
 def digest(*parts: object) -> int:
-    """A 62-bit fingerprint of anything whose repr is exact: what ranks compare to know that they made one plan."""
+    """A 62-bit fingerprint of anything with an exact repr; ranks compare it to find differences."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2

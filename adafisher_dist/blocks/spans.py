@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Elements [start, stop) of a parameter that is flattened row-major and has `numel` elements in all."""
+    """Elements [start, stop) of a parameter, flattened row-major, with `numel` elements in all."""
 
     parameter: int
     numel: int

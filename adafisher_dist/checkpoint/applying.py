@@ -27,7 +27,7 @@ from adafisher_dist.state.shard import Shard
 
 
 def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: Checked) -> None:
-    """Restore everything. A failure in here leaves the optimizer incomplete, which then refuses to step."""
+    """Restore everything. A failure leaves the optimizer incomplete: it then refuses to step."""
     hosts, manifest = target.hosts, opened.manifest
     shards: list[Shard] = []
     wanted: list[Range] = []
@@ -91,7 +91,7 @@ def chosen_tensors(target: CheckpointTarget, matched: Match) -> list[tuple[Tenso
 
 
 def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
-    """What the optimizer steps, in the order of its param groups, and the names of the parameters in each."""
+    """The tensors that the optimizer steps, in param group order, with their parameters' names."""
     names = target.names
     if target.wrapper is None:
         return [(tensor, [names[info.position]]) for tensor, info in target.access.parameters()]
@@ -118,7 +118,7 @@ def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards
 
 
 def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
-    """For each parameter of a shard that is restored: its name in the checkpoint, and what its state is built for."""
+    """Checkpoint name and state config of each parameter of a shard whose state is restored."""
     names = target.names
     for parameter in shard.storage.parameters:
         old = matched.states.get(names[parameter.info.position])
@@ -127,7 +127,7 @@ def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator
 
 
 def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
-    """Whether the checkpoint has what is kept here of a parameter's factors, made with the same exponent."""
+    """Whether the checkpoint has the factors kept here, if any, made with the same exponent."""
     there = manifest.about["optimizer"]["state"][old]["structure"]
     return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
 

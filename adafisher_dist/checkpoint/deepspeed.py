@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed engines: what an engine has besides model and optimizer, and DeepSpeed's own files."""
+"""DeepSpeed checkpoints: engine state besides model and optimizer, and DeepSpeed's own files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save_engine(
 def load_engine(
     engine: Any, load_dir: str | os.PathLike[str], tag: str | None, options: Options, counters: bool, schedule: bool
 ) -> tuple[str | None, Any]:
-    """See `ds.load_checkpoint`; `counters` and `schedule` tell whether those of the engine are restored."""
+    """See `ds.load_checkpoint`; `counters` and `schedule`: whether to restore the engine's."""
     target = _training(engine)
     root = Path(load_dir).absolute()
     name = _tag_to_load(target, root, tag)
@@ -95,11 +95,12 @@ def save_with_deepspeed(
     original: Callable[..., Any], engine: Any, save_dir: Any, tag: Any, client_state: Any, save_latest: bool,
     exclude_frozen_parameters: bool, more: Mapping[str, Any],
 ) -> Any:  # fmt: skip
-    """Let DeepSpeed write its files, and put AdaFisher's state, and all that a load elsewhere needs, beside them.
+    """Save our own checkpoint, then let DeepSpeed write its files beside it.
 
-    DeepSpeed would save the optimizer state of rank 0 only at stage 0, and at other stages parts
-    that fit no other world size. A load reads ours alone, so a client state that only a pickle
-    could hold is refused.
+    Ours holds AdaFisher's state, and all that a load at another world size needs. DeepSpeed alone
+    would save only rank 0's optimizer state at stage 0, and at other stages parts that fit no other
+    world size. A load reads only our files, so a client state that only a pickle could hold is
+    refused.
     """
     target = _training_to_save(engine, exclude_frozen_parameters)
     tag = _same_tag(target, tag, engine)
@@ -119,7 +120,9 @@ def save_with_deepspeed(
 def load_with_deepspeed(
     original: Callable[..., Any], engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]
 ) -> Any:
-    """Load what `save_with_deepspeed` saved, from our files alone; of what others saved, the weights, if asked for.
+    """Load what `save_with_deepspeed` saved, or the weights of another optimizer's checkpoint.
+
+    The former is read from our files alone; the latter needs a load without optimizer states.
 
     Raises:
         CheckpointError: see `ds.load_checkpoint`; or AdaFisher's state is asked for, and is not

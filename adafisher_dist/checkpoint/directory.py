@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, and how it is published: under a temporary name until it is complete, then by one rename.
+"""Checkpoint folders: written under a temporary name, published by one rename when complete.
 
 ROOT/TAG            a checkpoint
 ROOT/latest         the tag of the newest one
@@ -134,7 +134,7 @@ class CheckpointDirectory:
             logger.warning("%s is saved; what it replaces could not be taken away: %s", self.folder, error)
 
     def discard(self) -> None:
-        """Take away what was written of a save that failed, and give what it was to replace its name again."""
+        """Delete what a failed save wrote, and restore the checkpoint that it was to replace."""
         try:
             for path in (self.saving, self.root / f".{LATEST}.saving"):
                 if path.exists():
@@ -230,7 +230,7 @@ def checkpoint_directory(path: Path) -> CheckpointDirectory:
 
 
 def is_in_place(folder: Path, handle: int) -> bool:
-    """Whether a checkpoint's folder that was opened has its name still, and is not about to be deleted."""
+    """Whether an opened checkpoint folder still has its name, and is not about to be deleted."""
     try:
         there, here = folder.stat(), os.fstat(handle)
     except OSError:  # also where a file system over a network has forgotten it
@@ -246,7 +246,9 @@ def _name_before(replaced: Path) -> Path:
 
 
 def find(where: Callable[[], CheckpointDirectory]) -> tuple[CheckpointDirectory, Path]:
-    """The place that `where` gives, and the folder of its checkpoint; looks twice, since a save may have just moved it.
+    """The place that `where` gives, and the folder of its checkpoint.
+
+    Looks twice, since a save may just have moved it.
 
     Raises:
         CheckpointError: there is none, or it cannot be looked for.
@@ -275,7 +277,10 @@ def _remove(path: Path) -> None:
 
 
 def _roll_back(replaced: Path) -> None:
-    """A save was killed while it replaced a checkpoint: give the old one its name again, or take it away."""
+    """Undo an interrupted replacement of a checkpoint, or complete it.
+
+    The old checkpoint gets its name again, or is deleted if the new one already has that name.
+    """
     folder = _name_before(replaced)
     if (folder / MANIFEST).is_file():
         _remove(replaced)

@@ -1,4 +1,7 @@
-"""What a load will apply, tried before anything changes: on copies, or in place, where what it had is put back."""
+"""Try what a load will apply, before anything changes.
+
+It is tried on copies, or in place, where the previous state is kept to put it back.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,9 @@ def _is_number(value: Any) -> bool:
 
 
 def scheduler(own: Any, state: Any, target: CheckpointTarget) -> None:
-    """Load a saved state into a copy of the scheduler; where it cannot be copied into itself, and back.
+    """Load a saved state into a copy of the scheduler.
+
+    A scheduler that cannot be copied loads it in place, and then gets its own state back.
 
     Raises:
         CheckpointError: it is no state of this scheduler.
@@ -135,11 +140,14 @@ _PROGRESS = ("last_epoch", "base_lrs", "last_batch_iteration")
 
 
 def _check_alike(own: Any, saved: Any) -> None:
-    """A scheduler of torch takes any dict as its state; one of another kind would fail, or train otherwise, later.
+    """Refuse a state of another kind of scheduler.
+
+    torch's schedulers take any dict as their state. A wrong one would fail later, or train
+    differently.
 
     Raises:
-        ValueError: an entry that is a number, a string, a list, … here, is none there; or it lacks
-            the progress.
+        ValueError: an entry that is a number, a string, a list, … here has another type there; or
+            the progress is missing.
     """
     if not isinstance(own, dict):
         return

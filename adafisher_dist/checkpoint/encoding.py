@@ -1,7 +1,8 @@
-"""What is not a tensor of the model or the optimizer, as JSON: schedulers, client state, counters. Nothing is pickled.
+"""JSON for all that is no tensor of model or optimizer: schedulers, client state, counters.
 
-Plain values are JSON's own. What JSON lacks is an object with one key that begins with "$":
-{"$tuple": […]}. Tensors and arrays are put aside, and stand in the JSON by their number.
+Nothing is pickled. Plain values are JSON's own. What JSON lacks is an object with one key that
+begins with "$": {"$tuple": […]}. Tensors and arrays are put aside, and stand in the JSON by their
+number.
 """
 
 from __future__ import annotations

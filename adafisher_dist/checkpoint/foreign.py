@@ -1,8 +1,8 @@
-"""What another optimizer's run saved with DeepSpeed alone: its weights, where the user asks for no more.
+"""Load weights that another optimizer's run saved with DeepSpeed alone.
 
 DeepSpeed's files are pickles, which can run any code. They are read as plain data (`torch.load`'s
-weights_only), and what is more than that is refused. Their optimizer states fit their own optimizer
-alone.
+weights_only), and what is more than that is refused. Their optimizer states fit only their own
+optimizer: a load that asks for them is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _RESTRICT, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONL
 def load(
     original: Callable[..., Any], engine: Any, hosts: HostGroup, root: Path, tag: str, flags: Mapping[str, Any]
 ) -> Any:
-    """Load the weights by DeepSpeed's own function, and with them what else it is asked for. A collective.
+    """Load the weights, and what else is asked for, by DeepSpeed's own function. A collective.
 
     Args:
         original: DeepSpeed's load_checkpoint.

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, options: Options) -> Loaded:
-    """Load from the place that `where` finds. A collective; the caller has waited for the last save.
+    """Load what `where` finds. A collective; the caller has waited for the last save.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
@@ -62,14 +62,14 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
 def _open_together(
     where: Callable[[], CheckpointDirectory], target: CheckpointTarget, options: Options, stack: ExitStack
 ) -> tuple[OpenCheckpoint, Match, set[str]]:
-    """Hold the same checkpoint open on all ranks, with all files that this one reads; the stack lets go of it.
+    """Open the same checkpoint on all ranks, with all files that this one reads; `stack` closes it.
 
     Where another save replaces it meanwhile, the ranks open what is there then. Nothing that they
-    hold changes after that, so that it is enough to compare the ids of what they hold.
+    hold changes after that, so it is enough to compare the ids of what they hold.
 
     Returns:
-        It, what of it fits, and the files that this rank reads. Those that it only checks are held
-        too.
+        The checkpoint, what of it fits, and the files that this rank reads. Those that it only
+        checks are held too.
 
     Raises:
         CheckpointError: on all ranks: there is none, its manifest is damaged, or it is replaced
@@ -130,7 +130,7 @@ def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Opt
 
 
 def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[str, int, int]]:
-    """The ranges of the state's tensors that this rank will own, planned without memory for them."""
+    """The ranges of state tensors that this rank will own, planned without allocating them."""
     groups = [{**group} for group in target.optimizer.param_groups]
     for number, size in matched.block_sizes.items():
         groups[number]["block_size"] = size
@@ -212,10 +212,10 @@ def _check(
 
 
 def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
-    """What `work` returns, which applies to copies what a save wrote: what fails in it was not written by a save.
+    """Do `work`, which tries what the checkpoint holds, and return its result.
 
     Raises:
-        CheckpointError: says so.
+        CheckpointError: `work` failed: no save wrote such values, or they do not fit.
     """
     try:
         return work()
@@ -238,7 +238,7 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
 
 
 def _values(opened: OpenCheckpoint) -> dict[str, Any]:
-    """The other values by name, those of the model's modules ("extra_state"), and of the param groups ("settings")."""
+    """The other values by name; the modules' as "extra_state", the param groups' as "settings"."""
     tensors, manifest = [], opened.manifest
     for number, entry in enumerate(manifest.about["value_tensors"]):
         key = f"value/{number}"

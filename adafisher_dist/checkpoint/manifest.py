@@ -1,9 +1,9 @@
-"""What a checkpoint folder holds: manifest.json, which lists every file with its checksum and every tensor with its
-place, and the shards, which are safetensors files.
+"""What a checkpoint folder holds: manifest.json, and the shards, which are safetensors files.
 
-A shard is the 8-byte length of a JSON header, the header, and the tensors' bytes. A tensor there is a range of a global
-1-d tensor: "fisher/layer.weight[0:4096]".
-"""  # noqa: D205
+manifest.json lists every file with its checksum, and every tensor with its place. A shard is the
+8-byte length of a JSON header, the header, and the tensors' bytes. A tensor there is a range of a
+global 1-d tensor: "fisher/layer.weight[0:4096]".
+"""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest whose checksum is right, but which was not made by a save: it may lead to other files."""
+    """Refuse a manifest with a right checksum that no save made: it may lead to other files."""
     for name in manifest.files:
         if Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder.")

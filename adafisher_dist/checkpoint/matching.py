@@ -1,4 +1,7 @@
-"""What of a checkpoint fits a model and its optimizer, by names, shapes and settings, before anything changes."""
+"""Find what of a checkpoint fits a model and its optimizer, by names, shapes and settings.
+
+This is done before a load changes anything.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,7 @@ def refuse(found: Match, what: str) -> None:
 
 
 def check_stored(manifest: Manifest, target: CheckpointTarget, found: Match, what: str) -> None:
-    """Whether the tensors that will be read are there, and as large as the manifest's own facts make them.
+    """Check that the tensors to be read exist, and are as large as the manifest's facts say.
 
     Raises:
         CheckpointError: one is not: the manifest contradicts itself.
@@ -229,12 +232,15 @@ def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
 
 
 def _grid(settings: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """The blocks of a parameter: other settings may make the same, as block sizes above its rows' length do."""
+    """The blocks of a parameter.
+
+    Other settings may make the same blocks, as block sizes above the length of its rows do.
+    """
     return make_grid(shape, **{key: settings[key] for key in _OF_GRID})
 
 
 def _alike(own: Grid, there: Grid) -> bool:
-    """Whether the state is of the same blocks. Elements that are alone have no blocks to tell apart."""
+    """Whether the state of one grid fits the other: the same blocks, or no dense ones in either."""
     return own == there or not (own.dense_row_groups or there.dense_row_groups)
 
 
@@ -245,7 +251,10 @@ def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping
 
 
 def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:
-    """Where all parameters of a param group come from one group of the checkpoint, it takes that one's settings."""
+    """Choose the checkpoint's group whose settings each param group takes.
+
+    It is the one that all its parameters come from; if they come from several, it takes none.
+    """
     number_of = {name: i for i, group in enumerate(manifest.about["optimizer"]["groups"]) for name in group["names"]}
     for number, names in enumerate(members_of_groups(target)):
         sources = {number_of[fitting[name]] for name in names if fitting.get(name) in number_of}
@@ -262,7 +271,7 @@ def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
 
 
 def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a saved param group that an optimizer takes over; OWN_SETTINGS stay its own."""
+    """The settings that an optimizer takes from a saved param group; it keeps its OWN_SETTINGS."""
     return {key: value for key, value in saved.items() if key not in (*OWN_SETTINGS, "params", "param_names")}
 
 

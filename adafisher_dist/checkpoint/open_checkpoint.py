@@ -1,8 +1,8 @@
-"""A checkpoint that is held open: what is read of it is what was found, whatever becomes of its names meanwhile.
+"""A checkpoint held open, so that reads do not change when it is renamed or deleted meanwhile.
 
-A save beside it may replace or delete the checkpoint at any moment. So a load opens the folder
-once, and all files that it will read relative to that; a rename then changes nothing for it, and
-what is deleted stays readable until it ends.
+Another save may replace or delete the checkpoint at any moment. So a load opens the folder once,
+and all files that it will read relative to that; a rename then changes nothing for it, and what is
+deleted stays readable until it ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 class Vanished(CheckpointError):
-    """The checkpoint was replaced or deleted while it was being opened: there may be another in its place."""
+    """The checkpoint was replaced or deleted while it was opened; another may be in its place."""
 
 
 class OpenCheckpoint:
@@ -94,7 +94,7 @@ class OpenCheckpoint:
             os.close(self._handles.pop(name))
 
     def hold(self, names: Iterable[str]) -> None:
-        """Open files, for `problems` and `read_at`. One that cannot be opened is a problem that `problems` tells.
+        """Open files for `problems` and `read_at`; `problems` reports those that cannot be opened.
 
         Raises:
             Vanished: one is not there any more.
@@ -118,11 +118,11 @@ class OpenCheckpoint:
 
     @property
     def held(self) -> set[str]:
-        """The files that were asked for: those that are open, and those that could not be opened."""
+        """The files asked for: those that are open, and those that could not be opened."""
         return {*self._handles, *self._unreadable}
 
     def problems(self, names: Iterable[str], checksums: bool) -> list[str]:
-        """What is wrong with these files, which are held; reads all their bytes, but for checksums=False."""
+        """What is wrong with these held files; reads all their bytes, unless checksums=False."""
         found = (self._problem(name, checksums) for name in names)
         return [problem for problem in found if problem is not None]
 
@@ -187,7 +187,7 @@ class OpenCheckpoint:
             return f"{name} cannot be read ({error.strerror or error})"
 
     def _problem_of_header(self, name: str, handle: int, nbytes: int) -> str | None:
-        """A shard tells the checkpoint that it belongs to, and where its tensors are: as the manifest does, or not."""
+        """Where a shard's header contradicts the manifest: the checkpoint's id, or its tensors."""
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
         try:
             header = json.loads(os.pread(handle, length, 8)) if length <= min(nbytes - 8, _LONGEST_HEADER) else None
@@ -231,7 +231,9 @@ def vanished(folder: Path) -> Vanished:
 def open_checkpoint(
     where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]] = lambda _: ()
 ) -> OpenCheckpoint:
-    """Open the checkpoint that `where` finds, and hold those of its files; again, where a save replaces it meanwhile.
+    """Open the checkpoint that `where` finds, and hold `files` of it.
+
+    Tries again where a save replaces it meanwhile.
 
     Raises:
         CheckpointError: there is none, its manifest is damaged, or it is replaced again and again.
@@ -272,7 +274,7 @@ def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]])
 
 
 def _allow(files: int) -> None:
-    """Let this process hold so many files open besides those that it has, as far as it may; it stays so."""
+    """Raise the limit of open files to `files` + _OTHERS, as far as allowed; it stays raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = files + _OTHERS
     if soft != resource.RLIM_INFINITY and needed > soft:

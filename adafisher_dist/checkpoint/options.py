@@ -40,7 +40,10 @@ class Options:
 
 @dataclass(slots=True)
 class Loaded:
-    """What was found: folder, manifest, the other values by name, what was not restored, and what had been left out."""
+    """What a load found.
+
+    Folder, manifest, the other values by name, what was not restored, and what had been left out.
+    """
 
     folder: Path
     about: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""This process's random number generators: Python's, numpy's, torch's on the CPU and on its accelerator."""
+"""This process's random number generators: Python's, numpy's and torch's (CPU, accelerator)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's part of a checkpoint: ranges of global 1-d tensors, and where they lie in this rank's memory.
+"""A rank's part of a checkpoint: ranges of global 1-d tensors, and their places in its memory.
 
 A parameter's momentum is the 1-d tensor of its elements, its Fisher that of its blocks, one after
 the other in the order of the grid. A rank owns consecutive blocks, so that its state is a range of
@@ -35,7 +35,7 @@ _PART_NUMEL = 2**14
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RangePiece:
-    """Memory of this rank, of any shape, and where its elements are in the range: an offset, a stride a dimension.
+    """Memory of this rank, of any shape, and its place in a range: an offset, a stride a dimension.
 
     Where `symmetric`, the memory is whole blocks, (…, B, B), and the range has their lower
     triangles, (…, T).
@@ -129,7 +129,7 @@ def of_tensor(key: str, values: Tensor, start: int, stop: int, total: int) -> It
 
 
 def share(values: Tensor, number: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The elements of replicated tensor `number` that a rank writes, so that all write about as much."""
+    """The elements of replicated tensor `number` that a rank writes, balanced over the ranks."""
     numel = values.numel()
     part = max(_PART_NUMEL, -(-numel // ranks)) if values.is_contiguous() else max(1, numel)
     index = (rank - number) % ranks
@@ -137,13 +137,15 @@ def share(values: Tensor, number: int, rank: int, ranks: int) -> tuple[int, int]
 
 
 def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
-    """The state of the blocks that this rank owns: keys momentum/NAME, fisher/NAME, where vectors share blocks
-    square/NAME, and where factors are kept factor/NAME and curvature/NAME.
+    """The state of the blocks that this rank owns.
+
+    Keys are momentum/NAME and fisher/NAME; square/NAME where vectors share blocks; factor/NAME and
+    curvature/NAME where factors are kept.
 
     Args:
         shard: the shard.
         names: for each parameter of the shard that takes part, its name in the checkpoint.
-    """  # noqa: D205
+    """
     places: dict[int, dict[BlockShape, tuple[BlockStack, int]]] = {}
     for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
         for segment in segments:
@@ -159,7 +161,7 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
 def _of_blocks(
     name: str, grid: Grid, owned: Span, part: Span, places: Mapping[BlockShape, tuple[BlockStack, int]]
 ) -> Iterator[Range]:
-    """The state of the blocks of `part`, a part of the owned span; `places` tells their stacks by their shapes."""
+    """The state of the blocks in `part` of the owned span; `places` gives each shape's stack."""
     before = grid.blocks_by_shape(owned.start)
     upto = grid.blocks_by_shape(part.start)
     row_groups = grid.row_group_from(part.start), grid.row_group_from(part.stop), grid.row_groups
@@ -178,7 +180,7 @@ def _of_blocks(
 
 
 def _piece(field: str, grid: Grid, run: BlockRun, rows: Tensor, start: int) -> RangePiece:
-    """A field of a run of blocks, a row group after the other, and its places in the range that begins at `start`."""
+    """A field of a run of blocks, by row group, and its places in the range from `start` on."""
     # Before it in its row group: blocks of as many columns as the grid's.
     row_group, before = divmod(run.first_block, grid.pieces)
     shape: tuple[int, ...] = (rows[0].numel(),)

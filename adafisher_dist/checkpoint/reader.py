@@ -1,4 +1,4 @@
-"""Reads ranges through torch.distributed.checkpoint, whatever ranges and dtypes they were written in."""
+"""Reads ranges through torch.distributed.checkpoint, whatever ranges and dtypes were written."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
-        """Read every item into the tensor that the planner names, converting the dtype where it differs."""
+        """Read every item into the tensor that the planner names, converting dtypes that differ."""
         with self.hosts.at_work():
             self._read(plan, planner)
         future: Future[None] = Future()

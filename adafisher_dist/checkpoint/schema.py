@@ -1,4 +1,4 @@
-"""Whether what a manifest says can be what a save wrote: the type and the bounds of every value that a load relies on.
+"""Check the type and bounds of every value in a manifest that a load relies on.
 
 A manifest whose checksum is right may still have been made by something else than a save. Whatever
 is wrong in it is found here, before a load changes anything, and not by the code that applies it.
@@ -63,7 +63,7 @@ def whole_number_in(value: Any, key: str, where: str, low: int = 0) -> int:
 
 
 def whole_numbers(values: Mapping[str, Any], names: Sequence[str], where: str, low: int = 0) -> None:
-    """Those entries of an object that there are should be whole numbers from `low` on; raises as `whole_number_in`."""
+    """Check each of these entries that is present with `whole_number_in`; raises as it does."""
     for name in names:
         if name in values:
             whole_number_in(values, name, where, low)
@@ -147,7 +147,7 @@ def _check_counters(entry: Any, name: str) -> None:
 
 
 def _check_structure(entry: Any, name: str, shape: Sequence[int] | None) -> None:
-    """Of the state of a parameter of this shape; of an old version's state, whether it kept factors."""
+    """Check a state's structure for this shape; without one (old version), only keeps_factors."""
     where, inner = f"the state of {name}", f"structure of {name}"
     structure = _object(entry, "structure", where)
     if type(_entry(structure, "keeps_factors", inner)) is not bool:
@@ -186,7 +186,7 @@ def _check_values(about: Mapping[str, Any], tensors: Mapping[str, Any], dtypes: 
 
 
 def _check_keys(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Each tensor is something that the facts tell of; whether those tell of more is asked of what is loaded."""
+    """Refuse tensors that the facts do not mention; a load refuses missing ones that it needs."""
     model, state = about["model"], about["optimizer"]["state"]
     of_state = dict.fromkeys(_OF_STATE, state)
     without_factors = {name: entry for name, entry in state.items() if not entry["structure"]["keeps_factors"]}

@@ -1,4 +1,4 @@
-"""The optimizer's state for `dcp.save` and `dcp.load` of torch, which save and load an object's parts on every rank."""
+"""The optimizer's state for torch's `dcp.save` and `dcp.load`, where each rank does its part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adafisher_dist.optimizer.adafisher import AdaFisher
 
 
 class OptimizerState:
-    """AdaFisher's state as torch's `Stateful`, for trainers that save through torch.distributed.checkpoint.
+    """AdaFisher's state as torch's `Stateful`, for trainers that use torch.distributed.checkpoint.
 
         parts = {"model": model, "optimizer": OptimizerState(model, optimizer)}
         dcp.save(parts, checkpoint_id="ckpt/step100")
@@ -39,7 +39,7 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every parameter that can be trained, and the settings. A collective: all ranks call it.
+        """Settings, and the state of every trainable parameter. A collective: all ranks call it.
 
         Raises:
             RuntimeError: on all ranks: one of them has no room for its part.
@@ -58,7 +58,7 @@ class OptimizerState:
         return {"state": named, "settings": _settings(target)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what `dcp.load` has put into what `state_dict` returned. A collective: all ranks call it.
+        """Restore what `dcp.load` put into `state_dict`'s result. A collective: all ranks call it.
 
         Raises:
             ValueError: it does not fit the parameters or the settings; nothing has changed.

@@ -1,4 +1,4 @@
-"""A model and its optimizer as a checkpoint sees them: named tensors, the ranges that this rank holds, and facts."""
+"""A model and optimizer as a checkpoint sees them: named tensors, this rank's ranges, and facts."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
 def _by_first_name(
     named: Iterable[tuple[str, Tensor]], first: dict[int, str], aliases: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Tensors by name, each once; `first` and `aliases` take the first name of each, by its id, and the other names."""
+    """Each tensor by its first name; fills `first` (id → first name), `aliases` (other → first)."""
     found: dict[str, Tensor] = {}
     for raw, tensor in named:
         name = clean(raw)
@@ -126,7 +126,7 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def clean(name: str) -> str:
-    """A parameter's name without what torch.compile, activation checkpointing and the like put into it."""
+    """A parameter's name without what torch.compile, activation checkpointing and others add."""
     for part in _IN_NAMES:
         name = name.replace(part, "")
     return name
@@ -161,7 +161,7 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
-    """Where this rank has what of each parameter and buffer: in a wrapper's fp32 tensors, or in the model itself."""
+    """This rank's part of each parameter and buffer: in a wrapper's fp32 tensors, or the model."""
     names, held = target.names, {}
     for storage in target.storages():
         group = storage.group
@@ -313,7 +313,7 @@ def layout_of(target: CheckpointTarget) -> str:
 
 @contextmanager
 def partitioned(wrapper: Any) -> Iterator[None]:
-    """While ZeRO-3 has every parameter partitioned, as DeepSpeed's own checkpoints ask for. A collective there."""
+    """Keep ZeRO-3 parameters partitioned, as DeepSpeed's checkpoints need. A collective there."""
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
     try:

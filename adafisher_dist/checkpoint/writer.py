@@ -52,7 +52,10 @@ _BYTES_BETWEEN_SYNCS = 1 << 28
 
 
 class RangeSavePlanner(DefaultSavePlanner):
-    """Offers a rank's ranges; torch's own planner joins those of all ranks and checks that they cover each tensor."""
+    """Offers a rank's ranges.
+
+    torch's own planner joins those of all ranks and checks that they cover each tensor.
+    """
 
     def __init__(self, ranges: Sequence[Range]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -89,7 +92,7 @@ def _write_item(range_: Range) -> WriteItem:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What a rank tells the coordinator of one range: its place, and the file's length and checksum."""
+    """What a rank tells the coordinator of a range: its place, its file's length and checksum."""
 
     chunk: Chunk
     file: File
@@ -115,7 +118,7 @@ class ShardWriter(StorageWriter):
         """Nothing is kept between saves."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the folder, before any rank writes: they first send their plans to the coordinator."""
+        """Make the folder before any rank writes: they first send plans to the coordinator."""
         with self.hosts.at_work():
             if is_coordinator:
                 self.place.prepare()
@@ -203,7 +206,7 @@ class ShardWriter(StorageWriter):
 
 
 def _layout(items: Sequence[WriteItem], name: str, of: str) -> tuple[bytes, list[Chunk]]:
-    """The header of the safetensors file of the checkpoint with the id `of`, and where each range begins in it."""
+    """The safetensors header, with the checkpoint's id `of`, and each range's place in the file."""
     entries: dict[str, Any] = {}
     begin = 0
     for item in items:
@@ -237,7 +240,10 @@ class _Direct:
 def _stream(
     file: BinaryIO, header: bytes, items: Sequence[WriteItem], planner: Any, pool: _Direct | ThreadPoolExecutor
 ) -> int:
-    """Write header and ranges; the checksum of all bytes. One range is packed while the last one is written."""
+    """Write header and ranges, and return the checksum of all bytes.
+
+    One range is packed while the one before is written.
+    """
     progress = Progress(f"writing {file.name}", sum(map(_nbytes, items)))
     unsynced = file.write(header)
     crc32 = zlib.crc32(header)
@@ -273,7 +279,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 class Progress:
-    """Tells from time to time how far a long transfer is, and ranks that wait for it that it goes on."""
+    """Logs from time to time how far a long transfer is; tells waiting ranks that it goes on."""
 
     def __init__(self, what: str, nbytes: int) -> None:
         self.what, self.nbytes, self.done = what, nbytes, 0

@@ -1,1 +1,1 @@
-"""How ranks talk: the only collectives, groups of hosts, timeouts that name who is missing, errors that wait."""
+"""All collectives; host groups, timeouts that name missing ranks, and deferred errors."""

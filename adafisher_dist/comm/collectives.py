@@ -23,11 +23,11 @@ from adafisher_dist.comm.host_groups import STEP, host_group
 from adafisher_dist.comm.timeouts import meetings
 
 sent: Counter[str] = Counter()
-"""Bytes that this process has sent for steps, by what they were (DESIGN.md, "Bytes"): weights, blocks, verdicts."""
+"""Bytes that this process has sent in steps: weights, blocks, verdicts (DESIGN.md, "Bytes")."""
 
 
 class Waits:
-    """How long a step waits for other ranks: on the host, and on an accelerator, whose stream waits instead."""
+    """How long a step waits for other ranks: on the host, or on the stream of an accelerator."""
 
     def __init__(self) -> None:
         self._on_host = 0.0
@@ -66,7 +66,7 @@ def measure_waits(waits: Waits | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks that share the blocks. `handle` is None for one process without torch.distributed."""
+    """The ranks that share the blocks; `handle` is None where torch.distributed is not used."""
 
     handle: dist.ProcessGroup | None
     rank: int
@@ -98,7 +98,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CommBuffer:
-    """A 1-d tensor and what of it is sent: the same tensor, or a copy on a device that the backend knows.
+    """A 1-d tensor and what is sent: the tensor itself, or a copy on a device the backend knows.
 
     Made once, since allocating may fail, and a rank that fails between two collectives leaves the
     others waiting.
@@ -146,7 +146,7 @@ def own_rank() -> int:
 
 
 def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
-    """The elementwise minimum over the ranks of the group and of its replicas; a small tensor on the CPU.
+    """The elementwise minimum over a group and its replicas, of a small tensor on the CPU.
 
     The host waits for the other hosts, and not for its device.
 
@@ -190,7 +190,7 @@ def all_gather(group: Group, mine: CommBuffer, out: CommBuffer) -> Callable[[], 
 def all_to_all(
     group: Group, send: CommBuffer, send_counts: Sequence[int], receive: CommBuffer, receive_counts: Sequence[int]
 ) -> Callable[[], None]:
-    """Start to send consecutive stretches of a 1-d tensor to the ranks, one each, and to receive what they sent here.
+    """Start to send consecutive stretches of a 1-d tensor, one to each rank, and to receive theirs.
 
     The result waits for it; neither tensor may be touched before that. All ranks take part or none:
     whether anything is sent at all must be known alike on all of them.
@@ -241,7 +241,10 @@ def _waiting(work: Any, received: CommBuffer, group: Group) -> Callable[[], None
 
 
 def _wait(work: Any, device: torch.device, handle: dist.ProcessGroup | None, purpose: str = STEP) -> None:
-    """On the CPU for as long as the timeout allows; an accelerator's stream waits by itself, and its backend looks."""
+    """Wait for a collective: on the CPU, for as long as the timeout allows.
+
+    An accelerator's stream waits by itself, and its backend watches the timeout.
+    """
 
     def wait() -> None:
         if device.type == "cpu":

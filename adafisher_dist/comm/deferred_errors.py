@@ -45,6 +45,6 @@ class DeferredErrors:
         return self.error is None
 
     def rescue(self, work: Callable[[], object]) -> None:
-        """Do it although something failed before, if it can be done: what the other ranks are sent is better for it."""
+        """Do it even after an error, if possible, to improve what the other ranks are sent."""
         with suppress(Exception):
             work()

@@ -1,4 +1,4 @@
-"""The ranks that save and load together, or whose hosts agree in a step, and the gloo groups that they do it by.
+"""The ranks that save and load together, or agree in a step on the host, and their gloo groups.
 
 A rank that is done with its part waits for the others as long as they go on with theirs: what they
 do may take longer than the timeout of the process group, but nobody may keep still for as long as
@@ -27,7 +27,7 @@ STEP = "a step of AdaFisher"
 
 @dataclass(frozen=True, slots=True)
 class HostGroup:
-    """The ranks that save and load together, or whose hosts agree in a step, and a gloo group of their own for that.
+    """The ranks that save and load together, or agree in a step on the host, and their gloo group.
 
     It is apart from the groups that training uses, so that a save can go on in the background.
     `handle` is None for one process without torch.distributed. `purpose` and `error` are for the
@@ -60,7 +60,7 @@ class HostGroup:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Work that each rank does by itself; it ends when all have done it. It may not call a collective.
+        """Work that each rank does by itself, without collectives; ends when all have done it.
 
         Ranks that are done wait for the others as long as those go on, which `beat` tells.
 
@@ -84,17 +84,17 @@ class HostGroup:
             raise failure
 
     def explain(self, problem: Exception) -> str:
-        """In words, why something that takes collectives of this group failed: names the ranks that were lost."""
+        """Why something that uses this group's collectives failed, naming the lost ranks."""
         if self.handle is None or not isinstance(problem, RuntimeError):
             return f"{type(problem).__name__}: {problem}"
         return meetings(self.handle).explain(problem, self.purpose)
 
 
 class _Rounds:
-    """Small all-reduces by which ranks that are done learn that the others are not, and go on: one for each `beat`.
+    """Small all-reduces that tell ranks that are done that others still work: one for each `beat`.
 
-    A rank at work starts one and looks at it again at a later beat; nobody waits for it but those
-    that are done. One that comes to no beat lets the others wait in the collective, which has the
+    A rank at work starts one and looks at it again at a later beat; only ranks that are done wait
+    for it. A rank that comes to no beat lets the others wait in the collective, which has the
     timeout of the process group.
     """
 
@@ -144,7 +144,7 @@ _here = threading.local()  # an asynchronous save works beside the training
 
 
 def beat() -> None:
-    """Tell the ranks that wait for this one's work (`HostGroup.at_work`) that it goes on; does not wait for them.
+    """Tell ranks that wait in `HostGroup.at_work` that this one still works; does not wait itself.
 
     Raises:
         Exception: another rank was lost, so that the work is in vain.
@@ -164,7 +164,9 @@ def host_group(
     purpose: str = STEP,
     error: type[Exception] = RuntimeError,
 ) -> HostGroup:
-    """The group of the hosts of these global ranks, by default of all. A collective of theirs, the first time.
+    """The group of the hosts of these global ranks, by default of all.
+
+    The first call is a collective of these ranks.
 
     Args:
         ranks: the global numbers.

@@ -28,9 +28,9 @@ _MARGIN = 2.0  # seconds that the backend has, past the timeout, to end a collec
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> float:
-    """Seconds that the user lets ranks wait for each other in a process group, by default in the world.
+    """Seconds that ranks may wait for each other in a process group, by default in the world.
 
-    One that was given no timeout (torch's DeviceMesh and DeepSpeed make such) has that of the
+    A group that was given no timeout (torch's DeviceMesh and DeepSpeed make such) has that of the
     world.
     """
     world = dist.group.WORLD
@@ -42,7 +42,7 @@ def timeout_of(group: dist.ProcessGroup | None) -> float:
 
 
 def _given(group: dist.ProcessGroup | None) -> float | None:
-    """The timeout that a process group was made with; None where that is torch's default, or cannot be read."""
+    """The timeout a process group was made with; None if it is torch's default or unreadable."""
     found = []
     for device in getattr(group, "_device_types", ()):
         with suppress(RuntimeError, AttributeError):  # not every backend has options
@@ -115,7 +115,10 @@ class Meetings:
         raise error(self.explain(problem, purpose, under_way)) from problem
 
     def explain(self, problem: Exception, purpose: str, under_way: bool = False) -> str:
-        """In words, why a collective failed. The first answer stays: what failed once leaves the group unusable."""
+        """Why a collective failed, in words.
+
+        The first answer stays, since a group that failed once cannot be used again.
+        """
         if self.failure is None:
             self.announce()
             others = set(self.ranks) - {dist.get_rank()}
@@ -153,7 +156,9 @@ def meetings(group: Any) -> Meetings:
 
 
 def assemble(ranks: Collection[int], name: str, timeout: float, error: type[Exception]) -> Callable[[], None]:
-    """Wait until all of these ranks have come to make a process group together, which would wait without a name.
+    """Wait until all of these ranks have come to make a process group together.
+
+    Making the group waits too, but does not name the ranks that are missing.
 
     Returns:
         What has to be called when they have made it.
@@ -173,7 +178,7 @@ def assemble(ranks: Collection[int], name: str, timeout: float, error: type[Exce
 
 
 def _missing(store: Any, own: str, others: Sequence[str], timeout: float) -> list[int]:
-    """The ranks that have not come in time: those that never did, before those that gave up waiting."""
+    """The ranks that have not come in time: those that never came, else those that gave up."""
     store.set(own, "here")
     try:
         store.wait(others, timedelta(seconds=timeout))
@@ -228,7 +233,7 @@ _asking: list[Thread] = []  # the store; another thread that needs it would have
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """The answer of a store; None if there is none in time: it may live in a process that is gone, or stopped."""
+    """The answer of a store; None if none comes in time, as its process may be gone or stopped."""
     answers: list[T] = []
 
     def run() -> None:

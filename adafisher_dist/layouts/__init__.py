@@ -1,4 +1,4 @@
-"""Which elements of which parameters the optimizer's tensors hold, declared by whoever laid them out."""
+"""Which elements of which parameters the optimizer's tensors hold, in each library's layout."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def storages(
     optimizer: Optimizer, tensors: Sequence[Tensor], given_parameters: GivenParameters,
     process_group: ProcessGroup | None, wrapper: Any = None,
 ) -> list[Storage]:  # fmt: skip
-    """What is stored where, for tensors that stand in the optimizer's param groups. Alike on all ranks; no collective.
+    """What each rank stores, for the tensors in the optimizer's param groups.
+
+    The same on all ranks; no collective.
 
     Args:
         optimizer: who asks; under DeepSpeed, the wrapper that called it is found by this.
@@ -163,7 +165,7 @@ def wrapped_tensors(wrapper: Any) -> list[Tensor]:
 
 
 def refresh_module(wrapper: Any) -> None:
-    """Bring the model's own weights up to date with a wrapper's fp32 tensors, which were loaded. A collective."""
+    """Update the model's own weights from a wrapper's fp32 tensors after a load. A collective."""
     name = type(wrapper).__name__
     refresh = replicated.refresh if name == _REPLICATED_WRAPPER else _SHARDED_WRAPPERS[name].refresh
     refresh(wrapper)
@@ -184,7 +186,7 @@ def part_of_step(optimizer: Optimizer) -> PartOfStep | None:
 
 
 def locate(tensor: Tensor, group: Group) -> LocalShard:
-    """Where the elements of a model's parameter or buffer are, that no wrapper keeps an fp32 copy of.
+    """Locate this rank's elements of a parameter or buffer without an fp32 copy in a wrapper.
 
     Args:
         tensor: the parameter or buffer.
@@ -200,10 +202,10 @@ def locate(tensor: Tensor, group: Group) -> LocalShard:
 
 
 def is_state_init_call(optimizer: Optimizer) -> bool:
-    """Whether this call of step() is DeepSpeed's own, by the function that makes it: not a training step.
+    """Whether DeepSpeed itself makes this call of step(), which is no training step.
 
-    FP16_UnfusedOptimizer makes one at start-up, with gradients of zero, to have other optimizers
-    allocate their state.
+    The name of the calling function tells. FP16_UnfusedOptimizer makes one at start-up, with
+    gradients of zero, to have other optimizers allocate their state.
     """
     return calling_wrapper(optimizer)[1] == "initialize_optimizer_states"
 
@@ -248,7 +250,7 @@ def rows_here(value: Tensor, group: Group, what: str) -> Tensor:
 
 
 def mesh_group(given_parameters: GivenParameters) -> Group | None:
-    """The ranks of the device mesh that the given parameters are sharded over; None where none is a DTensor."""
+    """The ranks of the device mesh that shards the given parameters; None without DTensors."""
     mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
     if mesh is None:
         return None
@@ -260,7 +262,7 @@ def mesh_group(given_parameters: GivenParameters) -> Group | None:
 def host_group_of(
     given_parameters: GivenParameters, process_group: ProcessGroup | None, purpose: str, error: type[Exception]
 ) -> HostGroup:
-    """The ranks that save and load together: of the device mesh where there is one, else of the process group.
+    """The ranks that save and load together: the device mesh's, or else the process group's.
 
     See `host_group` for `purpose` and `error`.
     """
@@ -272,7 +274,7 @@ def host_group_of(
 
 
 def check_parameter(tensor: Tensor, name: str) -> None:
-    """Refuse a parameter that is marked as a part of one, by whoever cut it, in a way that is not supported.
+    """Refuse a parameter that its library has marked as sharded in a way that is not supported.
 
     Raises:
         UnsupportedLayoutError: names the layout, and the nearest that is supported.
@@ -289,7 +291,10 @@ def check_parameter(tensor: Tensor, name: str) -> None:
 
 
 def _refuse_stages(optimizer: Optimizer) -> None:
-    """Refuse an engine that steps the parameters themselves (ZeRO-0 in fp32), but has others on other ranks."""
+    """Refuse an engine that steps the parameters themselves, but not the same on all ranks.
+
+    That is ZeRO stage 0 in fp32 with pipeline or model parallelism.
+    """
     engine, _ = calling_wrapper(optimizer)
     refuse_modes(
         engine,
@@ -303,7 +308,7 @@ def _refuse_stages(optimizer: Optimizer) -> None:
 def _given_tensors(
     members: Sequence[tuple[Tensor, ParameterInfo]], process_group: ProcessGroup | None
 ) -> list[Storage]:
-    """Of parameters that nobody replaced: plain tensors are replicated, DTensors sharded over their mesh."""
+    """Storages of the given parameters: plain tensors replicated, DTensors sharded over a mesh."""
     plain: list[tuple[Tensor, ParameterInfo]] = []
     by_mesh: list[tuple[Any, list[tuple[Tensor, ParameterInfo]]]] = []
     for tensor, info in members:

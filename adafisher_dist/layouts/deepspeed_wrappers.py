@@ -24,11 +24,11 @@ _ENGINE = "deepspeed.runtime.engine"
 
 
 def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
-    """The DeepSpeed object on the call stack whose base optimizer this is, and which of its functions calls.
+    """The DeepSpeed object that wraps this optimizer and calls it, and the calling function's name.
 
-    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper.
-    Whoever calls `step` or `load_state_dict` is that wrapper, by construction. (None, "") where
-    nobody is.
+    DeepSpeed keeps no reference from the base optimizer, or from its tensors, to the wrapper, so
+    this looks on the call stack: what calls `step` or `load_state_dict` is the wrapper, by
+    construction. (None, "") where there is none.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -53,7 +53,10 @@ class PartOfStep(NamedTuple):
 
 
 def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartOfStep | None:
-    """See `layouts.part_of_step`; `parts` has what each wrapper's `_optimizer_step` calls the part's number."""
+    """See `layouts.part_of_step`.
+
+    `parts` has, for each wrapper, the name of the part's number in its `_optimizer_step`.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner, function = frame.f_locals.get("self"), frame.f_code.co_name
@@ -88,7 +91,7 @@ def _largest_gradient(wrapper: Any) -> Tensor:
 
 
 def engine_that_builds() -> Any:
-    """The DeepSpeed engine on the call stack, which is building its optimizer from its config; None where none is."""
+    """The DeepSpeed engine on the call stack that is building its configured optimizer, or None."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -122,7 +125,7 @@ def register_with_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
 
 
 def _meet() -> None:
-    """Tell DeepSpeed that these optimizers know its ZeRO layouts, and have its engines keep their state.
+    """Tell DeepSpeed that these optimizers know ZeRO, and have its engines keep their state.
 
     It otherwise demands `zero_allow_untested_optimizer`. The list is read when an engine is built.
     """
@@ -142,7 +145,7 @@ class _Watch(MetaPathFinder):
     _busy = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The module's own spec, with a loader that calls afterwards; None for all other modules."""
+        """The module's own spec with a loader that calls `_meet`; None for all other modules."""
         if name != _ENGINE or self._busy:
             return None
         self._busy = True
@@ -175,7 +178,7 @@ class _Then(Loader):
 
 
 def left_idle(module: nn.Module, used: Optimizer, given_to: Callable[[Optimizer], Iterable[Tensor]]) -> list[Optimizer]:
-    """Of the AdaFishers that were built for a module and are still there, those that no engine has; each told once.
+    """Live AdaFishers that were built for a module and that no engine uses; each reported once.
 
     Args:
         module: the model of an engine.
@@ -196,7 +199,9 @@ def left_idle(module: nn.Module, used: Optimizer, given_to: Callable[[Optimizer]
 
 
 def info_of(wrapper: Any, parameter: Tensor, given_parameters: GivenParameters) -> ParameterInfo:
-    """How a model parameter was given, with DeepSpeed's name for it: its own engine passes parameters without names.
+    """How a model parameter was given, with DeepSpeed's name for it.
+
+    DeepSpeed's own engine passes parameters without names.
 
     Raises:
         UnsupportedLayoutError: it was not given to the optimizer, or is itself a part of a parallel

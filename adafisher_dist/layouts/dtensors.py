@@ -1,4 +1,4 @@
-"""State as DTensors, which torch's checkpoint functions gather, save in parts, and load at any number of ranks.
+"""State as DTensors, which torch's checkpoints gather, save in parts, and load at any world size.
 
 Each key of a parameter's state is one tensor whose rows are cut over the ranks as `torch.chunk`
 cuts them. Those are not the rows that a rank owns: `comm.move_rows` brings them from one to the
@@ -23,7 +23,7 @@ _meshes: dict[tuple[int, str], tuple[Any, DeviceMesh]] = {}  # by the id of a pr
 
 
 def mesh_over(storage: Storage) -> DeviceMesh:
-    """The device mesh of the parameters' own shards, or one over the ranks that hold the same parameters."""
+    """The parameters' own device mesh, or one over the ranks that hold the same parameters."""
     mesh: DeviceMesh | None = storage.mesh
     if mesh is not None:
         return mesh
@@ -35,7 +35,7 @@ def mesh_over(storage: Storage) -> DeviceMesh:
 
 
 def dtensor(local: Tensor, shape: Sequence[int], storage: Storage) -> Tensor:
-    """The tensor of this shape of which this rank holds the rows in `local`, over the ranks of the storage."""
+    """The tensor of this shape whose rows on this rank are `local`, over the storage's ranks."""
     mesh = mesh_over(storage)
     placements: list[Placement] = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1 and 2, and BF16_Optimizer: each rank holds one flat fp32 partition of every param group.
+"""DeepSpeed ZeRO-1 and 2, BF16_Optimizer: each rank has a flat fp32 partition of each param group.
 
 All trainable parameters of a group are views of one flat buffer, parameter p at
 `p.storage_offset()`; rank r's partition is elements [r·k, (r+1)·k) of it, k the partition's length,

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): each parameter is a DTensor whose rows are cut over the ranks of a device mesh.
+"""FSDP2 (`fully_shard`): each parameter is a DTensor, its rows cut over a device mesh's ranks.
 
 Rank r of W holds rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last
 ranks may hold none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the
@@ -39,7 +39,7 @@ def mesh_of(parameter: Tensor, name: str) -> Any:
 
 
 def group_of(mesh: Any) -> Group:
-    """The ranks of a mesh that a parameter is sharded over, with its replicas where the mesh is 2-D."""
+    """The ranks that a mesh shards a parameter over, with its replicas where the mesh is 2-D."""
     return join(mesh.get_group(mesh.ndim - 1), join(mesh.get_group(0)) if mesh.ndim == 2 else None)
 
 

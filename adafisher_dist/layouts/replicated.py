@@ -31,11 +31,11 @@ def storage(members: Sequence[tuple[Tensor, ParameterInfo]], group: Group) -> St
 
 
 def _refuse_loss_scale(wrapper: Any) -> None:
-    """Refuse a loss scale at stage 0: in DeepSpeed 0.19.8 `engine.backward` does not multiply the loss by it there.
+    """Refuse a loss scale at stage 0, where DeepSpeed 0.19.8 does not multiply the loss by it.
 
-    `step` divides the gradients by it all the same, so they are too small by the scale. Since
-    nothing overflows, a dynamic scale doubles every thousand steps without end: the gradients
-    shrink to nothing.
+    `engine.backward` leaves the loss as it is, but `step` divides the gradients by the scale, so
+    they are too small by that factor. Since nothing overflows, a dynamic scale doubles every
+    thousand steps without end: the gradients shrink to nothing.
     """
     scale = wrapper.loss_scale_config
     if scale.dynamic_loss_scale or scale.cur_scale != 1.0:

@@ -14,12 +14,12 @@ from adafisher_dist.comm.collectives import Group
 
 
 class UnsupportedLayoutError(RuntimeError):
-    """The tensors are laid out over ranks in a way that AdaFisher does not know, or does not train right."""
+    """The layout of the tensors over ranks is unknown to AdaFisher, or does not train correctly."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """A parameter as the optimizer was given it: its name, its position among all of them, and its param group."""
+    """A parameter as the optimizer was given it: name, position among all of them, param group."""
 
     name: str
     position: int
@@ -28,7 +28,7 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A model parameter: how it was given, its whole shape, and the number of the stored tensor that holds it."""
+    """A model parameter: how it was given, its whole shape, and which stored tensor holds it."""
 
     info: ParameterInfo
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Parameter:
 
 
 class GivenParameters:
-    """The parameters that the optimizer was given, in order, whatever a wrapper puts in their place later."""
+    """The parameters the optimizer was given, in order, even if a wrapper replaces them later."""
 
     def __init__(self) -> None:
         # The tensors too, so that no id is used again. No weak references: torch.utils.swap_tensors
@@ -58,7 +58,7 @@ class GivenParameters:
         self._groups[group].append(id(tensor))
 
     def could_be(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors may stand in the places of all that were given: parameters, each of the same shape."""
+        """Whether the tensors may replace all that were given: parameters of the same shapes."""
         return len(tensors) == len(self._shapes) and all(
             isinstance(tensor, nn.Parameter) and whole_shape(tensor) == shape
             for tensor, shape in zip(tensors, self._shapes, strict=True)
@@ -121,7 +121,7 @@ class Storage:
 
     @property
     def one_each(self) -> bool:
-        """Whether each tensor is a parameter as the user gave it, and no piece of several, as ZeRO's are."""
+        """Whether each tensor is one given parameter, not pieces of several as under ZeRO."""
         return self.replicated or self.mesh is not None
 
     @property
@@ -141,7 +141,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalShard:
-    """What this rank holds of one parameter or buffer: elements [start, stop) of the whole, flattened row-major.
+    """What this rank holds of a parameter or buffer: elements [start, stop), flattened row-major.
 
     Attributes:
         values: they, in any shape; padding may follow.

@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO stage 3: every parameter is cut over the ranks by itself; a rank's pieces of a sub-group lie in a row.
+"""DeepSpeed ZeRO stage 3: every parameter is cut over the ranks by itself.
 
 Rank r of `p.ds_process_group` holds elements [r·n, min((r+1)·n, p.ds_numel)) of p, n =
-`p.partition_numel()`; in the flat fp32 tensor of the sub-group each parameter takes n elements, so
-padding follows each of them. Found by running DeepSpeed 0.19.8 , pinned by tests/test_zero.py.
+`p.partition_numel()`. A rank's pieces of a sub-group lie in a row in its flat fp32 tensor, where
+each parameter takes n elements, so padding follows each of them. Found by running DeepSpeed 0.19.8,
+pinned by tests/test_zero.py.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def storage(wrapper: Any, flat: Tensor, given_parameters: GivenParameters) -> St
 
 
 def refresh(wrapper: Any) -> None:
-    """Copy the fp32 partitions into the model's own, as DeepSpeed's `_rigid_load_state_dict` does."""
+    """Copy the fp32 partitions into the model's, as DeepSpeed's `_rigid_load_state_dict` does."""
     for index, master in enumerate(wrapper.fp32_partitioned_groups_flat):
         flat = wrapper.fp16_partitioned_groups_flat[index]
         flat.data.copy_(master.data)

@@ -24,7 +24,7 @@ CPU_TILE_FISHER_NUMEL = 2**19
 
 @dataclass(slots=True, eq=False)
 class BlockStack:
-    """Blocks one after the other, in the order of the rank's elements; a slice of them is a stack of views.
+    """Blocks in the order of the rank's elements; a slice of them is a stack of views.
 
     Attributes:
         group: the number of their param group.
@@ -66,7 +66,7 @@ class BlockStack:
 
     @property
     def fisher(self) -> Tensor:
-        """F in fisher_dtype: (N, B, B); packed, the lower triangles, (N, T); or the diagonals, (N, 1)."""
+        """F in fisher_dtype: (N, B, B); packed lower triangles, (N, T); or diagonals, (N, 1)."""
         return self.state["fisher"]
 
     @property
@@ -91,7 +91,10 @@ class BlockStack:
         )
 
     def tiles(self, tiles: int = 1) -> Iterator[slice]:
-        """Slices of so many blocks as a CPU works on at a time, times `tiles`; on an accelerator one of all."""
+        """Slices of as many blocks as a CPU works on at a time, times `tiles`.
+
+        On an accelerator it is one slice of all blocks.
+        """
         size = tiles * self.tile_rows if self.device.type == "cpu" else max(1, len(self))
         for begin in range(0, len(self), size):
             yield slice(begin, min(len(self), begin + size))
@@ -102,7 +105,7 @@ class BlockStack:
         return max(1, CPU_TILE_FISHER_NUMEL // self.shape.columns**2)
 
     def parts(self) -> Iterator[BlockStack]:
-        """Stacks of 16 tiles of one row each, or fewer of more rows: what a CPU takes a step of at a time."""
+        """What a CPU steps at a time: 16 tiles of one-row blocks, fewer of those with more rows."""
         for part in self.tiles(max(1, 16 // self.shape.rows) if self.shape.dense else 1):
             yield self.rows(part.start, part.stop)
 
@@ -111,11 +114,11 @@ class BlockStack:
         return unpack(stored, self.shape.columns) if self.config.packed else stored
 
     def named_state(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Views of the state of blocks [start, stop), by the names that they have in a state dict."""
+        """Views of the state of blocks [start, stop), by their names in a state dict."""
         return {f"{name}_{self.shape.name}": tensor[start:stop] for name, tensor in self.state.items()}
 
     def ages(self, step: int) -> Numbers:
-        """Steps since the blocks' factors were made, of those of which it is known: 0 where none is kept."""
+        """Steps since the blocks' factors were made, where known; zeros where none is kept."""
         if self.made_N is None:
             return np.zeros_like(self.number_N)
         return step - self.made_N[self.made_N >= 0]
@@ -124,7 +127,10 @@ class BlockStack:
 def allocate(
     group: int, shape: BlockShape, config: StateConfig, number: Numbers, device: torch.device, zeroed: bool = True
 ) -> BlockStack:  # fmt: skip
-    """Blocks of these numbers that have seen no gradient; or, not zeroed, whose whole state will be read."""
+    """Allocate blocks with these numbers that have seen no gradient.
+
+    With `zeroed` off the state is not initialised: all of it will be read from elsewhere.
+    """
     count, new = len(number), torch.zeros if zeroed else torch.empty
     rounded = config.fisher_dtype == torch.bfloat16
     return BlockStack(

@@ -1,6 +1,6 @@
 """One step of stacked blocks: their gradient goes into their state, and the update takes its place.
 
-    M, then w and F of the gradient  →  S = ŵ^(−p) M̂ A^(−p)  →  U = polar(S), as long as Adam's update
+    M, then w and F of the gradient → S = ŵ^(−p) M̂ A^(−p) → U = polar(S), as long as Adam's update
 
 What takes B numbers a block is done for a whole stack, what takes B² tile by tile, so that a CPU's
 caches hold it.
@@ -68,7 +68,7 @@ class StepContext:
 
 
 def waits_for_nothing(config: StateConfig) -> bool:
-    """Whether the arithmetic of a param group asks the device nothing, so that a host need not wait for it.
+    """Whether a param group's arithmetic never reads from the device, so a host need not wait.
 
     A Cholesky factor of A may fail, and whether it did decides what is done next; a kept factor
     would have to be put back.
@@ -77,12 +77,15 @@ def waits_for_nothing(config: StateConfig) -> bool:
 
 
 def refresh_interval(freq: int, updates: int, decay: float) -> int:
-    """Steps between refreshes of a factor: 1 at first, `freq` when the Fisher is full (DESIGN.md, "Old factors")."""
+    """Steps between refreshes of a factor: 1 at first, `freq` when the Fisher is full.
+
+    See DESIGN.md, "Old factors".
+    """
     return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
 
 
 def update_blocks(blocks: BlockStack, context: StepContext) -> None:
-    """A step of blocks, which do not depend on each other: `BlockStack.parts` gives as many as are best at a time."""
+    """Take a step of blocks. They are independent: `BlockStack.parts` tells how many at a time."""
     own, config = context.settings, blocks.config
     gradient_NRB, momentum_NRB = blocks.gradient_NRB, blocks.momentum_NRB
     if context.should_step is not None:
@@ -124,7 +127,7 @@ def _mean_squares(blocks: BlockStack, context: StepContext, decay: float | Tenso
 
 
 class _Preconditioned(NamedTuple):
-    """Vectors times A^(−p), today's diagonal of F̂, and the d that A was scaled by, which may be some steps old."""
+    """Vectors times A^(−p), the present diagonal of F̂, and A's d, which may be some steps old."""
 
     vectors_NRB: Tensor
     diagonal_NB: Tensor
@@ -174,7 +177,7 @@ def rebuild_factors(blocks: BlockStack, context: StepContext) -> None:
 
 
 def _due(blocks: BlockStack, context: StepContext) -> Numbers:
-    """The blocks whose kept A^(−p) is made anew in this step, of which it is noted that they were."""
+    """Choose the blocks whose kept A^(−p) is made anew in this step, and note it in `made_N`."""
     own = context.settings
     interval = refresh_interval(own.inverse_update_freq, context.updates, own.fisher_decay)
     if interval == 1 or context.step == 1:

@@ -49,7 +49,7 @@ def factorize(
 
 
 def inverted(factor: Factor) -> Factor:
-    """The same as A^(−p): dearer to make than a Cholesky factor, and much cheaper to apply, where it is kept.
+    """The same as A^(−p), to keep: more costly to make than a Cholesky factor, far less to apply.
 
     A is at most block_size/damping conditioned, so that its inverse loses nothing that matters.
     """
@@ -74,7 +74,10 @@ def solve(factor: Factor, vectors_NRB: Tensor) -> Tensor:
 
 
 def condition_number(fisher_NBB: Tensor, damping: float, noise: float, dtype: torch.dtype) -> Tensor:
-    """‖A‖₁ ‖A⁻¹‖₁ of each block, (N,), at most B times the ratio of its eigenvalues; NaN or ∞ where A has no factor."""
+    """‖A‖₁ ‖A⁻¹‖₁ of each block, (N,); NaN or ∞ where A has no factor.
+
+    It is at most B times the ratio of the largest to the smallest eigenvalue.
+    """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     a_NBB = _damped(fisher_NBB, mean_N, damping, noise)
     eye_NBB = torch.eye(a_NBB.shape[1], dtype=dtype, device=a_NBB.device).expand_as(a_NBB)
@@ -85,7 +88,7 @@ def condition_number(fisher_NBB: Tensor, damping: float, noise: float, dtype: to
 
 
 def _damped(fisher_NBB: Tensor, mean_N: Tensor, damping: float, noise: float) -> Tensor:
-    """A = F̂/d + damping · I, symmetric; with more damping where rounding has left F with more noise than that.
+    """A = F̂/d + damping · I, symmetric; damped more where F's rounding noise exceeds damping.
 
     The norm of a symmetric matrix of independent noise is about twice the largest root of a row's
     summed variances (Bandeira and van Handel 2016, Annals of Probability 44), which A must outweigh

@@ -1,4 +1,4 @@
-"""F, the averages of gradients by which blocks are preconditioned, and the second moments that they tell of.
+"""F, the gradient averages that precondition blocks, and the second moments taken from them.
 
 Shape suffixes, here and in the other modules of this folder: N blocks, R rows that share a block, B
 elements of a row, T = B (B + 1) / 2 elements of a lower triangle. Formulas use DESIGN's symbols: F
@@ -14,7 +14,7 @@ from adafisher_dist.numerics.rounding import round_stochastically, seeds_of_elem
 
 
 def gradient_limit(dtype: torch.dtype, block_size: int) -> float:
-    """The largest gradient element whose squares can be summed over a block in this dtype, with a margin of 8."""
+    """Largest gradient element whose squares sum up over a block in this dtype; margin of 8."""
     return float((torch.finfo(dtype).max / (8 * block_size)) ** 0.5)
 
 
@@ -25,9 +25,10 @@ def update(
     weight_NR: Tensor | None = None,
     seed_N: Tensor | None = None,
 ) -> None:
-    """F ← ρ F + Σ h hᵀ with h = √((1 − ρ)/R) g, over a block's rows, in place; arithmetic in the gradient's dtype.
+    """F ← ρ F + Σ h hᵀ with h = √((1 − ρ)/R) g, over a block's rows, in place.
 
-    Only the lower triangle counts: a product of matrices need not be symmetric in the last bit.
+    Arithmetic is in the gradient's dtype. Only the lower triangle counts: a product of matrices
+    need not be symmetric in the last bit.
 
     F may be stored in bfloat16. It is then rounded stochastically, since (1 − ρ) g gᵀ is soon less
     than half a unit in F's last place: rounded to nearest, F would neither fill nor decay (at ρ =
@@ -61,7 +62,7 @@ def update(
 def update_diagonal(
     fisher_N1: Tensor, gradient_N1: Tensor, decay: float | Tensor, seed_N: Tensor | None = None
 ) -> None:
-    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; otherwise as `update`."""
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; else as `update`."""
     if fisher_N1.dtype == gradient_N1.dtype:
         fisher_N1.lerp_(gradient_N1.square(), 1 - decay)
     else:
@@ -72,12 +73,12 @@ def update_diagonal(
 
 
 def update_squares(square_NR: Tensor, gradient_NRB: Tensor, decay: float | Tensor) -> None:
-    """Of each row w ← ρ w + (1 − ρ) ‖g‖² / B, in place: what tells apart the rows that share a block."""
+    """For each row w ← ρ w + (1 − ρ) ‖g‖² / B, in place: it tells the rows of a block apart."""
     square_NR.lerp_(gradient_NRB.square().mean(dim=2), 1 - decay)
 
 
 def row_weights(square_NR: Tensor) -> Tensor:
-    """1/√ŵ of rows, by which F weighs them, so that large ones do not drown the rest; 0 where ŵ is 0.
+    """1/√ŵ of each row, its weight in F, so that large rows do not dominate; 0 where ŵ is 0.
 
     F is then the right factor of a Kronecker product whose left factor is the diagonal ŵ (one step
     of "KL-Shampoo", Lin et al. 2025, arXiv 2509.03378).
@@ -86,9 +87,9 @@ def row_weights(square_NR: Tensor) -> Tensor:
 
 
 def second_moment(diagonal_NB: Tensor, square_NR: Tensor | None) -> Tensor:
-    """The second moment of each element, (N, R, B), or (N, 1, B) for blocks of one row, whose diag F̂ it is.
+    """The second moment of each element, (N, R, B); for blocks of one row diag F̂, (N, 1, B).
 
-    Of rows that share a block it is the product of what is known of rows and of columns, ŵ · diag
+    For rows that share a block it is the product of what is known of rows and of columns, ŵ · diag
     F̂ / d: Adafactor's (Shazeer and Stern 2018, algorithm 1).
     """
     if square_NR is None:

@@ -1,4 +1,4 @@
-"""The iteration of Newton and Schulz: polar factors and inverse roots, by products of matrices alone."""
+"""The Newton-Schulz iteration: polar factors and inverse roots, by matrix products alone."""
 
 from __future__ import annotations
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def pack(fisher_NBB: Tensor) -> Tensor:
-    """The lower triangles of symmetric blocks, row-major, (N, T): element (i, j), i ≥ j, is at i (i + 1) / 2 + j."""
+    """The lower triangles of symmetric blocks, row-major, (N, T).
+
+    Element (i, j), i ≥ j, is at i (i + 1) / 2 + j.
+    """
     lower_T, _ = _places(fisher_NBB.shape[1], fisher_NBB.device)
     return _columns(fisher_NBB.flatten(1), lower_T)
 
@@ -28,7 +31,7 @@ def _columns(x: Tensor, index: Tensor) -> Tensor:
 
 @cache
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each element of a lower triangle is in a whole block, (T,), and the reverse, (size²,)."""
+    """Where each lower-triangle element is in a whole block, (T,), and the reverse, (size²,)."""
     index_B = torch.arange(size, device=device)
     low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
     row_T, column_T = torch.tril_indices(size, size, device=device)

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products on a GPU as float32 has them: the TF32 that users allow their models would round F to 10 bits."""
+    """Multiply in full float32 on a GPU: the TF32 that users allow would round F to 10 bits."""
     if device.type != "cuda":
         yield
         return

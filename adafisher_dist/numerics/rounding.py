@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rounding_noise(decay: float, stored: torch.dtype) -> float:
-    """Twice the standard deviation of F's elements for their rounding, as a part of them: 0 but for bfloat16.
+    """Twice the relative standard deviation of F's rounding errors: 0 except in bfloat16.
 
     Rounding leaves 0.24 % at an update, and σ = 0.24 % / √(1 − ρ²) in the average (LOG.md,
     2026-11-25).
@@ -21,14 +21,14 @@ def seeds(number_N: Tensor, update: int) -> Tensor:
 
 
 def seeds_of_elements(seed_N: Tensor, size: int) -> Tensor:
-    """A seed for each element of square blocks, (N, size, size); alike for (i, j) and (j, i): F stays symmetric."""
+    """A seed for each element of square blocks, (N, size, size); symmetric, so that F stays so."""
     index_B = torch.arange(size, dtype=torch.int32, device=seed_N.device)
     low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
     return _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None]
 
 
 def round_stochastically(x: Tensor, seed: Tensor) -> None:
-    """Leave what bfloat16 can hold of a finite float32 tensor, in place: up or down, so that the mean is kept."""
+    """Round finite float32 values in place to bfloat16's, up or down, so that the mean is kept."""
     bits = x.view(torch.int32)
     bits.add_(_scramble(seed).bitwise_and_(0xFFFF)).bitwise_and_(-0x10000)
 

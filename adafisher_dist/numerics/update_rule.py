@@ -1,4 +1,4 @@
-"""The update of a stack of blocks, made of its preconditioned momentum. Shape suffixes: see `fisher`."""
+"""The update of stacked blocks from preconditioned momentum. Shape suffixes: see `fisher`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from adafisher_dist.numerics.newton_schulz import polar_factor
 
 
 def scale_rows(vectors_NRB: Tensor, weight_NR: Tensor | None, exponent: float) -> Tensor:
-    """Rows times ŵ^(−p), given 1/√ŵ: the left factor's part. Each block's own scale is lost: its direction is meant."""
+    """Rows times ŵ^(−p), given 1/√ŵ: the left factor's part.
+
+    The scale of each block is lost; only its direction counts.
+    """
     if weight_NR is not None:
         for _ in range(round(2 * exponent)):
             vectors_NRB = _without_scale(vectors_NRB) * weight_NR.unsqueeze(2)
@@ -35,11 +38,14 @@ def natural_update(vectors_NRB: Tensor, d_N: Tensor, exponent: float) -> Tensor:
 
 
 def diagonal_update(momentum: Tensor, moment: Tensor, eps: float) -> Tensor:
-    """m̂ / (√v + ε), v being the second moment: Adam's. 0 where v is: of that element F has not seen a gradient yet."""
+    """Adam's update, m̂ / (√v + ε) with the second moment v; 0 where v is 0.
+
+    F has not seen a gradient of such an element yet.
+    """
     return torch.where(moment > 0, momentum / moment.sqrt().add_(eps), 0.0)
 
 
 def _without_scale(vectors_NRB: Tensor) -> Tensor:
-    """Each block over its largest element, so that no product leaves the dtype's range; zeros stay zeros."""
+    """Each block over its largest element, so that products stay in range; zeros stay zeros."""
     largest_N11 = vectors_NRB.abs().amax(dim=(1, 2), keepdim=True)
     return vectors_NRB / torch.where(largest_N11 > 0, largest_N11, 1.0)

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class AdaFisher(ShardedOptimizer):
-    """Second-order optimizer with dense diagonal blocks of the empirical Fisher, sharded over the data-parallel ranks.
+    """Second-order optimizer with dense diagonal blocks of the empirical Fisher.
 
-    A matrix is cut into blocks of rows_per_block rows and block_size columns. For the gradient G of
-    a block, one row g an output, at step t, after k Fisher updates (DESIGN.md, section 2):
+    The blocks are sharded over the data-parallel ranks. A matrix is cut into blocks of
+    rows_per_block rows and block_size columns. For the gradient G of a block, one row g an output,
+    at step t, after k Fisher updates (DESIGN.md, section 2):
 
         M ← μ M + (1−μ) G                       M̂ = μ M / (1 − μᵗ) + (1−μ) G  (Nesterov)
         w ← ρ w + (1−ρ) gᵀg / r, of each row    ŵ = w / (1 − ρᵏ)
@@ -202,23 +203,26 @@ class AdaFisher(ShardedOptimizer):
         }
 
     def memory_usage(self) -> dict[str, dict[str, int]]:
-        """Bytes of this rank ("rank") and of all ("all"): "fisher", "momentum", "factors", "buffers", "total"."""
+        """Bytes of this rank ("rank") and of all ("all"), by kind.
+
+        The kinds are "fisher", "momentum", "factors" and "buffers"; "total" is their sum.
+        """
         return statistics.memory_usage(self._registry.shards)
 
     def communication_usage(self) -> dict[str, dict[str, int]]:
-        """Bytes sent in a step, by kind: as planned of this rank ("rank") and of all ("all"), and as counted here.
+        """Bytes sent in a step, by kind, as planned and as counted.
 
-        "weights" are new weights, where all ranks have the same ones, and "blocks" what goes to the
-        owners of blocks that a boundary between ranks cuts, and back. "last_step" was counted in
-        the last call of `step`, and has "verdicts" too: what the ranks agree on. DESIGN.md,
-        "Bytes", has the formulas.
+        "rank" and "all" are planned, for this rank and for all; "last_step" was counted here in the
+        last call of `step`. "weights" are new weights, where all ranks have the same ones; "blocks"
+        is what goes to the owners of blocks that a boundary between ranks cuts, and back;
+        "verdicts", counted only, is what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
         """
         stepper = self._registry.stepper
         last = {kind: stepper.sent[kind] for kind in ("weights", "blocks", "verdicts")}
         return {**statistics.traffic(stepper.shards), "last_step": {**last, "total": sum(last.values())}}
 
     def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
-        """Have every n-th step measured: how well conditioned the blocks are, how far it went, what was sent.
+        """Measure every n-th step: conditioning of the blocks, size of the update, bytes sent.
 
         The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells
         what they are), on the first rank alone, when the next step is taken; `flush_metrics` tells

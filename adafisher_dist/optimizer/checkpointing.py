@@ -1,4 +1,4 @@
-"""What a checkpoint may ask of an optimizer, and do to it. Nothing else of it is a checkpoint's business."""
+"""All that a checkpoint may ask of an optimizer, and do to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CheckpointAccess:
         return layouts.host_group_of(self._registry.given_parameters, self._registry.process_group, purpose, error)
 
     def storages_of(self, tensors: Sequence[Tensor], wrapper: Any) -> list[Storage]:
-        """What is stored where in the parameters, or in what a DeepSpeed wrapper has put in their place."""
+        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there."""
         return self._registry.storages_of(list(tensors), wrapper)
 
     def sync_param_groups(self) -> None:
@@ -57,7 +57,7 @@ class CheckpointAccess:
         self._registry.stepper.check_complete()
 
     def gather_state(self) -> None:
-        """Take over what the user has put into the optimizer's state, and what a copied optimizer has there."""
+        """Take over the state that the user has set, and that of a copied optimizer."""
         registry = self._registry
         registry.drop_unused_shards()
         waiting = [tensor for tensor in registry.given_parameters if self._optimizer.state.get(tensor)]
@@ -65,13 +65,13 @@ class CheckpointAccess:
         registry.sync_user_state(registry.shards)
 
     def whole_state(self) -> dict[int, dict[str, Tensor]]:
-        """By the id of each stored tensor, its state as DTensors, where ranks hold parts. A collective."""
+        """By each stored tensor's id, its state; DTensors where ranks hold parts. A collective."""
         return as_dtensors(self._registry)
 
     # ---- a load ----
 
     def begin_load(self) -> None:
-        """Drop the state that there is, so that the new one does not need memory beside it; it is incomplete now."""
+        """Drop the present state, to use its memory for the new one, and mark it incomplete."""
         self._optimizer.reset_state()
         self.mark_incomplete()
 

@@ -1,4 +1,4 @@
-"""The whole state where a rank holds only its own blocks: gathered for `state_dict`, or as torch's checkpoints ask."""
+"""The whole state where a rank holds only its blocks: for `state_dict` and torch's checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Consolidated:
 
 
 def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
-    """Gather the state of replicated parameters. A collective; see `AdaFisher.consolidate_state_dict`."""
+    """Gather the state of replicated parameters; see `consolidate_state_dict`. A collective."""
     group = registry.ranks()
     if state_dicts.is_partial(registry.shards):
         raise RuntimeError(
@@ -59,11 +59,11 @@ def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
 
 
 def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None) -> Consolidated:
-    """The whole state of all parameters that can be trained, as torch's checkpoint functions carry it.
+    """The whole state of all trainable parameters, in the form of torch's checkpoint functions.
 
-    Where parameters are sharded, as DTensors, and then all ranks have to call this. Under DDP it
-    has to be `known`, but for parameters that have seen no step. Whatever is loaded into it comes
-    back to `load_state_dict`.
+    Where parameters are sharded, it is made of DTensors, and all ranks have to call this. Under DDP
+    it has to be `known`, except for parameters that have seen no step. Whatever is loaded into it
+    comes back to `load_state_dict`.
 
     Raises:
         RuntimeError: this rank holds a part, and the whole was not consolidated.

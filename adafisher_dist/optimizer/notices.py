@@ -25,7 +25,10 @@ class Notices:
                 logger.warning("%s", notice)
 
     def skipped(self, count: int) -> None:
-        """A step changed nothing. At 1, 2, 4, 8, …: a run that only skips is not silent, nor does it fill the disk."""
+        """A step changed nothing: logged for the 1st, 2nd, 4th, 8th, … such step.
+
+        So a run that only skips neither stays silent nor fills the disk.
+        """
         if self._registry.ranks().is_first and count.bit_count() == 1:
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."

@@ -31,7 +31,9 @@ _Changed = tuple[Shard, int, Any]  # a stored tensor's shard, its number there, 
 
 
 class ParameterRegistry:
-    """An optimizer's parameters, and the shards that hold their state; `param_groups` and `state` belong to torch.
+    """An optimizer's parameters, and the shards that hold their state.
+
+    `param_groups` and `state` belong to torch.
 
     Attributes:
         optimizer: whose parameters they are.
@@ -62,13 +64,13 @@ class ParameterRegistry:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are sharded themselves, as far as they were given or have had a gradient."""
+        """Whether a parameter that was given, or has had a gradient, is sharded itself."""
         return any(layouts.is_dtensor(tensor) for tensor in self.given_parameters) or state_dicts.is_partial(
             self.shards
         )
 
     def current_tensors(self) -> list[tuple[Shard, int, Tensor]]:
-        """The stored tensors that stand in the param groups: their shards, and their numbers there."""
+        """The stored tensors in the param groups: shard, number in the shard, and tensor."""
         return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if i not in s.removed]
 
     def init_shards(self, tensors: list[Tensor]) -> None:
@@ -82,7 +84,7 @@ class ParameterRegistry:
             self.install(shard)
 
     def begin_step(self, errors: DeferredErrors) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
-        """The param groups of the tensors that have a gradient, by their ids; and those tensors that have no state yet.
+        """Param groups of tensors with a gradient, by tensor id; and those tensors without state.
 
         What libraries have put into the param groups and into `state` is taken over, as far as
         there is no error.
@@ -95,14 +97,14 @@ class ParameterRegistry:
         return {id(tensor): group for tensor, group in active}, new
 
     def forget_unstepped(self, tensors: list[Tensor]) -> None:
-        """Drop the state of tensors whose shards were planned in a step that failed, and are gone."""
+        """Drop the state of tensors whose shards were planned in a failed step and are gone."""
         for tensor in tensors:
             step = self.optimizer.state.get(tensor, {}).get("step")
             if tensor not in self.stepper and step is not None and not step.any():
                 del self.optimizer.state[tensor]
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
-        """Put the largest block size that fits the memory budget in the place of "auto", alike on all ranks."""
+        """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
@@ -125,17 +127,17 @@ class ParameterRegistry:
             self.optimizer.state[tensor] = dict(shard.views[index])
 
     def _storages(self, tensors: list[Tensor]) -> list[Storage]:
-        """What is stored where. Shards and copies of parameters that a library has put in their places are refused."""
+        """What each rank stores of these tensors; refuses what an unknown library put there."""
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group) if tensors else []
 
     def sync_param_groups(self) -> None:
-        """Take note of what has been put into the param groups, and taken out of them. Local; not under DeepSpeed.
+        """Take note of parameters that were put into the param groups or taken out. Local.
 
-        Before a state is there: Accelerate builds the optimizer, shards the model by FSDP2, and
-        writes the new parameters into `param_groups`, each where the old one stood; Lightning puts
-        more groups there before it loads. Afterwards anything goes that `replaced_parameters`
-        tells, if it is an nn.Parameter. What wrappers of others put there is none, or has another
-        shape; that is refused by `layouts`.
+        Does nothing under DeepSpeed. Before there is a state: Accelerate builds the optimizer,
+        shards the model by FSDP2, and writes the new parameters into `param_groups`, each where the
+        old one stood; Lightning adds groups before it loads. Afterwards nn.Parameters may be
+        replaced, added or removed, as `replaced_parameters` describes. What other wrappers put
+        there is no nn.Parameter, or has another shape; `layouts` refuses it.
         """
         groups = self.optimizer.param_groups
         if self.given_parameters.stands_as(groups):
@@ -186,7 +188,7 @@ class ParameterRegistry:
         return not layouts.is_called_by_deepspeed(self.optimizer)
 
     def sync_user_state(self, shards: list[Shard]) -> None:
-        """Take over what the user has put into `state`: replaced entries are copied, removed ones start anew.
+        """Take over what the user put into `state`: copy replaced entries, reset removed ones.
 
         Libraries move or reset an optimizer's state by replacing what is in there, and the shards
         hold the original.
@@ -207,7 +209,10 @@ class ParameterRegistry:
             self.optimizer.state[shard.storage.tensors[index]] = dict(shard.views[index])
 
     def _apart(self, changed: list[_Changed]) -> list[_Changed]:
-        """The same, with copies of what lies in a shard's own memory: another entry may be about to overwrite it."""
+        """The same, with copies of values that lie in a shard's own memory.
+
+        Another entry may be about to overwrite those.
+        """
         if not any(entry for _, _, entry in changed):
             return changed
         ours = {_memory(value) for shard in self.shards for views in shard.views for value in views.values()}
@@ -221,7 +226,7 @@ class ParameterRegistry:
     # ---- for torch's checkpoint functions ----
 
     def init_missing_shards(self) -> None:
-        """Build shards for the parameters that can be trained and have none, so that a state to load into is there.
+        """Build shards for trainable parameters that have none, to have a state to load into.
 
         A training step drops those that no state was loaded into: it plans as if nobody had asked.
         """
@@ -232,7 +237,7 @@ class ParameterRegistry:
         self.prebuilt += [shard for shard in self.shards if shard not in before]
 
     def drop_unused_shards(self) -> None:
-        """Forget the shards of `init_missing_shards` that have no step, since no state was put into them."""
+        """Forget the shards of `init_missing_shards` without a step: no state was put into them."""
         self.sync_user_state(self.prebuilt)
         unused = [shard for shard in self.prebuilt if not shard.stepped]
         for shard in unused:
@@ -242,11 +247,11 @@ class ParameterRegistry:
         self.prebuilt = []
 
     def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
-        """What is stored where in the parameters that were given, or in what a DeepSpeed wrapper has put there."""
+        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there."""
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)
 
     def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
-        """Shards without any step for these tensors, with the settings that the param groups have now.
+        """Shards without any step for these tensors, with the param groups' present settings.
 
         A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
         See `block_stack.allocate` for `zeroed`.
@@ -256,14 +261,14 @@ class ParameterRegistry:
         return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
     def build_shards(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
-        """Shards without any step for these tensors, with the settings of these groups, in the place of their own."""
+        """Shards without any step for these tensors, with the settings of the given groups."""
         return self._build(self._storages(tensors), groups)
 
     def _build(
         self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,
         zeroed: bool = True,
     ) -> list[Shard]:  # fmt: skip
-        """Plan and allocate shards, with the settings of `groups` (which may be about to be loaded).
+        """Plan and allocate shards with the settings of `groups`, which may be about to be loaded.
 
         `numbers` tells each tensor's group, by default where it stands now: DeepSpeed hides some
         groups in a step.
@@ -280,12 +285,12 @@ class ParameterRegistry:
         return shards
 
     def gradient_limit(self) -> float:
-        """The largest gradient element that the blocks of every param group can square and sum up."""
+        """The largest gradient element that blocks of all param groups can square and sum up."""
         own = [state_config(group) for group in self.groups if group["block_size"] != "auto"]
         return min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> collectives.Group:
-        """The ranks that take each step together: of the device mesh where there is one, else of the process group."""
+        """The ranks that take each step together: the device mesh's, or the process group's."""
         return layouts.mesh_group(self.given_parameters) or collectives.join(self.process_group)
 
     def register_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that take the places of others in the param groups after the first step, and those that leave.
+"""Parameters that replace others in the param groups after the first step, and those that leave.
 
 Libraries put a new parameter where an old one stood and hand its state on: `state[new] =
 state.pop(old)`. The blocks of the old one, which ranks may share, then belong to the new one, if it
@@ -20,7 +20,7 @@ from adafisher_dist.state.shard import Shard, TensorSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
-    """A stored tensor that does not stand in the param groups any more, and what is there now, if it fits."""
+    """A stored tensor that has left the param groups, and a fitting successor, if there is one."""
 
     shard: Shard
     index: int

@@ -1,4 +1,4 @@
-"""A state dict that is loaded: checked, and taken over by shards of its own before the optimizer is touched."""
+"""Loading a state dict: check it, and put it into new shards, before the optimizer is touched."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[S
 
 
 def completed(registry: ParameterRegistry, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Saved param groups, checked; what an older version did not save is taken from this optimizer's groups."""
+    """Saved param groups, checked; settings that an older version lacked are the optimizer's."""
     if len(saved) != len(registry.optimizer.param_groups):
         return saved  # torch's own check reports it
     result = [{**now, **then} for now, then in zip(registry.optimizer.param_groups, saved, strict=True)]

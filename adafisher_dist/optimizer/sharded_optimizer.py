@@ -1,4 +1,4 @@
-"""What torch.optim asks of an optimizer whose state lies in shards: param groups, state dicts, copies."""
+"""What torch.optim asks of an optimizer with sharded state: param groups, state dicts, copies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ShardedOptimizer(Optimizer):
         self._notices.told_of_no_gradients = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group; its settings may differ from the defaults, except fisher_dtype and memory_budget_gb.
+        """Add a param group; only fisher_dtype and memory_budget_gb must equal the defaults.
 
         Raises:
             TypeError: a parameter is complex, or not floating-point; a setting has the wrong type.
@@ -112,7 +112,7 @@ class ShardedOptimizer(Optimizer):
         return {**result, state_dicts.META: whole.about}
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Collect the whole state on the CPU of rank `to`, or of all ranks for None, for the next `state_dict()`.
+        """Collect the whole state on the CPU of rank `to` (None: all) for the next `state_dict()`.
 
         A collective: all ranks of the process group must call it, and `to` is a rank of that group.
         The copy is dropped by the next step. On the other ranks `state_dict()` then has an empty
@@ -204,6 +204,6 @@ class ShardedOptimizer(Optimizer):
         return self._registry.stepper.skipped
 
     def reset_state(self) -> None:
-        """Forget momentum, Fisher blocks and counters; settings stay. On several ranks, call it on all."""
+        """Forget momentum, Fisher blocks and counters, not settings. Call it on all ranks."""
         self.state.clear()
         self._reset()

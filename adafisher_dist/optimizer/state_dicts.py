@@ -46,12 +46,12 @@ def describe(shards: list[Shard]) -> dict[str, Any]:
 
 
 def is_partial(shards: list[Shard]) -> bool:
-    """Whether parameters are sharded themselves, so that a state dict holds what goes with this rank's part of them."""
+    """Whether parameters are sharded, so that a state dict has only this rank's part of them."""
     return any(not shard.storage.replicated for shard in shards)
 
 
 def expected(shard: Shard, tensor: int) -> Wanted:
-    """For each key of a whole state dict: this rank's view, the row where it begins, and the rows there are in all.
+    """For each key of a whole state dict: this rank's view, its first row, and the rows in all.
 
     A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict
     fails on all ranks.
@@ -67,7 +67,7 @@ def expected(shard: Shard, tensor: int) -> Wanted:
 
 
 def _owned_rows(shard: Shard, tensor: int) -> dict[str, list[tuple[int, int]]]:
-    """By kind and rank, the first row of a whole state that the rank owns, and the one after the last."""
+    """By kind and rank, the rows of a whole state that the rank owns: first, and last plus one."""
     grid = shard.grids[tensor]
     result: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _rows(grid, grid.numel)}
     for spans in shard.owned:
@@ -84,7 +84,7 @@ def _rows(grid: Grid, stop: int) -> Counter[str]:
 
 
 def whole_shapes(shard: Shard, parameter: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each key of a parameter's whole state, where each tensor is one parameter."""
+    """Shape and dtype of each key of a whole state, where each tensor is one parameter."""
     return state_shapes(shard.grids[parameter], shard.configs[shard.groups[parameter]])
 
 
@@ -265,7 +265,7 @@ def nothing(shard: Shard, tensor: int) -> dict[str, Tensor]:
 
 
 def dtensor_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
-    """Room for this rank's rows of the state where torch cuts it over the ranks; and copies of the counters."""
+    """Room for this rank's rows of the state, as torch cuts them, and copies of the counters."""
     group = shard.storage.group
     rooms = {key: shard.views[tensor][key].clone() for key in COUNTERS}
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
@@ -285,7 +285,7 @@ def as_dtensors(shard: Shard, tensor: int, rooms: dict[str, Tensor]) -> dict[str
 
 
 def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) -> None:
-    """Bring the whole state of a replicated parameter into the room for it, where there is any. A collective."""
+    """Copy a replicated parameter's whole state into `into`, unless it is None. A collective."""
     group, views = shard.storage.group, shard.views[tensor]
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
         for rank, spans in enumerate(shard.owned):

@@ -115,7 +115,10 @@ class Shard:
 
 
 def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig], zeroed: bool = True) -> Shard:
-    """Plan the blocks of the stored parameters and allocate this rank's state; `zeroed`: see `block_stack.allocate`."""
+    """Plan the blocks of the stored parameters and allocate this rank's state.
+
+    See `block_stack.allocate` for `zeroed`.
+    """
     parameters, rank = storage.parameters, storage.group.rank
     grids = [grid_of(parameter.shape, configs[groups[parameter.tensor]]) for parameter in parameters]
     assignment = sharding.assign(grids, storage.stored_spans, storage.replicated)
@@ -164,7 +167,7 @@ def _views(
 
 
 def _counter_views(counters: Tensor, parameters: Sequence[Parameter]) -> list[dict[str, Tensor]]:
-    """Of each stored tensor: 0-d where it is one parameter, else (n,) for the n parameters that it holds."""
+    """For each stored tensor, 0-d if it is one parameter, else (n,) for the n that it holds."""
     views = []
     for _, members in groupby(range(len(parameters)), key=lambda number: parameters[number].tensor):
         numbers = list(members)
@@ -192,12 +195,15 @@ def compute_chunk(chunk: Chunk, contexts: Sequence[StepContext | None]) -> None:
 
 
 def waits_for_nothing(shard: Shard) -> bool:
-    """Whether a step of these blocks asks the device nothing; the same on all ranks, whichever blocks they own."""
+    """Whether a step of these blocks never reads from the device; the same on all ranks.
+
+    It does not depend on which blocks a rank owns.
+    """
     return all(map(block_step.waits_for_nothing, shard.configs))
 
 
 def gather_dtype(shard: Shard) -> torch.dtype:
-    """What weights are gathered in, where they are replicated: their own dtype; of several the one that holds all."""
+    """The dtype that replicated weights are gathered in: theirs; if several, one that holds all."""
     return reduce(torch.promote_types, (stored.dtype for stored in shard.stored))
 
 

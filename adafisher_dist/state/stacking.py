@@ -1,4 +1,4 @@
-"""How the blocks of a rank are stacked: those of one shape and one param group, whatever parameter they are of."""
+"""How a rank's blocks are stacked: those of one shape and one param group, of any parameter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackRows:
-    """The blocks of one stack that lie in one chunk: of which parameters, and the same elements in the flat buffer."""
+    """The blocks of a stack in one chunk: their parameters, their elements in the flat buffer."""
 
     stack: BlockStack
     segments: list[Segment]
@@ -46,7 +46,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class _Planned:
-    """A run of blocks: the number of the first in its stack, and where its elements begin in the flat buffer."""
+    """A run of blocks: the first one's number in its stack, and its offset in the flat buffer."""
 
     run: BlockRun
     parameter: int
@@ -61,7 +61,7 @@ def stack_blocks(
     flat_buffer: Tensor, chunks: Sequence[sharding.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
     groups: Sequence[int], configs: Sequence[StateConfig], zeroed: bool,
 ) -> tuple[list[Chunk], list[BlockStack], list[list[Segment]]]:  # fmt: skip
-    """Sort the blocks of the chunks into stacks, allocate those, and pair their elements with the flat buffer's.
+    """Sort the chunks' blocks into stacks, allocate these, pair their elements with the buffer's.
 
     Returns the chunks, the stacks, and for each stack the blocks of each parameter.
     """

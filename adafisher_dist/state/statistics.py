@@ -1,4 +1,4 @@
-"""What the optimizer tells of itself: statistics by parameter, memory, and the line at the first step."""
+"""What the optimizer reports: parameter statistics, memory, traffic, a line at the first step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def memory_usage(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
 
 
 def traffic(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
-    """Bytes sent in a step by kind, by this rank and by all, where every parameter has a gradient."""
+    """Bytes sent in a step by kind, of this rank and all, if every parameter has a gradient."""
     return _usage(shards, cost.TRAFFIC_KINDS, cost.traffic)
 
 

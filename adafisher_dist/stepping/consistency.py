@@ -1,7 +1,8 @@
-"""What the ranks agree on, in one small all-reduce before any of them changes state and one at the end of the step.
+"""What the ranks agree on, before any of them changes state and at the end of the step.
 
-A rank that raised alone would leave the others waiting in the next collective; so an error of one
-rank, like a gradient that is not finite, first becomes known to all.
+Each agreement is one small all-reduce. A rank that raised alone would leave the others waiting in
+the next collective; so an error of one rank, like a gradient that is not finite, first becomes
+known to all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def check_consistency(
     group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
     errors: DeferredErrors, compare_copies: bool,
 ) -> bool:  # fmt: skip
-    """Whether every gradient of every rank is finite and small enough to square, as far as hosts know.
+    """Whether all ranks' gradients are finite and small enough to square, as far as hosts know.
 
     Args:
         group: the ranks.
@@ -119,7 +120,7 @@ def _fingerprints(
 def _of_copies(
     shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, everything: bool
 ) -> list[tuple[int, str]]:
-    """The same of the replicated parameters and of their gradients, bit by bit: of new shards, or of all."""
+    """The same of replicated parameters and gradients, bit by bit: of new shards, or of all."""
     chosen = [
         own
         for shard, own in zip(shards, inputs, strict=False)
@@ -146,10 +147,9 @@ def _of_copies(
 def _same_in_replicas(
     group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, compare: bool
 ) -> int:
-    """Whether the replicas of this rank hold the same parts of parameters and gradients, bit by bit.
+    """Whether this rank's replicas hold the same parts of parameters and gradients, bit by bit.
 
-    A collective whether they are compared or not, so that ranks which are not of one mind on that
-    do not hang.
+    A collective whether or not they are compared, so that ranks which differ on that do not hang.
     """
     assert group.replicas is not None
     pairs_of = zip(shards, inputs, strict=False)

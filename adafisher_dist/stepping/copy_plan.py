@@ -1,4 +1,4 @@
-"""Pieces of the stored tensors beside where they lie in a buffer, as lists of views that one call for all copies."""
+"""Pieces of stored tensors and their places in a buffer, as lists of views for one copy call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Flats = Sequence[Tensor | None]  # of each stored tensor, flattened; None where 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cut:
-    """How one stored tensor is cut: lengths of consecutive parts, which of them are pieces, and their buffer views."""
+    """How a stored tensor is cut: lengths of its parts, which are pieces, their buffer views."""
 
     tensor: int
     lengths: list[int]
@@ -37,14 +37,20 @@ class CopyPlan:
     """
 
     def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], numels: Sequence[int]) -> None:
-        """Args: pieces in any order, for each its 1-d view of the buffer, and the numel of each stored tensor."""
+        """Match pieces with views of a buffer.
+
+        Args:
+            pieces: in any order.
+            parts: for each piece, its 1-d view of the buffer.
+            numels: of each stored tensor.
+        """
         by_tensor: dict[int, list[tuple[TensorPiece, Tensor]]] = {}
         for piece, part in zip(pieces, parts, strict=True):
             by_tensor.setdefault(piece.tensor, []).append((piece, part))
         self._cuts = [_cut(tensor, pairs, numels[tensor]) for tensor, pairs in by_tensor.items()]
 
     def of(self, flats: Flats) -> tuple[list[Tensor], list[Tensor]]:
-        """Two lists that belong together, for the tensors that take part: views of theirs, and of the buffer."""
+        """For the tensors that take part, two lists that match: their views, and the buffer's."""
         present = [(cut, flat) for cut in self._cuts if (flat := flats[cut.tensor]) is not None]
         theirs = [view for cut, flat in present for view in cut.pieces(flat)]
         return theirs, [part for cut, _ in present for part in cut.parts]

@@ -1,4 +1,4 @@
-"""How gradients reach the owners of their blocks, and how the results come back to where the weights are stored.
+"""How gradients reach the owners of their blocks, and results come back to the stored weights.
 
 Each layout has its own `Exchange`, with the same two calls in the order of a step: `collect`
 (local), and `chunks` (a collective: brings gradients to the owners, has the chunks computed, and
@@ -32,10 +32,13 @@ class Exchange(Protocol):
     shard: Shard
 
     def collect(self, inputs: Inputs) -> Tensor:
-        """Bring this rank's gradients to where they leave from; their largest absolute element, 0-d. Local."""
+        """Bring this rank's gradients to where they leave from. Local.
+
+        Returns their largest absolute element, 0-d.
+        """
 
     def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
-        """Bring all gradients to the owners, and the results to where the weights are stored. A collective.
+        """Bring all gradients to the owners, and the results to the stored weights. A collective.
 
         Yields the chunks of the flat buffer whose gradients are there; whoever asks for the next
         one has turned them into updates. After an error this rank goes on through the collectives,
@@ -49,7 +52,7 @@ class Exchange(Protocol):
         """
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """After `chunks`: weights, and by how much each was changed, in lists that belong together. Local.
+        """After `chunks`: weights, and the change of each, in lists that match. Local.
 
         Of all ranks together these are all weights that have a gradient, each once.
         """
@@ -86,7 +89,7 @@ class Local:
 
 
 class AllGather:
-    """Every rank has all gradients and all weights: an owner reads its own gradients, and its new weights go to all.
+    """All ranks have all gradients and weights: owners read theirs, and send new weights to all.
 
     Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes
     of the updates. The all-gather of one chunk runs while the next chunk is computed; two buffers
@@ -111,7 +114,7 @@ class AllGather:
         self.copies = [self._copy_plans(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
 
     def _copy_plans(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[CopyPlan, CopyPlan, CopyPlan]:
-        """Of a chunk: of the own part in the flat buffer and in what is sent, of all parts in what is received."""
+        """Copy plans of a chunk: own part in the flat buffer and as sent, all parts as received."""
         shard, group, turn = self.shard, self.shard.storage.group, number % 2
         pieces = [sharding.local_pieces(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
         mine, start = pieces[group.rank], shard.chunks[number].start
@@ -176,7 +179,7 @@ class AllGather:
 
 
 class AllToAll:
-    """Every element is stored on one rank. Blocks that a boundary between ranks cuts travel, in one call each way.
+    """Every element is stored on one rank; blocks cut by a rank boundary travel, one call each way.
 
     Two buffers hold what travels: elements of blocks that are owned elsewhere, and the other ranks'
     elements of blocks that are owned here. Gradients go from the first to the second, updates come
@@ -204,7 +207,7 @@ class AllToAll:
         ]
 
     def collect(self, inputs: Inputs) -> Tensor:
-        """Own elements go into the flat buffer, those of cut blocks into the buffer for their owners."""
+        """Own elements go into the flat buffer, those of other owners into the send buffer."""
         _read(self.local, inputs.gradients)
         _read(self.owned_elsewhere, inputs.gradients)
         if self.received_in_buffer:
@@ -212,7 +215,7 @@ class AllToAll:
         return _largest([self.send_buffer.tensor, self.shard.flat_buffer])
 
     def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
-        """First those that wait for no other rank; and weights are changed while updates travel home."""
+        """Chunks that wait for no other rank come first; weights change while updates travel."""
         ready, late = self.ready_and_late
         wait = self._exchange(self.send_buffer, self.send_counts, self.receive_buffer, self.receive_counts)
         yield from ready
@@ -227,7 +230,7 @@ class AllToAll:
         errors.attempt(partial(_change_weights, self.shard, self.owned_elsewhere, inputs, should_step))
 
     def changed(self, inputs: Inputs) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """What is stored here: its updates stand in the flat buffer, or came home into the buffer of cut blocks."""
+        """What is stored here: updates are in the flat buffer, or came back to the send buffer."""
         yield self.local.of(inputs.weights)
         yield self.owned_elsewhere.of(inputs.weights)
 
@@ -240,7 +243,7 @@ class AllToAll:
 
 
 def _change_weights(shard: Shard, copies: CopyPlan, inputs: Inputs, should_step: Tensor | None) -> None:
-    """θ ← θ − lr·(u + λ·θ), from the updates in a buffer; 16-bit weights are rounded once, at the end."""
+    """θ ← θ − lr·(u + λ·θ), by a buffer's updates; 16-bit weights are rounded once, at the end."""
     _scale(shard, copies, inputs, should_step)
     _add(*copies.of(inputs.weights))
 

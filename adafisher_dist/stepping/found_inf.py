@@ -1,4 +1,4 @@
-"""Whether a step may change anything, decided and kept on the device: the host reads it when it comes back.
+"""Whether a step may change anything, decided and kept on the device; the host reads it later.
 
 A host that looked at the gradients would wait for the device, which would then wait for the host to
 queue new work. So the arithmetic is gated by a number on the device, and changes nothing where a
@@ -24,7 +24,7 @@ def is_meant_for(device: torch.device) -> bool:
 
 
 class FoundInf:
-    """Of one step after the other, on the ranks of a group; made once, so that a step allocates nothing for it."""
+    """Decides for one step at a time, on a group's ranks; reused, so that no step allocates it."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
@@ -38,7 +38,7 @@ class FoundInf:
         return self._group == group and self._should_step.tensor.device == device
 
     def decide(self, largest: Sequence[tuple[Tensor, float]], errors: DeferredErrors) -> Tensor:
-        """Let all ranks know whether every gradient can be used. A collective, for which no host waits.
+        """Tell all ranks whether every gradient can be used. A collective; no host waits for it.
 
         Args:
             largest: the largest absolute gradient elements of this rank, 0-d, and how large each

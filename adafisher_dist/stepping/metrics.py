@@ -1,4 +1,4 @@
-"""Metrics of every n-th step: how well conditioned the blocks are, how far the step went, what it sent.
+"""Metrics of every n-th step: conditioning of the blocks, size of the update, bytes sent.
 
 Nothing waits for a device: what is computed there is read, compared over the ranks and told when
 the next step is taken. Between measured steps nothing is done at all.
@@ -117,7 +117,7 @@ class Meter:
 
     @property
     def plan(self) -> tuple[int, int | None]:
-        """What has to be the same on all ranks, so that they deliver together: the interval, and what is pending."""
+        """What must be the same on all ranks to deliver together: interval and pending step."""
         return self._every, self._step
 
     def begin(self, step: int, group: Group, skipped: int) -> None:
@@ -141,7 +141,7 @@ class Meter:
         self._attempt(partial(self._take, calls, self._step))
 
     def deliver(self, group: Group, skipped: int) -> None:
-        """Put together what the ranks have measured, if there is anything; call back on the first. A collective."""
+        """Combine what the ranks measured, if anything; call back on the first. A collective."""
         if self._step is None:
             return
         self._attempt(self._read)
@@ -208,7 +208,7 @@ def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _conditions(stack: BlockStack, own: float, noise: float, turn: int) -> Tensor:
-    """Condition numbers of some blocks of a stack, spread evenly over it; others at the next turn."""
+    """Condition numbers of some blocks, spread evenly over a stack; others at the next turn."""
     count = len(stack)
     sample = min(SAMPLE, count)
     # Made on the device: to copy them there would be to wait for it.
@@ -242,7 +242,7 @@ def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
 
 
 class CsvLog:
-    """A callback that keeps the metrics in a CSV file, a line a step, for `python -m adafisher_dist plot`."""
+    """A callback that logs to a CSV file, a line a step, for `python -m adafisher_dist plot`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Appends to a file that is there; its folder is made."""

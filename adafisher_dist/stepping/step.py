@@ -1,4 +1,7 @@
-"""The order of a step: collect → agree → decide → exchange and compute → settle. See `Stepper.step`."""
+"""The order of a step: collect → agree → decide → exchange and compute → settle.
+
+See `Stepper.step`.
+"""
 
 from __future__ import annotations
 
@@ -65,13 +68,16 @@ class _Collected:
     found_inf: FoundInf | None = None
 
     def usable(self) -> bool:
-        """Whether every gradient can be used, as far as the host knows, which asks no device. NaN is below no limit."""
+        """Whether every gradient can be used, as far as the host knows.
+
+        It waits for no device. A NaN is below no limit.
+        """
         return self.found_inf is not None or all(bool(largest <= limit) for largest, limit in self.largest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pending:
-    """A step of which the host does not know whether it counted: its shards, and their counters before it."""
+    """A step whose outcome the host does not know yet: its shards, and their counters before."""
 
     found_inf: FoundInf
     shards: list[Shard]
@@ -80,7 +86,7 @@ class _Pending:
 
 
 class Stepper:
-    """Takes the steps of the shards of an optimizer. Of torch.optim it knows the param groups' settings alone."""
+    """Takes the steps of an optimizer's shards; knows only the settings of torch's param groups."""
 
     def __init__(self, meter: Meter | None = None) -> None:
         self._exchanges: list[Exchange] = []
@@ -111,7 +117,7 @@ class Stepper:
 
     @property
     def planned(self) -> list[Shard]:
-        """The same without a wait for the device: the last step may turn out to have counted for nothing."""
+        """The same without waiting for the device: the last step may turn out not to count."""
         return [exchange.shard for exchange in self._exchanges]
 
     def shards_of(self, tensors: Iterable[int]) -> list[Shard]:
@@ -144,10 +150,10 @@ class Stepper:
     # ---- what a failure, or the device, has left undone ----
 
     def resolve_pending(self, shards: Sequence[Shard] | None = None) -> None:
-        """Take back that steps were counted, where the device has found that they were to change nothing.
+        """Undo the counting of steps that, as the device found, were to change nothing.
 
-        Of these shards, or of all. DeepSpeed steps one param group after the other: to ask of the
-        one before would be to wait for it.
+        Of these shards, or of all: DeepSpeed steps one param group after the other, and to ask
+        about the one before would be to wait for it.
         """
         for pending in list(self._pending):
             if shards is None or any(shard in shards for shard in pending.shards):
@@ -177,7 +183,7 @@ class Stepper:
     # ---- a step ----
 
     def step(self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: float) -> None:
-        """Update the tensors that have a gradient, all of which are in a shard, unless `errors` has one.
+        """Update the tensors with a gradient, all of them in a shard, unless `errors` has one.
 
         1. Gradients go into the buffers from which they leave. Local; what goes wrong waits in
            `errors`.
@@ -245,7 +251,7 @@ class Stepper:
         self, calls: Sequence[_Call], into: _Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
         limit: float,
     ) -> None:  # fmt: skip
-        """Everything of a call that this rank can do by itself before the others have to know of it."""
+        """All of a call that this rank can do by itself, before the others have to know of it."""
         _check_ranks([call.shard for call in calls], ranks)
         for call in calls:
             call.inputs = inputs_of(call.shard, groups)
@@ -258,7 +264,7 @@ class Stepper:
         into.found_inf = self._found_inf([call.shard for call in calls], ranks)
 
     def _found_inf(self, shards: Sequence[Shard], ranks: Group) -> FoundInf | None:
-        """What decides on the device whether the step goes on, if nothing else of the step waits for the device."""
+        """What decides on the device whether to step, if nothing else in the step waits for it."""
         devices = {shard.flat_buffer.device for shard in shards}
         if len(devices) != 1 or not all(map(waits_for_nothing, shards)) or not found_inf.is_meant_for(*devices):
             return None
@@ -270,7 +276,7 @@ class Stepper:
         return idle
 
     def _ranks_agree(self, calls: Sequence[_Call], collected: _Collected, ranks: Group, errors: DeferredErrors) -> bool:
-        """Whether all ranks take the step. A collective; raises on all ranks alike where they cannot."""
+        """Whether all ranks take the step. A collective; raises on all ranks where they cannot."""
         shards, inputs = [call.shard for call in calls], [call.inputs for call in calls if call.inputs is not None]
         fresh = [shard for shard in shards if not shard.checked]
         # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
@@ -320,7 +326,7 @@ def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def _next_step(calls: Sequence[_Call]) -> int:
-    """The step t that is about to be taken, of the parameter that has taken most; 0 where none has a gradient."""
+    """The coming step t of the parameter with the most steps; 0 where none has a gradient."""
     counts = [call.shard.counters.numpy()[_active(call.shard, call.known), 0] for call in calls]
     return 1 + max((int(steps.max()) for steps in counts if steps.size), default=-1)
 

@@ -1,4 +1,4 @@
-"""The command line: python -m adafisher_dist. Facts go to stdout, what is wrong and progress to stderr.
+"""The command line: python -m adafisher_dist. Facts go to stdout, errors and progress to stderr.
 
 Exit codes: 1, a checkpoint is damaged, or something could not be read or written; 2, what was asked
 for is wrong.
@@ -147,7 +147,7 @@ def estimate(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Tell what AdaFisher will need: bytes a rank, bytes sent, arithmetic, for a table of settings."""
+    """Tell what AdaFisher needs for a table of settings: bytes a rank, bytes sent, arithmetic."""
     try:
         shapes = _shapes(params, model)
         chosen = _layout(zero_stage, layout)

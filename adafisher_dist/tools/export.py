@@ -1,8 +1,8 @@
-"""The weights and buffers of a checkpoint alone, in the model's own names and shapes: safetensors files for serving.
+"""Export a checkpoint's weights and buffers alone, as safetensors files for serving.
 
-What fits into one file is model.safetensors. What does not is cut as Hugging Face's libraries do
-it: model-00001-of-00003.safetensors, …, and model.safetensors.index.json, which tells where each
-tensor is.
+Names and shapes are the model's own. What fits into one file is model.safetensors. What does not
+is cut as Hugging Face's libraries do it: model-00001-of-00003.safetensors, …, and
+model.safetensors.index.json, which tells where each tensor is.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export_weights(
     folder: Path, out: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES, *,
     overwrite: bool = False, verify: bool = True, bar: Bar = no_bar,
 ) -> list[Path]:  # fmt: skip
-    """Write the weights and buffers of a checkpoint as safetensors files, which `load_state_dict` takes strictly.
+    """Write a checkpoint's weights and buffers as safetensors files for a strict `load_state_dict`.
 
     Tied parameters are written under each of their names. Files get their names when all of them
     are complete. Memory: the tensors of one file, and where dtypes change, the largest tensor once
@@ -160,7 +160,7 @@ def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
 
 
 def _cut(outputs: _Outputs, limit: int) -> dict[str, _Outputs]:
-    """The files, by name, and what is in each: the next tensor begins a new one where it does not fit any more."""
+    """The files, by name, and what is in each; a tensor that does not fit begins a new file."""
     parts: list[dict[str, _Output]] = [{}]
     held = 0
     for name, output in outputs.items():

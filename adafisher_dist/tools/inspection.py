@@ -1,4 +1,7 @@
-"""What a checkpoint holds, for people and scripts: from its manifest, without a process group, model or optimizer."""
+"""What a checkpoint holds, for people and scripts.
+
+It is read from the manifest, without a process group, model or optimizer.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class BufferFacts:
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """A param group: the names of its parameters, their elements, and its settings, as plain JSON."""
+    """A param group: parameter names, number of elements, and its settings as plain JSON."""
 
     names: tuple[str, ...]
     elements: int
@@ -79,7 +82,10 @@ class GroupFacts:
 
 @dataclass(frozen=True, slots=True)
 class KindFacts:
-    """All tensors of a kind and dtype: weight, buffer, momentum, fisher, factor, curvature, random or value."""
+    """All tensors of a kind and dtype.
+
+    The kinds: weight, buffer, momentum, fisher, square, factor, curvature, random, value.
+    """
 
     kind: str
     dtype: str
@@ -189,7 +195,7 @@ def short(dtype: torch.dtype | str) -> str:
 
 
 def damage(opened: OpenCheckpoint, bar: Bar = no_bar) -> list[str]:
-    """What is wrong with the files of a checkpoint, all of which are held, a line each; reads all their bytes."""
+    """What is wrong with a checkpoint's files, one line each; reads all bytes. All must be held."""
     found, files = [], opened.manifest.files
     with bar("Checking", sum(file.nbytes for file in files.values())) as advance:
         for name, file in files.items():
@@ -239,7 +245,7 @@ def _groups(opened: OpenCheckpoint) -> tuple[GroupFacts, ...]:
 
 
 def _plain(value: Any, opened: OpenCheckpoint) -> Any:
-    """An encoded setting (see `values`) as a person writes it: a dtype's short name, a tensor lr's number."""
+    """An encoded setting (see `encoding`), decoded: a dtype's short name, a tensor lr's number."""
     if not isinstance(value, Mapping) or len(value) != 1:
         return value
     ((kind, content),) = value.items()

@@ -72,7 +72,7 @@ def _columns(path: Path) -> list[Curve]:
 
 
 def draw(axis: str, curves: Mapping[str, Curve], out: Path) -> None:
-    """Draw a panel for each kind of metric that there is, into a picture of the kind that the name tells."""
+    """Draw a panel for each kind of metric found; the suffix of `out` gives the file format."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The language model of the development bench: a byte-level GPT of today's kind (Llama's layers)."""
+"""The language model of the development bench: a modern byte-level GPT (Llama's layers)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class GPT(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a trained product of two thin matrices beside it (Hu et al. 2021)."""
+    """A frozen linear layer plus a trained product of two thin matrices (Hu et al. 2021)."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimizers of the development bench: AdaFisher, candidates for its update, and rivals, tuned alike.
+"""Optimizers of the development bench, tuned alike: AdaFisher, candidates for its update, rivals.
 
 A name has settings, `key=value`, besides the learning rate and weight decay. `rest` is the learning
 rate of embedding, head and gains over that of the hidden matrices, for those that have another
@@ -34,7 +34,7 @@ def _adamw(named: Named, lr: float, weight_decay: float, own: Settings) -> list[
 
 
 def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: float) -> Tensor:
-    """What torch's Muon computes in bfloat16, which takes three times as long on this kind of CPU."""
+    """Torch's Muon in float32: its bfloat16 takes three times as long on this kind of CPU."""
     return polar(gradient[None], steps)[0]
 
 

@@ -1,4 +1,4 @@
-"""Candidates for AdaFisher's update, for one process and for trying out: what wins goes into the package.
+"""Candidates for AdaFisher's update, for one process, to try out; the best goes into the package.
 
 W = polar(n R(a)) R(b), n being the momentum of a matrix and R(p) = A^(−p) of its blocks, then
 scaled. The averages w and F start from zero and are not corrected for it, but where Adam's length
@@ -133,7 +133,7 @@ class Prototype(torch.optim.Optimizer):
         self.count += 1
 
     def _scale_as_adam(self, sources: list[Tensor]) -> None:
-        """Updates of blocks get the root mean square that Adafactor's second moment would give them."""
+        """Scale updates of blocks to the root mean square that Adafactor's second moment gives."""
         own, t = self.choice, self.count + 1
         unbias = (1 - own.rho**t) ** 0.5 / (1 - own.momentum**t)
         for index, (_, units) in enumerate(self.blocks):

@@ -3,7 +3,7 @@
 gpt64x20        the GPT of width 64 on code, 20 bytes a parameter; any width and number
 gpt64s2000      the same for 2,000 steps of a quarter of the batch, to compare rates over widths
 cnn, vit        digits, to the end of their training
-tune64, lora64  a GPT that AdamW has trained on Python, on C++ headers: whole, or by adapters of rank 8
+tune64, lora64  a GPT that AdamW trained on Python, on C++ headers: whole, or adapters of rank 8
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BASE_SEED, BASE_LR = 99, 1e-2  # of the model that is fine-tuned
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`build` takes the seed; `loss` is that of the seed's batch at a step; `validate` the held-out loss."""
+    """A task: `build(seed)`, `loss(model, seed, step)`, and the held-out loss `validate(model)`."""
 
     steps: int
     build: Callable[[int], nn.Module]
@@ -84,7 +84,10 @@ def _held_out(kind: str) -> Callable[[nn.Module], float]:
 
 
 def _pretrained(width: int, lora: bool) -> nn.Module:
-    """A GPT trained by AdamW, the same for every seed, which is left to the adapters; trained once, then read."""
+    """A GPT trained by AdamW, the same for every seed; trained once, then read from a file.
+
+    The seed affects the adapters only.
+    """
     path = text.CACHE / f"base{width}-{text.digest('code')}.pt"
     model = GPT(width, text.SEQ_LEN)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The text of the development bench: the Python sources of the packages in this environment, and their C++ headers.
+"""The development bench's text: Python sources of the installed packages, and their C++ headers.
 
 The public benchmark has another text. No file, and hardly a line, comes twice; a training sees each
 byte at most once.
@@ -39,13 +39,13 @@ def load(kind: str) -> tuple[Tensor, Tensor]:
 
 
 def digest(kind: str) -> str:
-    """The first digits of the SHA-256 of all the bytes: the text depends on the versions that are installed."""
+    """First digits of the SHA-256 of all bytes: the text depends on the installed versions."""
     train, held_out = load(kind)
     return hashlib.sha256(held_out.numpy().tobytes() + train.numpy().tobytes()).hexdigest()[:12]
 
 
 def batch(kind: str, seed: int, step: int, sequences: int) -> Tensor:
-    """Sequences of a step, (sequences, SEQ_LEN + 1) int64: a seed's steps take each window of the text once.
+    """Sequences of a step, (sequences, SEQ_LEN + 1) int64; a seed uses each window at most once.
 
     Raises:
         ValueError: the text has no more windows.
@@ -73,7 +73,7 @@ def _windows(data: Tensor, starts: Tensor) -> Tensor:
 
 
 def _collect(endings: tuple[str, ...], megabytes: float) -> bytes:
-    """Files in the order of the hashes of their names, but those of which most has been seen in another."""
+    """Concatenate files by the hash of their names, skipping those with many repeated lines."""
     root = Path(sysconfig.get_paths()["purelib"])
     names = sorted(
         (path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in endings),

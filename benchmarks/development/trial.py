@@ -1,7 +1,8 @@
-"""A trial of the development bench: trainings of one optimizer with some settings, kept in trials.jsonl.
+"""Trainings of one optimizer with given settings on the development bench, kept in trials.jsonl.
 
-    python benchmarks/development/trial.py gpt64x20 prototype --lr 1e-2 2e-2 --seed 0 1 2 --set
-    a=0.5 polar=slab python benchmarks/development/trial.py --table gpt64x20
+    python benchmarks/development/trial.py gpt64x20 prototype --lr 1e-2 2e-2 --seed 0 1 2 \
+        --set a=0.5 polar=slab
+    python benchmarks/development/trial.py --table gpt64x20
 
 What is in the file is not trained again. Two trainings run at a time, of one thread each.
 """
@@ -31,7 +32,7 @@ Run = dict[str, Any]
 
 
 def train(run: Run) -> Run:
-    """The run with `losses` (held out, at tenths of the training) and `seconds` of processor time."""
+    """Train; returns the run with `losses` (held out, at each tenth) and CPU `seconds`."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(run["seed"])
@@ -95,7 +96,7 @@ def append(run: Run) -> None:
 
 
 def table(task: str) -> None:
-    """Final losses by optimizer and settings: the mean over seeds, its standard error, and how many there were."""
+    """Print final losses by optimizer and settings: mean over seeds, standard error, seed count."""
     cells: dict[str, dict[tuple[float, float], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in read().values():
         if run["task"] == task:

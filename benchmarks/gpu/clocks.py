@@ -1,4 +1,4 @@
-"""Clocks and memory of a device, and whether it still answers; on a CPU, for rehearsals, the host's clock stands in."""
+"""Clocks and memory of a device, and whether it still answers; rehearsals use the host clock."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _by_clock(step: Step, device: torch.device, effort: Effort, cycle: int) -> t
 
 
 def _by_events(step: Step, host_ms: float, effort: Effort) -> list[float]:
-    """With the device kept busy until the launches of a step are queued, which takes the host `host_ms`."""
+    """Times by events; the device stays busy while the host queues launches, for `host_ms`."""
     head_start = int(HEAD_START_CYCLES * min(LONGEST_HEAD_START_MS, 1 + 1.5 * host_ms))
     times: list[float] = []
     while len(times) < effort.repeats and (sum(times) < 1e3 * SLOW_SECONDS or len(times) < 3):
@@ -149,7 +149,7 @@ class Memory:
 
 
 class Clock:
-    """Seconds of training, without what lies between `pause` and `start`; marks are made without waiting."""
+    """Seconds of training, except from `pause` to `start`; `mark` does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
@@ -165,7 +165,7 @@ class Clock:
         self._marks.append(self._now())
 
     def pause(self) -> list[float]:
-        """Wait for the device; returns the seconds of the marks since `start`, counted from the very first start."""
+        """Wait for the device; returns the marks since `start`, in seconds from the first start."""
         synchronize(self.device)
         marks = [self.seconds + self._between(mark) for mark in self._marks]
         self.seconds += time.perf_counter() - self._began

@@ -1,4 +1,4 @@
-"""What the parts of `make gpu` share: their options, the time that is left, and results that are whole at every moment.
+"""Shared by the parts of `make gpu`: their options, the time left, and results written atomically.
 
 A part may be killed at its limit, and the machine taken away: so each writes its JSON again after
 every number, into a file beside it that takes its place at once. `ended` in it tells how far the
@@ -100,7 +100,7 @@ def driver() -> str:
 
 
 def commit() -> str:
-    """Of the environment's COMMIT, since a copy of the tree may have no .git; else what git says."""
+    """COMMIT of the environment, since a copy of the tree may have no .git; else what git says."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     found = _output("git", "rev-parse", "--short=12", "HEAD")
@@ -124,7 +124,7 @@ def said(error: BaseException) -> str:
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """The same, with floats to so many significant digits; None for what is not finite, as JSON has no name for it."""
+    """Floats to so many significant digits; None if not finite, as JSON has no name for it."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
     if isinstance(value, Mapping):

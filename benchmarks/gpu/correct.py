@@ -1,4 +1,4 @@
-"""Is the package right on GPUs? Checks nearly all of it beside the numpy oracle of tests/oracle.py; a line a check.
+"""Is the package right on GPUs? Compares nearly all of it with tests/oracle.py; one line a check.
 
     python benchmarks/gpu/correct.py                        # one GPU
     launch/check_gpus.sh                                    # all GPUs of this machine, by torchrun

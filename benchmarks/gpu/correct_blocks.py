@@ -1,4 +1,4 @@
-"""What `correct.py` checks of stacked blocks: a step's arithmetic on a device beside numpy in float64.
+"""Checks of stacked blocks for `correct.py`: a step's arithmetic on a device against float64 numpy.
 
 The F, m and w that a step leaves are compared with their formulas; its update u with what the numpy
 oracle of tests/oracle.py makes of the F, m and w that came out, however they were rounded.
@@ -171,7 +171,7 @@ def _by_oracle(stack: BlockStack, g: Rows, t: int, h: dict[str, Any]) -> Rows:
 
 
 def ladder(here: Here) -> str:
-    """Blocks that have no Cholesky factor climb as far as on a CPU, and their neighbours do not notice."""
+    """Blocks without a Cholesky factor fall back as on a CPU, and leave their neighbours alone."""
     for packed, rows in itertools.product((False, True), (1, 3)):
         found, want = (_fall_back(device, packed, rows) for device in (here.device, torch.device("cpu")))
         assert found.fallback_counts == want.fallback_counts == {1: [1, 0, 0], 2: [0, 0, 1]}, (
@@ -216,7 +216,7 @@ def not_numbers(here: Here) -> str:
 
 
 def gate(here: Here) -> str:
-    """Shut, it lets nothing change, whatever is in the gradient; open, it changes nothing but roundings."""
+    """A shut gate changes nothing, whatever the gradient; an open one changes only roundings."""
     kinds = [(16, 1), (7, 5), (64, 64)]
     cases = [Case(*kind, dtype, packed) for kind in kinds for dtype in DTYPES for packed in (False, True)]
     cases += [Case(7, 5, exponent=1.0), Case(7, 5, grafting="none")]

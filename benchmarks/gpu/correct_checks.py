@@ -1,6 +1,7 @@
-"""What `correct.py` checks: the optimizer on a device beside the numpy oracle of tests/oracle.py, or beside a twin, bit
-for bit. Each check is given a `Here`, returns in a line what it found, and raises where something
-is wrong.
+"""Checks of `correct.py`: the optimizer on a device beside an oracle, or bit for bit beside a twin.
+
+The oracle is the numpy one of tests/oracle.py. Each check is given a `Here`, returns in a line what
+it found, and raises where something is wrong.
 
 With several ranks each check runs on all of them: batches are cut by rank, and what is not data is
 the same on each. A check asks nothing that a rank knows alone before a collective, so that the
@@ -116,13 +117,13 @@ class Given(nn.Module):
 
 
 class Beside:
-    """The oracle beside a training: each step is judged by what it added to the weights, block by block."""
+    """The oracle beside a training: compares what each step added to the weights, by block."""
 
     def __init__(
         self, start: Arrays, own: Mapping[str, Settings], dtype: torch.dtype = torch.float32, tolerance: float = 3e-4,
         **hyper: Any,
     ) -> None:  # fmt: skip
-        """Args: the weights in the order of the param groups, by name what a group has set otherwise, and the rest."""
+        """`start`: weights in param-group order; `own`: by name, what its group sets otherwise."""
         self.names, self.tolerance = list(start), tolerance
         self.rounding = float(torch.finfo(dtype).eps)
         arithmetic: type = np.float64 if dtype == torch.float64 else np.float32
@@ -152,7 +153,7 @@ def beside_groups(module: nn.Module, start: Arrays, **more: Any) -> Beside:
 
 @cache
 def other_group(name: str) -> Any:
-    """Another group of all ranks, whose backend sends tensors of the host too, where the default one is NCCL."""
+    """Another group of all ranks, for a backend that also sends CPU tensors (NCCL does not)."""
     return dist.new_group(backend=name, timeout=timedelta(seconds=TIMEOUT))
 
 
@@ -194,7 +195,7 @@ def _beside_given(here: Here, dtype: torch.dtype, settings: Settings) -> Given:
 
 
 def tf32(here: Here) -> str:
-    """What a user allows the model's products does not round the optimizer's, by the old names and the new."""
+    """TF32 for the model's products, by old and new names, does not affect the optimizer's."""
     matmul, names = torch.backends.cuda.matmul, ["allow_tf32"]
     if hasattr(matmul, "fp32_precision"):
         names.append("fp32_precision")  # torch 2.9
@@ -232,7 +233,7 @@ def deciding_on_the_device() -> Iterator[None]:
 
 @deciding_on_the_device()
 def bad_gradients(here: Here, **more: Any) -> str:
-    """One bad gradient, on the last rank alone: weights, state and counters are those of a twin that never saw it."""
+    """A bad gradient on the last rank alone leaves weights, state, counters like a twin's."""
     module, twin = Given(here), Given(here)
     ours, other = (AdaFisher(m.named_parameters(), **PARAMS, **more) for m in (module, twin))
     for step, bad in enumerate(PLAN):
@@ -255,7 +256,7 @@ def bad_gradients(here: Here, **more: Any) -> str:
 
 
 def _spoil(module: Given, bad: float, everywhere: bool) -> None:
-    """Where every rank has its own blocks, all elements, so that one of this rank's is among them."""
+    """Write `bad` into one element, or `everywhere`, so that each rank's own blocks get some."""
     assert module.a.grad is not None
     if not everywhere:
         module.a.grad[2, 3] = bad
@@ -270,7 +271,7 @@ def _spoil(module: Given, bad: float, everywhere: bool) -> None:
 
 @deciding_on_the_device()
 def waiting(here: Here, **more: Any) -> str:
-    """Calls 3, 5, 6 and 7, in which ranks compare nothing; in call 9 the device is busy, and the host comes back."""
+    """Calls 3, 5, 6, 7, where ranks compare nothing, do not wait; nor does 9, on a busy device."""
     module = Given(here)
     ours = AdaFisher(module.named_parameters(), **PARAMS, **more)
     for call in range(1, 9):
@@ -291,7 +292,7 @@ def waiting(here: Here, **more: Any) -> str:
 
 @contextmanager
 def no_waiting(here: Here, where: str) -> Iterator[None]:
-    """Raise where the host waits for the device, as far as torch knows; on a CPU, where it looks at a result."""
+    """Raise if the host waits for the device, as torch sees it; on a CPU, if it reads a result."""
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
         torch.cuda.set_sync_debug_mode("error")
@@ -356,7 +357,7 @@ def wrapped(module: nn.Module, here: Here, group: Any = None) -> nn.Module:
 
 
 def replicated(here: Here, precision: str, group: Callable[[Here], Any] = lambda here: None, **more: Any) -> str:
-    """Steps on a model's own gradients, in param groups, one without a gradient of one parameter."""
+    """Steps with a model's own gradients, in param groups; in one step a parameter has none."""
     dtype, chosen = FLOATS[precision], group(here)
     module = model(dtype).to(here.device)
     net = wrapped(module, here, chosen)
@@ -376,7 +377,7 @@ def replicated(here: Here, precision: str, group: Callable[[Here], Any] = lambda
 
 
 def scaler(here: Here) -> str:
-    """torch.amp's GradScaler and autocast in fp16; it skips a step whose gradients overflow on the last rank."""
+    """GradScaler, fp16 autocast; a step whose gradients overflow on the last rank is skipped."""
     module = model().to(here.device)
     net, ours = wrapped(module, here), AdaFisher(param_groups(module), **PARAMS)
     beside, bad = beside_groups(module, weights(module)), 2
@@ -447,7 +448,7 @@ def backward(engine: Any, step: int, here: Here, factor: float = 1.0) -> None:
 
 
 def zero(here: Here, stage: int, precision: str, offload: bool) -> str:
-    """An engine's steps beside numpy, two micro-steps each; in fp16 one overflows on the last rank."""
+    """An engine's steps beside numpy, of two micro-steps; in fp16 the last rank overflows once."""
     engines, accumulate = with_deepspeed(), 2
     bad = 2 if precision == "fp16" else None
     with engines.fp16_on_the_cpu() if here.device.type == "cpu" else nullcontext():
@@ -570,7 +571,7 @@ def fsdp2(here: Here, policy: str, group: Callable[[Here], Any] = lambda here: N
 
 
 def _whole(module: nn.Module, here: Here, gradients: bool = False) -> Arrays:
-    """Whole weights or gradients; what the host holds is gathered on the device, as NCCL needs it."""
+    """Full weights or gradients; those on the CPU are gathered on the device, as NCCL needs it."""
     from torch.distributed.tensor import DTensor
 
     found = {}
@@ -591,7 +592,7 @@ def _whole(module: nn.Module, here: Here, gradients: bool = False) -> Arrays:
 
 
 def communication(here: Here, group: Callable[[Here], Any] = lambda here: None) -> str:
-    """Every function of comm over the ranks that there are, also what one rank alone would not send.
+    """Every function of comm over all ranks, and also what a single rank would not send.
 
     Tensors are on the device and on the host, which with NCCL alone travel through the device.
     """

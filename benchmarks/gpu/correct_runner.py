@@ -1,4 +1,4 @@
-"""Runs checks on all ranks together, and ends a run in which a rank would wait for ever. For `correct.py`.
+"""Runs checks on all ranks together, and ends a run in which a rank would hang. For `correct.py`.
 
 A rank that fails in the middle of a collective leaves the others waiting in it. On GPUs no rank may
 ever come out of that: NCCL's own watchdog ends the process when the group's time is up, and with it
@@ -62,7 +62,7 @@ Check = Callable[[Here], str]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a check on one rank: `ok` is None where it was not checked; `useless`: the device computes no more."""
+    """Of a check on one rank; `ok` is None if not checked; `useless`: the device has failed."""
 
     ok: bool | None
     said: str
@@ -126,7 +126,7 @@ def run_checks(
 
     Returns:
         The exit status: 1 if a check failed. The process ends by itself with that status where a
-            rank hangs.
+        rank hangs.
     """
     control = None
     if here.world > 1:

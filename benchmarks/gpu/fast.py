@@ -1,6 +1,8 @@
-"""How fast it is on a GPU: blocks beside their floor, the whole step beside other optimizers, its share of training.
+"""Speed on a GPU: blocks beside their floor, steps beside other optimizers, share of training.
 
-    python benchmarks/gpu/fast.py [--out FOLDER] [--rehearse]       # writes FOLDER/fast.json; `make gpu` calls it
+    python benchmarks/gpu/fast.py [--out FOLDER] [--rehearse]    # writes FOLDER/fast.json
+
+`make gpu` calls it.
 
 - blocks: a step of 1 GB of blocks of one kind, beside the least that its bytes and its products
   take (fast_blocks.py).
@@ -186,7 +188,7 @@ def measure_step(shape: Shape, name: str, rehearse: bool) -> Row:
 
 
 def eighth(model: GPT) -> dict[str, nn.Parameter]:
-    """What one rank of eight owns, with its gradients: an eighth of the layers, and of the embeddings' rows."""
+    """What one rank of 8 owns, with gradients: an eighth of the layers and of embedding rows."""
     layers = -(-len(model.layers) // RANKS)
     own = {}
     for name, parameter in model.named_parameters():
@@ -202,7 +204,10 @@ def eighth(model: GPT) -> dict[str, nn.Parameter]:
 
 
 def measure_share(shape: Shape, rehearse: bool) -> Row:
-    """Forward and backward of the whole, and optimizers' steps on an eighth; of those, one may fail."""
+    """Time forward and backward of the model, and two optimizers' steps on an eighth of it.
+
+    One of those may fail.
+    """
     device = torch.device("cpu" if rehearse else "cuda")
     effort = REHEARSAL_EFFORT if rehearse else EFFORT
     model = gpt.build(shape, device)

@@ -1,4 +1,4 @@
-"""What a step of blocks of one kind takes on a device, beside the least that it could take. For `fast.py`.
+"""Time of a step of blocks of one kind on a device, beside its lower bounds. For `fast.py`.
 
 About 1 GB of blocks, far more than any cache holds, in chunks as large as the optimizer's. Two
 floors stand beside it: F, m and w read and written, g read and u written, once each, at the
@@ -30,7 +30,7 @@ EFFORT = Effort(3, 10)
 
 
 class Speeds(NamedTuple):
-    """What a device was measured to do in a second: bytes that a copy reads and writes, and operations."""
+    """Measured per second on a device: bytes that a copy reads and writes, and operations."""
 
     copy_bytes: float
     flops: float
@@ -38,7 +38,7 @@ class Speeds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A kind of block: `rows` vectors of `size` elements share a Fisher, which is kept in `dtype`."""
+    """A kind of block: `rows` vectors of `size` elements share a Fisher, stored in `dtype`."""
 
     size: int
     rows: int

@@ -1,13 +1,14 @@
 """The page of what `make gpu` has found, from the JSON of its parts.
 
-    python benchmarks/gpu/report.py FOLDER               # writes FOLDER/gpu.md, and FOLDER/trains.png
-    python benchmarks/gpu/report.py --publish FOLDER     # and puts them into docs/: JSON and picture into docs/gpu/,
-                                                         # the page between the markers of
-                                                         docs/gpu.md
+    python benchmarks/gpu/report.py FOLDER              # writes FOLDER/gpu.md and FOLDER/trains.png
+    python benchmarks/gpu/report.py --publish FOLDER    # and puts them into docs/: JSON and picture
+                                                        # into docs/gpu/, the page between the
+                                                        # markers of docs/gpu.md
 
-docs/gpu.md is written by hand but for what lies between `<!-- results: begin -->` and `<!--
-results: end -->`, and for its first paragraph, which says whether a GPU has run this code. A part
-that FOLDER lacks stays as it was published before. A rehearsal is never published.
+docs/gpu.md is written by hand but for what lies between
+`<!-- results: begin -->` and `<!-- results: end -->`, and for its first paragraph, which says
+whether a GPU has run this code. A part that FOLDER lacks stays as it was published before. A
+rehearsal is never published.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def cell(value: Any, most: int = 240) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1) -> str:
-    """Markdown's; the first `texts` columns and those headed "" are text, the others numbers, on the right."""
+    """A Markdown table; right-aligned except for the first `texts` columns and those headed ""."""
     sides = ["---" if number < texts or not heading else "---:" for number, heading in enumerate(headings)]
     lines = [[cell(heading) for heading in headings], sides, *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """To so many digits, without an exponent where people would not write one; a dash for what is not there."""
+    """A number in so many digits, with an exponent only if very large or small; a dash for None."""
     if value is None:
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e6:
@@ -371,7 +372,7 @@ def _fast_line(row: Mapping[str, Any]) -> str:
 
 
 def publish(folder: Path, docs: Path) -> None:
-    """Put the results of FOLDER into docs/gpu/, and the page of all that is published into docs/gpu.md.
+    """Publish FOLDER: its results into docs/gpu/, the page of all results into docs/gpu.md.
 
     Raises:
         SystemExit: there is nothing to publish, a rehearsal, or a page without its markers; then
@@ -396,7 +397,7 @@ def publish(folder: Path, docs: Path) -> None:
 
 
 def split(text: str, path: Path) -> tuple[str, str, tuple[str, str]]:
-    """A page's text before its first paragraph, that paragraph, and what is around the results after it.
+    """A page's text before its first paragraph, that paragraph, and what surrounds the results.
 
     Raises:
         SystemExit: it has no such places.

@@ -162,7 +162,7 @@ def settle(path: Path, part: str, rehearse: bool, problem: str | None) -> None:
 
 
 def make_page(folder: Path, log: Log) -> None:
-    """The page of what there is; whatever is wrong with it, the numbers stay and the next part starts."""
+    """Make the page of what there is; if that fails, the numbers stay and the next part starts."""
     try:
         report.make(folder)
     except Exception as error:

@@ -1,6 +1,8 @@
-"""Does it train on a GPU? A byte-level GPT of 9 M parameters, by AdaFisher, AdamW and Muon, at two rates each.
+"""Does it train on a GPU? A byte-level GPT of 9 M parameters: AdaFisher, AdamW, Muon at two rates.
 
-    python benchmarks/gpu/trains.py [--out FOLDER] [--rehearse]       # writes FOLDER/trains.json; `make gpu` calls it
+    python benchmarks/gpu/trains.py [--out FOLDER] [--rehearse]    # writes FOLDER/trains.json
+
+`make gpu` calls it.
 
 In bfloat16 autocast, on the sources of the Python packages that this machine has; no window is seen
 twice, and all see the same ones in the same order. How many steps there is time for is timed first,
