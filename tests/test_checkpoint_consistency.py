@@ -252,7 +252,7 @@ def check_mutants(count: int, seed: int, scheduler: str, folder: Path) -> Counte
             if bystander.optimizer._registry.stepper.incomplete or digest(bystander.everything()) != before:
                 outcomes["changed state"] += 1
                 problems.append(f"{what} changed state: {error}")
-                bystander.optimizer._registry.stepper.incomplete = False
+                bystander.optimizer._registry.stepper.incomplete = frozenset()
         except Exception as error:
             outcomes["another error"] += 1
             problems.append(f"{what}: {type(error).__name__}: {error}")

@@ -25,8 +25,10 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, __version__, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import CheckpointDirectory, encoding, save, target_of
+from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
+from adafisher_dist.checkpoint.options import Options
 from adafisher_dist.numerics.packing import pack
 from adafisher_dist.tools.cli import app
 from adafisher_dist.tools.export import export_weights
@@ -461,6 +463,32 @@ def test_skipped_steps_and_a_failed_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "b").exists()
     load_checkpoint(tmp_path / "a", module, optimizer)
     assert optimizer.skipped_steps == 1
+    steps(module, optimizer, 2, 3)
+
+
+@pytest.mark.parametrize("first", ["weights", "everything"])
+def test_a_load_completes_what_a_failed_one_left(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, optimizer = trained(count=2)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    place = CheckpointDirectory(tmp_path, "a")
+
+    def restore(states: bool) -> None:  # without states as load_module_only of DeepSpeed's engines does
+        load(lambda: place, target_of(module, optimizer, None), Options(states=states, random=states))
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adafisher_dist.checkpoint.reader.ShardReader._read", fail)
+        with pytest.raises(CheckpointError, match="incomplete"):
+            restore(states=first == "everything")
+    with pytest.raises(RuntimeError, match="incomplete"):
+        steps(module, optimizer, 2, 3)
+    restore(states=False)
+    if first == "everything":  # the state is not there yet
+        with pytest.raises(RuntimeError, match="incomplete"):
+            steps(module, optimizer, 2, 3)
+        restore(states=True)
     steps(module, optimizer, 2, 3)
 
 

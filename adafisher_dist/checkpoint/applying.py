@@ -20,14 +20,14 @@ from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
 from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.targets import CheckpointTarget
-from adafisher_dist.comm.host_groups import beat
+from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
 from adafisher_dist.settings import StateConfig, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
 
 def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, matched: Match, checked: Checked) -> None:
-    """Restore everything. A failure leaves the optimizer incomplete: it then refuses to step."""
+    """Restore everything. After a failure no step is taken until a load restores as much."""
     hosts, manifest = target.hosts, opened.manifest
     shards: list[Shard] = []
     wanted: list[Range] = []
@@ -53,13 +53,13 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
     if options.states:
         target.access.begin_load()
     run_on_all_ranks(hosts, prepare)
-    _read(opened, wanted, target)
-    if target.wrapper is not None and options.weights:
-        layouts.refresh_module(target.wrapper)
     try:
+        _read(opened, wanted, hosts)
+        if target.wrapper is not None and options.weights:
+            layouts.refresh_module(target.wrapper)
         run_on_all_ranks(hosts, finish)
     except Exception:
-        target.access.mark_incomplete()
+        target.access.mark_incomplete(options.parts)
         raise
 
 
@@ -132,8 +132,8 @@ def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
     return not own.keeps_factors or (there["keeps_factors"] and there["exponent"] == own.exponent)
 
 
-def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget) -> None:
-    hosts, planner = target.hosts, RangeLoadPlanner(wanted)
+def _read(opened: OpenCheckpoint, wanted: list[Range], hosts: HostGroup) -> None:
+    planner = RangeLoadPlanner(wanted)
     reader, problem = ShardReader(opened, hosts), None
     try:
         dcp.load({}, storage_reader=reader, planner=planner, process_group=hosts.handle)
@@ -142,7 +142,6 @@ def _read(opened: OpenCheckpoint, wanted: list[Range], target: CheckpointTarget)
     except Exception as error:  # another rank is gone, say
         problem = hosts.explain(error)
     if problem is not None:
-        target.access.mark_incomplete()
         raise CheckpointError(
             f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
             " a checkpoint before the next step."

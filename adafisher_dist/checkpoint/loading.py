@@ -49,8 +49,7 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         loaded = Loaded(opened.folder, opened.manifest.about)
         checked = _check_together(opened, target, options, matched, loaded)
         apply(opened, target, options, matched, checked)
-    if options.states:
-        target.access.end_load()
+    target.access.end_load(options.parts)
     if hosts.rank == 0:
         _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ class Options:
     random: bool = True
     lr_scheduler: Any = IGNORED
     more: Callable[[Mapping[str, Any]], list[Part]] = lambda _: []
+
+    @property
+    def parts(self) -> Set[str]:
+        """What the load writes: "weights", "state", or both."""
+        return {name for name, wanted in (("weights", self.weights), ("state", self.states)) if wanted}
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -72,12 +72,13 @@ class CheckpointAccess:
 
     def begin_load(self) -> None:
         """Drop the present state, to use its memory for the new one, and mark it incomplete."""
+        weights = self._registry.stepper.incomplete & {"weights"}  # of a load before, which reset_state() forgets
         self._optimizer.reset_state()
-        self.mark_incomplete()
+        self.mark_incomplete(weights | {"state"})
 
-    def mark_incomplete(self) -> None:
-        """No step is taken until a load succeeds."""
-        self._registry.stepper.incomplete = True
+    def mark_incomplete(self, parts: Set[str]) -> None:
+        """No step is taken until a load completes these: "weights", "state"."""
+        self._registry.stepper.incomplete |= parts
 
     def new_shards(self, tensors: Sequence[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
         """Shards without any step, whose state is to be read; `zeroed` where not all of it is."""
@@ -89,6 +90,6 @@ class CheckpointAccess:
             self._registry.install(shard)
         self._registry.stepper.skipped = skipped_steps
 
-    def end_load(self) -> None:
-        """All ranks have read all of it."""
-        self._registry.stepper.incomplete = False
+    def end_load(self, parts: Set[str]) -> None:
+        """All ranks have read all of these: "weights", "state"."""
+        self._registry.stepper.incomplete -= parts

@@ -85,14 +85,17 @@ class _Pending:
     is_counted: bool  # as a skipped step, if it was one; of the parts of a step only the first
 
 
+WHOLE = frozenset(("weights", "state"))
+
+
 class Stepper:
     """Takes the steps of an optimizer's shards; knows only the settings of torch's param groups."""
 
     def __init__(self, meter: Meter | None = None) -> None:
         self._exchanges: list[Exchange] = []
         self._where: dict[int, tuple[Shard, int]] = {}  # id of a stored tensor → its shard, and its number there
-        self.incomplete = False
-        """Whether a step or the loading of a checkpoint began and did not end."""
+        self.incomplete: frozenset[str] = frozenset()
+        """Of "weights" and "state", what a step or a load began to write and did not complete."""
         self.skipped = 0
         """Steps that changed nothing, of those of which it is known."""
         self.sent: Counter[str] = Counter()
@@ -221,7 +224,7 @@ class Stepper:
         if not self._ranks_agree(calls, collected, ranks, errors):
             self.skipped += is_counted
             return
-        self.incomplete = True  # until all ranks have done their part
+        self.incomplete = WHOLE  # until all ranks have done their part
         if self.meter is not None:
             self.meter.begin(_next_step(calls), ranks, self.skipped)
         inf = collected.found_inf
@@ -240,7 +243,7 @@ class Stepper:
                     call.shard.flat_buffer[chunk.start : chunk.stop].zero_()
             errors.attempt(call.known.write_back)
         raise_if_any_failed(ranks, errors)
-        self.incomplete = False
+        self.incomplete = frozenset()
         self.sent = collectives.sent - sent_before
         if self.meter is not None:
             self.meter.end([(call.exchange, call.known) for call in calls], self.sent)
