@@ -46,7 +46,7 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen min
 	@$(BIN)/python benchmarks/metrics.py $(QUICK)
 	@$(BIN)/python benchmarks/convergence.py --quick
 
-bench-convergence: $(STAMP)  ## AdaFisher beside other optimizers: five models, hours; goes on where it was stopped
+bench-convergence: $(STAMP)  ## AdaFisher beside eight other optimizers: a day of two cores; goes on where it was stopped
 	@$(BIN)/python benchmarks/convergence.py
 
 # A GPU machine is lent bare: this needs no .venv.

@@ -1,277 +1,239 @@
-"""How fast AdaFisher trains beside AdamW, SGD, Muon and SOAP, on the small models of tasks.py.
+"""How fast AdaFisher trains beside AdamW, Muon, NorMuon, SOAP, KL-SOAP, Kron and AdEMAMix.
 
-    python benchmarks/convergence.py            # hours; goes on where it was stopped
-    python benchmarks/convergence.py --report   # tables and figures alone, from finished trainings
+    python benchmarks/convergence.py               # days; goes on where it was stopped
+    python benchmarks/convergence.py --plan        # what is done, and what is still to do
+    python benchmarks/convergence.py --report      # only the tables and figures of what is there
+    python benchmarks/convergence.py --repeat laws64x20 AdaFisher 1
 
-Each optimizer is run over the same grid of learning rates, from the same weights, on the same
-batches and schedule, and further where its best is at the edge of the grid. Finished trainings go
+Each is tuned alike on the smallest model at 20 bytes a parameter, with a seed that is not reported:
+learning rate, weight decay, then two settings of its own. What is best there is trained with fresh
+seeds on all tasks; longer and larger ones try half the learning rate too. Finished trainings go
 into docs/convergence.jsonl, what follows from them into docs/convergence.json,
-convergence_tables.md, convergence.png and convergence_TASK.png.
+convergence_tables.md and convergence.png.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import common
+import convergence_report
 import typer
 from common import ROOT, Quick
-from convergence_report import Curves, Report, draw, markdown, plain, show, task_report
-from optimizers import BASE, Contender, contenders
-from rich.progress import track
-from tasks import Task, tasks
-from trainings import Curve, Run, forget, read, written
-from turns import step_to_adamw
-from typer import Option
-from workers import carry_out
+from convergence_tasks import task_of
+from trainings import Done, Result, Run, carry_out, read, train, written
+from typer import Argument, Option
 
-Done = Mapping[Run, Curve]
-Pair = tuple[str, str]  # a task and an optimizer
+FILE = ROOT / "docs" / "convergence.jsonl"
+TUNED_ON, TUNING_SEED = "laws64x20", 100
+LRS = (2.5e-3, 5e-3, 1e-2, 2e-2)  # by twos, and further while the best is at the edge
+WDS = (0.1, 0.01, 0.5)
+MOST_LRS = 7
+
+# By name: the builder, its fixed settings, and two more to try.
+Trials = tuple[dict[str, Any], dict[str, Any]]
+CONTENDERS: dict[str, tuple[str, dict[str, Any], Trials]] = {
+    "AdamW": ("adamw", {}, ({"beta2": 0.99}, {"beta1": 0.95})),
+    "AdaFisher": ("adafisher", {}, ({"fisher_decay": 0.99}, {"momentum": 0.95})),
+    "AdaFisher without F": ("prototype", {"a": 0, "length": 1, "nesterov": 1}, ({"momentum": 0.95}, {"rest": 0.5})),
+    "Muon": ("muon", {}, ({"rest": 0.5}, {"rest": 2.0})),
+    "NorMuon": ("normuon", {}, ({"rest": 0.5}, {"rest": 2.0})),
+    "SOAP": ("soap", {}, ({"beta2": 0.9}, {"beta2": 0.99})),
+    "SOAP, every 10": ("soap", {"every": 10}, ({"beta2": 0.9}, {"beta2": 0.99})),
+    "KL-SOAP": ("kl_soap", {}, ({"beta2": 0.9}, {"beta2": 0.99})),
+    "Kron": ("kron", {}, ({"momentum": 0.95}, {"pre_conditioner_update_probability": 1.0})),
+    "AdEMAMix": ("ademamix", {"beta3": 0.999}, ({"alpha": 2.0}, {"beta2": 0.95})),
+}
+OURS, BASE = "AdaFisher", "AdamW"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run.
+class Cell:
+    """A task, its seeds, and who is trained on it.
 
     Attributes:
-        tasks: names of the tasks, unless --task chooses.
-        lrs: the base grid of learning rates, the smallest first, of tasks that have none of their
-            own.
-        seeds: of initial weights and batches, likewise.
-        steps: of a training; None: the task's own.
-        extensions: how often the grid may grow by a factor of two.
-        folder: where everything is written.
+        leaders: only AdaFisher, AdamW and the two best rivals of TUNED_ON.
+        rates: parts of the best learning rate of TUNED_ON; with the tuning seed the best is chosen,
+            where there are several.
+        only: a name; None for all.
     """
 
-    tasks: tuple[str, ...]
-    lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
-    steps: int | None
-    extensions: int
-    folder: Path
-
-    @property
-    def file(self) -> Path:
-        return self.folder / "convergence.jsonl"
-
-    def base_lrs(self, task: str) -> tuple[float, ...]:
-        return TASKS[task].lrs or self.lrs
-
-    def seeds_of(self, task: str) -> tuple[int, ...]:
-        return TASKS[task].seeds or self.seeds
-
-    def run(self, pair: Pair, lr: float, seed: int) -> Run:
-        task, optimizer = pair
-        settings = written(CONTENDERS[optimizer].settings)
-        return Run(task, optimizer, settings, lr, seed, self.steps or TASKS[task].steps)
-
-    def has(self, run: Run, pairs: Collection[Pair]) -> bool:
-        """Whether it is one of these pairs' trainings, with today's settings."""
-        pair = run.task, run.optimizer
-        return pair in pairs and run.seed in self.seeds_of(run.task) and run == self.run(pair, run.lr, run.seed)
+    task: str
+    seeds: int
+    leaders: bool = True
+    rates: tuple[float, ...] = (1.0,)
+    only: str | None = None
 
 
-TASKS: dict[str, Task] = tasks()
-CONTENDERS: dict[str, Contender] = contenders()
-LRS = (3e-4, 6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-FULL = Plan(tuple(TASKS), LRS, (0, 1, 2), None, 6, ROOT / "docs")
-QUICK = Plan(("autoencoder", "cnn"), (2.5e-3, 1e-2, 4e-2), (0,), 60, 0, ROOT / "runs" / "bench")
+# Those that decide most come first. AdamW at more tokens is for its curve of loss by tokens.
+CELLS = (
+    Cell(TUNED_ON, 5, leaders=False),
+    Cell("laws64x40", 3, only=BASE),
+    Cell("laws64x80", 3, rates=(1.0, 0.5)),
+    Cell("laws64x160", 1, rates=(1.0, 0.5), only=BASE),
+    Cell("laws96x20", 3, rates=(1.0, 0.5)),
+    Cell("laws96x40", 1, rates=(1.0, 0.5), only=BASE),
+    Cell("tune64", 3, rates=(0.3, 0.1)),
+    Cell("lora64", 3, rates=(1.0, 0.3)),
+    Cell("cnn", 3, leaders=False, rates=(1.0, 0.3)),
+    Cell("vit", 3, leaders=False, rates=(1.0, 0.3)),
+    Cell("laws64x20large", 3, rates=(1.0, 2.0)),
+    Cell("laws96x80", 1, rates=(0.5,)),
+    Cell("laws128x20", 2, rates=(0.5,)),
+    Cell("laws128x40", 1, rates=(0.5,), only=BASE),
+)
+QUICK_TASKS = ("cnn", "vit")
 
 
-# ---- which trainings ----
+# ---- what is trained ----
 
 
-def grid(base: Sequence[float], loss: Callable[[float], float | None], extensions: int) -> list[float]:
-    """The base grid, and twice or half its edge while the best is there.
-
-    Args:
-        base: the smallest first.
-        loss: of a learning rate; None while it is not known, and then the grid does not grow.
-        extensions: how often it may grow.
-    """
-    lrs = list(base)
-    for _ in range(extensions):
-        losses = [loss(lr) for lr in lrs]
-        known = [found for found in losses if found is not None]
-        if len(known) < len(lrs):
+def tuning(name: str, done: Done) -> tuple[list[Run], Run | None]:
+    """The trials of a name that are known to be wanted so far, and the best once all are done."""
+    builder, fixed, trials = CONTENDERS[name]
+    runs = [Run(TUNED_ON, builder, lr, WDS[0], TUNING_SEED, written(fixed)) for lr in LRS]
+    while (best := best_of(runs, done)) and len(runs) < MOST_LRS:
+        rates = sorted(run.lr for run in runs)
+        if best.lr not in (rates[0], rates[-1]):
             break
-        best = known.index(min(known))  # the smallest rate, where all diverged
-        if best == 0:
-            lrs.insert(0, lrs[0] / 2)
-        elif best == len(lrs) - 1:
-            lrs.append(lrs[-1] * 2)
-        else:
+        runs.append(replace(best, lr=rates[0] / 2 if best.lr == rates[0] else rates[-1] * 2))
+    for more in ([{"wd": wd} for wd in WDS[1:]], [{"settings": written({**fixed, **own})} for own in trials]):
+        if best is None:
             break
-    return lrs
+        runs += [replace(best, **each) for each in more]
+        best = best_of(runs, done)
+    return runs, best
 
 
-def wanted(plan: Plan, pairs: Sequence[Pair], done: Done) -> list[Run]:
-    """The trainings that are missing: those of the first seed come first, task by task."""
-    missing: list[Run] = []
-    for pair in pairs:
-
-        def loss(lr: float, pair: Pair = pair) -> float | None:
-            curves = [done.get(plan.run(pair, lr, seed)) for seed in plan.seeds_of(pair[0])]
-            finals = [curve.final for curve in curves if curve is not None]
-            return statistics.fmean(finals) if len(finals) == len(curves) else None
-
-        lrs = grid(plan.base_lrs(pair[0]), loss, plan.extensions)
-        runs = [plan.run(pair, lr, seed) for lr in lrs for seed in plan.seeds_of(pair[0])]
-        missing += [run for run in runs if run not in done]
-    return sorted(missing, key=lambda run: (run.seed, list(TASKS).index(run.task)))
+def best_of(runs: list[Run], done: Done) -> Run | None:
+    """The one with the least final loss; None where one is still to be done."""
+    return min(runs, key=lambda run: done[run].final) if all(run in done for run in runs) else None
 
 
-def finished(plan: Plan, task: str, done: Done) -> dict[str, Curves]:
-    """A task's trainings of this plan, by optimizer and learning rate."""
-    by_name: dict[str, dict[float, list[Curve]]] = {}
+def leaders(done: Done) -> list[str] | None:
+    """AdaFisher, AdamW and the two best rivals by their fresh seeds; None until those are done."""
+    means = {}
     for name in CONTENDERS:
-        for run, curve in done.items():
-            if plan.has(run, [(task, name)]):
-                by_name.setdefault(name, {}).setdefault(run.lr, []).append(curve)
-    return by_name
+        runs = final_runs(CELLS[0], name, done)[0]
+        if not runs or any(run not in done for run in runs):
+            return None
+        means[name] = statistics.fmean(done[run].final for run in runs)
+    rivals = [name for name in sorted(means, key=means.__getitem__) if name not in (BASE,) and OURS not in name]
+    return [BASE, OURS, *rivals[:2]]
 
 
-def pairs_of(task_names: Sequence[str], names: Sequence[str]) -> list[Pair]:
-    """Each task with the optimizers that are for it and can be built here."""
-    return [
-        (task, name)
-        for task in task_names
-        for name in names
-        if CONTENDERS[name].missing is None and CONTENDERS[name].unfit(TASKS[task]) is None
-    ]
+def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]:
+    """A name's trainings of a cell with fresh seeds, and those that choose their learning rate.
 
-
-# ---- times ----
-
-
-def stored_ratios(plan: Plan, again: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Ratios of the last result, by task and optimizer.
-
-    Only of optimizers whose settings have not changed since, and that are not trained `again`.
+    The former are none until the rate is known.
     """
-    path = plan.folder / "convergence.json"
-    last = json.loads(path.read_text()) if path.exists() else {}
-    settings = last.get("settings", {})
-    return {
-        task: {
-            name: ratio
-            for name, ratio in by_name.items()
-            if name in CONTENDERS and name not in again and settings.get(name) == CONTENDERS[name].settings
-        }
-        for task, by_name in last.get("training_step_to_adamw", {}).items()
-    }
+    _, best = tuning(name, done)
+    if best is None:
+        return [], []
+    tried = [replace(best, task=cell.task, lr=best.lr * part) for part in cell.rates]
+    chosen = best_of(tried, done) if len(tried) > 1 else tried[0]
+    return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried[1:] and tried
 
 
-def add_ratios(ratios: dict[str, dict[str, Any]], pairs: Sequence[Pair], everything: bool) -> None:
-    """Time the tasks of which an optimizer has not been timed, or all."""
-    by_task: dict[str, list[str]] = {}
-    for task, name in pairs:
-        by_task.setdefault(task, [BASE]).append(name)
-    due = [
-        task for task, names in by_task.items() if everything or any(name not in ratios.get(task, {}) for name in names)
-    ]
-    for task in track(due, "Times", disable=not due):
-        chosen = {name: CONTENDERS[name] for name in by_task[task]}
-        ratios[task] = ratios.get(task, {}) | common.rounded(step_to_adamw(TASKS[task], chosen))
+def names_of(cell: Cell, done: Done) -> list[str]:
+    if cell.only:
+        return [cell.only]
+    return (leaders(done) or []) if cell.leaders else list(CONTENDERS)
+
+
+def wanted(done: Done) -> Iterator[Run]:
+    """What is to be trained, as far as is known, in order."""
+    for name in CONTENDERS:
+        yield from tuning(name, done)[0]
+    for cell in CELLS:
+        for name in names_of(cell, done):
+            runs, tried = final_runs(cell, name, done)
+            yield from (*tried, *runs)
+
+
+def quick(done: Done) -> Iterator[Run]:
+    """Minutes: two names on the digits."""
+    for task in QUICK_TASKS:
+        for name in (BASE, OURS):
+            yield Run(task, CONTENDERS[name][0], 3e-3)
+
+
+def one(run: Run) -> Result:
+    return train(run, task_of(run.task))
 
 
 # ---- the command ----
 
 
-def write(plan: Plan, done: Done, ratios: Mapping[str, Any], quick: bool, shown: Sequence[str]) -> None:
-    """All files, of all that is there; the tables of some tasks on the console."""
-    reports: dict[str, Report] = {}
-    for task in TASKS:
-        if curves := finished(plan, task, done):
-            steps = plan.steps or TASKS[task].steps
-            reports[task] = task_report(TASKS[task], steps, curves, plan.base_lrs(task), ratios.get(task, {}))
-            reasons = {name: contender.unfit(TASKS[task]) for name, contender in CONTENDERS.items()}
-            reports[task]["left_out"] = {name: reason for name, reason in reasons.items() if reason is not None}
-            reports[task]["runs_missing"] = len(wanted(plan, pairs_of([task], list(CONTENDERS)), done))
-    for task in shown:
-        if task in reports:
-            show(reports[task])
-    result = {
-        "note": 'Losses are validation losses; "inf": a training diverged; null: never, or not measured.',
-        "learning_rates": plan.lrs,
-        "seeds": plan.seeds,
-        "settings": {name: contender.settings for name, contender in CONTENDERS.items()},
-        "training_step_to_adamw": ratios,
-        "tasks": plain(common.rounded(reports, 6)),
-    }
-    versions = {"pytorch_optimizer": version("pytorch_optimizer"), "scikit-learn": version("scikit-learn")}
-    common.save("convergence", quick, result, draw(reports, ratios), **versions)
-    for task, report in reports.items():
-        draw({task: report}, ratios).savefig(plan.folder / f"convergence_{task}.png", dpi=120)
-    command = "python benchmarks/convergence.py" + (" --quick" if quick else "")
-    tables = plan.folder / "convergence_tables.md"
-    tables.write_text(markdown(reports, command), encoding="utf-8")
-    print(f"Written: {tables.relative_to(ROOT)} and convergence_TASK.png")
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check(option: str, given: Sequence[str], valid: Sequence[str]) -> None:
-    for name in given:
-        if name not in valid:
-            raise typer.BadParameter(f"{name!r} is none of: {'; '.join(valid)}.", param_hint=option)
-
-
 def main(
-    quick: Quick = False,
-    task: Annotated[list[str] | None, Option(metavar="NAME", help="Only this task; may be repeated.")] = None,
-    optimizer: Annotated[list[str] | None, Option(metavar="NAME", help="Only this optimizer; may be repeated.")] = None,
-    again: Annotated[
-        list[str] | None, Option(metavar="NAME", help="Forget this optimizer's trainings and do them again.")
+    cell: Annotated[
+        list[str] | None, Argument(metavar="[TASK NAME SEED]", help="With --repeat: which training.")
     ] = None,
-    report: Annotated[bool, Option("--report", help="Train nothing: only the report of what is there.")] = False,
-    time: Annotated[bool, Option("--time", help="Train nothing: measure all times anew, and report.")] = False,
+    quickly: Quick = False,
+    plan: Annotated[bool, Option("--plan", help="Train nothing: what is done, and what is known to be left.")] = False,
+    report: Annotated[bool, Option("--report", help="Train nothing: tables and figures of what is there.")] = False,
+    repeat: Annotated[
+        bool, Option("--repeat", help="Train one again, and print how far it is from the committed line.")
+    ] = False,
     workers: Annotated[
         int | None, Option(min=1, help="Processes, of one thread each.  [default: the number of cores]")
     ] = None,
 ) -> None:
-    """Train with all optimizers, or go on with it, and report."""
-    plan = QUICK if quick else FULL
-    check("--task", task or [], list(TASKS))
-    check("--optimizer", optimizer or [], list(CONTENDERS))
-    names, chosen = optimizer or list(CONTENDERS), task or list(plan.tasks)
-    check("--again", again or [], names)
-    if again and (report or time):
-        raise typer.BadParameter("--report and --time train nothing; leave them out.", param_hint="--again")
-    for name in names:
-        if CONTENDERS[name].missing:
-            print(f"{name} is left out: {CONTENDERS[name].missing}.")
-    pairs = pairs_of(chosen, names)
-    if again:
-        count = forget(plan.file, lambda run: run.optimizer in again and run.task in chosen)
-        print(f"{count} trainings are forgotten.")
-    done = {run: curve for run, curve in read(plan.file).items() if plan.has(run, pairs)}
-    ratios = stored_ratios(plan, again or [])
-    try:
-        if not report and not time:
-            carry_out(lambda done: wanted(plan, pairs, done), done, plan.file, workers or cores())
-        if not report:
-            add_ratios(ratios, pairs, everything=time)
-    except KeyboardInterrupt:
-        print(f"Stopped. {len(done)} finished trainings are kept; the same command goes on from there.")
-        raise typer.Exit(130) from None
-    write(plan, read(plan.file), ratios, quick, chosen)
+    """Train all there is to train, or go on with it, and report."""
+    if repeat:
+        return again(cell or [])
+    file = ROOT / "runs" / "bench" / "convergence.jsonl" if quickly else FILE
+    if plan:
+        return print_plan(read(file))
+    if not report:
+        count = workers or len(os.sched_getaffinity(0))
+        carry_out(quick if quickly else wanted, file, one, count)
+        if quickly:
+            return None
+    return convergence_report.write(rows(read(FILE)))
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+def again(cell: list[str]) -> None:
+    """One training once more, beside its line in the file."""
+    done = read(FILE)
+    if len(cell) != 3 or cell[1] not in CONTENDERS or not cell[2].isdecimal():
+        raise typer.BadParameter(f"give a task, a name ({'; '.join(CONTENDERS)}) and a seed", param_hint="--repeat")
+    task, name, seed = cell[0], cell[1], int(cell[2])
+    found = [
+        run
+        for each in CELLS
+        if each.task == task
+        for run in final_runs(each, name, done)[0]
+        if run.seed == seed and run in done
+    ]
+    if not found:
+        raise typer.BadParameter(f"{FILE.relative_to(ROOT)} has no such training", param_hint="--repeat")
+    before, now = done[found[0]], one(found[0])
+    print(f"{found[0]}: {now.final:.5f}; committed {before.final:.5f}, {now.final - before.final:+.5f} apart")
+
+
+def print_plan(done: Done) -> None:
+    known = list(dict.fromkeys(wanted(done)))
+    for run in known:
+        if run not in done:
+            print(f"to do  {run}")
+    hours = sum(result.seconds for result in done.values()) / 3600
+    print(f"{sum(run in done for run in known)} of {len(known)} that are known to be wanted are done, {hours:.1f} h.")
+
+
+def rows(done: Done) -> dict[str, dict[str, list[tuple[Run, Result]]]]:
+    """The finished trainings with fresh seeds, by task and name."""
+    found: dict[str, dict[str, list[tuple[Run, Result]]]] = {}
+    for cell in CELLS:
+        for name in names_of(cell, done):
+            finished = [(run, done[run]) for run in final_runs(cell, name, done)[0] if run in done]
+            if finished:
+                found.setdefault(cell.task, {})[name] = finished
+    return found
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from trainings import Task
 
 # Of the 1,797 digits. The last 297 are a test split, which nothing here looks at.
 TRAIN, VALIDATION = 1000, 500
 IMAGES = 64  # a batch
+STEPS = 1500
 
 
 class CNN(nn.Module):
@@ -87,3 +89,11 @@ def held_out_loss(model: nn.Module) -> float:
     """The mean cross-entropy of the validation split."""
     images, labels = (part[TRAIN : TRAIN + VALIDATION] for part in load())
     return float(functional.cross_entropy(model(images), labels))
+
+
+MODELS = {"cnn": CNN, "vit": ViT}
+
+
+def task_of(name: str) -> Task:
+    """The training of one of MODELS to its end."""
+    return Task(STEPS, STEPS * IMAGES, lambda seed: MODELS[name](), loss, held_out_loss)

@@ -1,145 +1,183 @@
-"""The optimizers that convergence.py compares, and what each is given besides the learning rate."""
+"""AdaFisher and its rivals, as the training benchmarks build them.
+
+Each is one optimizer, or two with a part of the model each. A name has settings, `key=value`,
+besides the learning rate and weight decay. Gains and biases have no weight decay, with any of them.
+`rest` is the learning rate of embedding, head and gains over that of the hidden matrices, for those
+that have AdamW for them.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Task
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
-from adafisher_dist import AdaFisher
-from adafisher_dist.settings import DEFAULTS
+Settings = dict[str, Any]
+Named = list[tuple[str, nn.Parameter]]
+Builder = Callable[[Named, float, float, Settings], list[Optimizer]]
 
-# A row of its own for each of these settings: add, for instance, "AdaFisher, every 10":
-# {"inverse_update_freq": 10}.
-ADAFISHERS: dict[str, dict[str, Any]] = {"AdaFisher": {}}
-# The others are compared with the better of these; times are relative to the first.
-ADAMWS: dict[str, tuple[float, float]] = {"AdamW": (0.9, 0.999), "AdamW, β₂ = 0.95": (0.9, 0.95)}
-BASE = "AdamW"
-
-Build = Callable[[nn.Module, Task, float], list[Optimizer]]
+QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """An optimizer with its settings.
-
-    Attributes:
-        build: what trains a task's model at a learning rate: one optimizer, or two with a part of
-            the parameters each.
-        settings: besides the learning rate, as JSON has them. Runs with other settings are other
-            runs.
-        missing: why it cannot be built here; None where it can.
-        unfit: why it is not for a task; None where it is.
-        slow_start: whether its step grows dearer, or cheaper, for dozens of steps.
-    """
-
-    build: Build
-    settings: dict[str, Any]
-    missing: str | None = None
-    unfit: Callable[[Task], str | None] = lambda task: None
-    slow_start: bool = False
+def build(name: str, model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[Optimizer]:
+    """What trains a model's parameters that need a gradient."""
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    return BUILDERS[name](named, lr, weight_decay, dict(settings))
 
 
-def contenders() -> dict[str, Contender]:
-    """All by name, those too that cannot be built here."""
-    return {
-        **{name: _adafisher(settings) for name, settings in ADAFISHERS.items()},
-        **{name: _adamw(betas) for name, betas in ADAMWS.items()},
-        "SGD": _sgd(),
-        "Muon": _muon(),
-        "SOAP": _soap(),
-    }
+def state_bytes(made: list[Optimizer]) -> int:
+    """Of all tensors that the optimizers keep; AdaFisher's with its buffers."""
+    return sum(
+        optimizer.memory_usage()["rank"]["total"]
+        if hasattr(optimizer, "memory_usage")
+        else sum(tensor.numel() * tensor.element_size() for tensor in _tensors(optimizer.state))
+        for optimizer in made
+    )
 
 
-def _adafisher(settings: dict[str, Any]) -> Contender:
-    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-        return [AdaFisher(model.named_parameters(), lr=lr, **settings)]
-
-    # The defaults and the update too, so that runs from before one of them changed are not taken
-    # for today's.
-    everything = {name: value for name, value in {**DEFAULTS, **settings}.items() if name != "lr"}
-    written = {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for name, value in everything.items()
-    }
-    return Contender(build, {**written, "update": _update(settings)}, slow_start=everything["inverse_update_freq"] > 1)
+def is_hidden(key: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is none of those that Muon's authors leave to AdamW."""
+    return p.dim() > 1 and not key.startswith(("embedding", "head", "positions"))
 
 
-def _update(settings: dict[str, Any]) -> list[float]:
-    """Fingerprint of AdaFisher's update: what a few steps make of a matrix and of a vector.
-
-    To three digits, which another machine rounds alike.
-    """
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((6, 5), (7,))]
-    waves = [torch.sin(torch.arange(1.0, 1 + p.numel()) ** 2).view_as(p) for p in parameters]
-    optimizer = AdaFisher(parameters, lr=1.0, **settings)
-    for step in range(3):
-        for parameter, wave in zip(parameters, waves, strict=True):
-            parameter.grad = wave.exp() + (wave * (step + 1)).cos()
-        optimizer.step()
-    return [float(f"{(p.detach() * wave).sum():.3g}") for p, wave in zip(parameters, waves, strict=True)]
+def parted(named: Named, chosen: Callable[[str, nn.Parameter], bool]) -> tuple[list[nn.Parameter], Named]:
+    return [p for key, p in named if chosen(key, p)], [(key, p) for key, p in named if not chosen(key, p)]
 
 
-def _adamw(betas: tuple[float, float]) -> Contender:
-    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-        return [AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.01, foreach=True)]
-
-    return Contender(build, {"betas": list(betas), "weight_decay": 0.01})
+def adamw(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    betas = (own.pop("beta1", 0.9), own.pop("beta2", 0.95))
+    return [AdamW(_decayed(named, weight_decay), lr=lr, betas=betas, foreach=True, **own)] if named else []
 
 
-def _sgd() -> Contender:
-    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
-
-    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-        return [SGD(model.parameters(), lr=lr, foreach=True, **settings)]
-
-    def unfit(task: Task) -> str | None:
-        return "it is far behind in the shorter trainings" if task.lrs is not None else None
-
-    return Contender(build, settings, unfit=unfit)
-
-
-def _muon() -> Contender:
-    """Muon for hidden matrices, AdamW for the rest; scaled so that both share a learning rate."""
-    betas = (0.9, 0.95)
-
-    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-        hidden, rest = [], []
-        for name, parameter in model.named_parameters():
-            (hidden if task.hidden(name, parameter) else rest).append(parameter)
-        made: list[Optimizer] = [torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
-        if rest:
-            made.append(AdamW(rest, lr=lr, betas=betas, weight_decay=0.01, foreach=True))
-        return made
-
-    def unfit(task: Task) -> str | None:
-        if any(task.hidden(name, parameter) for name, parameter in task.build().named_parameters()):
-            return None
-        return "this model has no hidden matrix, so it would be AdamW throughout"
-
-    settings = {
-        "adjust_lr_fn": "match_rms_adamw",
-        "weight_decay": 0.01,
-        "rest": {"betas": list(betas), "weight_decay": 0.01},
-    }
-    missing = None if hasattr(torch.optim, "Muon") else f"torch {torch.__version__} has no Muon, 2.9 has"
-    return Contender(build, settings, missing, unfit)
+def polar(x_NRC: Tensor, steps: int) -> Tensor:
+    """The orthogonal factor, roughly (singular values of 0.7 to 1.2); Jordan et al. 2024."""
+    a, b, c = QUINTIC
+    tall = x_NRC.shape[-2] > x_NRC.shape[-1]
+    x = x_NRC.mT if tall else x_NRC
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-30)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
 
 
-def _soap() -> Contender:
-    """SOAP's defaults: eigenbases of size ≤ 10,000, refreshed every 10 steps; Adam for vectors."""
+def _adafisher(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    """As documented for a small vocabulary: embedding and head are Adam's, element by element."""
+    from adafisher_dist import AdaFisher
 
-    def build(model: nn.Module, task: Task, lr: float) -> list[Optimizer]:
-        from pytorch_optimizer import SOAP
+    if "beta2" in own:  # torch's AdamW for what has no blocks
+        hidden, rest = parted(named, is_hidden)
+        matrices = [{"params": hidden, "weight_decay": weight_decay}]
+        other = adamw(rest, lr, weight_decay, {"beta2": own.pop("beta2")})
+        return [AdaFisher(matrices, lr=lr, **own), *other]
+    tables, others = parted(named, lambda key, p: p.dim() > 1 and not is_hidden(key, p))
+    groups = _decayed(others, weight_decay)
+    if tables:
+        groups.append({"params": tables, "weight_decay": weight_decay, "max_blocks": 0})
+    return [AdaFisher(groups, lr=lr, **own)]
 
-        return [SOAP(model.parameters(), lr=lr, weight_decay=0.01)]
 
-    found = importlib.util.find_spec("pytorch_optimizer") is not None
-    missing = None if found else "pytorch_optimizer is not installed: pip install '.[bench]'"
-    return Contender(build, {"weight_decay": 0.01}, missing)
+def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    torch.optim._muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
+    hidden, rest = parted(named, lambda key, p: p.dim() == 2 and is_hidden(key, p))  # torch's takes no convolutions
+    other = adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
+    if not hidden:
+        return other
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **own)
+    return [muon, *other]
+
+
+def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: float) -> Tensor:
+    """What torch's Muon computes in bfloat16, three times as slow on this kind of CPU."""
+    return polar(gradient, steps)
+
+
+def _normuon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from pytorch_optimizer.optimizer.muon import normuon
+
+    normuon.zero_power_via_newton_schulz_5 = lambda x, num_steps, **_: polar(x, num_steps)  # in float32, as Muon's
+    hidden, rest = parted(named, lambda key, p: p.dim() == 2 and is_hidden(key, p))
+    other = adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
+    if not hidden:
+        return other
+    group = {"params": hidden, "use_muon": True, "lr": lr, "weight_decay": weight_decay, **own}
+    return [normuon.NorMuon([group], update_scale="match_rms", foreach=False), *other]
+
+
+def _soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from pytorch_optimizer import SOAP
+
+    betas = (own.pop("beta1", 0.95), own.pop("beta2", 0.95))
+    every = own.pop("every", 1)
+    return [SOAP(_decayed(named, weight_decay), lr=lr, betas=betas, precondition_frequency=every, **own)]
+
+
+def _kl_soap(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    import heavyball
+
+    heavyball.utils.compile_mode = None  # a compiler for the CPU is not there everywhere
+    betas = (own.pop("beta1", 0.95), own.pop("beta2", 0.95))
+    every = own.pop("every", 1)
+    return [
+        heavyball.KLSOAP(
+            _decayed(named, weight_decay), lr=lr, betas=betas, precondition_frequency=every, merge_dims=False, **own
+        )
+    ]
+
+
+def _kron(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from pytorch_optimizer import Kron
+
+    return [Kron(_decayed(named, weight_decay), lr=lr, **own)]
+
+
+def _ademamix(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    from pytorch_optimizer import AdEMAMix
+
+    betas = (own.pop("beta1", 0.9), own.pop("beta2", 0.999), own.pop("beta3", 0.9999))
+    return [AdEMAMix(_decayed(named, weight_decay), lr=lr, betas=betas, weight_decouple=True, **own)]
+
+
+def _prototype(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
+    """A candidate of development/prototype.py; tables are AdamW's unless `everything` is set."""
+    sys.path.append(str(Path(__file__).parent / "development"))
+    from prototype import Choice, Prototype
+
+    known = {field.name for field in fields(Choice)}
+    everything = bool(own.pop("everything", 0))
+    hidden, rest = parted(named, lambda key, p: p.dim() > 1 and (everything or is_hidden(key, p)))
+    ratio, beta2 = own.pop("rest", 1.0), own.pop("beta2", 0.95)
+    choice = Choice(**{key: own.pop(key) for key in list(own) if key in known})
+    if own:
+        raise ValueError(f"no such setting: {own}")
+    return [Prototype(hidden, lr, weight_decay, choice), *adamw(rest, lr * ratio, weight_decay, {"beta2": beta2})]
+
+
+BUILDERS: dict[str, Builder] = {
+    "adamw": adamw, "adafisher": _adafisher, "muon": _muon, "normuon": _normuon, "soap": _soap, "kl_soap": _kl_soap,
+    "kron": _kron, "ademamix": _ademamix, "prototype": _prototype,
+}  # fmt: skip
+
+
+def _decayed(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for _, p in named if p.dim() > 1]
+    others = [p for _, p in named if p.dim() <= 1]
+    groups = [(matrices, weight_decay), (others, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)

@@ -1,4 +1,4 @@
-"""Single trainings of convergence.py, and the file in which the finished ones are kept.
+"""Trainings that compare optimizers: how one goes, and the file of those that are done.
 
 The file has a line of JSON a training. Several processes may append to it at once, and may be
 killed at any time.
@@ -6,23 +6,44 @@ killed at any time.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import common
+import optimizers
 import torch
-from optimizers import contenders
-from tasks import Task, tasks
-from torch import nn
+from torch import Tensor, nn
 
-VALIDATIONS = 20  # in a training, besides the one before it
-WARM_UP = 0.1  # of the steps
+WARM_UP, CLIP = 0.05, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task: `build(seed)`, `loss(model, seed, step)`, and the held-out loss `validate(model)`.
+
+    Attributes:
+        tokens: that a whole training sees: bytes of text, or images.
+    """
+
+    steps: int
+    tokens: int
+    build: Callable[[int], nn.Module]
+    loss: Callable[[nn.Module, int, int], Tensor]
+    validate: Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,169 +52,211 @@ class Run:
 
     Attributes:
         task, optimizer: names.
-        settings: the optimizer's, besides the learning rate, as JSON with sorted keys.
         lr: the largest of the schedule.
+        wd: the decoupled weight decay.
         seed: of initial weights and batches.
-        steps: length of the training and of its schedule.
+        settings: the optimizer's others, as JSON with sorted keys: see `written`.
     """
 
     task: str
     optimizer: str
-    settings: str
     lr: float
-    seed: int
-    steps: int
+    wd: float = 0.1
+    seed: int = 0
+    settings: str = "{}"
 
     def __str__(self) -> str:
-        return f"{self.task} · {self.optimizer} · lr {self.lr:g} · seed {self.seed}"
+        more = "" if self.settings == "{}" else f" {self.settings}"
+        return f"{self.task} {self.optimizer}{more} lr {self.lr:g} wd {self.wd:g} seed {self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class Result:
     """What came of a training.
 
     Attributes:
-        at: steps done at each validation.
-        losses: validation losses, to six significant digits.
-        diverged: whether a loss was not finite; the training ended there.
+        losses: held out, at each tenth; None where it was not finite, and the training ended.
+        commit: of the code, with a plus where it had been changed.
+        seconds: of processor time.
+        machine: the processor.
+        state_bytes: of the optimizers' tensors, for each trained element.
+        versions: of torch and the packages that an optimizer is from.
     """
 
-    at: list[int]
-    losses: list[float]
-    diverged: bool
+    losses: tuple[float | None, ...]
+    commit: str = ""
+    seconds: float = math.nan
+    machine: str = ""
+    state_bytes: float = math.nan
+    versions: str = ""
 
     @property
     def final(self) -> float:
-        """The last validation loss, infinite if it diverged."""
-        return math.inf if self.diverged else self.losses[-1]
+        """The last held-out loss, infinite if it diverged."""
+        last = self.losses[-1]
+        return math.inf if last is None else last
 
 
-def train(run: Run) -> Curve:
-    """Train from the seed's weights on its batches; the same on every call, whatever ran before."""
-    task = tasks()[run.task]
+Done = Mapping[Run, Result]
+
+
+def written(settings: Mapping[str, Any]) -> str:
+    """Settings as a `Run` has them."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def train(run: Run, task: Task) -> Result:
+    """Train from the seed's weights on the seed's batches."""
     torch.manual_seed(run.seed)
-    model = task.build()
-    optimizers = contenders()[run.optimizer].build(model, task, run.lr)
-    every = max(1, run.steps // VALIDATIONS)
-    at: list[int] = []
-    losses: list[float] = []
-    for step in range(run.steps + 1):
-        if step % every == 0 or step == run.steps:
-            found = validate(task, model)
-            if not math.isfinite(found):
-                return Curve(at, losses, diverged=True)
-            at.append(step)
-            losses.append(common.rounded(found, 6))
-        if step == run.steps:
+    model = task.build(run.seed)
+    made = optimizers.build(run.optimizer, model, run.lr, run.wd, json.loads(run.settings))
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+    marks = {round(task.steps * i / 10) for i in range(1, 11)}
+    losses: list[float | None] = []
+    began = time.process_time()
+    for step in range(task.steps):
+        for optimizer, own in zip(made, rates, strict=True):
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate * schedule(step, task.steps)
+        loss = task.loss(model, run.seed, step)
+        if not math.isfinite(loss.item()):
+            losses.append(None)
             break
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = run.lr * schedule(step, run.steps)
-        try:
-            if not math.isfinite(train_step(task, model, optimizers, run.seed, step)):
-                return Curve(at, losses, diverged=True)
-        except torch.linalg.LinAlgError:  # SOAP's eigendecomposition, of gradients that overflowed
-            return Curve(at, losses, diverged=True)
-    return Curve(at, losses, diverged=False)
-
-
-def train_step(task: Task, model: nn.Module, optimizers: list[torch.optim.Optimizer], seed: int, step: int) -> float:
-    """Take a training step; returns the loss before it. If that is not finite, it does nothing."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss = task.loss(model, seed, step)
-    value = loss.item()
-    if math.isfinite(value):
         loss.backward()
-        for optimizer in optimizers:
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer in made:
             optimizer.step()
-    return value
-
-
-@torch.no_grad()
-def validate(task: Task, model: nn.Module) -> float:
-    model.eval()
-    loss = task.validate(model)
-    model.train()
-    return loss
+        if step + 1 in marks:
+            losses.append(validate(task, model))
+    seconds = round(time.process_time() - began, 1)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Result(
+        tuple(losses), commit(), seconds, processor(), round(optimizers.state_bytes(made) / trained, 2), versions()
+    )
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm-up, then a cosine to 2 %, as in launch/trainer.py, which would bring DeepSpeed along."""
+    """Warm-up, then a cosine to 0."""
     warm = max(1, round(WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+@torch.no_grad()
+def validate(task: Task, model: nn.Module) -> float | None:
+    model.eval()
+    loss = task.validate(model)
+    model.train()
+    return round(loss, 5) if math.isfinite(loss) else None
+
+
+def commit() -> str:
+    told = [
+        subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", ":/*.py"))
+    ]
+    return told[0].strip() + ("+" if told[1].strip() else "")
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+
+
+def versions() -> str:
+    """Of what a figure depends on, where it is installed."""
+    found = []
+    for package in ("adafisher-dist", "torch", "pytorch_optimizer", "heavyball"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
 
 
 # ---- the file ----
 
 
-def read(path: Path) -> dict[Run, Curve]:
-    """All finished trainings.
+def read(path: Path) -> dict[Run, Result]:
+    """The finished trainings in the order of the file; of one that stands there twice, the last.
 
     Raises:
         ValueError: a line of the file is no training.
     """
     done = {}
-    with _locked(path):
-        lines = _whole_lines(path)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            run, curve = _parse(line)
+            run, result = _parse(json.loads(line))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}, is no finished training: {line[:80]!r}; delete it.") from error
-        done[run] = curve
+        done[run] = result
     return done
 
 
-def append(path: Path, run: Run, curve: Curve) -> None:
-    entry = {**asdict(run), "settings": json.loads(run.settings), **asdict(curve)}
-    with _locked(path):
-        _whole_lines(path)
-        with path.open("ab", buffering=0) as file:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-
-
-def forget(path: Path, unwanted: Callable[[Run], bool]) -> int:
-    """Take trainings out of the file; returns how many there were."""
-    with _locked(path):
-        lines = _whole_lines(path)
-        kept = [line for line in lines if not unwanted(_parse(line)[0])]
-        if len(kept) < len(lines):
-            beside = path.with_suffix(".new")
-            beside.write_bytes(b"".join(line + b"\n" for line in kept))
-            beside.replace(path)
-    return len(lines) - len(kept)
-
-
-def written(settings: object) -> str:
-    """Settings as they stand in a Run."""
-    return json.dumps(settings, sort_keys=True, ensure_ascii=False)
-
-
-def _parse(line: bytes) -> tuple[Run, Curve]:
-    entry = json.loads(line)
-    curve = Curve(*(entry.pop(name) for name in ("at", "losses", "diverged")))
-    return Run(**{**entry, "settings": written(entry["settings"])}), curve
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other readers and writers out. Locks the folder, since `forget` replaces the file."""
+def append(path: Path, run: Run, result: Result) -> None:
+    """Add a line. What a writer that was killed left of its own is cut off."""
+    entry = {**asdict(run), "settings": json.loads(run.settings), **asdict(result)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
+
+
+def _parse(entry: dict[str, Any]) -> tuple[Run, Result]:
+    run = {name: entry.pop(name) for name in ("task", "optimizer", "lr", "wd", "seed", "settings")}
+    return Run(**{**run, "settings": written(run["settings"])}), Result(**{**entry, "losses": tuple(entry["losses"])})
+
+
+# ---- several at once ----
+
+
+def carry_out(
+    wanted: Callable[[Done], Iterable[Run]], path: Path, one: Callable[[Run], Result], workers: int
+) -> dict[Run, Result]:
+    """Train until nothing more is wanted, in processes of one thread each.
+
+    Args:
+        wanted: the trainings to do, the most wanted first; it is asked again after each.
+        path: the file.
+        one: carries out a training; a function at the top of a module.
+        workers: processes.
+
+    Raises:
+        Exception: a worker's own; the others are ended, and what is finished is in the file.
+    """
+    done = read(path)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare)
+    running: dict[Future[Result], Run] = {}
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
+        while True:
+            todo = [run for run in wanted(done) if run not in done and run not in running.values()]
+            for run in todo[: workers - len(running)]:
+                running[pool.submit(one, run)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                done[run] = future.result()
+                append(path, run, done[run])
+                print(f"{done[run].final:.4f}  {run}  {done[run].seconds:.0f} s; {len(todo)} to do", flush=True)
+    except BaseException:
+        for process in multiprocessing.active_children():  # a training may have hours to go
+            process.terminate()
+        raise
     finally:
-        os.close(folder)
+        pool.shutdown(wait=False, cancel_futures=True)
+    return done
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The file's lines. An incomplete last one, left by a killed process, is cut off the file."""
-    text = path.read_bytes() if path.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    return whole.splitlines()
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent decides
+    threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """A parent that is killed cannot end its workers, and they would train on."""
+    parent.join()
+    os._exit(1)

@@ -67,27 +67,3 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x, self.turn[:, : x.shape[1]])
         return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), tokens_BT[:, 1:].flatten())
-
-
-class LoRA(nn.Module):
-    """A frozen linear layer plus a trained product of two thin matrices (Hu et al. 2021)."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 2 * (x @ self.a.mT) @ self.b.mT
-
-
-def with_lora(model: GPT, rank: int) -> GPT:
-    """All linear layers between embedding and head get adapters, and nothing else is trained."""
-    model.requires_grad_(False)
-    for layer in model.layers:
-        for owner in (layer, layer.attention):
-            for name, child in list(owner.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(owner, name, LoRA(child, rank))
-    return model

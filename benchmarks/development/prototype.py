@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from optimizers import QUINTIC, polar
 from torch import Tensor, nn
 
 RMS = 0.2  # Adam's, by Liu et al. 2502.16982
-QUINTIC = (3.4445, -4.7750, 2.0315)
 Unit = tuple[int, slice, slice]  # a parameter's number, rows, columns
 
 
@@ -83,6 +83,11 @@ class Prototype(torch.optim.Optimizer):
         self.fishers = [torch.zeros(len(units), c, c) for (_, c), units in self.blocks]
         self.roots: list[tuple[Tensor | None, Tensor | None]] = [(None, None) for _ in self.blocks]
         self.count = 0
+
+    def memory_usage(self) -> dict[str, dict[str, int]]:
+        """Bytes of state, as AdaFisher tells them."""
+        kept = [*self.momenta, *self.squares, *self.lengths, *self.fishers]
+        return {"rank": {"total": sum(tensor.numel() * tensor.element_size() for tensor in kept)}}
 
     def _stacks(self, part: str) -> list[tuple[tuple[int, int], list[Unit]]]:
         stacks: dict[tuple[int, int], list[Unit]] = defaultdict(list)
@@ -185,18 +190,6 @@ def cuts(length: int, most: int) -> list[slice]:
     """As few parts as can be, as alike as can be."""
     parts = -(-length // most)
     return [slice(a, b) for a, b in pairwise(length * i // parts for i in range(parts + 1))]
-
-
-def polar(x_NRC: Tensor, steps: int) -> Tensor:
-    """The orthogonal factor, roughly (singular values of 0.7 to 1.2); Jordan et al. 2024."""
-    a, b, c = QUINTIC
-    tall = x_NRC.shape[1] > x_NRC.shape[2]
-    x = x_NRC.mT if tall else x_NRC
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-30)
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
 
 
 def inverse_root(a_NCC: Tensor, steps: int) -> Tensor:
