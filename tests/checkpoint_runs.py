@@ -304,3 +304,13 @@ def slow_but(*fast: Any, of: Any) -> list[Any]:
     return [
         pytest.param(*(p if isinstance(p, tuple) else (p,)), marks=() if p in fast else pytest.mark.slow) for p in of
     ]
+
+
+def write_manifest(folder: Path, content: Any) -> None:
+    """With the right checksum."""
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    (folder / MANIFEST).write_text(json.dumps({"crc32": f"{crc32:08x}", "content": content}))
+
+
+def content_of(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST).read_bytes())["content"]

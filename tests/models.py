@@ -86,3 +86,21 @@ def weights(module: nn.Module) -> dict[str, np.ndarray]:
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """The largest difference, relative to the largest weight of the parameter."""
     return max(float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() + 1e-30)) for name in b)
+
+
+def train_steps(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Train on the batches of steps [first, last), in this process."""
+    for step in range(first, last):
+        x, y = batch(step, 0, 1, dtype=module.inner.weight.dtype)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two state dicts have the same state, bit for bit."""
+    return a["state"].keys() == b["state"].keys() and all(
+        torch.equal(value, b["state"][i][key]) and value.dtype == b["state"][i][key].dtype
+        for i, entry in a["state"].items()
+        for key, value in entry.items()
+    )
