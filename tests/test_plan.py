@@ -15,8 +15,7 @@ from oracle import by_element, row_groups
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.blocks.sharding import StoredSpan
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Span, StoredSpan
 
 shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
 block_sizes = st.sampled_from([1, 2, 3, 7, 16, 64])

@@ -13,8 +13,7 @@ from math import prod
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import BlockRun, Grid
-from adafisher_dist.blocks.sharding import Assignment, Spans, StoredSpan
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Assignment, Span, Spans, StoredSpan
 from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")

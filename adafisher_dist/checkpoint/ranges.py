@@ -20,7 +20,7 @@ from torch import Tensor
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import SAVED, saved_numel, saved_offset, triangle
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Span
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.packing import pack, unpack
 from adafisher_dist.state.shard import Shard
