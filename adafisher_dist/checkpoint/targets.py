@@ -68,10 +68,6 @@ class CheckpointTarget:
             return []
         return self.access.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
 
-    def plain_group(self) -> Group:
-        """The ranks that plain tensors are the same on."""
-        return Group(None, self.hosts.rank, self.hosts.size)
-
 
 def collect_target(
     module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
@@ -132,11 +128,6 @@ def clean(name: str) -> str:
     return name
 
 
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The whole shape, also of a partitioned parameter."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
 # ---- ranges ----
 
 
@@ -157,7 +148,9 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
             if kind == "buffer" and writing and held[name].replicated and target.hosts.rank:
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
-            yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing, alone)
+            yield from _range(
+                f"{kind}/{names[name]}", held[name], prod(layouts.whole_shape(tensor)), number, writing, alone
+            )
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
@@ -174,7 +167,7 @@ def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
         for parameter in storage.parameters:
             nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
             held.setdefault(names[parameter.info.position], nothing)
-    group = target.plain_group()
+    group = Group(None, target.hosts.rank, target.hosts.size)  # the ranks that plain tensors are the same on
     for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
         if name not in held:
             held[name] = layouts.locate(tensor, group)
@@ -200,13 +193,9 @@ def _of_this_replica(found: list[Range], group: Group, number: int) -> list[Rang
 
 def state(target: CheckpointTarget, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
     """The optimizer's state on this rank; arguments as for `weights`."""
-    known = target.names
     for shard in shards:
-        chosen = {}
-        for number, parameter in shard.active:
-            name = known[parameter.info.position]
-            if name in names:
-                chosen[number] = names[name]
+        active = {number: target.names[parameter.info.position] for number, parameter in shard.active}
+        chosen = {number: names[name] for number, name in active.items() if name in names}
         found = list(ranges.of_state(shard, chosen))
         yield from _of_this_replica(found, shard.storage.group, 0) if writing else found
 
@@ -220,7 +209,7 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
         "model": {
             "parameters": {
                 name: {
-                    "shape": shape_of(p),
+                    "shape": layouts.whole_shape(p),
                     "dtype": str(p.dtype),
                     "trainable": p.requires_grad,
                     **({LEFT_OUT: True} if name in target.left_out else {}),
@@ -250,17 +239,16 @@ def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]
 
 
 def _groups(target: CheckpointTarget, tensors: list[Tensor]) -> list[dict[str, Any]]:
-    members = members_of_groups(target)
     return [
         {
-            "names": members[number],
+            "names": names,
             "settings": {
                 key: encoding.encode(value, f"the setting {key!r} of a param group", tensors)
                 for key, value in group.items()
                 if key not in ("params", "param_names")
             },
         }
-        for number, group in enumerate(target.optimizer.param_groups)
+        for group, names in zip(target.optimizer.param_groups, members_of_groups(target), strict=True)
     ]
 
 
@@ -291,15 +279,9 @@ def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
 
 def config_facts(config: StateConfig) -> dict[str, Any]:
     """What state was built for, as JSON."""
-    return {
-        "block_size": config.block_size,
-        "rows_per_block": config.rows_per_block,
-        "block_grid": config.block_grid,
-        "max_blocks": config.max_blocks,
-        "exponent": config.exponent,
-        "grafting": config.grafting,
-        "keeps_factors": config.keeps_factors,
-    }
+    facts = config._asdict()
+    del facts["fisher_dtype"], facts["packed"]  # a load converts them
+    return facts
 
 
 def layout_of(target: CheckpointTarget) -> str:
