@@ -87,7 +87,7 @@ def inspect(
         problems = damage(opened, bar) if verify else None
         summary = summarize(opened)
     if as_json:
-        print(json.dumps({**summary.as_json(), "damage": problems}))
+        print(json.dumps({**summary, "damage": problems}))
     else:
         _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
     if problems:
@@ -165,7 +165,7 @@ def estimate(
     except (TypeError, ValueError) as error:
         fail(error, WRONG)
     if as_json:
-        print(json.dumps(forecast.as_json()))
+        print(json.dumps(forecast))
     else:
         _console().print(forecast_table(forecast))
 
