@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -16,6 +14,7 @@ from adafisher_dist.layouts.deepspeed_wrappers import (
     PartOfStep,
     calling_wrapper,
     engine_that_builds,
+    frames,
     left_idle,
     refuse_modes,
     register_with_deepspeed,
@@ -222,12 +221,7 @@ def is_called_by_torch_checkpoint() -> bool:
     optimizer has no state, and then `state_dict()`; and `dcp.save` and `dcp.load` call
     `state_dict()` of an optimizer that they are given.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
-            return True
-        frame = frame.f_back
-    return False
+    return any(str(f.f_globals.get("__name__")).startswith("torch.distributed.checkpoint.") for f in frames())
 
 
 def is_dtensor(value: object) -> bool:
@@ -310,7 +304,7 @@ def _given_tensors(
 ) -> list[Storage]:
     """Storages of the given parameters: plain tensors replicated, DTensors sharded over a mesh."""
     plain: list[tuple[Tensor, ParameterInfo]] = []
-    by_mesh: list[tuple[Any, list[tuple[Tensor, ParameterInfo]]]] = []
+    by_mesh: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
     for tensor, info in members:
         check_parameter(tensor, info.name)
         if hasattr(tensor, "ds_id"):
@@ -319,19 +313,14 @@ def _given_tensors(
                 " call engine.step()."
             )
         if hasattr(tensor, "device_mesh"):
-            mesh = tensor.device_mesh
-            known = next((group for other, group in by_mesh if other == mesh), None)
-            if known is None:
-                by_mesh.append((mesh, [(tensor, info)]))
-            else:
-                known.append((tensor, info))
+            by_mesh.setdefault(tensor.device_mesh, []).append((tensor, info))
         else:
             plain.append((tensor, info))
     result = _by_device(plain, join(process_group)) if plain else []
     if by_mesh:
         from adafisher_dist.layouts import fsdp2
 
-        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh]
+        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh.items()]
     return result
 
 
