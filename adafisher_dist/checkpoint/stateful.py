@@ -75,7 +75,7 @@ class OptimizerState:
                     {**found, "params": [numbers[name] for name in names]}
                     for found, names in zip(settings, members, strict=True)
                 ],
-                state_dicts.META: state_dicts.whole(),
+                state_dicts.META: state_dicts.about(),
             }
         )
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):

@@ -75,7 +75,7 @@ class ParameterRegistry:
 
     def init_shards(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
-        storages = self._storages(tensors)
+        storages = self.storages_of(tensors)
         self._choose_block_size(storages)
         for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
@@ -126,10 +126,6 @@ class ParameterRegistry:
         for index, tensor in enumerate(shard.storage.tensors):
             self.optimizer.state[tensor] = dict(shard.views[index])
 
-    def _storages(self, tensors: list[Tensor]) -> list[Storage]:
-        """What each rank stores of these tensors; refuses what an unknown library put there."""
-        return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group) if tensors else []
-
     def sync_param_groups(self) -> None:
         """Take note of parameters that were put into the param groups or taken out. Local.
 
@@ -144,7 +140,8 @@ class ParameterRegistry:
             return
         current_tensors = [tensor for group in groups for tensor in group["params"]]
         new = [tensor for tensor in current_tensors if self.given_parameters.find(tensor) is None]
-        gone = self._gone(current_tensors)
+        here = set(map(id, current_tensors))
+        gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
         if not self._may_sync(current_tensors, new, gone):
             return
         replacements = replaced_parameters.find_replacements(
@@ -157,9 +154,7 @@ class ParameterRegistry:
             replaced_parameters.replace_tensor(replacement)
             self.stepper.replace(old, replacement.successor)
             if replacement.successor is None and self.optimizer.state.get(old):
-                forgotten.append(
-                    next(p.name for p in replacement.shard.storage.parameters if p.tensor == replacement.index)
-                )
+                forgotten.append(replacement.shard.storage.name_of(replacement.index))
         for tensor in gone:
             self.optimizer.state.pop(tensor, None)
         self.given_parameters, self.groups = given_parameters, groups
@@ -171,10 +166,6 @@ class ParameterRegistry:
                 len(forgotten),
                 forgotten[0],
             )
-
-    def _gone(self, current_tensors: list[Tensor]) -> list[Tensor]:
-        here = set(map(id, current_tensors))
-        return [tensor for tensor in self.given_parameters if id(tensor) not in here]
 
     def _may_sync(self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
@@ -246,8 +237,13 @@ class ParameterRegistry:
         self.stepper.drop(unused)
         self.prebuilt = []
 
-    def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
-        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there."""
+    def storages_of(self, tensors: list[Tensor], wrapper: Any = None) -> list[Storage]:
+        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there.
+
+        Refuses what an unknown library put there.
+        """
+        if not tensors:
+            return []
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)
 
     def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
@@ -256,13 +252,13 @@ class ParameterRegistry:
         A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
         See `block_stack.allocate` for `zeroed`.
         """
-        storages = self.storages_of(tensors, wrapper) if tensors else []
+        storages = self.storages_of(tensors, wrapper)
         numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
         return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
     def build_shards(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
         """Shards without any step for these tensors, with the settings of the given groups."""
-        return self._build(self._storages(tensors), groups)
+        return self._build(self.storages_of(tensors), groups)
 
     def _build(
         self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,

@@ -40,10 +40,9 @@ def shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[S
                 if states[id(tensor)]:
                     state_dicts.check(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
                 elif layouts.is_called_by_torch_checkpoint():
-                    name = next(p.name for p in shard.storage.parameters if p.tensor == index)
                     raise ValueError(
-                        f"torch.distributed.checkpoint brought no state for {name}: it takes the names in a flat"
-                        " state dict from what the optimizer has, which was nothing. Call"
+                        f"torch.distributed.checkpoint brought no state for {shard.storage.name_of(index)}: it takes"
+                        " the names in a flat state dict from what the optimizer has, which was nothing. Call"
                         " get_optimizer_state_dict(model, optimizer) before set_optimizer_state_dict."
                     )
 
