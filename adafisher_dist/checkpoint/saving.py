@@ -1,4 +1,7 @@
-"""Saving: gather what this rank writes, write it now or in the background, publish."""
+"""Saving: gather what this rank writes, write it now or in the background, publish.
+
+A load begins as a save does: everything is named, when the last save has ended (`target_of`).
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,20 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.state_dict_saver as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
-from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
-from adafisher_dist.checkpoint.targets import CheckpointTarget
+from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm.host_groups import HostGroup, beat
+from adafisher_dist.optimizer.adafisher import AdaFisher
+from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -95,6 +101,36 @@ def _report_at_exit() -> None:
         finish_pending()
     except Exception as error:
         logger.error("The last asynchronous checkpoint was not written: %s", error)
+
+
+def target_for(model: nn.Module, optimizer: AdaFisher) -> CheckpointTarget:
+    """`target_of` a model that may be wrapped, but not by DeepSpeed."""
+    if hasattr(model, "zero_optimization_stage"):
+        raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        model = inner
+    return target_of(model, optimizer, None)
+
+
+def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> CheckpointTarget:
+    """What is saved or loaded, when the last save has ended."""
+    if not isinstance(optimizer, AdaFisher):
+        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+    access = CheckpointAccess(optimizer)
+    if wrapper is None:
+        access.sync_param_groups()
+    # A save that goes on in the background uses the same group of hosts, so nothing else may until
+    # it has ended.
+    _, problem = attempt(finish_pending)
+    hosts = access.hosts("a save or load", CheckpointError)
+    run_on_all_ranks(hosts, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
+    return collect_target(module, optimizer, access, wrapper, hosts)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def save(

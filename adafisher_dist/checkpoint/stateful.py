@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adafisher_dist.checkpoint import encoding
-from adafisher_dist.checkpoint.begin import target_for
+from adafisher_dist.checkpoint.saving import target_for
 from adafisher_dist.checkpoint.targets import CheckpointTarget, members_of_groups
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.adafisher import AdaFisher
