@@ -92,10 +92,10 @@ def forecast_of(
     fits: list[dict[str, Any]] = []
     for dtype, packed in storages if budget is not None else ():
         config = _config(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
-        size = None
+        largest: int | None = None
         with suppress(ValueError):  # none fits
-            size = largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9)
-        fits.append({**_varied(config), "block_size": size})
+            largest = largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9)
+        fits.append({**_varied(config), "block_size": largest})
     return {
         "elements": sum(map(prod, shapes)),
         "parameters": len(shapes),
