@@ -240,13 +240,8 @@ def fail(problem: object, code: int) -> NoReturn:
 def bar(what: str, nbytes: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr, if that is a terminal; see `inspection.Bar`."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=nbytes)
         yield lambda done: progress.advance(task, done)
