@@ -13,14 +13,8 @@ from typing import Any
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, CheckpointError, Manifest
-from adafisher_dist.checkpoint.targets import (
-    OWN_SETTINGS,
-    CheckpointTarget,
-    config_facts,
-    members_of_groups,
-    with_extra_state,
-)
-from adafisher_dist.layouts import whole_shape
+from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
+from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.settings import state_config
 
 _SHOWN = 20
@@ -268,8 +262,3 @@ def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
     for number, group in enumerate(manifest.about["optimizer"]["groups"]):
         if number not in taken and any(name in fitting.values() for name in group["names"]):
             found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")
-
-
-def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that an optimizer takes from a saved param group; it keeps its OWN_SETTINGS."""
-    return {key: value for key, value in saved.items() if key not in (*OWN_SETTINGS, "params", "param_names")}

@@ -17,7 +17,7 @@ from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.host_groups import HostGroup
-from adafisher_dist.layouts import LocalShard, Storage
+from adafisher_dist.layouts.storage import LocalShard, Storage, whole_shape
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.settings import StateConfig
@@ -148,9 +148,7 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
             if kind == "buffer" and writing and held[name].replicated and target.hosts.rank:
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
-            yield from _range(
-                f"{kind}/{names[name]}", held[name], prod(layouts.whole_shape(tensor)), number, writing, alone
-            )
+            yield from _range(f"{kind}/{names[name]}", held[name], prod(whole_shape(tensor)), number, writing, alone)
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
@@ -209,7 +207,7 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
         "model": {
             "parameters": {
                 name: {
-                    "shape": layouts.whole_shape(p),
+                    "shape": whole_shape(p),
                     "dtype": str(p.dtype),
                     "trainable": p.requires_grad,
                     **({LEFT_OUT: True} if name in target.left_out else {}),

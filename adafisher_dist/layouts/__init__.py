@@ -10,56 +10,12 @@ from torch import Tensor
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
 from adafisher_dist.layouts import deepspeed_wrappers, flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed_wrappers import (
-    PartOfStep,
-    calling_wrapper,
-    engine_that_builds,
-    frames,
-    left_idle,
-    refuse_modes,
-    register_with_deepspeed,
-    unexpected,
-)
-from adafisher_dist.layouts.storage import (
-    GivenParameters,
-    LocalShard,
-    Parameter,
-    ParameterInfo,
-    Storage,
-    UnsupportedLayoutError,
-    whole_shape,
-)
+from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep, calling_wrapper, frames, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import GivenParameters, LocalShard, ParameterInfo, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
-
-__all__ = [
-    "GivenParameters",
-    "LocalShard",
-    "Parameter",
-    "PartOfStep",
-    "Storage",
-    "UnsupportedLayoutError",
-    "check_parameter",
-    "dtensor",
-    "engine_that_builds",
-    "host_group_of",
-    "is_called_by_deepspeed",
-    "is_called_by_torch_checkpoint",
-    "is_dtensor",
-    "is_state_init_call",
-    "left_idle",
-    "locate",
-    "mesh_group",
-    "part_of_step",
-    "refresh_module",
-    "register_with_deepspeed",
-    "rows_here",
-    "storages",
-    "whole_shape",
-    "wrapped_tensors",
-]
 
 _SUPPORTED = (
     "one process, DDP, FSDP2 (fully_shard), and DeepSpeed with ZeRO stage 0, 1, 2 or 3 in fp32, bf16 or fp16, with or"

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from adafisher_dist import layouts
 from adafisher_dist.comm.host_groups import HostGroup
-from adafisher_dist.layouts import Storage
-from adafisher_dist.layouts.storage import ParameterInfo
+from adafisher_dist.layouts.storage import ParameterInfo, Storage
 from adafisher_dist.optimizer.consolidated import as_dtensors
 from adafisher_dist.state.shard import Shard
 

@@ -13,7 +13,7 @@ from adafisher_dist import layouts
 from adafisher_dist.blocks import estimate
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.layouts import Storage
+from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.settings import state_config
@@ -48,7 +48,7 @@ class ParameterRegistry:
     def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
         self.optimizer = optimizer
         self.process_group = process_group
-        self.given_parameters = layouts.GivenParameters()
+        self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
         self.forget_shards()
 
@@ -109,7 +109,7 @@ class ParameterRegistry:
             return
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.items():
-            shapes[info.group].append(layouts.whole_shape(parameter))
+            shapes[info.group].append(whole_shape(parameter))
         by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
         storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
         kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
@@ -312,9 +312,9 @@ class ParameterRegistry:
                 raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
             layouts.check_parameter(tensor, name)
 
-    def _list_parameters(self) -> layouts.GivenParameters:
+    def _list_parameters(self) -> GivenParameters:
         """What stands in the param groups now."""
-        given_parameters = layouts.GivenParameters()
+        given_parameters = GivenParameters()
         for number, group in enumerate(self.optimizer.param_groups):
             self.check(number)
             for index, tensor in enumerate(group["params"]):

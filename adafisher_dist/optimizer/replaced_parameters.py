@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist.layouts import GivenParameters
+from adafisher_dist.layouts.storage import GivenParameters
 from adafisher_dist.state.shard import Shard, TensorSpec
 
 

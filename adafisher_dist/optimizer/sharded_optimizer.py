@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translate_group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.layouts.deepspeed_wrappers import register_with_deepspeed
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.consolidated import Consolidated, consolidate, for_torch_checkpoint
 from adafisher_dist.optimizer.notices import Notices
@@ -193,7 +194,7 @@ class ShardedOptimizer(Optimizer):
         super().__setstate__(saved)
         if skipped is not None:
             self._registry.register_all()
-            layouts.register_with_deepspeed(self, built=False)
+            register_with_deepspeed(self, built=False)
 
     @property
     def skipped_steps(self) -> int:
