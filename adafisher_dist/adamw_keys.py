@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of, raise_all
 
@@ -74,11 +74,8 @@ _IN_ANOTHER_PLACE = {
 }
 
 
-class Translated(NamedTuple):
-    """AdaFisher's own settings, and a warning that says what became of Adam's betas, if given."""
-
-    settings: dict[str, Any]
-    notice: str | None
+# AdaFisher's own settings, and a warning that says what became of Adam's betas, if given.
+Translated = tuple[dict[str, Any], str | None]
 
 
 def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translated:
@@ -123,7 +120,7 @@ def translate_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> Trans
         if hint:
             problems.append(ValueError(f"The param group has a key {key!r}, which is no setting.{hint}"))
     settings, notice = _translate(group, defaults, problems)
-    return Translated(group if settings.keys() == group.keys() else settings, notice)
+    return (group if settings.keys() == group.keys() else settings), notice
 
 
 def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems: list[Exception]) -> Translated:
@@ -148,7 +145,7 @@ def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems
     problems += [problem for problem in found if problem is not None]
     problems += problems_of({**defaults, **{key: own[key] for key in DEFAULTS if key in own}})
     raise_all(problems)
-    return Translated(own, notice)
+    return own, notice
 
 
 def _is_known(key: str, valid: Iterable[str]) -> bool:

@@ -45,7 +45,8 @@ def parse(captured: Tensor) -> dict[str, Any]:
             inner["key"] = np.array(inner["key"], dtype=np.uint32)
             if not 0 <= inner["pos"] <= len(inner["key"]):  # numpy would read past its end
                 raise ValueError(f"pos is {inner['pos']}")
-        np.random.RandomState(_bit_generator()).set_state(state["numpy"])
+        own = str(np.random.get_state(legacy=False)["bit_generator"])  # the kind that numpy's global generator has
+        np.random.RandomState(getattr(np.random, own)()).set_state(state["numpy"])
         torch.Generator().set_state(_as_tensor(state["torch"]))
         if "cuda" in state and torch.cuda.is_available():
             torch.Generator("cuda").set_state(_as_tensor(state["cuda"]))
@@ -62,11 +63,6 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(_as_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
-
-
-def _bit_generator() -> Any:
-    """A new one, of the kind that numpy's global generator has."""
-    return getattr(np.random, str(np.random.get_state(legacy=False)["bit_generator"]))()
 
 
 def _as_tensor(state: bytes) -> Tensor:

@@ -149,12 +149,12 @@ class ParameterRegistry:
         )
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
         forgotten = []
-        for replacement in replacements:
-            old = replacement.shard.storage.tensors[replacement.index]
-            replaced_parameters.replace_tensor(replacement)
-            self.stepper.replace(old, replacement.successor)
-            if replacement.successor is None and self.optimizer.state.get(old):
-                forgotten.append(replacement.shard.storage.name_of(replacement.index))
+        for shard, index, successor in replacements:
+            old = shard.storage.tensors[index]
+            replaced_parameters.replace_tensor(shard, index, successor)
+            self.stepper.replace(old, successor)
+            if successor is None and self.optimizer.state.get(old):
+                forgotten.append(shard.storage.name_of(index))
         for tensor in gone:
             self.optimizer.state.pop(tensor, None)
         self.given_parameters, self.groups = given_parameters, groups
@@ -196,7 +196,8 @@ class ParameterRegistry:
             if entry:
                 state_dicts.restore(shard, index, entry, own=True)
             else:
-                state_dicts.clear(shard, index)
+                for value in shard.views[index].values():
+                    value.zero_()
             self.optimizer.state[shard.storage.tensors[index]] = dict(shard.views[index])
 
     def _apart(self, changed: list[_Changed]) -> list[_Changed]:

@@ -185,12 +185,6 @@ def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = Fal
             view.copy_(saved[key][first : first + len(view)])
 
 
-def clear(shard: Shard, tensor: int) -> None:
-    """Bring a stored tensor's state back to what it was before any step."""
-    for value in shard.views[tensor].values():
-        value.zero_()
-
-
 def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
     """Refuse a saved state that does not fit; arguments as for `restore`. Local.
 

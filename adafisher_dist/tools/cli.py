@@ -48,28 +48,12 @@ Checkpoint = Annotated[
 ]
 
 
-class Format(str, Enum):
-    """What `export` writes."""
-
-    safetensors = "safetensors"
-
-
-class Dtype(str, Enum):
-    """The dtypes that `export` converts to."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+# What options take: what `export` writes and converts to, and the values of --layout and
+# --block-grid.
+Format = Enum("Format", {"safetensors": "safetensors"}, type=str)
+Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str)
 Layout = Enum("Layout", {name: name for name in LAYOUTS}, type=str)  # type: ignore[misc]
-
-
-class Grids(str, Enum):
-    """The values of block_grid."""
-
-    rows = "rows"
-    flat = "flat"
+Grids = Enum("Grids", {"rows": "rows", "flat": "flat"}, type=str)
 
 
 @app.command()
