@@ -14,7 +14,7 @@ from adafisher_dist.version import __version__
 
 if TYPE_CHECKING:
     from adafisher_dist.checkpoint import CheckpointError, OptimizerState, load_checkpoint, save_checkpoint
-    from adafisher_dist.layouts import UnsupportedLayoutError
+    from adafisher_dist.layouts.storage import UnsupportedLayoutError
     from adafisher_dist.optimizer.adafisher import AdaFisher
 
 __all__ = [

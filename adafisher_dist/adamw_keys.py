@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of, raise_all
 
@@ -47,33 +47,24 @@ _BY_REMEDY: tuple[tuple[tuple[str, ...], tuple[bool | int, ...], str], ...] = (
 _FOREIGN = {key: (accepted, remedy) for keys, accepted, remedy in _BY_REMEDY for key in keys}
 
 # What others call a setting. Suggested and not taken: the numbers do not mean quite the same.
-_CALLED_ELSEWHERE = {
-    "learning_rate": "lr",
-    "learningrate": "lr",
-    "beta": "momentum",
-    "beta1": "momentum",
-    "beta_1": "momentum",
-    "adam_beta1": "momentum",
-    "beta2": "fisher_decay",
-    "beta_2": "fisher_decay",
-    "adam_beta2": "fisher_decay",
-    "shampoo_beta": "fisher_decay",
-    "factor_decay": "fisher_decay",
-    "wd": "weight_decay",
-    "weightdecay": "weight_decay",
-    "epsilon": "eps",
-    "adam_epsilon": "eps",
-    "use_nesterov": "nesterov",
-    "use_bias_correction": "bias_correction",
-    "max_preconditioner_dim": "block_size",
-    "max_precond_dim": "block_size",
-    "precondition_frequency": "inverse_update_freq",
-    "preconditioner_update_freq": "inverse_update_freq",
-    "inv_update_steps": "inverse_update_freq",
-    "inv_update_freq": "inverse_update_freq",
-    "factor_update_steps": "fisher_update_freq",
-    "factor_update_freq": "fisher_update_freq",
+_BY_SETTING = {
+    "lr": ("learning_rate", "learningrate"),
+    "momentum": ("beta", "beta1", "beta_1", "adam_beta1"),
+    "fisher_decay": ("beta2", "beta_2", "adam_beta2", "shampoo_beta", "factor_decay"),
+    "weight_decay": ("wd", "weightdecay"),
+    "eps": ("epsilon", "adam_epsilon"),
+    "nesterov": ("use_nesterov",),
+    "bias_correction": ("use_bias_correction",),
+    "block_size": ("max_preconditioner_dim", "max_precond_dim"),
+    "inverse_update_freq": (
+        "precondition_frequency",
+        "preconditioner_update_freq",
+        "inv_update_steps",
+        "inv_update_freq",
+    ),
+    "fisher_update_freq": ("factor_update_steps", "factor_update_freq"),
 }
+_CALLED_ELSEWHERE = {other: own for own, others in _BY_SETTING.items() for other in others}
 
 # What is a setting in another place only.
 _IN_ANOTHER_PLACE = {
@@ -83,11 +74,8 @@ _IN_ANOTHER_PLACE = {
 }
 
 
-class Translated(NamedTuple):
-    """AdaFisher's own settings, and a warning that says what became of Adam's betas, if given."""
-
-    settings: dict[str, Any]
-    notice: str | None
+# AdaFisher's own settings, and a warning that says what became of Adam's betas, if given.
+Translated = tuple[dict[str, Any], str | None]
 
 
 def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translated:
@@ -104,7 +92,11 @@ def translate(written: Mapping[str, Any], more: Sequence[str] = ()) -> Translate
             changes.
     """
     valid = [*DEFAULTS, *more]
-    unknown = [_unknown(key, valid) for key in written if not _is_known(key, valid)]
+    unknown = [
+        f"AdaFisher has no parameter {key!r}.{_hint(key, valid, near=0.8)}"
+        for key in written
+        if not _is_known(key, valid)
+    ]
     problems: list[Exception] = []
     if unknown:
         problems.append(TypeError(f"{' '.join(unknown)} Its parameters are: {', '.join(valid)}."))
@@ -128,7 +120,7 @@ def translate_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> Trans
         if hint:
             problems.append(ValueError(f"The param group has a key {key!r}, which is no setting.{hint}"))
     settings, notice = _translate(group, defaults, problems)
-    return Translated(group if settings.keys() == group.keys() else settings, notice)
+    return (group if settings.keys() == group.keys() else settings), notice
 
 
 def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems: list[Exception]) -> Translated:
@@ -149,23 +141,15 @@ def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems
                 f" {own.get('fisher_decay', defaults['fisher_decay'])}. Write momentum and fisher_decay in place of"
                 " betas to choose both, and this warning goes."
             )
-    for key, value in written.items():
-        if key in _FOREIGN:
-            try:
-                _check_foreign(key, value)
-            except (TypeError, ValueError) as error:
-                problems.append(error)
+    found = (_problem_of_foreign(key, value) for key, value in written.items() if key in _FOREIGN)
+    problems += [problem for problem in found if problem is not None]
     problems += problems_of({**defaults, **{key: own[key] for key in DEFAULTS if key in own}})
     raise_all(problems)
-    return Translated(own, notice)
+    return own, notice
 
 
 def _is_known(key: str, valid: Iterable[str]) -> bool:
     return key in valid or key in _FOREIGN or key == "betas"
-
-
-def _unknown(key: str, valid: Sequence[str]) -> str:
-    return f"AdaFisher has no parameter {key!r}.{_hint(key, valid, near=0.8)}"
 
 
 def _hint(key: str, valid: Sequence[str], near: float) -> str:
@@ -187,13 +171,13 @@ def _momentum_of(betas: object) -> float:
     return float(pair["betas[0]"])
 
 
-def _check_foreign(key: str, value: object) -> None:
+def _problem_of_foreign(key: str, value: object) -> Exception | None:
     accepted, remedy = _FOREIGN[key]
     if value is None or not accepted or (isinstance(value, Real) and value in accepted):
-        return
+        return None
     if isinstance(accepted[0], bool) and not isinstance(value, bool):
-        raise TypeError(f"{key} should be True or False, got {value!r}.")
-    raise ValueError(f"AdaFisher has no setting {key!r} (got {value!r}). {remedy}")
+        return TypeError(f"{key} should be True or False, got {value!r}.")
+    return ValueError(f"AdaFisher has no setting {key!r} (got {value!r}). {remedy}")
 
 
 def translated(init: Callable[P, None]) -> Callable[P, None]:

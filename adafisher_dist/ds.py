@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist.adamw_keys import translate
-from adafisher_dist.layouts import engine_that_builds, left_idle
+from adafisher_dist.layouts.deepspeed_wrappers import engine_that_builds, left_idle
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.settings import preset
 from adafisher_dist.stepping.metrics import Callback

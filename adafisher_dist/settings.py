@@ -73,17 +73,9 @@ class StateConfig(NamedTuple):
 
 def state_config(group: Mapping[str, Any]) -> StateConfig:
     """Structural settings of a validated param group; block_size may still be "auto"."""
-    return StateConfig(
-        group["block_size"],
-        group["rows_per_block"],
-        group["block_grid"],
-        group["max_blocks"],
-        fisher_dtype(group["fisher_dtype"]),
-        group["exponent"],
-        group["grafting"],
-        group["inverse_update_freq"] > 1,
-        group["packed"],
-    )
+    own = {name: group[name] for name in StateConfig._fields if name in DEFAULTS}
+    own["fisher_dtype"] = fisher_dtype(own["fisher_dtype"])
+    return StateConfig(**own, keeps_factors=group["inverse_update_freq"] > 1)
 
 
 class StepSettings(NamedTuple):

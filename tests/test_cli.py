@@ -342,7 +342,7 @@ def test_extra_state_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     module.note = Note()
     saved(tmp_path / "a", module, steps=0)
     with OpenCheckpoint(tmp_path / "a") as opened:
-        assert summarize(opened).extra_state == ("note",)
+        assert summarize(opened)["extra_state"] == ["note"]
     run("export", tmp_path / "a", "--to", "safetensors")
     assert "extra state of note" in caplog.text
     missing, unexpected = module.load_state_dict(load_file(tmp_path / "a-safetensors/model.safetensors"), strict=False)

@@ -15,8 +15,7 @@ from oracle import by_element, row_groups
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.blocks.sharding import StoredSpan
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Span, StoredSpan
 
 shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
 block_sizes = st.sampled_from([1, 2, 3, 7, 16, 64])
@@ -60,10 +59,10 @@ def test_runs_are_the_blocks_of_the_oracle(
     blocks, rest = {}, []
     for run in grid.runs(grid.start(first), grid.start(last)):
         for row_group, piece in itertools.product(range(run.row_groups), range(run.count)):
-            begin = run.start + row_group * run.stride + piece * run.columns
-            rows_of = [begin + v * run.row_stride for v in range(run.rows)]
-            vectors = [range(start, start + run.columns) for start in rows_of]
-            if run.dense:
+            begin = run.start + row_group * run.stride + piece * run.shape.columns
+            rows_of = [begin + v * run.row_stride for v in range(run.shape.rows)]
+            vectors = [range(start, start + run.shape.columns) for start in rows_of]
+            if run.shape.dense:
                 blocks[run.first_block + row_group * run.blocks_per_row_group + piece] = vectors
             else:
                 rest += vectors[0]
@@ -112,8 +111,8 @@ def test_matrices_of_few_rows_keep_no_more(shape: tuple[int, ...], size: int, ro
     """A block's F takes no more per element than with rows_per_block rows that share it, or 2."""
     grid = make_grid(shape, size, rows)
     first = next(grid.runs(0, grid.numel), None)
-    if first is not None and first.dense:
-        assert first.columns <= max(size / rows, 2) * first.rows
+    if first is not None and first.shape.dense:
+        assert first.shape.columns <= max(size / rows, 2) * first.shape.rows
 
 
 @many
@@ -125,8 +124,8 @@ def test_closed_forms_count_what_runs_have(
     for row_group in range(grid.row_groups + 1):
         runs = list(grid.runs(0, grid.start(row_group)))
         assert grid.row_group_from(grid.start(row_group)) == row_group
-        assert grid.fisher_numel(row_group) == sum(run.num_blocks * run.columns**2 for run in runs)
-        elements = sum(run.num_blocks * run.rows * run.columns for run in runs)
+        assert grid.fisher_numel(row_group) == sum(run.num_blocks * run.shape.columns**2 for run in runs)
+        elements = sum(run.num_blocks * run.shape.rows * run.shape.columns for run in runs)
         assert grid.start(row_group) == saved_offset("momentum", grid, row_group) == elements
 
 

@@ -13,8 +13,7 @@ from math import prod
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import BlockRun, Grid
-from adafisher_dist.blocks.sharding import Assignment, Spans, StoredSpan
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Assignment, Span, Spans, StoredSpan
 from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
@@ -95,11 +94,11 @@ def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> in
     """
     total = 0.0
     for span, run in _block_runs(plan, rank):
-        r, config = run.columns, plan.configs[span.parameter]
-        small, large = sorted((run.rows, r))
+        (r, rows, dense), config = run.shape, plan.configs[span.parameter]
+        small, large = sorted((rows, r))
         polar = 5 * (4 * small**2 * large + 2 * small**3) if config.grafting == "rms" else 0
         factor = r**2 + _factorising(r, config)
-        each = (4 * run.rows + 1) * r**2 + factor / inverse_update_freq + polar if run.dense else 8
+        each = (4 * rows + 1) * r**2 + factor / inverse_update_freq + polar if dense else 8
         total += run.num_blocks * each
     return round(total)
 

@@ -7,6 +7,7 @@ layout is. Partitions are padded as DeepSpeed pads them; tests compare with real
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import accumulate
@@ -51,42 +52,6 @@ class Estimate:
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Estimates for a table of settings.
-
-    Attributes:
-        elements: of the model.
-        parameters: of the model.
-        layout: one of `LAYOUTS`.
-        world: ranks.
-        rows: for each setting, what is varied (block_size, fisher_dtype, packed) and what it costs.
-        fits: the largest block size that fits the budget, for each pair of the others; empty
-            without a budget.
-        budget: GB (10⁹ bytes) a rank, or None.
-    """
-
-    elements: int
-    parameters: int
-    layout: str
-    world: int
-    rows: list[tuple[StateConfig, Estimate]]
-    fits: list[tuple[StateConfig, int | None]]
-    budget: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
-        return {
-            "elements": self.elements,
-            "parameters": self.parameters,
-            "layout": self.layout,
-            "world_size": self.world,
-            "settings": [{**_varied(config), **asdict(costs)} for config, costs in self.rows],
-            "memory_budget_gb": self.budget,
-            "largest_block_size": [{**_varied(config), "block_size": size} for config, size in self.fits],
-        }
-
-
 def _varied(config: StateConfig) -> dict[str, Any]:
     dtype = str(config.fisher_dtype).removeprefix("torch.")
     return {"block_size": config.block_size, "fisher_dtype": dtype, "packed": config.packed}
@@ -95,8 +60,8 @@ def _varied(config: StateConfig) -> dict[str, Any]:
 def forecast_of(
     shapes: Shapes, layout: str, world: int, block_sizes: Sequence[int], settings: Mapping[str, Any],
     weight_dtype: torch.dtype, budget: float | None,
-) -> Forecast:  # fmt: skip
-    """Estimates for these block sizes, float32 and bfloat16, packed or not.
+) -> dict[str, Any]:  # fmt: skip
+    """Estimates for these block sizes, float32 and bfloat16, packed or not, for json.dumps.
 
     Args:
         shapes: of the parameters.
@@ -106,6 +71,12 @@ def forecast_of(
         settings: those that are the same in all rows.
         weight_dtype: see `plan_of`.
         budget: GB (10⁹ bytes) a rank; then the largest block size that fits is told too.
+
+    Returns:
+        elements and parameters of the model, layout, world_size, memory_budget_gb; settings: of
+        each row what is varied (block_size, fisher_dtype, packed) and its `Estimate`;
+        largest_block_size: of each storage the one that fits the budget, None where none does, and
+        no storage without a budget.
 
     Raises:
         TypeError: a setting has the wrong type.
@@ -117,17 +88,23 @@ def forecast_of(
     for size in block_sizes:
         for dtype, packed in storages:
             config = _config(settings, block_size=size, fisher_dtype=dtype, packed=packed)
-            rows.append((config, estimate(shapes, layout, world, config, weight_dtype, freq)))
-    fits: list[tuple[StateConfig, int | None]] = []
+            rows.append({**_varied(config), **asdict(estimate(shapes, layout, world, config, weight_dtype, freq))})
+    fits: list[dict[str, Any]] = []
     for dtype, packed in storages if budget is not None else ():
         config = _config(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
-        try:
-            fits.append(
-                (config, largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9))
-            )
-        except ValueError:
-            fits.append((config, None))
-    return Forecast(sum(map(prod, shapes)), len(shapes), layout, world, rows, fits, budget)
+        largest: int | None = None
+        with suppress(ValueError):  # none fits
+            largest = largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9)
+        fits.append({**_varied(config), "block_size": largest})
+    return {
+        "elements": sum(map(prod, shapes)),
+        "parameters": len(shapes),
+        "layout": layout,
+        "world_size": world,
+        "settings": rows,
+        "memory_budget_gb": budget,
+        "largest_block_size": fits,
+    }
 
 
 def _config(settings: Mapping[str, Any], **more: Any) -> StateConfig:

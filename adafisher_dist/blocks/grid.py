@@ -71,21 +71,6 @@ class BlockRun:
         """Blocks in the run."""
         return self.row_groups * self.count
 
-    @property
-    def columns(self) -> int:
-        """Elements of a row."""
-        return self.shape.columns
-
-    @property
-    def rows(self) -> int:
-        """Rows that share a block's Fisher."""
-        return self.shape.rows
-
-    @property
-    def dense(self) -> bool:
-        """Whether the Fisher is a matrix."""
-        return self.shape.dense
-
 
 @dataclass(frozen=True, slots=True)
 class Grid:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
 
-from adafisher_dist.blocks.sharding import StoredSpan
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Span, StoredSpan
 
 StoredSpans = Sequence[Sequence[StoredSpan]]  # for each rank, the spans that it stores
 

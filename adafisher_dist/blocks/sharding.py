@@ -9,7 +9,29 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from adafisher_dist.blocks.grid import Grid
-from adafisher_dist.blocks.spans import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Elements [start, stop) of a parameter, flattened row-major, with `numel` elements in all."""
+
+    parameter: int
+    numel: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start <= self.stop <= self.numel, self
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def intersect(self, other: Span) -> Span | None:
+        """The common elements, or None where there are none."""
+        if self.parameter != other.parameter:
+            return None
+        start, stop = max(self.start, other.start), min(self.stop, other.stop)
+        return Span(self.parameter, self.numel, start, stop) if start < stop else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +117,7 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
     group.
     """
     before = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.start)) for s in spans]
-    upto = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.stop)) for s in spans]
-    totals = [0, *accumulate(b - a for a, b in zip(before, upto, strict=True))]
+    totals = [0, *accumulate(work((span,), grids) for span in spans)]
 
     def boundary(part: int) -> tuple[int, int]:
         """(span, element) where this part begins."""
@@ -141,8 +162,8 @@ def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: 
 
     Every element has to be stored on one rank.
     """
-    send = [piece for owner in range(len(owned)) for piece in _pieces(stored[rank], owned[owner], owner)]
-    receive = [piece for source in range(len(stored)) for piece in _pieces(stored[source], owned[rank], source)]
+    send = [piece for owner in range(len(owned)) for piece in pieces_of(stored[rank], owned[owner], owner)]
+    receive = [piece for source in range(len(stored)) for piece in pieces_of(stored[source], owned[rank], source)]
     return Route(
         local=tuple(piece for piece in send if piece.rank == rank),
         send=tuple(piece for piece in send if piece.rank != rank),
@@ -152,16 +173,12 @@ def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: 
 
 def any_crossing(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans]) -> bool:
     """Whether any rank owns an element that it does not store."""
-    here = (sum(p.numel for p in _pieces(stored[rank], spans, rank)) for rank, spans in enumerate(owned))
+    here = (sum(p.numel for p in pieces_of(stored[rank], spans, rank)) for rank, spans in enumerate(owned))
     return any(stored_here < count(spans) for stored_here, spans in zip(here, owned, strict=True))
 
 
-def local_pieces(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> tuple[TensorPiece, ...]:
-    """The stored elements that lie in the flat buffer of the owner of `owned`."""
-    return tuple(_pieces(stored, owned, rank))
-
-
-def _pieces(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
+def pieces_of(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
+    """The stored elements that lie in the flat buffer of the owner of `owned`; `rank` is noted."""
     places: dict[int, list[StoredSpan]] = {}
     for place in stored:
         places.setdefault(place.span.parameter, []).append(place)

@@ -17,12 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from adafisher_dist.checkpoint.begin import target_for, target_of
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, checkpoint_directory, latest_tag
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.options import IGNORED, Loaded, Options
-from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state
+from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_for, target_of
 from adafisher_dist.checkpoint.stateful import OptimizerState
 from adafisher_dist.checkpoint.targets import without_frozen
 from adafisher_dist.optimizer.adafisher import AdaFisher

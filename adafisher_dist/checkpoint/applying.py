@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
@@ -22,6 +20,7 @@ from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
+from adafisher_dist.optimizer.checkpointing import begin_load, install
 from adafisher_dist.settings import StateConfig, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
@@ -51,7 +50,7 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
             random_state.restore(checked.random)
 
     if options.states:
-        target.access.begin_load()
+        begin_load(target.optimizer)
     run_on_all_ranks(hosts, prepare)
     try:
         _read(opened, wanted, hosts)
@@ -59,13 +58,12 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
             layouts.refresh_module(target.wrapper)
         run_on_all_ranks(hosts, finish)
     except Exception:
-        target.access.mark_incomplete(options.parts)
+        target.registry.stepper.incomplete |= options.parts
         raise
 
 
 def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) -> list[Shard]:
     """Shards for all tensors that hold a parameter whose state is restored, with its counters."""
-    names = target.names
     chosen = chosen_tensors(target, matched)
     complete = all(name in matched.states for _, members in chosen for name in members) and all(
         _has_factors(manifest, matched.states[name], state_config(target.optimizer.param_groups[group]))
@@ -74,13 +72,11 @@ def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) 
         if name in matched.states
     )
     tensors = [tensor for tensor, _ in chosen]
-    shards = target.access.new_shards(tensors, target.wrapper, zeroed=not complete)
+    shards = target.registry.replan(tensors, target.wrapper, zeroed=not complete)
     saved = manifest.about["optimizer"]["state"]
     for shard in shards:
-        for number, parameter in enumerate(shard.storage.parameters):
-            old = matched.states.get(names[parameter.info.position])
-            if old is not None:
-                shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
+        for number, old in _restored(target, shard, matched).items():
+            shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
     return shards
 
 
@@ -94,7 +90,7 @@ def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
     """The tensors that the optimizer steps, in param group order, with their parameters' names."""
     names = target.names
     if target.wrapper is None:
-        return [(tensor, [names[info.position]]) for tensor, info in target.access.parameters()]
+        return [(tensor, [names[info.position]]) for tensor, info in target.registry.given_parameters.items()]
     held: dict[int, list[str]] = {}
     tensors = {}
     for storage in target.storages():
@@ -109,7 +105,11 @@ def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards
     """What this rank reads."""
     wanted = list(targets.weights(target, matched.weights, writing=False))
     for shard in shards:
-        with_factors = {old for old, config in _configs(target, shard, matched) if _has_factors(manifest, old, config)}
+        with_factors = {
+            old
+            for number, old in _restored(target, shard, matched).items()
+            if _has_factors(manifest, old, shard.configs[shard.groups[shard.storage.parameters[number].tensor]])
+        }
         for range_ in targets.state(target, [shard], matched.states, writing=False):
             kind, _, old = range_.key.partition("/")
             if kind not in ("factor", "curvature") or old in with_factors:
@@ -117,13 +117,10 @@ def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards
     return wanted
 
 
-def _configs(target: CheckpointTarget, shard: Shard, matched: Match) -> Iterator[tuple[str, StateConfig]]:
-    """Checkpoint name and state config of each parameter of a shard whose state is restored."""
-    names = target.names
-    for parameter in shard.storage.parameters:
-        old = matched.states.get(names[parameter.info.position])
-        if old is not None:
-            yield old, shard.configs[shard.groups[parameter.tensor]]
+def _restored(target: CheckpointTarget, shard: Shard, matched: Match) -> dict[int, str]:
+    """By number in the shard, the checkpoint name of each parameter whose state is restored."""
+    names = enumerate(target.names[parameter.info.position] for parameter in shard.storage.parameters)
+    return {number: matched.states[name] for number, name in names if name in matched.states}
 
 
 def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
@@ -151,15 +148,15 @@ def _read(opened: OpenCheckpoint, wanted: list[Range], hosts: HostGroup) -> None
 
 def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:
     """Make the factors that the checkpoint does not have, and hand the shards to the optimizer."""
-    optimizer, names = target.optimizer, target.names
     for shard in shards:
+        restored = _restored(target, shard, matched)
         for stack, segments in zip(shard.stacks, shard.by_parameter, strict=True):
             for segment in segments:
-                parameter = shard.storage.parameters[segment.owner]
-                old = matched.states.get(names[parameter.info.position])
+                old = restored.get(segment.owner)
                 if old is not None and not _has_factors(manifest, old, stack.config):
-                    settings = step_settings(optimizer.param_groups[parameter.info.group])
+                    group = shard.storage.parameters[segment.owner].info.group
+                    settings = step_settings(target.optimizer.param_groups[group])
                     step, updates = shard.counters[segment.owner].tolist()
                     beat()
                     rebuild_factors(stack.rows(segment.start, segment.stop), StepContext(settings, step, updates))
-    target.access.install(shards, manifest.about["optimizer"]["skipped_steps"])
+    install(target.optimizer, shards, manifest.about["optimizer"]["skipped_steps"])

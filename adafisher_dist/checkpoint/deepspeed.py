@@ -6,18 +6,18 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adafisher_dist.checkpoint import foreign
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
-from adafisher_dist.checkpoint.begin import target_of
 from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, CheckpointDirectory, read_latest
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.options import IGNORED, Options
-from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state
+from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_of
 from adafisher_dist.checkpoint.schema import whole_numbers
 from adafisher_dist.checkpoint.targets import CheckpointTarget, without_frozen
 from adafisher_dist.optimizer.adafisher import AdaFisher
@@ -36,12 +36,9 @@ def save_engine(
     save_latest: bool, keep_last: int | None, asynchronous: bool, exclude_frozen_parameters: bool,
 ) -> Saving:  # fmt: skip
     """See `ds.save_checkpoint`."""
-    target = _training_to_save(engine, exclude_frozen_parameters)
+    target = _training(engine, exclude_frozen_parameters)
     place = CheckpointDirectory(Path(save_dir).absolute(), _same_tag(target, tag, engine))
-
-    def values() -> dict[str, Any]:
-        return {"client_state": dict(client_state or {}), **_values(engine)}
-
+    values = partial(_values, engine, client_state)
     return save(place, target, _facts(engine), values, keep_last, asynchronous, save_latest)
 
 
@@ -66,10 +63,7 @@ def _load(
     schedule: bool,
 ) -> tuple[str, Any]:
     scheduler = engine.lr_scheduler if schedule else IGNORED
-
-    def more(values: Mapping[str, Any]) -> list[Part]:
-        return _checked(engine, values, counters, options.states)
-
+    more = partial(_checked, engine, counters=counters, states=options.states)
     loaded = load(where, target, replace(options, lr_scheduler=scheduler, more=more))
     values = loaded.values
     if counters:
@@ -102,14 +96,10 @@ def save_with_deepspeed(
     world size. A load reads only our files, so a client state that only a pickle could hold is
     refused.
     """
-    target = _training_to_save(engine, exclude_frozen_parameters)
+    target = _training(engine, exclude_frozen_parameters)
     tag = _same_tag(target, tag, engine)
     place = CheckpointDirectory(Path(save_dir).absolute() / tag, SUBFOLDER)
-
-    def values() -> dict[str, Any]:
-        return {"client_state": dict(client_state or {}), **_values(engine)}
-
-    save(place, target, _facts(engine), values, latest=False)
+    save(place, target, _facts(engine), partial(_values, engine, client_state), latest=False)
     target.optimizer._state_is_elsewhere = True
     try:
         return original(engine, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **more)
@@ -142,11 +132,8 @@ def load_with_deepspeed(
 
     def place() -> CheckpointDirectory:
         without_state = CheckpointDirectory(folder, SUBFOLDER)
-        return (
-            without_state
-            if attempt(without_state.find)[0] is not None
-            else CheckpointDirectory(folder.parent, folder.name)
-        )
+        ours = attempt(without_state.find)[0] is not None
+        return without_state if ours else CheckpointDirectory(folder.parent, folder.name)
 
     there = attempt(lambda: place().find())[0] is not None
     if not any(target.hosts.gather(there)):
@@ -162,7 +149,7 @@ def load_with_deepspeed(
 # ---- what an engine has besides ----
 
 
-def _training(engine: Any) -> CheckpointTarget:
+def _training(engine: Any, exclude_frozen_parameters: bool = False) -> CheckpointTarget:
     """What is saved or loaded.
 
     Raises:
@@ -175,11 +162,7 @@ def _training(engine: Any) -> CheckpointTarget:
             " engine.load_checkpoint."
         )
     wrapper = None if engine.optimizer is optimizer else engine.optimizer  # none at stage 0 in fp32
-    return target_of(engine.module, optimizer, wrapper)
-
-
-def _training_to_save(engine: Any, exclude_frozen_parameters: bool) -> CheckpointTarget:
-    target = _training(engine)
+    target = target_of(engine.module, optimizer, wrapper)
     return without_frozen(target) if exclude_frozen_parameters else target
 
 
@@ -232,11 +215,13 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
     return tags[0]
 
 
-def _values(engine: Any) -> dict[str, Any]:
+def _values(engine: Any, client_state: Mapping[str, Any] | None) -> dict[str, Any]:
+    own = dict(client_state or {})
     within = engine.micro_steps % engine.gradient_accumulation_steps()
     if within:
         logger.warning("Saving in the middle of gradient accumulation: %d micro-steps are not in it.", within)
     return {
+        "client_state": own,
         "engine": {name: getattr(engine, name) for name in _COUNTERS},
         "lr_scheduler": scheduler_state(engine.lr_scheduler),
         "loss_scale": _loss_scale(engine),

@@ -114,7 +114,7 @@ class CheckpointDirectory:
         try:
             sync(self.root)
             if latest:
-                _publish_latest(self.root)
+                (self.root / f".{LATEST}.saving").rename(self.root / LATEST)
         except OSError as error:
             try:
                 self.folder.rename(self.saving)
@@ -161,11 +161,6 @@ def _prepare_latest(root: Path, tag: str) -> None:
         file.write(tag)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _publish_latest(root: Path) -> None:
-    """Let `latest` say it, by one rename."""
-    (root / f".{LATEST}.saving").rename(root / LATEST)
 
 
 def read_latest(root: Path) -> str | None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from adafisher_dist.checkpoint import targets
 from adafisher_dist.checkpoint.manifest import CheckpointError
-from adafisher_dist.checkpoint.matching import Match, settings_to_restore
+from adafisher_dist.checkpoint.matching import Match
 from adafisher_dist.checkpoint.targets import OWN_SETTINGS, CheckpointTarget
 from adafisher_dist.settings import ADDED_LATER, DEFAULTS, normalize
 
@@ -43,7 +43,8 @@ def settings(target: CheckpointTarget, saved: Sequence[Mapping[str, Any]], match
     """
     result = []
     for number, (group, source) in enumerate(zip(target.optimizer.param_groups, matched.groups, strict=True)):
-        taken = {} if source is None else settings_to_restore(saved[source])
+        kept = (*OWN_SETTINGS, "params", "param_names")
+        taken = {} if source is None else {key: value for key, value in saved[source].items() if key not in kept}
         lacking = [
             name for name in DEFAULTS if source is not None and name not in (*taken, *OWN_SETTINGS, *ADDED_LATER)
         ]

@@ -13,14 +13,8 @@ from typing import Any
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, CheckpointError, Manifest
-from adafisher_dist.checkpoint.targets import (
-    OWN_SETTINGS,
-    CheckpointTarget,
-    config_facts,
-    members_of_groups,
-    shape_of,
-    with_extra_state,
-)
+from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
+from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.settings import state_config
 
 _SHOWN = 20
@@ -102,9 +96,9 @@ def match(
             found.problems.append(f"{name} is not in the checkpoint")
         elif model["aliases"].get(old, old) in model[f"{other}s"]:
             found.problems.append(f"{name} is a {kind} in the model, and was a {other}")
-        elif tuple(stored[old]["shape"]) != shape_of(tensor):
+        elif tuple(stored[old]["shape"]) != whole_shape(tensor):
             found.problems.append(
-                f"{name} has shape {shape_of(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
+                f"{name} has shape {whole_shape(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
             )
         else:
             fitting[name] = model["aliases"].get(old, old)
@@ -159,10 +153,10 @@ def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Itera
     """The keys of all tensors that will be read, and their elements."""
     for name, old in found.weights.items():
         kind, tensors = ("weight", target.parameters) if name in target.parameters else ("buffer", target.buffers)
-        yield f"{kind}/{old}", prod(shape_of(tensors[name]))
+        yield f"{kind}/{old}", prod(whole_shape(tensors[name]))
     for name, old in found.states.items():
         settings = manifest.about["optimizer"]["state"][old]["structure"]
-        grid = _grid(settings, shape_of(target.parameters[name]))
+        grid = _grid(settings, whole_shape(target.parameters[name]))
         kept = ("factor", "curvature") if settings["keeps_factors"] else ()
         for kind in ("momentum", "fisher", "square", *kept):
             yield f"{kind}/{old}", saved_offset(kind, grid, grid.row_groups)
@@ -213,7 +207,7 @@ def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
             if old not in managed:
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
-                there, shape = saved["state"][old]["structure"], shape_of(target.parameters[name])
+                there, shape = saved["state"][old]["structure"], whole_shape(target.parameters[name])
                 if there["grafting"] != own["grafting"]:
                     found.problems.append(
                         f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}:"
@@ -268,11 +262,3 @@ def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
     for number, group in enumerate(manifest.about["optimizer"]["groups"]):
         if number not in taken and any(name in fitting.values() for name in group["names"]):
             found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")
-
-
-def settings_to_restore(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that an optimizer takes from a saved param group; it keeps its OWN_SETTINGS."""
-    return {key: value for key, value in saved.items() if key not in (*OWN_SETTINGS, "params", "param_names")}
-
-
-__all__ = ["CheckpointError", "Match", "check_stored", "match", "refuse", "settings_to_restore"]

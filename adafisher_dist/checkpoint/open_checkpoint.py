@@ -241,11 +241,11 @@ def open_checkpoint(
     gone: list[Vanished] = []
     for pause in PAUSES:
         try:
-            return _open(lambda: found_again(where, gone), files)
+            return _open(found_again(where, gone), files)
         except Vanished as error:
             gone[:] = [error]
             time.sleep(pause)
-    return _open(lambda: found_again(where, gone), files)
+    return _open(found_again(where, gone), files)
 
 
 def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
@@ -263,8 +263,8 @@ def found_again(where: Callable[[], Path], gone: Sequence[Vanished]) -> Path:
         raise
 
 
-def _open(where: Callable[[], Path], files: Callable[[Manifest], Iterable[str]]) -> OpenCheckpoint:
-    opened = OpenCheckpoint(where())
+def _open(folder: Path, files: Callable[[Manifest], Iterable[str]]) -> OpenCheckpoint:
+    opened = OpenCheckpoint(folder)
     try:
         opened.hold(files(opened.manifest))
     except BaseException:

@@ -38,16 +38,18 @@ def parse(captured: Tensor) -> dict[str, Any]:
         version, numbers, gauss = state["python"]
         state["python"] = version, tuple(numbers), gauss
         random.Random().setstate(state["python"])
-        _number_or_none(gauss)
+        if gauss is not None and not isinstance(gauss, float):  # Python's second normal number: it does not check it
+            raise ValueError(f"the next normal number is {gauss!r}")
         inner = state["numpy"]["state"]
         if state["numpy"]["bit_generator"] == "MT19937":  # which numpy's functions use, unless told otherwise
             inner["key"] = np.array(inner["key"], dtype=np.uint32)
             if not 0 <= inner["pos"] <= len(inner["key"]):  # numpy would read past its end
                 raise ValueError(f"pos is {inner['pos']}")
-        np.random.RandomState(_bit_generator()).set_state(state["numpy"])
-        _check_torch(state["torch"], torch.Generator())
+        own = str(np.random.get_state(legacy=False)["bit_generator"])  # the kind that numpy's global generator has
+        np.random.RandomState(getattr(np.random, own)()).set_state(state["numpy"])
+        torch.Generator().set_state(_as_tensor(state["torch"]))
         if "cuda" in state and torch.cuda.is_available():
-            _check_torch(state["cuda"], torch.Generator("cuda"))
+            torch.Generator("cuda").set_state(_as_tensor(state["cuda"]))
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"the state of the random number generators is none ({problem})") from error
@@ -61,21 +63,6 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(_as_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
-
-
-def _bit_generator() -> Any:
-    """A new one, of the kind that numpy's global generator has."""
-    return getattr(np.random, str(np.random.get_state(legacy=False)["bit_generator"]))()
-
-
-def _number_or_none(gauss: object) -> None:
-    """Python's second normal number, if one waits; it does not check it itself."""
-    if gauss is not None and not isinstance(gauss, float):
-        raise ValueError(f"the next normal number is {gauss!r}")
-
-
-def _check_torch(state: bytes, generator: torch.Generator) -> None:
-    generator.set_state(_as_tensor(state))
 
 
 def _as_tensor(state: bytes) -> Tensor:

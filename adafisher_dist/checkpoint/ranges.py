@@ -20,7 +20,7 @@ from torch import Tensor
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import SAVED, saved_numel, saved_offset, triangle
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
-from adafisher_dist.blocks.spans import Span
+from adafisher_dist.blocks.sharding import Span
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.packing import pack, unpack
 from adafisher_dist.state.shard import Shard
@@ -186,11 +186,12 @@ def _piece(field: str, grid: Grid, run: BlockRun, rows: Tensor, start: int) -> R
     shape: tuple[int, ...] = (rows[0].numel(),)
     strides: tuple[int, ...]
     symmetric = field == "fisher" and rows.dim() == 3
+    columns = run.shape.columns
     if field == "momentum":  # element by element, as the parameter has them
-        shape, strides, offset = (run.rows, run.columns), (run.columns, run.row_stride, 1), before * grid.columns
+        shape, strides, offset = (run.shape.rows, columns), (columns, run.row_stride, 1), before * grid.columns
     else:
-        shape = (run.columns, run.columns) if symmetric else shape
-        whole = BlockShape(grid.columns, run.rows, run.dense)
+        shape = (columns, columns) if symmetric else shape
+        whole = run.shape._replace(columns=grid.columns)
         strides, offset = (saved_numel(field, run.shape), 1), before * saved_numel(field, whole)
     first, second = (saved_offset(field, grid, number) for number in (row_group, row_group + 1))
     stride = second - first if run.row_groups > 1 else 0

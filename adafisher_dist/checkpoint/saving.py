@@ -1,4 +1,7 @@
-"""Saving: gather what this rank writes, write it now or in the background, publish."""
+"""Saving: gather what this rank writes, write it now or in the background, publish.
+
+A load begins as a save does: everything is named, when the last save has ended (`target_of`).
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,21 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.state_dict_saver as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn.parallel import DistributedDataParallel
 
+from adafisher_dist import layouts
 from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
-from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
-from adafisher_dist.checkpoint.targets import CheckpointTarget
+from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm.host_groups import HostGroup, beat
+from adafisher_dist.optimizer.adafisher import AdaFisher
+from adafisher_dist.optimizer.checkpointing import gather_state
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -97,6 +104,37 @@ def _report_at_exit() -> None:
         logger.error("The last asynchronous checkpoint was not written: %s", error)
 
 
+def target_for(model: nn.Module, optimizer: AdaFisher) -> CheckpointTarget:
+    """`target_of` a model that may be wrapped, but not by DeepSpeed."""
+    if hasattr(model, "zero_optimization_stage"):
+        raise ValueError("For a DeepSpeed engine use adafisher_dist.ds.save_checkpoint and load_checkpoint.")
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # in either order
+        inner: Any = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        model = inner
+    return target_of(model, optimizer, None)
+
+
+def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> CheckpointTarget:
+    """What is saved or loaded, when the last save has ended."""
+    if not isinstance(optimizer, AdaFisher):
+        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+    registry = optimizer._registry
+    if wrapper is None:
+        registry.sync_param_groups()
+    # A save that goes on in the background uses the same group of hosts, so nothing else may until
+    # it has ended.
+    _, problem = attempt(finish_pending)
+    given, process_group = registry.given_parameters, registry.process_group
+    hosts = layouts.host_group_of(given, process_group, "a save or load", CheckpointError)
+    run_on_all_ranks(hosts, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
+    return collect_target(module, optimizer, wrapper, hosts)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
+
+
 def save(
     place: CheckpointDirectory, target: CheckpointTarget, facts: Mapping[str, Any],
     extra: Callable[[], Mapping[str, Any]], keep_last: int | None = None, asynchronous: bool = False,
@@ -123,8 +161,8 @@ def save(
 
     def collect() -> tuple[str, int | None]:
         kept = _checked_number(keep_last)
-        target.access.check_complete()
-        target.access.gather_state()
+        target.registry.stepper.check_complete()
+        gather_state(target.optimizer)
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))
         found.extend(_ranges(target, tensors))
@@ -190,7 +228,7 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     stored = {name: name for name in names if name not in target.left_out}
     rank = target.hosts.rank
     found = list(targets.weights(target, stored, writing=True))
-    found += targets.state(target, target.access.shards, names, writing=True)
+    found += targets.state(target, target.registry.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}

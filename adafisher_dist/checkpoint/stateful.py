@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from adafisher_dist.checkpoint import encoding
-from adafisher_dist.checkpoint.begin import target_for
+from adafisher_dist.checkpoint.saving import target_for
 from adafisher_dist.checkpoint.targets import CheckpointTarget, members_of_groups
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.adafisher import AdaFisher
+from adafisher_dist.optimizer.consolidated import as_dtensors
 
 
 class OptimizerState:
@@ -48,11 +49,11 @@ class OptimizerState:
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
         """
         target = target_for(self._model, self._optimizer)
-        target.access.check_complete()
-        entries = target.access.whole_state()
+        target.registry.stepper.check_complete()
+        entries = as_dtensors(target.registry)
         named = {
             target.names[parameter.info.position]: entries[id(shard.storage.tensors[parameter.tensor])]
-            for shard in target.access.shards
+            for shard in target.registry.shards
             for _, parameter in shard.active
         }
         return {"state": named, "settings": _settings(target)}
@@ -75,7 +76,7 @@ class OptimizerState:
                     {**found, "params": [numbers[name] for name in names]}
                     for found, names in zip(settings, members, strict=True)
                 ],
-                state_dicts.META: state_dicts.whole(),
+                state_dicts.META: state_dicts.about(),
             }
         )
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):

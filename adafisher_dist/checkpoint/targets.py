@@ -17,9 +17,9 @@ from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.host_groups import HostGroup
-from adafisher_dist.layouts import LocalShard, Storage
+from adafisher_dist.layouts.storage import LocalShard, Storage, whole_shape
 from adafisher_dist.optimizer.adafisher import AdaFisher
-from adafisher_dist.optimizer.checkpointing import CheckpointAccess
+from adafisher_dist.optimizer.registry import ParameterRegistry
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
@@ -41,7 +41,6 @@ class CheckpointTarget:
     Attributes:
         module: the model, without a wrapper around it.
         optimizer: AdaFisher.
-        access: to what stands behind it.
         wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
         hosts: the ranks that save and load together.
         names: of the optimizer's parameters, by their positions.
@@ -53,7 +52,6 @@ class CheckpointTarget:
 
     module: nn.Module
     optimizer: AdaFisher
-    access: CheckpointAccess
     wrapper: Any
     hosts: HostGroup
     names: Mapping[int, str]
@@ -62,20 +60,19 @@ class CheckpointTarget:
     aliases: Mapping[str, str]
     left_out: frozenset[str] = frozenset()
 
+    @property
+    def registry(self) -> ParameterRegistry:
+        """The optimizer's parameters, and the shards that hold their state."""
+        return self.optimizer._registry
+
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
         if self.wrapper is None:
             return []
-        return self.access.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
-
-    def plain_group(self) -> Group:
-        """The ranks that plain tensors are the same on."""
-        return Group(None, self.hosts.rank, self.hosts.size)
+        return self.registry.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
 
 
-def collect_target(
-    module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
-) -> CheckpointTarget:
+def collect_target(module: nn.Module, optimizer: AdaFisher, wrapper: Any, hosts: HostGroup) -> CheckpointTarget:
     """Name everything.
 
     Raises:
@@ -88,14 +85,15 @@ def collect_target(
     aliases: dict[str, str] = {}
     parameters = _by_first_name(module.named_parameters(remove_duplicate=False), first, aliases)
     buffers = _by_first_name(_persistent_buffers(module), first, aliases)
-    foreign = [info.name for tensor, info in access.parameters() if id(tensor) not in first]
+    given = optimizer._registry.given_parameters
+    foreign = [info.name for tensor, info in given.items() if id(tensor) not in first]
     if foreign:
         raise ValueError(
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
-    return CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
+    names = {info.position: first[id(tensor)] for tensor, info in given.items()}
+    return CheckpointTarget(module, optimizer, wrapper, hosts, names, parameters, buffers, aliases)
 
 
 def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
@@ -132,11 +130,6 @@ def clean(name: str) -> str:
     return name
 
 
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The whole shape, also of a partitioned parameter."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
 # ---- ranges ----
 
 
@@ -157,7 +150,7 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
             if kind == "buffer" and writing and held[name].replicated and target.hosts.rank:
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
-            yield from _range(f"{kind}/{names[name]}", held[name], prod(shape_of(tensor)), number, writing, alone)
+            yield from _range(f"{kind}/{names[name]}", held[name], prod(whole_shape(tensor)), number, writing, alone)
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
@@ -174,7 +167,7 @@ def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
         for parameter in storage.parameters:
             nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
             held.setdefault(names[parameter.info.position], nothing)
-    group = target.plain_group()
+    group = Group(None, target.hosts.rank, target.hosts.size)  # the ranks that plain tensors are the same on
     for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
         if name not in held:
             held[name] = layouts.locate(tensor, group)
@@ -200,13 +193,9 @@ def _of_this_replica(found: list[Range], group: Group, number: int) -> list[Rang
 
 def state(target: CheckpointTarget, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
     """The optimizer's state on this rank; arguments as for `weights`."""
-    known = target.names
     for shard in shards:
-        chosen = {}
-        for number, parameter in shard.active:
-            name = known[parameter.info.position]
-            if name in names:
-                chosen[number] = names[name]
+        active = {number: target.names[parameter.info.position] for number, parameter in shard.active}
+        chosen = {number: names[name] for number, name in active.items() if name in names}
         found = list(ranges.of_state(shard, chosen))
         yield from _of_this_replica(found, shard.storage.group, 0) if writing else found
 
@@ -220,7 +209,7 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
         "model": {
             "parameters": {
                 name: {
-                    "shape": shape_of(p),
+                    "shape": whole_shape(p),
                     "dtype": str(p.dtype),
                     "trainable": p.requires_grad,
                     **({LEFT_OUT: True} if name in target.left_out else {}),
@@ -250,17 +239,16 @@ def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]
 
 
 def _groups(target: CheckpointTarget, tensors: list[Tensor]) -> list[dict[str, Any]]:
-    members = members_of_groups(target)
     return [
         {
-            "names": members[number],
+            "names": names,
             "settings": {
                 key: encoding.encode(value, f"the setting {key!r} of a param group", tensors)
                 for key, value in group.items()
                 if key not in ("params", "param_names")
             },
         }
-        for number, group in enumerate(target.optimizer.param_groups)
+        for group, names in zip(target.optimizer.param_groups, members_of_groups(target), strict=True)
     ]
 
 
@@ -268,14 +256,14 @@ def members_of_groups(target: CheckpointTarget) -> list[list[str]]:
     """The names of the parameters of each param group, in order."""
     names = target.names
     members: list[list[str]] = [[] for _ in target.optimizer.param_groups]
-    for _, info in target.access.parameters():
+    for _, info in target.registry.given_parameters.items():
         members[info.group].append(names[info.position])
     return members
 
 
 def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
     names, found = target.names, {}
-    for shard in target.access.shards:
+    for shard in target.registry.shards:
         for number, parameter in shard.active:
             grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
             config = shard.configs[shard.groups[parameter.tensor]]
@@ -291,20 +279,14 @@ def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
 
 def config_facts(config: StateConfig) -> dict[str, Any]:
     """What state was built for, as JSON."""
-    return {
-        "block_size": config.block_size,
-        "rows_per_block": config.rows_per_block,
-        "block_grid": config.block_grid,
-        "max_blocks": config.max_blocks,
-        "exponent": config.exponent,
-        "grafting": config.grafting,
-        "keeps_factors": config.keeps_factors,
-    }
+    facts = config._asdict()
+    del facts["fisher_dtype"], facts["packed"]  # a load converts them
+    return facts
 
 
 def layout_of(target: CheckpointTarget) -> str:
     """The name of the layout, for reports."""
-    shards = target.access.shards
+    shards = target.registry.shards
     storages = [shard.storage for shard in shards] or target.storages()
     if storages:
         return storages[0].layout

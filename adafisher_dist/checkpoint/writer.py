@@ -208,6 +208,7 @@ class ShardWriter(StorageWriter):
 def _layout(items: Sequence[WriteItem], name: str, of: str) -> tuple[bytes, list[Chunk]]:
     """The safetensors header, with the checkpoint's id `of`, and each range's place in the file."""
     entries: dict[str, Any] = {}
+    places: list[tuple[int, int, int]] = []  # start, elements, first byte
     begin = 0
     for item in items:
         assert item.tensor_data is not None and item.index.offset is not None
@@ -215,16 +216,12 @@ def _layout(items: Sequence[WriteItem], name: str, of: str) -> tuple[bytes, list
         end = begin + numel * dtype.itemsize
         key = f"{item.index.fqn}[{start}:{start + numel}]"
         entries[key] = {"dtype": dtype_name(dtype), "shape": [numel], "data_offsets": [begin, end]}
+        places.append((start, numel, begin))
         begin = end
     text = json.dumps({"__metadata__": {ID: of}, **entries}).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    chunks = [
-        Chunk(item.index.offset[0], entry["shape"][0], name, len(header) + entry["data_offsets"][0])
-        for item, entry in zip(items, entries.values(), strict=True)
-        if item.index.offset is not None
-    ]
-    return header, chunks
+    return header, [Chunk(start, numel, name, len(header) + first) for start, numel, first in places]
 
 
 class _Direct:

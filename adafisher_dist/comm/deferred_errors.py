@@ -38,10 +38,8 @@ class DeferredErrors:
     def attempt(self, work: Callable[[], object]) -> bool:
         """Do it, unless something failed before; returns whether it was done."""
         if self.error is None:
-            try:
+            with self.deferred():
                 work()
-            except Exception as error:
-                self.error = error
         return self.error is None
 
     def rescue(self, work: Callable[[], object]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -12,55 +10,12 @@ from torch import Tensor
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
 from adafisher_dist.layouts import deepspeed_wrappers, flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed_wrappers import (
-    PartOfStep,
-    calling_wrapper,
-    engine_that_builds,
-    left_idle,
-    refuse_modes,
-    register_with_deepspeed,
-    unexpected,
-)
-from adafisher_dist.layouts.storage import (
-    GivenParameters,
-    LocalShard,
-    Parameter,
-    ParameterInfo,
-    Storage,
-    UnsupportedLayoutError,
-    whole_shape,
-)
+from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep, calling_wrapper, frames, refuse_modes, unexpected
+from adafisher_dist.layouts.storage import GivenParameters, LocalShard, ParameterInfo, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
-
-__all__ = [
-    "GivenParameters",
-    "LocalShard",
-    "Parameter",
-    "PartOfStep",
-    "Storage",
-    "UnsupportedLayoutError",
-    "check_parameter",
-    "dtensor",
-    "engine_that_builds",
-    "host_group_of",
-    "is_called_by_deepspeed",
-    "is_called_by_torch_checkpoint",
-    "is_dtensor",
-    "is_state_init_call",
-    "left_idle",
-    "locate",
-    "mesh_group",
-    "part_of_step",
-    "refresh_module",
-    "register_with_deepspeed",
-    "rows_here",
-    "storages",
-    "whole_shape",
-    "wrapped_tensors",
-]
 
 _SUPPORTED = (
     "one process, DDP, FSDP2 (fully_shard), and DeepSpeed with ZeRO stage 0, 1, 2 or 3 in fp32, bf16 or fp16, with or"
@@ -222,12 +177,7 @@ def is_called_by_torch_checkpoint() -> bool:
     optimizer has no state, and then `state_dict()`; and `dcp.save` and `dcp.load` call
     `state_dict()` of an optimizer that they are given.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.checkpoint."):
-            return True
-        frame = frame.f_back
-    return False
+    return any(str(f.f_globals.get("__name__")).startswith("torch.distributed.checkpoint.") for f in frames())
 
 
 def is_dtensor(value: object) -> bool:
@@ -310,7 +260,7 @@ def _given_tensors(
 ) -> list[Storage]:
     """Storages of the given parameters: plain tensors replicated, DTensors sharded over a mesh."""
     plain: list[tuple[Tensor, ParameterInfo]] = []
-    by_mesh: list[tuple[Any, list[tuple[Tensor, ParameterInfo]]]] = []
+    by_mesh: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
     for tensor, info in members:
         check_parameter(tensor, info.name)
         if hasattr(tensor, "ds_id"):
@@ -319,19 +269,14 @@ def _given_tensors(
                 " call engine.step()."
             )
         if hasattr(tensor, "device_mesh"):
-            mesh = tensor.device_mesh
-            known = next((group for other, group in by_mesh if other == mesh), None)
-            if known is None:
-                by_mesh.append((mesh, [(tensor, info)]))
-            else:
-                known.append((tensor, info))
+            by_mesh.setdefault(tensor.device_mesh, []).append((tensor, info))
         else:
             plain.append((tensor, info))
     result = _by_device(plain, join(process_group)) if plain else []
     if by_mesh:
         from adafisher_dist.layouts import fsdp2
 
-        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh]
+        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh.items()]
     return result
 
 

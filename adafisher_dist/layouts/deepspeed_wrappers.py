@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -30,13 +30,19 @@ def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
     this looks on the call stack: what calls `step` or `load_state_dict` is the wrapper, by
     construction. (None, "") where there is none.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in frames():
         owner = frame.f_locals.get("self")
         if type(owner).__module__.startswith("deepspeed.") and getattr(owner, "optimizer", None) is optimizer:
             return owner, frame.f_code.co_name
-        frame = frame.f_back
     return None, ""
+
+
+def frames() -> Iterator[FrameType]:
+    """The call stack, from the function that asks to the outermost."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 class PartOfStep(NamedTuple):
@@ -57,8 +63,7 @@ def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartO
 
     `parts` has, for each wrapper, the name of the part's number in its `_optimizer_step`.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in frames():
         owner, function = frame.f_locals.get("self"), frame.f_code.co_name
         if function == "_optimizer_step" and getattr(owner, "optimizer", None) is optimizer:
             known = parts.get(type(owner).__name__)
@@ -68,7 +73,6 @@ def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartO
             if not isinstance(number, int):
                 raise unexpected(owner, f"has no {known} in its _optimizer_step")
             return PartOfStep(number, partial(_largest_gradient, owner))
-        frame = frame.f_back
     return None
 
 
@@ -92,12 +96,10 @@ def _largest_gradient(wrapper: Any) -> Tensor:
 
 def engine_that_builds() -> Any:
     """The DeepSpeed engine on the call stack that is building its configured optimizer, or None."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in frames():
         owner = frame.f_locals.get("self")
         if type(owner).__module__.startswith("deepspeed.") and hasattr(owner, "monitor"):
             return owner
-        frame = frame.f_back
     return None
 
 

@@ -129,6 +129,10 @@ class Storage:
         """Whether a rank may hold only a part of the state."""
         return self.group.size > 1 or self.mesh is not None
 
+    def name_of(self, index: int) -> str:
+        """The parameter that a stored tensor holds, or the first of several."""
+        return next(parameter.name for parameter in self.parameters if parameter.tensor == index)
+
     def values(self, index: int) -> Tensor:
         """A stored tensor, or of a DTensor what this rank holds."""
         return _here(self.tensors[index]).detach()

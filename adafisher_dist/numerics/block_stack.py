@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -77,17 +77,14 @@ class BlockStack:
     def rows(self, start: int, stop: int) -> BlockStack:
         """Blocks [start, stop)."""
         part = slice(start, stop)
-        return BlockStack(
-            self.group,
-            self.shape,
-            self.config,
-            self.gradient_NRB[part],
-            {name: tensor[part] for name, tensor in self.state.items()},
-            self.number_N[part],
-            None if self.seeding_N is None else self.seeding_N[part],
-            None if self.made_N is None else self.made_N[part],
-            self.fallback_counts,
-            self.first + start,
+        return replace(
+            self,
+            gradient_NRB=self.gradient_NRB[part],
+            state={name: tensor[part] for name, tensor in self.state.items()},
+            number_N=self.number_N[part],
+            seeding_N=None if self.seeding_N is None else self.seeding_N[part],
+            made_N=None if self.made_N is None else self.made_N[part],
+            first=self.first + start,
         )
 
     def tiles(self, tiles: int = 1) -> Iterator[slice]:

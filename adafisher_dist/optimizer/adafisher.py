@@ -10,7 +10,9 @@ from torch import Tensor
 
 from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translated
+from adafisher_dist.blocks import cost
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.layouts.deepspeed_wrappers import register_with_deepspeed
 from adafisher_dist.optimizer.sharded_optimizer import ShardedOptimizer
 from adafisher_dist.settings import DEFAULTS, normalize, preset
 from adafisher_dist.state import statistics
@@ -131,7 +133,7 @@ class AdaFisher(ShardedOptimizer):
         if memory_budget_gb is not None and block_size != "auto":
             raise ValueError(f'memory_budget_gb is for block_size="auto", and block_size is {block_size}.')
         super().__init__(params, defaults, process_group)
-        layouts.register_with_deepspeed(self)
+        register_with_deepspeed(self)
 
     @classmethod
     def for_language_models(cls, params: ParamsT, **overrides: Any) -> Self:
@@ -207,7 +209,7 @@ class AdaFisher(ShardedOptimizer):
 
         The kinds are "fisher", "momentum", "factors" and "buffers"; "total" is their sum.
         """
-        return statistics.memory_usage(self._registry.shards)
+        return statistics.usage(self._registry.shards, cost.MEMORY_KINDS, cost.memory)
 
     def communication_usage(self) -> dict[str, dict[str, int]]:
         """Bytes sent in a step, by kind, as planned and as counted.
@@ -219,7 +221,8 @@ class AdaFisher(ShardedOptimizer):
         """
         stepper = self._registry.stepper
         last = {kind: stepper.sent[kind] for kind in ("weights", "blocks", "verdicts")}
-        return {**statistics.traffic(stepper.shards), "last_step": {**last, "total": sum(last.values())}}
+        planned = statistics.usage(stepper.shards, cost.TRAFFIC_KINDS, cost.traffic)
+        return {**planned, "last_step": {**last, "total": sum(last.values())}}
 
     def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
         """Measure every n-th step: conditioning of the blocks, size of the update, bytes sent.

@@ -31,8 +31,7 @@ class Consolidated:
     @property
     def about(self) -> dict[str, Any]:
         """What a state dict tells of it."""
-        part = "whole" if self.on_rank is None else f"none, rank {self.on_rank} has the whole"
-        return {"format": state_dicts.STATE_DICT_FORMAT, "part": part}
+        return state_dicts.about("whole" if self.on_rank is None else f"none, rank {self.on_rank} has the whole")
 
 
 def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
@@ -81,7 +80,8 @@ def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None
         elif known is not None and id(tensor) in known.entries:
             entries[id(tensor)] = known.entries[id(tensor)]
         elif not shard.stepped:
-            entries[id(tensor)] = state_dicts.nothing(shard, index)
+            room = state_dicts.room(shard, index)
+            entries[id(tensor)] = {key: value.zero_() for key, value in room.items()}  # every rank knows it
         else:
             raise RuntimeError(
                 "This rank holds only its own blocks, and torch.distributed.checkpoint asks for the whole state."

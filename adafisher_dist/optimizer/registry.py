@@ -13,7 +13,7 @@ from adafisher_dist import layouts
 from adafisher_dist.blocks import estimate
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.layouts import Storage
+from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.settings import state_config
@@ -48,7 +48,7 @@ class ParameterRegistry:
     def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
         self.optimizer = optimizer
         self.process_group = process_group
-        self.given_parameters = layouts.GivenParameters()
+        self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
         self.forget_shards()
 
@@ -75,7 +75,7 @@ class ParameterRegistry:
 
     def init_shards(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
-        storages = self._storages(tensors)
+        storages = self.storages_of(tensors)
         self._choose_block_size(storages)
         for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
@@ -109,7 +109,7 @@ class ParameterRegistry:
             return
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.items():
-            shapes[info.group].append(layouts.whole_shape(parameter))
+            shapes[info.group].append(whole_shape(parameter))
         by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
         storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
         kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
@@ -126,10 +126,6 @@ class ParameterRegistry:
         for index, tensor in enumerate(shard.storage.tensors):
             self.optimizer.state[tensor] = dict(shard.views[index])
 
-    def _storages(self, tensors: list[Tensor]) -> list[Storage]:
-        """What each rank stores of these tensors; refuses what an unknown library put there."""
-        return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group) if tensors else []
-
     def sync_param_groups(self) -> None:
         """Take note of parameters that were put into the param groups or taken out. Local.
 
@@ -144,7 +140,8 @@ class ParameterRegistry:
             return
         current_tensors = [tensor for group in groups for tensor in group["params"]]
         new = [tensor for tensor in current_tensors if self.given_parameters.find(tensor) is None]
-        gone = self._gone(current_tensors)
+        here = set(map(id, current_tensors))
+        gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
         if not self._may_sync(current_tensors, new, gone):
             return
         replacements = replaced_parameters.find_replacements(
@@ -152,14 +149,12 @@ class ParameterRegistry:
         )
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
         forgotten = []
-        for replacement in replacements:
-            old = replacement.shard.storage.tensors[replacement.index]
-            replaced_parameters.replace_tensor(replacement)
-            self.stepper.replace(old, replacement.successor)
-            if replacement.successor is None and self.optimizer.state.get(old):
-                forgotten.append(
-                    next(p.name for p in replacement.shard.storage.parameters if p.tensor == replacement.index)
-                )
+        for shard, index, successor in replacements:
+            old = shard.storage.tensors[index]
+            replaced_parameters.replace_tensor(shard, index, successor)
+            self.stepper.replace(old, successor)
+            if successor is None and self.optimizer.state.get(old):
+                forgotten.append(shard.storage.name_of(index))
         for tensor in gone:
             self.optimizer.state.pop(tensor, None)
         self.given_parameters, self.groups = given_parameters, groups
@@ -171,10 +166,6 @@ class ParameterRegistry:
                 len(forgotten),
                 forgotten[0],
             )
-
-    def _gone(self, current_tensors: list[Tensor]) -> list[Tensor]:
-        here = set(map(id, current_tensors))
-        return [tensor for tensor in self.given_parameters if id(tensor) not in here]
 
     def _may_sync(self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
@@ -205,7 +196,8 @@ class ParameterRegistry:
             if entry:
                 state_dicts.restore(shard, index, entry, own=True)
             else:
-                state_dicts.clear(shard, index)
+                for value in shard.views[index].values():
+                    value.zero_()
             self.optimizer.state[shard.storage.tensors[index]] = dict(shard.views[index])
 
     def _apart(self, changed: list[_Changed]) -> list[_Changed]:
@@ -246,8 +238,13 @@ class ParameterRegistry:
         self.stepper.drop(unused)
         self.prebuilt = []
 
-    def storages_of(self, tensors: list[Tensor], wrapper: Any) -> list[Storage]:
-        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there."""
+    def storages_of(self, tensors: list[Tensor], wrapper: Any = None) -> list[Storage]:
+        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there.
+
+        Refuses what an unknown library put there.
+        """
+        if not tensors:
+            return []
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)
 
     def replan(self, tensors: list[Tensor], wrapper: Any, zeroed: bool) -> list[Shard]:
@@ -256,13 +253,13 @@ class ParameterRegistry:
         A tensor's group is that of its parameters: ZeRO-3 empties the param groups between steps.
         See `block_stack.allocate` for `zeroed`.
         """
-        storages = self.storages_of(tensors, wrapper) if tensors else []
+        storages = self.storages_of(tensors, wrapper)
         numbers = {id(s.tensors[p.tensor]): p.info.group for s in storages for p in s.parameters}
         return self._build(storages, self.optimizer.param_groups, numbers, zeroed)
 
     def build_shards(self, tensors: list[Tensor], groups: list[dict[str, Any]]) -> list[Shard]:
         """Shards without any step for these tensors, with the settings of the given groups."""
-        return self._build(self._storages(tensors), groups)
+        return self._build(self.storages_of(tensors), groups)
 
     def _build(
         self, storages: list[Storage], groups: list[dict[str, Any]], numbers: dict[int, int] | None = None,
@@ -316,9 +313,9 @@ class ParameterRegistry:
                 raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
             layouts.check_parameter(tensor, name)
 
-    def _list_parameters(self) -> layouts.GivenParameters:
+    def _list_parameters(self) -> GivenParameters:
         """What stands in the param groups now."""
-        given_parameters = layouts.GivenParameters()
+        given_parameters = GivenParameters()
         for number, group in enumerate(self.optimizer.param_groups):
             self.check(number)
             for index, tensor in enumerate(group["params"]):

@@ -8,23 +8,18 @@ has the same shape. What is taken out of the groups is removed: its state is for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adafisher_dist.layouts import GivenParameters
+from adafisher_dist.layouts.storage import GivenParameters
 from adafisher_dist.state.shard import Shard, TensorSpec
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Replacement:
-    """A stored tensor that has left the param groups, and a fitting successor, if there is one."""
-
-    shard: Shard
-    index: int
-    successor: Tensor | None
+# A stored tensor that has left the param groups: its shard, its number there, and a fitting
+# successor, if there is one.
+Replacement = tuple[Shard, int, Tensor | None]
 
 
 def find_replacements(
@@ -68,7 +63,7 @@ def find_replacements(
             group, number = places[id(shard.storage.tensors[index])]
             members = groups[group]["params"] if group < len(groups) else []
             assign(shard, index, members[number] if number < len(members) else None)
-    return [Replacement(shard, index, found.get((id(shard), index))) for shard, index in vacant]
+    return [(shard, index, found.get((id(shard), index))) for shard, index in vacant]
 
 
 def fits(shard: Shard, index: int, tensor: Tensor) -> bool:
@@ -79,16 +74,14 @@ def fits(shard: Shard, index: int, tensor: Tensor) -> bool:
     return alike and TensorSpec(here.shape, here.device, here.dtype) == shard.stored[index]
 
 
-def replace_tensor(replacement: Replacement) -> None:
+def replace_tensor(shard: Shard, index: int, successor: Tensor | None) -> None:
     """Put the successor into the vacant place, or retire it."""
-    shard, storage = replacement.shard, replacement.shard.storage
-    tensors = list(storage.tensors)
-    if replacement.successor is None:
-        shard.removed.add(replacement.index)
-        tensors[replacement.index] = torch.empty(0)  # so that the parameter itself can be freed
-    else:
-        tensors[replacement.index] = replacement.successor
-    shard.storage = replace(storage, tensors=tensors)
+    tensors = list(shard.storage.tensors)
+    if successor is None:
+        shard.removed.add(index)
+        successor = torch.empty(0)  # so that the parameter itself can be freed
+    tensors[index] = successor
+    shard.storage = replace(shard.storage, tensors=tensors)
 
 
 def rename(shard: Shard, given_parameters: GivenParameters) -> None:

@@ -31,18 +31,18 @@ COUNTERS = ("step", "fisher_updates")
 Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row where it begins, rows in all
 
 
-def whole() -> dict[str, Any]:
-    """What a state dict tells of itself that has everything."""
-    return {"format": STATE_DICT_FORMAT, "part": "whole"}
+def about(part: str = "whole") -> dict[str, Any]:
+    """What a state dict tells of itself: by default that it has everything."""
+    return {"format": STATE_DICT_FORMAT, "part": part}
 
 
 def describe(shards: list[Shard]) -> dict[str, Any]:
     """What a state dict tells of its own completeness: plain numbers and strings."""
     if not is_partial(shards):
-        return whole()
+        return about()
     storage = next(shard.storage for shard in shards if not shard.storage.replicated)
     part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
-    return {"format": STATE_DICT_FORMAT, "part": part, "plan": [shard.digest() for shard in shards]}
+    return {**about(part), "plan": [shard.digest() for shard in shards]}
 
 
 def is_partial(shards: list[Shard]) -> bool:
@@ -50,16 +50,16 @@ def is_partial(shards: list[Shard]) -> bool:
     return any(not shard.storage.replicated for shard in shards)
 
 
-def expected(shard: Shard, tensor: int) -> Wanted:
-    """For each key of a whole state dict: this rank's view, its first row, and the rows in all.
+def _wanted(shard: Shard, tensor: int, own: bool) -> Wanted:
+    """For each key of a state dict: this rank's view, its first row, and the rows in all.
 
-    A tensor of which this rank owns nothing has keys with empty views, so that a wrong state dict
-    fails on all ranks.
+    `own`: of a state dict that has no other rank's rows. In a whole one, a tensor of which this
+    rank owns nothing has keys with empty views, so that a wrong state dict fails on all ranks.
     """
-    if not shard.storage.one_each:
-        return _own(shard, tensor)
-    views, owned = shard.views[tensor], _owned_rows(shard, tensor)
-    rank = shard.storage.group.rank
+    views, rank = shard.views[tensor], shard.storage.group.rank
+    if own or not shard.storage.one_each:
+        return {key: (view, 0, len(view)) for key, view in views.items() if key not in COUNTERS}
+    owned = _owned_rows(shard, tensor)
     return {
         key: (views[key], owned[_kind(key)][rank][0], shape[0])
         for key, (shape, _) in whole_shapes(shard, tensor).items()
@@ -95,7 +95,7 @@ def is_whole(saved: Mapping[str, Any]) -> bool:
 
 def without_state(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A state dict without state: that is in a sharded checkpoint, in a folder beside the file."""
-    return {"state": {}, "param_groups": param_groups, META: {"format": STATE_DICT_FORMAT, "part": "beside"}}
+    return {"state": {}, "param_groups": param_groups, META: about("beside")}
 
 
 def check_format(saved: Mapping[str, Any]) -> None:
@@ -185,20 +185,6 @@ def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = Fal
             view.copy_(saved[key][first : first + len(view)])
 
 
-def clear(shard: Shard, tensor: int) -> None:
-    """Bring a stored tensor's state back to what it was before any step."""
-    for value in shard.views[tensor].values():
-        value.zero_()
-
-
-def _wanted(shard: Shard, tensor: int, own: bool) -> Wanted:
-    return _own(shard, tensor) if own else expected(shard, tensor)
-
-
-def _own(shard: Shard, tensor: int) -> Wanted:
-    return {key: (view, 0, len(view)) for key, view in shard.views[tensor].items() if key not in COUNTERS}
-
-
 def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False) -> None:
     """Refuse a saved state that does not fit; arguments as for `restore`. Local.
 
@@ -206,38 +192,35 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
         ValueError: says what does not fit.
     """
     wanted = _wanted(shard, tensor, own)
-    name = next((p.name for p in shard.storage.parameters if p.tensor == tensor), str(tensor))
+    misfit = f"The saved optimizer state of {shard.storage.name_of(tensor)} does not fit"
     needed = {key for key, (view, _, _) in wanted.items() if len(view) or not own}
     missing = sorted({*needed, *COUNTERS} - set(saved))
     unknown = sorted(set(saved) - {*wanted, *COUNTERS})
     if missing or unknown:
         raise ValueError(
-            f"The saved optimizer state of {name} does not fit: missing {missing}, unexpected {unknown}. It was saved"
-            " for another shape, world size or block setting (block_size, rows_per_block, block_grid,"
-            " max_blocks), or by another optimizer." + _START_ANEW
+            f"{misfit}: missing {missing}, unexpected {unknown}. It was saved for another shape, world size or block"
+            " setting (block_size, rows_per_block, block_grid, max_blocks), or by another optimizer." + _START_ANEW
         )
     for key in COUNTERS:
         shape, place = getattr(saved[key], "shape", None), tuple(shard.views[tensor][key].shape)
         if shape is None and not isinstance(saved[key], int):
-            raise ValueError(f"The saved optimizer state of {name} does not fit: {key} is {saved[key]!r}.")
+            raise ValueError(f"{misfit}: {key} is {saved[key]!r}.")
         if shape is not None and tuple(shape) not in ((), place):
-            raise ValueError(
-                f"The saved optimizer state of {name} does not fit: {key} has shape {tuple(shape)}, needed is {place}."
-            )
+            raise ValueError(f"{misfit}: {key} has shape {tuple(shape)}, needed is {place}.")
     for key, (view, _, rows) in wanted.items():
         if key not in saved:
             continue
         shape = tuple(getattr(saved[key], "shape", ("not a tensor",)))
         if shape[1:] != view.shape[1:] or shape[0] != rows or (own and layouts.is_dtensor(saved[key])):
             raise ValueError(
-                f"The saved optimizer state of {name} does not fit: {key} has shape {shape}, needed are {rows} rows of"
-                f" {tuple(view.shape[1:])}. It was saved for another shape, world size or block setting." + _START_ANEW
+                f"{misfit}: {key} has shape {shape}, needed are {rows} rows of {tuple(view.shape[1:])}. It was saved"
+                " for another shape, world size or block setting." + _START_ANEW
             )
         if not own and saved[key].dtype != view.dtype:
             raise ValueError(
-                f"The saved optimizer state of {name} does not fit: {key} is {saved[key].dtype}, and the settings that"
-                f" were saved with it make it {view.dtype}. It was rounded on the way: build the optimizer with the"
-                " fisher_dtype that it was saved with, and load again."
+                f"{misfit}: {key} is {saved[key].dtype}, and the settings that were saved with it make it {view.dtype}."
+                " It was rounded on the way: build the optimizer with the fisher_dtype that it was saved with, and load"
+                " again."
             )
         if layouts.is_dtensor(saved[key]):
             layouts.rows_here(saved[key], shard.storage.group, key)
@@ -257,11 +240,6 @@ def room(shard: Shard, tensor: int) -> dict[str, Tensor]:
     shapes = whole_shapes(shard, tensor)
     counters = {key: shard.views[tensor][key].clone() for key in COUNTERS}
     return counters | {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
-
-
-def nothing(shard: Shard, tensor: int) -> dict[str, Tensor]:
-    """The whole state, on the CPU, of a parameter that has seen no step: every rank knows it."""
-    return {key: value.zero_() for key, value in room(shard, tensor).items()}
 
 
 def dtensor_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
@@ -286,19 +264,14 @@ def as_dtensors(shard: Shard, tensor: int, rooms: dict[str, Tensor]) -> dict[str
 
 def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) -> None:
     """Copy a replicated parameter's whole state into `into`, unless it is None. A collective."""
-    group, views = shard.storage.group, shard.views[tensor]
+    group, views, owned = shard.storage.group, shard.views[tensor], _owned_rows(shard, tensor)
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
-        for rank, spans in enumerate(shard.owned):
-            for span in spans:
-                if span.parameter == tensor:
-                    first = _rows(shard.grids[tensor], span.start)[_kind(key)]
-                    stop = _rows(shard.grids[tensor], span.stop)[_kind(key)]
-                    if first < stop:
-                        empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
-                        mine = views[key] if rank == group.rank else empty
-                        part = collectives.broadcast(group, mine, rank, CONSOLIDATE)
-                        if into is not None:
-                            into[key][first:stop] = part
+        for rank, (first, stop) in enumerate(owned[_kind(key)]):
+            if first < stop:
+                empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
+                part = collectives.broadcast(group, views[key] if rank == group.rank else empty, rank, CONSOLIDATE)
+                if into is not None:
+                    into[key][first:stop] = part
 
 
 def _kind(key: str) -> str:

@@ -19,7 +19,7 @@ from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import Grid, grid_of
-from adafisher_dist.layouts import Parameter, Storage
+from adafisher_dist.layouts.storage import Parameter, Storage
 from adafisher_dist.numerics import block_step, fisher
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.block_step import StepContext, update_blocks

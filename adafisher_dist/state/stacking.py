@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
-from adafisher_dist.layouts import Parameter
+from adafisher_dist.layouts.storage import Parameter
 from adafisher_dist.numerics.block_stack import BlockStack, Numbers, allocate
 from adafisher_dist.settings import StateConfig
 
@@ -100,12 +100,12 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], config: StateCon
     Of elements without blocks: the index of the element, likewise, where their rounding asks for
     it; else zeros, which take no memory.
     """
-    if not entries[0].run.dense and config.fisher_dtype != torch.bfloat16:
+    if not entries[0].run.shape.dense and config.fisher_dtype != torch.bfloat16:
         return np.broadcast_to(np.int64(0), sum(entry.run.num_blocks for entry in entries))
     numbers = []
     for entry in entries:
         run = entry.run
-        if not run.dense:
+        if not run.shape.dense:
             numbers.append(positions[entry.parameter] + run.start + np.arange(run.num_blocks))
             continue
         row_groups = np.arange(run.row_groups)[:, None] * run.blocks_per_row_group
@@ -116,9 +116,9 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], config: StateCon
 def _rows(flat_buffer: Tensor, stack: BlockStack, entries: list[_Planned]) -> StackRows:
     in_buffer, in_stack = [], []
     for entry in entries:
-        run = entry.run
-        shape = (run.row_groups, run.count, run.rows, run.columns)
-        in_buffer.append(flat_buffer.as_strided(shape, (run.stride, run.columns, run.row_stride, 1), entry.offset))
+        run, (columns, rows, _) = entry.run, entry.run.shape
+        shape = (run.row_groups, run.count, rows, columns)
+        in_buffer.append(flat_buffer.as_strided(shape, (run.stride, columns, run.row_stride, 1), entry.offset))
         in_stack.append(stack.gradient_NRB[entry.begin : entry.begin + run.num_blocks].view(shape))
     return StackRows(stack, _segments(entries), in_buffer, in_stack)
 

@@ -56,30 +56,21 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     return result
 
 
-def memory_usage(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
-    """Bytes by kind, of this rank and of all; from the plan, so no collective is needed."""
-    return _usage(shards, cost.MEMORY_KINDS, cost.memory)
-
-
-def traffic(shards: Sequence[Shard]) -> dict[str, dict[str, int]]:
-    """Bytes sent in a step by kind, of this rank and all, if every parameter has a gradient."""
-    return _usage(shards, cost.TRAFFIC_KINDS, cost.traffic)
-
-
-def _usage(
+def usage(
     shards: Sequence[Shard], kinds: Sequence[str], of_rank: Callable[[PlanSummary, int], dict[str, int]]
 ) -> dict[str, dict[str, int]]:
-    usage = {scope: dict.fromkeys(kinds, 0) for scope in ("rank", "all")}
+    """Bytes by kind, of this rank and of all; from the plan, so no collective is needed."""
+    found = {scope: dict.fromkeys(kinds, 0) for scope in ("rank", "all")}
     for shard in shards:
         plan = shard.plan_summary
         for rank in range(plan.world):
             for kind, amount in of_rank(plan, rank).items():
-                usage["all"][kind] += amount
+                found["all"][kind] += amount
                 if rank == shard.storage.group.rank:
-                    usage["rank"][kind] += amount
-    for scope in usage.values():
+                    found["rank"][kind] += amount
+    for scope in found.values():
         scope["total"] = sum(scope.values())
-    return usage
+    return found
 
 
 def summary(shard: Shard) -> str:

@@ -70,11 +70,12 @@ class Local:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        pieces = sharding.local_pieces(shard.storage.stored_spans[0], shard.owned[0], 0)
+        rank = shard.storage.group.rank
+        pieces = sharding.pieces_of(shard.storage.stored_spans[rank], shard.owned[rank], rank)
         self.own = _copy_plan(pieces, shard.flat_buffer, shard)
 
     def collect(self, inputs: Inputs) -> Tensor:
-        """Into the flat buffer."""
+        """The owner reads its own elements into the flat buffer."""
         _read(self.own, inputs.gradients)
         return _largest([self.shard.flat_buffer])
 
@@ -88,7 +89,7 @@ class Local:
         yield self.own.of(inputs.weights)
 
 
-class AllGather:
+class AllGather(Local):
     """All ranks have all gradients and weights: owners read theirs, and send new weights to all.
 
     Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes
@@ -97,13 +98,8 @@ class AllGather:
     """
 
     def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        storage, group = shard.storage, shard.storage.group
-        self.own = _copy_plan(
-            sharding.local_pieces(storage.stored_spans[group.rank], shard.owned[group.rank], group.rank),
-            shard.flat_buffer,
-            shard,
-        )
+        super().__init__(shard)
+        group = shard.storage.group
         self.lengths = [max(sharding.count(spans) for spans in by_rank) for by_rank in shard.assignment.chunks]
         dtype, longest = gather_dtype(shard), max(self.lengths)
         turns = range(min(2, len(self.lengths)))
@@ -116,7 +112,7 @@ class AllGather:
     def _copy_plans(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[CopyPlan, CopyPlan, CopyPlan]:
         """Copy plans of a chunk: own part in the flat buffer and as sent, all parts as received."""
         shard, group, turn = self.shard, self.shard.storage.group, number % 2
-        pieces = [sharding.local_pieces(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
+        pieces = [sharding.pieces_of(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
         mine, start = pieces[group.rank], shard.chunks[number].start
         received = self.everyone[turn].tensor
         parts = [received[rank * self.lengths[number] :] for rank in range(group.size)]
@@ -129,11 +125,6 @@ class AllGather:
                 shard.numels,
             ),
         )
-
-    def collect(self, inputs: Inputs) -> Tensor:
-        """The owner reads its own elements."""
-        _read(self.own, inputs.gradients)
-        return _largest([self.shard.flat_buffer])
 
     def chunks(self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors) -> Iterator[Chunk]:
         """While one chunk is computed, the one before is gathered."""

@@ -79,8 +79,7 @@ def _check_tensor(shard: Shard, index: int, weight: Tensor, gradient: Tensor) ->
         problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(weight.shape)}."
     else:
         return
-    name = next(p.name for p in shard.storage.parameters if p.tensor == index)
-    raise RuntimeError(f"The parameter {name} {problem}")
+    raise RuntimeError(f"The parameter {shard.storage.name_of(index)} {problem}")
 
 
 def _settings(shard: Shard, groups: Groups) -> list[StepSettings | None]:

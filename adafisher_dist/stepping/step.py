@@ -17,7 +17,8 @@ from torch import Tensor
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.layouts import PartOfStep, UnsupportedLayoutError
+from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep
+from adafisher_dist.layouts.storage import UnsupportedLayoutError
 from adafisher_dist.numerics.block_step import StepContext
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard, compute_chunk, gradient_limit, waits_for_nothing
@@ -32,38 +33,16 @@ logger = logging.getLogger("adafisher_dist")
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """What a call of `step` does for one shard.
-
-    Attributes:
-        exchange: how its gradients travel.
-        inputs: None while nothing is known of them, as after an error.
-    """
-
-    exchange: Exchange
-    inputs: Inputs | None = None
-
-    @property
-    def shard(self) -> Shard:
-        """Whose step it is."""
-        return self.exchange.shard
-
-    @property
-    def known(self) -> Inputs:
-        """The inputs, after they have been collected."""
-        assert self.inputs is not None
-        return self.inputs
-
-
-@dataclass(slots=True, eq=False)
 class _Collected:
     """What this rank knows of a call's gradients: how large they are, and how large they may be.
 
     Attributes:
+        inputs: of each shard; after an error some may be missing.
         largest: the largest absolute elements, 0-d, and the limit of each.
         found_inf: what compares them on the device, where nothing else of the step waits for it.
     """
 
+    inputs: list[Inputs] = field(default_factory=list)
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
     found_inf: FoundInf | None = None
 
@@ -214,57 +193,60 @@ class Stepper:
         self._refuse_incomplete()
         self._calls += 1
         sent_before = Counter(collectives.sent)
-        calls = [_Call(exchange) for exchange in self._exchanges_of(groups)]
-        shards = [call.shard for call in calls]
+        exchanges = self._exchanges_of(groups)
+        shards = [exchange.shard for exchange in exchanges]
         self.resolve_pending(shards)
         collected, is_counted = _Collected(), part is None or part.number == 0
         if errors.none:
             with errors.deferred():
-                self._collect(calls, collected, groups, ranks, part, limit)
-        if not self._ranks_agree(calls, collected, ranks, errors):
+                self._collect(exchanges, collected, groups, ranks, part, limit)
+        if not self._ranks_agree(shards, collected, ranks, errors):
             self.skipped += is_counted
             return
+        calls = list(zip(exchanges, collected.inputs, strict=True))
         self.incomplete = WHOLE  # until all ranks have done their part
         if self.meter is not None:
             self.meter.begin(_next_step(calls), ranks, self.skipped)
         inf = collected.found_inf
         should_step = None if inf is None else inf.decide(collected.largest, errors)
         counters = [shard.counters.clone() for shard in shards]
-        for call in calls:
+        for exchange, inputs in calls:
             contexts: list[StepContext | None] = []
             if errors.none:
                 with errors.deferred():
-                    contexts = _count_step(call.shard, call.known, should_step)
-            for chunk in call.exchange.chunks(call.known, should_step, errors):
+                    contexts = _count_step(exchange.shard, inputs, should_step)
+            for chunk in exchange.chunks(inputs, should_step, errors):
                 if errors.none:
                     with errors.deferred():
                         compute_chunk(chunk, contexts)
                 if not errors.none:
-                    call.shard.flat_buffer[chunk.start : chunk.stop].zero_()
-            errors.attempt(call.known.write_back)
+                    exchange.shard.flat_buffer[chunk.start : chunk.stop].zero_()
+            errors.attempt(inputs.write_back)
         raise_if_any_failed(ranks, errors)
         self.incomplete = frozenset()
         self.sent = collectives.sent - sent_before
         if self.meter is not None:
-            self.meter.end([(call.exchange, call.known) for call in calls], self.sent)
+            self.meter.end(calls, self.sent)
         if inf is not None:
             self._pending.append(_Pending(inf, shards, counters, is_counted))
 
     def _collect(
-        self, calls: Sequence[_Call], into: _Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
+        self, exchanges: Sequence[Exchange], into: _Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
         limit: float,
     ) -> None:  # fmt: skip
         """All of a call that this rank can do by itself, before the others have to know of it."""
-        _check_ranks([call.shard for call in calls], ranks)
-        for call in calls:
-            call.inputs = inputs_of(call.shard, groups)
-        into.largest += [(call.exchange.collect(call.known), gradient_limit(call.shard)) for call in calls]
+        shards = [exchange.shard for exchange in exchanges]
+        _check_ranks(shards, ranks)
+        for shard in shards:
+            into.inputs.append(inputs_of(shard, groups))
+        pairs = zip(exchanges, into.inputs, strict=True)
+        into.largest += [(exchange.collect(inputs), gradient_limit(exchange.shard)) for exchange, inputs in pairs]
         if part is not None:
             self._bound = part.largest() if part.number == 0 else self._bound
             assert self._bound is not None
             device = into.largest[0][0].device if into.largest else self._bound.device
             into.largest.append((self._bound.to(device, non_blocking=True), limit))
-        into.found_inf = self._found_inf([call.shard for call in calls], ranks)
+        into.found_inf = self._found_inf(shards, ranks)
 
     def _found_inf(self, shards: Sequence[Shard], ranks: Group) -> FoundInf | None:
         """What decides on the device whether to step, if nothing else in the step waits for it."""
@@ -278,9 +260,10 @@ class Stepper:
         self._idle.remove(idle)
         return idle
 
-    def _ranks_agree(self, calls: Sequence[_Call], collected: _Collected, ranks: Group, errors: DeferredErrors) -> bool:
+    def _ranks_agree(
+        self, shards: Sequence[Shard], collected: _Collected, ranks: Group, errors: DeferredErrors
+    ) -> bool:
         """Whether all ranks take the step. A collective; raises on all ranks where they cannot."""
-        shards, inputs = [call.shard for call in calls], [call.inputs for call in calls if call.inputs is not None]
         fresh = [shard for shard in shards if not shard.checked]
         # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
         # 2, 4, 8, …
@@ -289,7 +272,7 @@ class Stepper:
         on_device = collected.found_inf is not None
         try:
             finite = check_consistency(
-                ranks, shards, inputs, collected.usable(), on_device, plan, errors, compare_copies
+                ranks, shards, collected.inputs, collected.usable(), on_device, plan, errors, compare_copies
             )
         except Exception:
             # What was planned in this step may not be what the other ranks planned.
@@ -328,9 +311,9 @@ def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]
     return np.array([gradient is not None for gradient in inputs.gradients], dtype=bool)[tensors]
 
 
-def _next_step(calls: Sequence[_Call]) -> int:
+def _next_step(calls: Sequence[tuple[Exchange, Inputs]]) -> int:
     """The coming step t of the parameter with the most steps; 0 where none has a gradient."""
-    counts = [call.shard.counters.numpy()[_active(call.shard, call.known), 0] for call in calls]
+    counts = [own.shard.counters.numpy()[_active(own.shard, inputs), 0] for own, inputs in calls]
     return 1 + max((int(steps.max()) for steps in counts if steps.size), default=-1)
 
 

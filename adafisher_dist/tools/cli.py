@@ -48,28 +48,12 @@ Checkpoint = Annotated[
 ]
 
 
-class Format(str, Enum):
-    """What `export` writes."""
-
-    safetensors = "safetensors"
-
-
-class Dtype(str, Enum):
-    """The dtypes that `export` converts to."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+# What options take: what `export` writes and converts to, and the values of --layout and
+# --block-grid.
+Format = Enum("Format", {"safetensors": "safetensors"}, type=str)
+Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str)
 Layout = Enum("Layout", {name: name for name in LAYOUTS}, type=str)  # type: ignore[misc]
-
-
-class Grids(str, Enum):
-    """The values of block_grid."""
-
-    rows = "rows"
-    flat = "flat"
+Grids = Enum("Grids", {"rows": "rows", "flat": "flat"}, type=str)
 
 
 @app.command()
@@ -87,7 +71,7 @@ def inspect(
         problems = damage(opened, bar) if verify else None
         summary = summarize(opened)
     if as_json:
-        print(json.dumps({**summary.as_json(), "damage": problems}))
+        print(json.dumps({**summary, "damage": problems}))
     else:
         _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
     if problems:
@@ -165,7 +149,7 @@ def estimate(
     except (TypeError, ValueError) as error:
         fail(error, WRONG)
     if as_json:
-        print(json.dumps(forecast.as_json()))
+        print(json.dumps(forecast))
     else:
         _console().print(forecast_table(forecast))
 
@@ -240,13 +224,8 @@ def fail(problem: object, code: int) -> NoReturn:
 def bar(what: str, nbytes: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr, if that is a terminal; see `inspection.Bar`."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=nbytes)
         yield lambda done: progress.advance(task, done)

@@ -174,13 +174,9 @@ def _cut(outputs: _Outputs, limit: int) -> dict[str, _Outputs]:
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, start=1)}
 
 
-def _nbytes(outputs: _Outputs) -> int:
-    return sum(output.nbytes for output in outputs.values())
-
-
 def _write(shards: Mapping[str, _Outputs], out: Path, opened: OpenCheckpoint, bar: Bar) -> None:
     """Write everything under temporary names."""
-    total = sum(map(_nbytes, shards.values()))
+    total = sum(output.nbytes for members in shards.values() for output in members.values())
     with bar("Writing", total) as advance:
         for file, members in shards.items():
             tensors = {}

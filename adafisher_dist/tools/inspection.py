@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -26,167 +25,53 @@ def no_bar(what: str, nbytes: int) -> AbstractContextManager[Callable[[int], obj
     return nullcontext(lambda done: None)
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterFacts:
-    """A parameter; a tied one once, by its first name.
+def summarize(opened: OpenCheckpoint) -> dict[str, Any]:
+    """What a checkpoint holds, for json.dumps.
 
-    Attributes:
-        name: in the model.
-        shape: of the whole parameter.
-        dtype: in the model that was saved.
-        stored_dtype: of its values in the checkpoint: DeepSpeed's fp32 copy, say. None where there
-            are none: it has no elements, or was frozen and left out.
-        trainable: whether it required a gradient.
-        aliases: its other names.
-        blocks: Fisher blocks; None where the optimizer had no state for it, as also for the next
-            three.
-        dense_blocks: those of them that are no diagonal.
-        step: steps that it took.
-        fisher_dtype: of its Fisher blocks.
+    - path: its folder; id: a new one at each save; created: when, in UTC; versions: those that
+      wrote it, by package; step: steps taken, with DeepSpeed the engine's; world_size: ranks that
+      saved it; layout: how the optimizer's tensors lay on them.
+    - zero_stage, precision ("fp32", "bf16", "fp16"): DeepSpeed's; None without it.
+    - skipped_steps: that the optimizer did not take, for non-finite gradients.
+    - parameters: in the model's order, a tied one once, by its first name: see `_parameters`.
+    - buffers: the persistent ones, by name, shape and dtype.
+    - groups: of each param group the parameters' names, the number of elements, and the settings.
+    - kinds: for each kind and dtype of tensors (weight, buffer, momentum, fisher, square, factor,
+      curvature, random, value) how many there are, their elements and bytes.
+    - files: the shards: name, length and CRC-32, as the manifest has them.
+    - values: the names of what else was saved, as "lr_scheduler" and "extra"; extra_state: the
+      modules whose get_extra_state() was saved.
+    - totals: of the model, of the optimizer's state, and of the files.
     """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored_dtype: str | None
-    trainable: bool
-    aliases: tuple[str, ...]
-    blocks: int | None
-    dense_blocks: int | None
-    step: int | None
-    fisher_dtype: str | None
-
-    @property
-    def numel(self) -> int:
-        """Its elements."""
-        return prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class BufferFacts:
-    """A persistent buffer of the model."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
-    """A param group: parameter names, number of elements, and its settings as plain JSON."""
-
-    names: tuple[str, ...]
-    elements: int
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class KindFacts:
-    """All tensors of a kind and dtype.
-
-    The kinds: weight, buffer, momentum, fisher, square, factor, curvature, random, value.
-    """
-
-    kind: str
-    dtype: str
-    tensors: int
-    elements: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileFacts:
-    """A shard: its length and CRC-32, as the manifest has them."""
-
-    name: str
-    nbytes: int
-    crc32: str
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a checkpoint holds.
-
-    Attributes:
-        path: its folder.
-        id: a new one at each save.
-        created: when it was saved, in UTC.
-        versions: the versions that wrote it, by package.
-        step: steps taken; with DeepSpeed, the engine's.
-        world_size: ranks that saved it.
-        layout: how the optimizer's tensors lay on them.
-        zero_stage: DeepSpeed's; None without it.
-        precision: DeepSpeed's: "fp32", "bf16", "fp16"; None without it.
-        skipped_steps: that the optimizer did not take, for non-finite gradients.
-        parameters: by name, in the model's order.
-        buffers: likewise.
-        groups: the optimizer's param groups.
-        kinds: what takes how much room.
-        files: the shards.
-        values: the names of what else was saved, as "lr_scheduler" and "extra".
-        extra_state: the modules whose get_extra_state() was saved.
-    """
-
-    path: str
-    id: str
-    created: str
-    versions: dict[str, str]
-    step: int
-    world_size: int
-    layout: str
-    zero_stage: int | None
-    precision: str | None
-    skipped_steps: int
-    parameters: tuple[ParameterFacts, ...]
-    buffers: tuple[BufferFacts, ...]
-    groups: tuple[GroupFacts, ...]
-    kinds: tuple[KindFacts, ...]
-    files: tuple[FileFacts, ...]
-    values: tuple[str, ...]
-    extra_state: tuple[str, ...]
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """Of the model, of the optimizer's state, and of the files."""
-        return {
-            "parameters": len(self.parameters),
-            "elements": sum(p.numel for p in self.parameters),
-            "trainable_elements": sum(p.numel for p in self.parameters if p.trainable),
-            "blocks": sum(p.blocks or 0 for p in self.parameters),
-            "dense_blocks": sum(p.dense_blocks or 0 for p in self.parameters),
-            "nbytes": sum(file.nbytes for file in self.files),
-        }
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, for json.dumps."""
-        return {**asdict(self), "totals": self.totals}
-
-
-def summarize(opened: OpenCheckpoint) -> Summary:
-    """The facts of a checkpoint."""
     manifest, about = opened.manifest, opened.manifest.about
-    return Summary(
-        path=str(opened.folder),
-        id=about["id"],
-        created=about["created"],
-        versions=dict(about["versions"]),
-        step=about["step"],
-        world_size=about["world_size"],
-        layout=about["layout"],
-        zero_stage=about.get("zero_stage"),
-        precision=about.get("precision"),
-        skipped_steps=about["optimizer"]["skipped_steps"],
-        parameters=_parameters(manifest),
-        buffers=tuple(
-            BufferFacts(name, tuple(buffer["shape"]), short(buffer["dtype"]))
+    parameters, files = _parameters(manifest), manifest.files
+    elements = [prod(parameter["shape"]) for parameter in parameters]
+    return {
+        "path": str(opened.folder),
+        **{key: about[key] for key in ("id", "created", "versions", "step", "world_size", "layout")},
+        **{key: about.get(key) for key in ("zero_stage", "precision")},
+        "skipped_steps": about["optimizer"]["skipped_steps"],
+        "parameters": parameters,
+        "buffers": [
+            {"name": name, "shape": buffer["shape"], "dtype": short(buffer["dtype"])}
             for name, buffer in about["model"]["buffers"].items()
-        ),
-        groups=_groups(opened),
-        kinds=_kinds(manifest),
-        files=tuple(FileFacts(name, file.nbytes, f"{file.crc32:08x}") for name, file in manifest.files.items()),
-        values=tuple(name for name, value in about["values"].items() if value not in (None, {})),
-        extra_state=tuple(about["model"]["extra_state"]),
-    )
+        ],
+        "groups": _groups(opened),
+        "kinds": _kinds(manifest),
+        "files": [{"name": name, "nbytes": f.nbytes, "crc32": f"{f.crc32:08x}"} for name, f in files.items()],
+        "values": [name for name, value in about["values"].items() if value not in (None, {})],
+        "extra_state": list(about["model"]["extra_state"]),
+        "totals": {
+            "parameters": len(parameters),
+            "elements": sum(elements),
+            "trainable_elements": sum(
+                n for n, parameter in zip(elements, parameters, strict=True) if parameter["trainable"]
+            ),
+            "blocks": sum(parameter["blocks"] or 0 for parameter in parameters),
+            "dense_blocks": sum(parameter["dense_blocks"] or 0 for parameter in parameters),
+            "nbytes": sum(file.nbytes for file in files.values()),
+        },
+    }
 
 
 def short(dtype: torch.dtype | str) -> str:
@@ -204,26 +89,30 @@ def damage(opened: OpenCheckpoint, bar: Bar = no_bar) -> list[str]:
     return found
 
 
-def _parameters(manifest: Manifest) -> tuple[ParameterFacts, ...]:
+def _parameters(manifest: Manifest) -> list[dict[str, Any]]:
+    """Facts of each parameter.
+
+    - name, shape, dtype, trainable: of the whole parameter in the model that was saved.
+    - stored_dtype: of its values in the checkpoint: DeepSpeed's fp32 copy, say. None where there
+      are none: it has no elements, or was frozen and left out.
+    - aliases: its other names.
+    - blocks, dense_blocks (those that are no diagonal), step (steps that it took), fisher_dtype:
+      None where the optimizer had no state for it.
+    """
     model, state = manifest.about["model"], manifest.about["optimizer"]["state"]
-    aliases: dict[str, list[str]] = {}
-    for alias, name in model["aliases"].items():
-        aliases.setdefault(name, []).append(alias)
-    return tuple(
-        ParameterFacts(
-            name=name,
-            shape=tuple(parameter["shape"]),
-            dtype=short(parameter["dtype"]),
-            stored_dtype=_stored_dtype(manifest, f"weight/{name}"),
-            trainable=parameter["trainable"],
-            aliases=tuple(aliases.get(name, ())),
-            blocks=state.get(name, {}).get("blocks"),
-            dense_blocks=state.get(name, {}).get("dense_blocks"),
-            step=state.get(name, {}).get("step"),
-            fisher_dtype=_stored_dtype(manifest, f"fisher/{name}"),
-        )
+    return [
+        {
+            "name": name,
+            "shape": parameter["shape"],
+            "dtype": short(parameter["dtype"]),
+            "stored_dtype": _stored_dtype(manifest, f"weight/{name}"),
+            "trainable": parameter["trainable"],
+            "aliases": [alias for alias, first in model["aliases"].items() if first == name],
+            **{key: state.get(name, {}).get(key) for key in ("blocks", "dense_blocks", "step")},
+            "fisher_dtype": _stored_dtype(manifest, f"fisher/{name}"),
+        }
         for name, parameter in model["parameters"].items()
-    )
+    ]
 
 
 def _stored_dtype(manifest: Manifest, key: str) -> str | None:
@@ -231,17 +120,17 @@ def _stored_dtype(manifest: Manifest, key: str) -> str | None:
     return None if stored is None else short(stored.dtype)
 
 
-def _groups(opened: OpenCheckpoint) -> tuple[GroupFacts, ...]:
+def _groups(opened: OpenCheckpoint) -> list[dict[str, Any]]:
     about = opened.manifest.about
     parameters = about["model"]["parameters"]
-    return tuple(
-        GroupFacts(
-            tuple(group["names"]),
-            sum(prod(parameters[name]["shape"]) for name in group["names"]),
-            {key: _plain(value, opened) for key, value in group["settings"].items()},
-        )
+    return [
+        {
+            "names": group["names"],
+            "elements": sum(prod(parameters[name]["shape"]) for name in group["names"]),
+            "settings": {key: _plain(value, opened) for key, value in group["settings"].items()},
+        }
         for group in about["optimizer"]["groups"]
-    )
+    ]
 
 
 def _plain(value: Any, opened: OpenCheckpoint) -> Any:
@@ -260,12 +149,12 @@ def _plain(value: Any, opened: OpenCheckpoint) -> Any:
         return key  # its shard is damaged: for --verify to tell
 
 
-def _kinds(manifest: Manifest) -> tuple[KindFacts, ...]:
-    kinds: dict[tuple[str, str], list[int]] = {}
+def _kinds(manifest: Manifest) -> list[dict[str, Any]]:
+    kinds: dict[tuple[str, str], dict[str, Any]] = {}
     for key, tensor in manifest.tensors.items():
-        kind = key.partition("/")[0]
-        sums = kinds.setdefault((kind, short(tensor.dtype)), [0, 0, 0])
-        sums[:] = sums[0] + 1, sums[1] + tensor.numel, sums[2] + tensor.nbytes
+        kind, dtype = key.partition("/")[0], short(tensor.dtype)
+        sums = kinds.setdefault((kind, dtype), {"kind": kind, "dtype": dtype, "tensors": 0, "elements": 0, "nbytes": 0})
+        for name, amount in (("tensors", 1), ("elements", tensor.numel), ("nbytes", tensor.nbytes)):
+            sums[name] += amount
     order = ["weight", "buffer", "momentum", "fisher", "square", "factor", "curvature", "random", "value"]
-    ranked = sorted(kinds.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order))
-    return tuple(KindFacts(kind, dtype, *sums) for (kind, dtype), sums in ranked)
+    return sorted(kinds.values(), key=lambda sums: order.index(sums["kind"]) if sums["kind"] in order else len(order))
