@@ -20,7 +20,6 @@ from adafisher_dist.checkpoint.saving import explain
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
-from adafisher_dist.optimizer.checkpointing import begin_load, install
 from adafisher_dist.settings import StateConfig, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
@@ -50,7 +49,7 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
             random_state.restore(checked.random)
 
     if options.states:
-        begin_load(target.optimizer)
+        target.access.begin_load()
     run_on_all_ranks(hosts, prepare)
     try:
         _read(opened, wanted, hosts)
@@ -58,7 +57,7 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
             layouts.refresh_module(target.wrapper)
         run_on_all_ranks(hosts, finish)
     except Exception:
-        target.registry.stepper.incomplete |= options.parts
+        target.access.mark_incomplete(options.parts)
         raise
 
 
@@ -72,7 +71,7 @@ def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) 
         if name in matched.states
     )
     tensors = [tensor for tensor, _ in chosen]
-    shards = target.registry.replan(tensors, target.wrapper, zeroed=not complete)
+    shards = target.access.new_shards(tensors, target.wrapper, zeroed=not complete)
     saved = manifest.about["optimizer"]["state"]
     for shard in shards:
         for number, old in _restored(target, shard, matched).items():
@@ -90,7 +89,7 @@ def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
     """The tensors that the optimizer steps, in param group order, with their parameters' names."""
     names = target.names
     if target.wrapper is None:
-        return [(tensor, [names[info.position]]) for tensor, info in target.registry.given_parameters.items()]
+        return [(tensor, [names[info.position]]) for tensor, info in target.access.parameters()]
     held: dict[int, list[str]] = {}
     tensors = {}
     for storage in target.storages():
@@ -159,4 +158,4 @@ def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shar
                     step, updates = shard.counters[segment.owner].tolist()
                     beat()
                     rebuild_factors(stack.rows(segment.start, segment.stop), StepContext(settings, step, updates))
-    install(target.optimizer, shards, manifest.about["optimizer"]["skipped_steps"])
+    target.access.install(shards, manifest.about["optimizer"]["skipped_steps"])

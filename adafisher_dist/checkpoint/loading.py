@@ -49,7 +49,7 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         loaded = Loaded(opened.folder, opened.manifest.about)
         checked = _check_together(opened, target, options, matched, loaded)
         apply(opened, target, options, matched, checked)
-    target.registry.stepper.incomplete -= options.parts
+    target.access.end_load(options.parts)
     if hosts.rank == 0:
         _report(loaded, target, opened.manifest, time.monotonic() - began)
     return loaded
@@ -134,7 +134,7 @@ def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[
     for number, size in matched.block_sizes.items():
         groups[number]["block_size"] = size
     names, tensors = target.names, [tensor for tensor, _ in chosen_tensors(target, matched)]
-    for storage in target.registry.storages_of(tensors, target.wrapper):
+    for storage in target.access.storages_of(tensors, target.wrapper):
         grids = [grid_of(p.shape, state_config(groups[p.info.group])) for p in storage.parameters]
         for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
             old = matched.states.get(names[storage.parameters[span.parameter].info.position])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist import layouts
 from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
@@ -33,7 +32,7 @@ from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
 from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.optimizer.adafisher import AdaFisher
-from adafisher_dist.optimizer.checkpointing import gather_state
+from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
@@ -118,16 +117,15 @@ def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Checkpoi
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
-    registry = optimizer._registry
+    access = CheckpointAccess(optimizer)
     if wrapper is None:
-        registry.sync_param_groups()
+        access.sync_param_groups()
     # A save that goes on in the background uses the same group of hosts, so nothing else may until
     # it has ended.
     _, problem = attempt(finish_pending)
-    given, process_group = registry.given_parameters, registry.process_group
-    hosts = layouts.host_group_of(given, process_group, "a save or load", CheckpointError)
+    hosts = access.hosts("a save or load", CheckpointError)
     run_on_all_ranks(hosts, lambda: _raise(problem))  # it may be known to some ranks already, by wait()
-    return collect_target(module, optimizer, wrapper, hosts)
+    return collect_target(module, optimizer, access, wrapper, hosts)
 
 
 def _raise(problem: Exception | None) -> None:
@@ -161,8 +159,8 @@ def save(
 
     def collect() -> tuple[str, int | None]:
         kept = _checked_number(keep_last)
-        target.registry.stepper.check_complete()
-        gather_state(target.optimizer)
+        target.access.check_complete()
+        target.access.gather_state()
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))
         found.extend(_ranges(target, tensors))
@@ -228,7 +226,7 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     stored = {name: name for name in names if name not in target.left_out}
     rank = target.hosts.rank
     found = list(targets.weights(target, stored, writing=True))
-    found += targets.state(target, target.registry.shards, names, writing=True)
+    found += targets.state(target, target.access.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}

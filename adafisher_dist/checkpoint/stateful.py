@@ -13,7 +13,6 @@ from adafisher_dist.checkpoint.saving import target_for
 from adafisher_dist.checkpoint.targets import CheckpointTarget, members_of_groups
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.adafisher import AdaFisher
-from adafisher_dist.optimizer.consolidated import as_dtensors
 
 
 class OptimizerState:
@@ -49,11 +48,11 @@ class OptimizerState:
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
         """
         target = target_for(self._model, self._optimizer)
-        target.registry.stepper.check_complete()
-        entries = as_dtensors(target.registry)
+        target.access.check_complete()
+        entries = target.access.whole_state()
         named = {
             target.names[parameter.info.position]: entries[id(shard.storage.tensors[parameter.tensor])]
-            for shard in target.registry.shards
+            for shard in target.access.shards
             for _, parameter in shard.active
         }
         return {"state": named, "settings": _settings(target)}

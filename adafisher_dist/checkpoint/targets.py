@@ -19,7 +19,7 @@ from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts.storage import LocalShard, Storage, whole_shape
 from adafisher_dist.optimizer.adafisher import AdaFisher
-from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
@@ -41,6 +41,7 @@ class CheckpointTarget:
     Attributes:
         module: the model, without a wrapper around it.
         optimizer: AdaFisher.
+        access: to what stands behind it.
         wrapper: DeepSpeed's, where it has put other tensors in the parameters' place; else None.
         hosts: the ranks that save and load together.
         names: of the optimizer's parameters, by their positions.
@@ -52,6 +53,7 @@ class CheckpointTarget:
 
     module: nn.Module
     optimizer: AdaFisher
+    access: CheckpointAccess
     wrapper: Any
     hosts: HostGroup
     names: Mapping[int, str]
@@ -60,19 +62,16 @@ class CheckpointTarget:
     aliases: Mapping[str, str]
     left_out: frozenset[str] = frozenset()
 
-    @property
-    def registry(self) -> ParameterRegistry:
-        """The optimizer's parameters, and the shards that hold their state."""
-        return self.optimizer._registry
-
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
         if self.wrapper is None:
             return []
-        return self.registry.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
+        return self.access.storages_of(layouts.wrapped_tensors(self.wrapper), self.wrapper)
 
 
-def collect_target(module: nn.Module, optimizer: AdaFisher, wrapper: Any, hosts: HostGroup) -> CheckpointTarget:
+def collect_target(
+    module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
+) -> CheckpointTarget:
     """Name everything.
 
     Raises:
@@ -85,15 +84,14 @@ def collect_target(module: nn.Module, optimizer: AdaFisher, wrapper: Any, hosts:
     aliases: dict[str, str] = {}
     parameters = _by_first_name(module.named_parameters(remove_duplicate=False), first, aliases)
     buffers = _by_first_name(_persistent_buffers(module), first, aliases)
-    given = optimizer._registry.given_parameters
-    foreign = [info.name for tensor, info in given.items() if id(tensor) not in first]
+    foreign = [info.name for tensor, info in access.parameters() if id(tensor) not in first]
     if foreign:
         raise ValueError(
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    names = {info.position: first[id(tensor)] for tensor, info in given.items()}
-    return CheckpointTarget(module, optimizer, wrapper, hosts, names, parameters, buffers, aliases)
+    names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
+    return CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
 
 
 def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
@@ -256,14 +254,14 @@ def members_of_groups(target: CheckpointTarget) -> list[list[str]]:
     """The names of the parameters of each param group, in order."""
     names = target.names
     members: list[list[str]] = [[] for _ in target.optimizer.param_groups]
-    for _, info in target.registry.given_parameters.items():
+    for _, info in target.access.parameters():
         members[info.group].append(names[info.position])
     return members
 
 
 def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
     names, found = target.names, {}
-    for shard in target.registry.shards:
+    for shard in target.access.shards:
         for number, parameter in shard.active:
             grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
             config = shard.configs[shard.groups[parameter.tensor]]
@@ -286,7 +284,7 @@ def config_facts(config: StateConfig) -> dict[str, Any]:
 
 def layout_of(target: CheckpointTarget) -> str:
     """The name of the layout, for reports."""
-    shards = target.registry.shards
+    shards = target.access.shards
     storages = [shard.storage for shard in shards] or target.storages()
     if storages:
         return storages[0].layout
