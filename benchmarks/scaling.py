@@ -63,12 +63,12 @@ def build(width: int, layers: int, seq_len: int = 128, heads: int = 4) -> ByteTr
 
 @contextmanager
 def arithmetic() -> Iterator[list[tuple[float, float]]]:
-    """Within, the seconds of each call of `shard.compute` by the clock and the processor.
+    """Within, the seconds of each call of `compute_chunk` by the clock and the processor.
 
     It is replaced under the name by which a step calls it.
     """
     seconds: list[tuple[float, float]] = []
-    original = adafisher_dist.stepping.step.compute
+    original = adafisher_dist.stepping.step.compute_chunk
 
     @functools.wraps(original)
     def measured(*args: Any, **kwargs: Any) -> None:
@@ -76,11 +76,11 @@ def arithmetic() -> Iterator[list[tuple[float, float]]]:
         original(*args, **kwargs)
         seconds.append((time.perf_counter() - clock, time.thread_time() - processor))
 
-    adafisher_dist.stepping.step.compute = measured
+    adafisher_dist.stepping.step.compute_chunk = measured
     try:
         yield seconds
     finally:
-        adafisher_dist.stepping.step.compute = original
+        adafisher_dist.stepping.step.compute_chunk = original
 
 
 def step_on_ranks(rank: int, world: int, worlds: tuple[int, ...], rounds: int) -> list[dict[int, tuple[float, ...]]]:

@@ -12,11 +12,9 @@ from math import prod
 from reprlib import repr as short
 from typing import Any
 
+from adafisher_dist.blocks.fields import SAVED
 from adafisher_dist.blocks.grid import make_grid
 from adafisher_dist.checkpoint.encoding import dtype_of
-
-# The kinds of tensors that belong to a parameter's state in the optimizer.
-_OF_STATE = ("momentum", "fisher", "square", "factor", "curvature")
 
 # Counters are int64, and have to have room to go on.
 _LARGEST = 2**62
@@ -188,7 +186,7 @@ def _check_values(about: Mapping[str, Any], tensors: Mapping[str, Any], dtypes: 
 def _check_keys(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Refuse tensors that the facts do not mention; a load refuses missing ones that it needs."""
     model, state = about["model"], about["optimizer"]["state"]
-    of_state = dict.fromkeys(_OF_STATE, state)
+    of_state = dict.fromkeys(SAVED, state)
     without_factors = {name: entry for name, entry in state.items() if not entry["structure"]["keeps_factors"]}
     counted = {"value": len(about["value_tensors"]), "random": about["world_size"]}
     for key in tensors:
