@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics import fisher, fused_step
 from adafisher_dist.numerics.block_stack import BlockStack, Numbers
 from adafisher_dist.numerics.factors import FALLBACKS, Factor, factorize, inverted, solve
 from adafisher_dist.numerics.packing import pack
@@ -87,6 +87,9 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
 def update_blocks(blocks: BlockStack, context: StepContext) -> None:
     """Take a step of blocks. They are independent: `BlockStack.parts` tells how many at a time."""
     own, config = context.settings, blocks.config
+    if fused_step.applies_to(blocks, own.damping + own.eps):
+        _update_fused(blocks, context)
+        return
     gradient_NRB, momentum_NRB = blocks.gradient_NRB, blocks.momentum_NRB
     if context.should_step is not None:
         gradient_NRB.copy_(torch.where(context.should_step.bool(), gradient_NRB, 0.0))
@@ -115,6 +118,26 @@ def update_blocks(blocks: BlockStack, context: StepContext) -> None:
     if context.should_step is not None:
         update_NRB = torch.where(context.should_step.bool(), update_NRB, 0.0)
     gradient_NRB.copy_(update_NRB)
+
+
+def _update_fused(blocks: BlockStack, context: StepContext) -> None:
+    own = context.settings
+    scale, mu = context.momentum_correction, own.momentum
+    own_damping, noise = damping(blocks.config, own)
+    fused_step.step(
+        blocks,
+        _seeds(blocks, context),
+        context.should_step,
+        mu=mu,
+        momentum_scale=mu * scale if own.nesterov else scale,
+        gradient_scale=1 - mu if own.nesterov else 0.0,
+        decay=own.fisher_decay,
+        correction=context.fisher_correction,
+        damping=own_damping,
+        noise=noise,
+        eps=own.eps,
+        updates=context.updates_fisher,
+    )
 
 
 def _mean_squares(blocks: BlockStack, context: StepContext, decay: float | Tensor) -> Tensor | None:

@@ -7,9 +7,12 @@ oracle of tests/oracle.py makes of the F, m and w that came out, however they we
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import common_gpu  # noqa: F401  # it puts tests/ into sys.path
 import numpy as np
@@ -19,6 +22,7 @@ from oracle import Block, dense_direction, refresh
 from torch import Tensor
 
 from adafisher_dist.blocks.grid import BlockShape
+from adafisher_dist.numerics import fused_step
 from adafisher_dist.numerics.block_stack import BlockStack, allocate
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.numerics.packing import pack
@@ -29,6 +33,7 @@ Rows = np.ndarray[Any, np.dtype[np.float64]]
 
 SIZES, ROWS = (1, 7, 16, 64, 128), (1, 5, 64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+WORKERS = min(12, len(os.sched_getaffinity(0)))
 SCALES = (1e-6, 1.0, 1e6)  # of the gradients of three blocks
 NAN = float("nan")
 # How far u may be from numpy's. What is off is multiplied by up to 430, where A of 128 elements is
@@ -105,25 +110,37 @@ def step(
 def blocks(here: Here) -> str:
     """Steps of dense blocks of all kinds: F, w, m and u."""
     kinds = list(itertools.product(SIZES, ROWS, (False, True), (1.0, 0.5), ("rms", "none")))
-    told = []
+    cases = [
+        Case(size, rows, dtype, packed, p, grafting) for dtype in DTYPES for size, rows, packed, p, grafting in kinds
+    ]
+    # Processes of their own, since a kernel takes seconds to compile, and there are dozens.
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        apart = list(pool.map(_beside, cases, itertools.repeat(here.device)))
+    told, kernels = [], 0
     for dtype in DTYPES:
-        apart = max(
-            _beside(Case(size, rows, dtype, packed, p, grafting), here.device)
-            for size, rows, packed, p, grafting in kinds
-        )
-        told.append(f"{str(dtype).removeprefix('torch.')} {apart:.1e}")
-    return f"{len(kinds)} kinds of blocks; u is apart by at most {', '.join(told)}"
+        own = [one for case, one in zip(cases, apart, strict=True) if case.dtype == dtype]
+        kernels += sum(one.by_kernel for one in own)
+        told.append(f"{str(dtype).removeprefix('torch.')} {max(one.u for one in own):.1e}")
+    by_kernel = f", {kernels} of them by the kernel" if kernels else ""
+    return f"{len(cases)} kinds of blocks{by_kernel}; u is apart by at most {', '.join(told)}"
 
 
-def _beside(case: Case, device: torch.device) -> float:
-    """How far u is from numpy's, relative to the block."""
+class Apart(NamedTuple):
+    """How far u is from numpy's, relative to the block, and whether the kernel made it."""
+
+    u: float
+    by_kernel: bool
+
+
+def _beside(case: Case, device: torch.device) -> Apart:
+    """Two steps, each beside numpy's."""
     h, stack, furthest = case.settings(), case.make(device), 0.0
     rounding = float(torch.finfo(stack.config.compute_dtype).eps)
     for t, gradient_NRB in enumerate(case.gradients(device, 2), start=1):
         where, g = f"{case}, step {t}", host(gradient_NRB)
         parts = h["momentum"] * host(stack.momentum_NRB), (1 - h["momentum"]) * g
         square_NR, want_NBB = _expected(stack, g, t, h)
-        step(stack, gradient_NRB, t, h)
+        step(stack, gradient_NRB, t, h, None if t == 1 else torch.ones((), dtype=torch.int32, device=device))
         apart_NRB = np.abs(host(stack.momentum_NRB) - sum(parts))
         assert (apart_NRB <= 4 * rounding * (np.abs(parts[0]) + np.abs(parts[1]))).all(), f"m, {where}"
         if stack.square_NR is not None and case.grafting == "rms":
@@ -135,7 +152,7 @@ def _beside(case: Case, device: torch.device) -> float:
         apart = far(host(stack.gradient_NRB), _by_oracle(stack, g, t, h))
         assert apart < U_ROUNDINGS * rounding, f"u, {where}: {apart:.2g}"
         furthest = max(furthest, apart)
-    return furthest
+    return Apart(furthest, fused_step.applies_to(stack, h["damping"]))
 
 
 def _whole(stack: BlockStack) -> Rows:
