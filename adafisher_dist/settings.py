@@ -125,6 +125,18 @@ def normalize(group: dict[str, Any]) -> None:
     raise_all(problems_of(group))
 
 
+def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a param group's settings, checked: a user may have written anything into it.
+
+    Raises:
+        TypeError: as `normalize`.
+        ValueError: as `normalize`.
+    """
+    result = {name: group[name] for name in DEFAULTS}
+    normalize(result)
+    return result
+
+
 def problems_of(group: dict[str, Any]) -> list[Exception]:
     """All problems with a param group's settings; valid ones are normalised in place."""
     found: list[Exception] = []

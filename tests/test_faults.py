@@ -299,3 +299,35 @@ def test_no_room_for_the_whole_state() -> None:
     messages = run_ranks(no_room, 3, timeout=60)
     words = ["says the test" if rank == FAULTY else "rank 1 failed to make room" for rank in range(3)]
     assert all(word in text for word, text in zip(words, messages, strict=True))
+
+
+WRONG = [("block_size", 0), ("block_size", "64"), ("rows_per_block", -1), ("inverse_update_freq", "5"), ("lr", -1.0)]
+
+
+def wrong_setting(rank: int, world: int, later: bool) -> list[str]:
+    """What each rank says where one of them has a wrong setting in its param group."""
+    told = []
+    for name, value in WRONG:
+        module = model()
+        optimizer = AdaFisher(module.parameters(), **SETTINGS)
+        for number in range(2 if later else 1):
+            if rank == FAULTY and number == int(later):
+                optimizer.param_groups[0][name] = value
+            x, y = batch(number, 0, 1)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(module(x), y).backward()
+            if number < int(later):
+                optimizer.step()
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            optimizer.step()
+        told.append(str(caught.value))
+    return told
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_wrong_setting_of_one_rank_reaches_all(later: bool) -> None:
+    other, faulty = run_ranks(wrong_setting, 2, later)
+    for (name, value), theirs, own in zip(WRONG, other, faulty, strict=True):
+        assert own.startswith(f"{name} should be "), own
+        assert str(value) in own
+        assert f"rank {FAULTY} failed" in theirs

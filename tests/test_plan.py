@@ -8,10 +8,12 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import by_element, row_groups
 
+from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
@@ -201,3 +203,13 @@ def test_a_large_model_is_planned_in_closed_form() -> None:
     assert sum(sharding.count(run) for run in runs) == sum(grid.numel for grid in grids)
     work = [sharding.work(run, grids) for run in runs]
     assert max(work) - min(work) <= 2 * 11008 // 64 * 64**2, "each end may be off by less than a row group"
+
+
+def test_the_fingerprint_of_a_plan_stays() -> None:
+    """State dicts keep it: a module or class by another name must not change it."""
+    optimizer = AdaFisher([torch.nn.Parameter(torch.ones(12, 10))], block_size=8, rows_per_block=4)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = torch.ones(12, 10)
+    optimizer.step()
+    (shard,) = optimizer._registry.shards
+    assert shard.digest() == 621549894667185628

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import BlockShape
+from adafisher_dist.numerics import fused_step
 from adafisher_dist.numerics.packing import unpack
 from adafisher_dist.settings import StateConfig
 
@@ -38,6 +39,7 @@ class BlockStack:
         made_N: of each kept factor, the step t at which it was made; -1 where that is not known.
         fallback_counts: for each block of the whole stack, how often each of FALLBACKS was needed.
         first: the number of the first block in the whole stack.
+        fused: whether a kernel may take their steps: `fused_step.can_step`.
     """
 
     group: int
@@ -50,6 +52,7 @@ class BlockStack:
     made_N: Numbers | None
     fallback_counts: dict[int, list[int]] = field(default_factory=dict)
     first: int = 0
+    fused: bool = False
 
     def __len__(self) -> int:
         return len(self.gradient_NRB)
@@ -139,4 +142,5 @@ def allocate(
         number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,
         made_N=np.full(count, -1) if shape.dense and config.keeps_factors else None,
+        fused=fused_step.can_step(shape, config, device),
     )

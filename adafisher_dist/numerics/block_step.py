@@ -87,7 +87,7 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
 def update_blocks(blocks: BlockStack, context: StepContext) -> None:
     """Take a step of blocks. They are independent: `BlockStack.parts` tells how many at a time."""
     own, config = context.settings, blocks.config
-    if fused_step.applies_to(blocks, own.damping + own.eps):
+    if blocks.fused and own.damping + own.eps >= fused_step.LEAST_DAMPING:
         _update_fused(blocks, context)
         return
     gradient_NRB, momentum_NRB = blocks.gradient_NRB, blocks.momentum_NRB
@@ -121,23 +121,18 @@ def update_blocks(blocks: BlockStack, context: StepContext) -> None:
 
 
 def _update_fused(blocks: BlockStack, context: StepContext) -> None:
-    own = context.settings
-    scale, mu = context.momentum_correction, own.momentum
-    own_damping, noise = damping(blocks.config, own)
-    fused_step.step(
-        blocks,
-        _seeds(blocks, context),
-        context.should_step,
-        mu=mu,
-        momentum_scale=mu * scale if own.nesterov else scale,
-        gradient_scale=1 - mu if own.nesterov else 0.0,
-        decay=own.fisher_decay,
-        correction=context.fisher_correction,
-        damping=own_damping,
-        noise=noise,
-        eps=own.eps,
-        updates=context.updates_fisher,
+    """The same by the kernel."""
+    own, scale = context.settings, context.momentum_correction
+    scalars = fused_step.Scalars(
+        own.momentum,
+        own.momentum * scale if own.nesterov else scale,
+        1 - own.momentum if own.nesterov else 0.0,
+        own.fisher_decay,
+        context.fisher_correction,
+        *damping(blocks.config, own),
+        own.eps,
     )
+    fused_step.step(blocks, scalars, context.updates_fisher, _seeds(blocks, context), context.should_step)
 
 
 def _mean_squares(blocks: BlockStack, context: StepContext, decay: float | Tensor) -> Tensor | None:

@@ -1,8 +1,12 @@
 """The Triton kernel of `fused_step`: one program takes the whole step of one dense block.
 
-A block's Fisher is read once and written once; what is made of it, A and the iterates of Newton and
-Schulz, never leaves the chip. Products for the inverse root and the polar factor are of float16
-numbers, summed in float32; F's own update is in float32 (three products in TF32 each).
+A block's Fisher is read once and written once; A and the iterates of Newton and Schulz, which are
+made of it, never leave the chip. Tensor cores multiply float16: a matrix is split into two of them,
+and a product is three of theirs, summed in float32. That is about as exact as float32, and has to
+be: A^(−1/2) shortens the largest directions of a block by up to √(block_size/δ), and the polar
+factor stretches what is left of rounding errors by 3.4445⁵ (of gradients of rank one, products of
+float16 alone make noise; tests/test_fused_step.py). F's own update is in float32, as three products
+in TF32, since its elements have no common scale.
 
 Shape suffixes: R rows of a block, B columns, both padded with zeros to powers of two; zeros stay
 zeros in every product here. Import this module only where Triton is installed.
@@ -15,6 +19,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def write_one(ptr):
+    """The least of kernels: whether any can be compiled and started."""
+    tl.store(ptr, 1.0)
 
 
 @triton.jit
@@ -35,7 +45,7 @@ def _norm(x):
 def _without_scale(x):
     """A matrix over its largest element; zeros stay zeros."""
     largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    return x * tl.where(largest > 0, 1.0 / largest, 0.0)
+    return x / tl.where(largest > 0, largest, 1.0)
 
 
 @triton.jit
@@ -47,49 +57,50 @@ def _split(x):
 
 @triton.jit
 def _product(x_high, x_low, y_high, y_low, z):
-    """The matrix x y + z of split x and y, as exact as products of float32: low times low is nothing."""
+    """The matrix x y + z of split x and y, to 22 bits: low times low is left out."""
     z = tl.dot(x_low, y_high, z)
     z = tl.dot(x_high, y_low, z)
     return tl.dot(x_high, y_high, z)
 
 
 @triton.jit
-def _polynomial(p_high, p_low, p, i, j, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
-    """The matrix a I + b P + c P² of P, which is also given split, as a I + P (b I + c P); split."""
-    r_high, r_low = _split(tl.where(i == j, PC * p + PB, PC * p))
-    q = _product(p_high, p_low, r_high, r_low, tl.zeros_like(p))
-    return _split(tl.where(i == j, q + PA, q))
+def _polynomial(p_high, p_low, p_BB, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
+    """Split: a I + b P + c P², as P (b I + c P) + a I, of P, which is also given split."""
+    k_B = tl.arange(0, p_BB.shape[0])
+    diagonal_BB = k_B[:, None] == k_B[None, :]
+    factor_high, factor_low = _split(tl.where(diagonal_BB, PC * p_BB + PB, PC * p_BB))
+    q_BB = _product(p_high, p_low, factor_high, factor_low, tl.zeros_like(p_BB))
+    return _split(tl.where(diagonal_BB, q_BB + PA, q_BB))
 
 
 @triton.jit
-def _times_inverse_root(vectors_RB, a_BB, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
-    """The rows times A^(−1/2), but for a factor of the whole.
+def _times_inverse_root(x_RB, a_BB, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
+    """The rows x times A^(−1/2), but for a factor of the whole.
 
-    `newton_schulz.inverse_root`, which has P = z y and finds z and y: here P and the rows are
-    carried along, x ← x Q and P ← Q P Q with the polynomial Q = a I + b P + c P² (Higham 2008,
-    section 7.3, which is the same in exact arithmetic, and as stable).
+    `newton_schulz.inverse_root`, which finds z and y and has P = z y: here P and x are carried
+    along, x ← x Q and P ← Q P Q with the polynomial Q = a I + b P + c P² (Higham 2008, section 7.3;
+    in exact arithmetic the same, and as stable).
     """
-    p_BB = a_BB * (1.0 / _norm(a_BB))
-    for step in tl.range(4, num_stages=1, disable_licm=True):
-        i, j = tl.arange(0, p_BB.shape[0])[:, None], tl.arange(0, p_BB.shape[0])[None, :]
-        high, low = _split(p_BB)
-        q_high, q_low = _polynomial(high, low, p_BB, i, j, PA, PB, PC)
-        half_high, half_low = _split(_product(high, low, q_high, q_low, tl.zeros_like(a_BB)))
+    p_BB = a_BB / _norm(a_BB)
+    # Nothing is to be moved out of the loops: what Triton gains by it there are no registers for.
+    for _ in tl.range(4, num_stages=1, disable_licm=True):
+        p_high, p_low = _split(p_BB)
+        q_high, q_low = _polynomial(p_high, p_low, p_BB, PA, PB, PC)
+        half_high, half_low = _split(_product(p_high, p_low, q_high, q_low, tl.zeros_like(a_BB)))
         p_BB = _product(q_high, q_low, half_high, half_low, tl.zeros_like(a_BB))
-        x_high, x_low = _split(vectors_RB)
-        vectors_RB = _product(x_high, x_low, q_high, q_low, tl.zeros_like(vectors_RB))
-    i, j = tl.arange(0, p_BB.shape[0])[:, None], tl.arange(0, p_BB.shape[0])[None, :]
-    high, low = _split(p_BB)
-    q_high, q_low = _polynomial(high, low, p_BB, i, j, PA, PB, PC)
-    x_high, x_low = _split(vectors_RB)
-    return _product(x_high, x_low, q_high, q_low, tl.zeros_like(vectors_RB))
+        x_high, x_low = _split(x_RB)
+        x_RB = _product(x_high, x_low, q_high, q_low, tl.zeros_like(x_RB))
+    p_high, p_low = _split(p_BB)
+    q_high, q_low = _polynomial(p_high, p_low, p_BB, PA, PB, PC)
+    x_high, x_low = _split(x_RB)
+    return _product(x_high, x_low, q_high, q_low, tl.zeros_like(x_RB))
 
 
 @triton.jit
 def _polar_factor(x_RB, TALL: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
     """`newton_schulz.polar_factor` of one block."""
     norm = _norm(x_RB)
-    x_RB *= tl.where(norm > 0, 1.0 / norm, 0.0)
+    x_RB = x_RB / tl.where(norm > 0, norm, 1.0)
     for _ in tl.range(5, num_stages=1, disable_licm=True):
         high, low = _split(x_RB)
         t_high, t_low = tl.trans(high), tl.trans(low)
@@ -116,14 +127,13 @@ def step_kernel(
     should_step_ptr,  # one int32; read where GATED: if it is 0, u is 0 and nothing else changes
     rows,
     columns,
-    mu,
+    mu,  # this and what follows: `fused_step.Scalars`
     momentum_scale,
-    gradient_scale,  # M̂ = momentum_scale M + gradient_scale g
-    decay,  # ρ
-    gain,  # √((1 − ρ) / rows)
-    correction,  # F̂ = correction F
-    damping,  # δ + ε
-    noise,  # see `rounding.rounding_noise`
+    gradient_scale,
+    decay,
+    correction,
+    damping,
+    noise,
     eps,
     R: tl.constexpr,
     B: tl.constexpr,
@@ -178,7 +188,7 @@ def step_kernel(
         stored_BB = inside_BB
     fisher_BB = tl.load(fisher_ptr + at_BB, inside_BB, 0.0).to(tl.float32)
     if UPDATES:
-        weighed_RB *= gain
+        weighed_RB *= tl.sqrt((1 - decay) / rows)
         fisher_BB = tl.dot(tl.trans(weighed_RB), weighed_RB, fisher_BB * decay, input_precision="tf32x3")
         if ROUNDED:
             seed = tl.load(seed_ptr + n).to(tl.uint32, bitcast=True)
@@ -209,4 +219,4 @@ def step_kernel(
     if SQUARES:  # of one row the direction is its own
         vectors_RB = _polar_factor(vectors_RB, R > B, PA, PB, PC)
     norm = _norm(vectors_RB)
-    tl.store(gradient_ptr + at_RB, vectors_RB * tl.where(norm > 0, length / norm, 0.0), inside_RB)
+    tl.store(gradient_ptr + at_RB, vectors_RB * (length / tl.where(norm > 0, norm, 1.0)), inside_RB)

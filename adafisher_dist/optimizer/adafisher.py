@@ -189,7 +189,7 @@ class AdaFisher(ShardedOptimizer):
         before = registry.stepper.skipped
         try:
             part = layouts.part_of_step(self)
-            registry.stepper.step(groups, registry.ranks(), errors, part, registry.gradient_limit())
+            registry.stepper.step(groups, registry.ranks(), errors, part, registry.gradient_limit)
         except Exception:
             registry.forget_unstepped(new)
             raise

@@ -16,7 +16,7 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
-from adafisher_dist.settings import state_config
+from adafisher_dist.settings import normalized, state_config
 from adafisher_dist.state.shard import Shard, build
 from adafisher_dist.stepping.metrics import Meter
 from adafisher_dist.stepping.step import Stepper
@@ -277,13 +277,13 @@ class ParameterRegistry:
         for storage in storages:
             mine = [numbers[id(tensor)] for tensor in storage.tensors]
             order = sorted(set(mine))
-            configs = [state_config(groups[number]) for number in order]
+            configs = [state_config(normalized(groups[number])) for number in order]
             shards.append(build(storage, [order.index(number) for number in mine], configs, zeroed))
         return shards
 
     def gradient_limit(self) -> float:
         """The largest gradient element that blocks of all param groups can square and sum up."""
-        own = [state_config(group) for group in self.groups if group["block_size"] != "auto"]
+        own = [state_config(normalized(group)) for group in self.groups if group["block_size"] != "auto"]
         return min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> collectives.Group:

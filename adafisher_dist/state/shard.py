@@ -108,10 +108,15 @@ class Shard:
         return [stored.shape.numel() for stored in self.stored]
 
     def digest(self) -> int:
-        """A fingerprint of the plan: the same on all ranks."""
-        shapes = [parameter.shape for parameter in self.storage.parameters]
-        dtypes = [stored.dtype for stored in self.stored]
-        return sharding.digest(self.storage.layout, shapes, dtypes, self.groups, self.configs, self.owned)
+        """A fingerprint of the plan: the same on all ranks.
+
+        State dicts keep it, so it is made of plain values, whose text no renaming changes.
+        """
+        shapes = [tuple(parameter.shape) for parameter in self.storage.parameters]
+        dtypes = [str(stored.dtype) for stored in self.stored]
+        configs = [(*map(str, config),) for config in self.configs]
+        owned = [[(span.parameter, span.start, span.stop) for span in spans] for spans in self.owned]
+        return sharding.digest(self.storage.layout, shapes, dtypes, list(self.groups), configs, owned)
 
 
 def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig], zeroed: bool = True) -> Shard:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist.settings import DEFAULTS, StepSettings, normalize, state_config, step_settings
+from adafisher_dist.settings import StepSettings, normalized, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
 Groups = Mapping[int, dict[str, Any]]  # id of a stored tensor that has a gradient → its param group
@@ -96,8 +96,7 @@ def _settings(shard: Shard, groups: Groups) -> list[StepSettings | None]:
                 " Call reset_state() first, or build a new optimizer."
             )
         found[number] = group
-        checked = {name: group[name] for name in DEFAULTS}
-        normalize(checked)  # whatever the user has set since the last step
+        checked = normalized(group)
         result[number] = step_settings(checked)
         now, before = state_config(checked), shard.configs[number]
         if now != before:

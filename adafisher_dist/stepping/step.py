@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +164,9 @@ class Stepper:
 
     # ---- a step ----
 
-    def step(self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: float) -> None:
+    def step(
+        self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: Callable[[], float]
+    ) -> None:  # fmt: skip
         """Update the tensors with a gradient, all of them in a shard, unless `errors` has one.
 
         1. Gradients go into the buffers from which they leave. Local; what goes wrong waits in
@@ -184,7 +186,7 @@ class Stepper:
             errors: of this rank, so far.
             part: which part of a wrapper's step this is, all of which change something or none;
                 None for all of it.
-            limit: how large a gradient element may be in any of the parts.
+            limit: tells how large a gradient element may be in any of the parts.
 
         Raises:
             RuntimeError: see `check_consistency` and `raise_if_any_failed`; also for a sparse
@@ -232,7 +234,7 @@ class Stepper:
 
     def _collect(
         self, exchanges: Sequence[Exchange], into: _Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
-        limit: float,
+        limit: Callable[[], float],
     ) -> None:  # fmt: skip
         """All of a call that this rank can do by itself, before the others have to know of it."""
         shards = [exchange.shard for exchange in exchanges]
@@ -245,7 +247,7 @@ class Stepper:
             self._bound = part.largest() if part.number == 0 else self._bound
             assert self._bound is not None
             device = into.largest[0][0].device if into.largest else self._bound.device
-            into.largest.append((self._bound.to(device, non_blocking=True), limit))
+            into.largest.append((self._bound.to(device, non_blocking=True), limit()))
         into.found_inf = self._found_inf(shards, ranks)
 
     def _found_inf(self, shards: Sequence[Shard], ranks: Group) -> FoundInf | None:

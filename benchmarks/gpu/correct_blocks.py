@@ -22,7 +22,6 @@ from oracle import Block, dense_direction, refresh
 from torch import Tensor
 
 from adafisher_dist.blocks.grid import BlockShape
-from adafisher_dist.numerics import fused_step
 from adafisher_dist.numerics.block_stack import BlockStack, allocate
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.numerics.packing import pack
@@ -152,7 +151,7 @@ def _beside(case: Case, device: torch.device) -> Apart:
         apart = far(host(stack.gradient_NRB), _by_oracle(stack, g, t, h))
         assert apart < U_ROUNDINGS * rounding, f"u, {where}: {apart:.2g}"
         furthest = max(furthest, apart)
-    return Apart(furthest, fused_step.applies_to(stack, h["damping"]))
+    return Apart(furthest, stack.fused)
 
 
 def _whole(stack: BlockStack) -> Rows:

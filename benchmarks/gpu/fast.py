@@ -50,6 +50,7 @@ SECONDS, REHEARSAL_SECONDS = 122, 70
 RANKS, ROWS = 8, DEFAULTS["rows_per_block"]
 EFFORT, REHEARSAL_EFFORT = Effort(3, 20), Effort(0, 1)
 SOAP_SECONDS, SOAP_CYCLE = 40, 10
+SPEEDS = ("copy_bytes_a_second", "flops_a_second", "half_flops_a_second")
 BASE, OURS = "AdamW (fused)", "AdaFisher"
 
 Named = Mapping[str, nn.Parameter]
@@ -277,7 +278,7 @@ class Plan:
 
     def _block(self, block: Block) -> Item:
         content = self.results.content
-        speed = Speeds(content["copy_bytes_a_second"], content["flops_a_second"])
+        speed = Speeds(*(content[key] for key in SPEEDS))
         size, device = (3 * block.bytes, "cpu") if self.given.rehearse else (STATE_BYTES, "cuda")
         return Item("blocks", block.name, self.usual, partial(measure, block, size, speed, torch.device(device)))
 
@@ -387,13 +388,11 @@ def failures(content: Mapping[str, Any]) -> list[str]:
 def main() -> int:
     given = common_gpu.options("fast", __doc__, SECONDS, REHEARSAL_SECONDS)
     torch.set_num_threads(1)
-    results = Results(given, copy_bytes_a_second=None, flops_a_second=None, blocks=[], steps=[], share=[], left_out=[])
+    results = Results(given, **dict.fromkeys(SPEEDS), blocks=[], steps=[], share=[], left_out=[])
     content = results.content
     if content["copy_bytes_a_second"] is None:
         device = torch.device("cpu" if given.rehearse else "cuda")
-        content["copy_bytes_a_second"], content["flops_a_second"] = (
-            speeds(device, 2**20, 64) if given.rehearse else speeds(device)
-        )
+        content |= zip(SPEEDS, speeds(device, 2**20, 64) if given.rehearse else speeds(device), strict=True)
         free(device)
     work(given, results, Plan(given, results))
     results.finish()

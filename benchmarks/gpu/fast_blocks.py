@@ -2,8 +2,9 @@
 
 About 1 GB of blocks, far more than any cache holds, in chunks as large as the optimizer's. Two
 floors stand beside it: F, m and w read and written, g read and u written, once each, at the
-bandwidth of a large copy; and the step's products of matrices, as torch counts them, at the rate of
-a large product in float32.
+bandwidth of a large copy; and the products of matrices of `block_step`, as torch counts them, at
+the rate of a large product in float32, or where the kernel takes the step, three times as many at
+the rate of one in float16.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Speeds(NamedTuple):
 
     copy_bytes: float
     flops: float
+    half_flops: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,12 @@ def speeds(device: torch.device, numel: int = STATE_BYTES, side: int = PRODUCT_S
     source = torch.zeros(numel, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_ms = median_ms(lambda: target.copy_(source), lambda: None, EFFORT, device)
-    a = torch.ones(side, side, device=device)
-    product_ms = median_ms(lambda: torch.mm(a, a), lambda: None, EFFORT, device)
-    return Speeds(2e3 * numel / copy_ms, 2e3 * side**3 / product_ms)
+    rates = []
+    for dtype in (torch.float32, torch.float16):
+        a = torch.randn(side, side, dtype=dtype, device=device)
+        product_ms = median_ms(lambda a=a: torch.mm(a, a), lambda: None, EFFORT, device)
+        rates.append(2e3 * side**3 / product_ms)
+    return Speeds(2e3 * numel / copy_ms, *rates)
 
 
 def make(block: Block, count: int, device: torch.device) -> BlockStack:
@@ -82,6 +87,16 @@ def make(block: Block, count: int, device: torch.device) -> BlockStack:
     if blocks.square_NR is not None:
         blocks.square_NR.fill_(1.0)
     return blocks
+
+
+def flops_of(block: Block, device: torch.device) -> int:
+    """Operations of a block's products in torch's way to take a step."""
+    one = make(block, 1, device)
+    one.fused = False
+    one.gradient_NRB.normal_()
+    with FlopCounterMode(display=False) as counter:
+        update_blocks(one, StepContext(step_settings(block.settings()), 100, 100))
+    return int(counter.get_total_flops())
 
 
 def measure(block: Block, state_bytes: int, speed: Speeds, device: torch.device, effort: Effort = EFFORT) -> Row:
@@ -105,17 +120,19 @@ def measure(block: Block, state_bytes: int, speed: Speeds, device: torch.device,
                     update_blocks(part, context)
 
     prepare()
-    with FlopCounterMode(display=False) as counter:
-        step()
+    step()
     if not bool(blocks.gradient_NRB.isfinite().all()):
         raise RuntimeError("the update is not finite")
     step_ms = median_ms(step, prepare, effort, device)
     moved = 2 * sum(tensor.nbytes for tensor in (*blocks.state.values(), gradient_NRB))
-    floors = {"bytes_ms": 1e3 * moved / speed.copy_bytes, "flops_ms": 1e3 * counter.get_total_flops() / speed.flops}
+    flops = count * flops_of(block, device)
+    rate = speed.half_flops / 3 if blocks.fused else speed.flops
+    floors = {"bytes_ms": 1e3 * moved / speed.copy_bytes, "flops_ms": 1e3 * flops / rate}
     return {
         "blocks": count,
         "moved_bytes": moved,
-        "flops": counter.get_total_flops(),
+        "flops": flops,
+        "by_kernel": blocks.fused,
         "step_ms": step_ms,
         **floors,
         "of_the_floor": max(floors.values()) / step_ms,

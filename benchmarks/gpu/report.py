@@ -184,18 +184,22 @@ def _fast(content: Mapping[str, Any] | None) -> list[str]:
 def _blocks(content: Mapping[str, Any]) -> str:
     if not content.get("blocks"):
         return ""
-    bandwidth, rate = ((content.get(key) or 0) / 1e12 for key in ("copy_bytes_a_second", "flops_a_second"))
+    keys = ("copy_bytes_a_second", "flops_a_second", "half_flops_a_second")
+    bandwidth, rate, half = ((content.get(key) or 0) / 1e12 for key in keys)
+    by_kernel = (
+        f", or three times as many at the {half:.0f} of one in float16 where the kernel takes it" if half else ""
+    )
     intro = f"""One step of about 1 GB of blocks, by the defaults. "bytes": what moving F, momentum, gradients and
         updates once takes at the {bandwidth:.2f} TB/s of a large copy. "flops": what the step's products of matrices
-        take at the {rate:.1f} TFLOP/s of a large product in float32. Both were measured here; "of the floor" is the
-        larger of the two over the step."""
+        take at the {rate:.1f} TFLOP/s of a large product in float32{by_kernel}; "–" where they were not counted. All
+        rates were measured here; "of the floor" is the larger of the two over the step."""
     headings = ("blocks", "step ms", "bytes ms", "flops ms", "of the floor")
     rows = []
     for row in content["blocks"]:
         if "failure" in row:
             rows.append((row["name"], f"FAILED: {row['failure']}", "", "", ""))
             continue
-        times = (number(row[key]) for key in ("step_ms", "bytes_ms", "flops_ms"))
+        times = (number(row[key]) if row[key] else "–" for key in ("step_ms", "bytes_ms", "flops_ms"))
         rows.append((row["name"], *times, percent(row["of_the_floor"])))
     return f"### Blocks of one kind\n\n{wrap(intro)}\n\n{table(headings, rows)}"
 
