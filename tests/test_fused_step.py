@@ -19,6 +19,8 @@ from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.settings import DEFAULTS, normalize, state_config, step_settings
 
 pytest.importorskip("triton")
+# Of both branches of tl.where, the interpreter works out the one that is not taken, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 CPU = torch.device("cpu")
 # The worst of what follows is 4e-4, where F has a condition of 10⁴ and gradients scales from 1 to
@@ -93,19 +95,25 @@ def normal(rows: int, columns: int, count: int = 2, number: int = 3) -> list[Ten
     [
         (16, 16, {}),
         (5, 33, {}),
-        (40, 24, {"nesterov": False, "bias_correction": False}),
-        (1, 64, {}),
-        (1, 1, {}),
-        (64, 16, {"packed": True}),
-        (7, 33, {"fisher_dtype": "bfloat16"}),
-        (3, 40, {"fisher_dtype": "bfloat16", "packed": True}),
-        (9, 16, {"fisher_update_freq": 2, "momentum": 0.0}),
+        (3, 20, {"fisher_dtype": "bfloat16", "packed": True}),
+        *(
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in (
+                (40, 24, {"nesterov": False, "bias_correction": False}),
+                (1, 64, {}),
+                (1, 1, {}),
+                (64, 16, {"packed": True}),
+                (7, 33, {"fisher_dtype": "bfloat16"}),
+                (9, 16, {"fisher_update_freq": 2, "momentum": 0.0}),
+            )
+        ),
     ],
 )
 def test_as_exact_as_float32(by_kernel: pytest.MonkeyPatch, rows: int, columns: int, own: dict[str, Any]) -> None:
     assert compare(normal(rows, columns), **own) < CLOSE
 
 
+@pytest.mark.ci
 def test_the_default_block(by_kernel: pytest.MonkeyPatch) -> None:
     assert compare(normal(64, 128, count=1, number=2)) < CLOSE
 
