@@ -37,7 +37,7 @@ test-all: $(STAMP)  ## all tests: hours
 release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest torch and DeepSpeed (network, 15 GB)
 	@$(BIN)/python tests/release.py $(RELEASE)
 
-bench: $(STAMP)  ## the figures of docs/ but convergence.py's (about fifteen minutes); QUICK=--quick: five, into runs/bench
+bench: $(STAMP)  ## the figures of docs/ but convergence.py's (forty minutes); QUICK=--quick: five, into runs/bench
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)

@@ -96,6 +96,7 @@ def normal(rows: int, columns: int, count: int = 2, number: int = 3) -> list[Ten
         (16, 16, {}),
         (5, 33, {}),
         (3, 20, {"fisher_dtype": "bfloat16", "packed": True}),
+        (4, 8, {"fisher_decay": 0.9999, "momentum": 0.999}),
         *(
             pytest.param(*case, marks=pytest.mark.ci)
             for case in (

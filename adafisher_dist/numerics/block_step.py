@@ -124,10 +124,11 @@ def _update_fused(blocks: BlockStack, context: StepContext) -> None:
     """The same by the kernel."""
     own, scale = context.settings, context.momentum_correction
     scalars = fused_step.Scalars(
-        own.momentum,
+        1 - own.momentum,
         own.momentum * scale if own.nesterov else scale,
         1 - own.momentum if own.nesterov else 0.0,
         own.fisher_decay,
+        1 - own.fisher_decay,
         context.fisher_correction,
         *damping(blocks.config, own),
         own.eps,

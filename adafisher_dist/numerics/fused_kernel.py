@@ -127,10 +127,11 @@ def step_kernel(
     should_step_ptr,  # one int32; read where GATED: if it is 0, u is 0 and nothing else changes
     rows,
     columns,
-    mu,  # this and what follows: `fused_step.Scalars`
+    weight,  # this and what follows: `fused_step.Scalars`
     momentum_scale,
     gradient_scale,
     decay,
+    fisher_weight,  # 1 − decay, of which float32 would lose digits
     correction,
     damping,
     noise,
@@ -158,7 +159,7 @@ def step_kernel(
             return
     gradient_RB = tl.load(gradient_ptr + at_RB, inside_RB, 0.0)
     momentum_RB = tl.load(momentum_ptr + at_RB, inside_RB, 0.0)
-    momentum_RB += (1 - mu) * (gradient_RB - momentum_RB)
+    momentum_RB += weight * (gradient_RB - momentum_RB)
     tl.store(momentum_ptr + at_RB, momentum_RB, inside_RB)
     hat_RB = momentum_scale * momentum_RB + gradient_scale * gradient_RB
 
@@ -169,7 +170,7 @@ def step_kernel(
         square_R = tl.load(square_ptr + at_R, i_R < rows, 0.0)
         if UPDATES:
             mean_R = tl.sum(gradient_RB * gradient_RB, axis=1) / columns
-            square_R += (1 - decay) * (mean_R - square_R)
+            square_R += fisher_weight * (mean_R - square_R)
             tl.store(square_ptr + at_R, square_R, i_R < rows)
         square_R *= correction
         weight_R = tl.where(square_R > 0, 1.0 / tl.sqrt(square_R), 0.0)
@@ -188,7 +189,7 @@ def step_kernel(
         stored_BB = inside_BB
     fisher_BB = tl.load(fisher_ptr + at_BB, inside_BB, 0.0).to(tl.float32)
     if UPDATES:
-        weighed_RB *= tl.sqrt((1 - decay) / rows)
+        weighed_RB *= tl.sqrt(fisher_weight / rows)
         fisher_BB = tl.dot(tl.trans(weighed_RB), weighed_RB, fisher_BB * decay, input_precision="tf32x3")
         if ROUNDED:
             seed = tl.load(seed_ptr + n).to(tl.uint32, bitcast=True)

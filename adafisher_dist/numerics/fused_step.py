@@ -42,12 +42,17 @@ LEAST_DAMPING = 0.005
 
 
 class Scalars(NamedTuple):
-    """The numbers of a step: M̂ = momentum_scale M + gradient_scale g, F̂ = correction F."""
+    """The numbers of a step.
 
-    mu: float
+    M ← M + weight (g − M), M̂ = momentum_scale M + gradient_scale g, F ← decay F + fisher_weight …,
+    F̂ = correction F; δ + ε, what `rounding.rounding_noise` says, and ε.
+    """
+
+    weight: float
     momentum_scale: float
     gradient_scale: float
     decay: float
+    fisher_weight: float
     correction: float
     damping: float
     noise: float
