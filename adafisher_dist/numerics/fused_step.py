@@ -1,8 +1,8 @@
 """A step of dense blocks in one kernel, on GPUs where it has been proven.
 
-The formulas are those of `block_step`, and the result is as exact as torch's in float32. Torch's
-products of many small matrices are bound by memory, since each of some twenty reads and writes
-them; here they stay on the chip, and tensor cores multiply them (docs/gpu.md has the times).
+The formulas are those of `block_step`, and the result is about as exact as torch's in float32.
+Torch's products of many small matrices are bound by memory, since each of some twenty reads and
+writes them; here they stay on the chip, and tensor cores multiply them (docs/gpu.md has the times).
 """
 
 from __future__ import annotations
