@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -226,6 +229,54 @@ def test_where_triton_cannot_compile_torch_takes_the_step(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in an image without a C compiler: here, without a CUDA device."""
-    with caplog.at_level(logging.WARNING, logger="adafisher_dist"):
-        assert not fused_step._compiles(torch.device("cuda", 0))
-    assert "Triton cannot compile its kernel here" in caplog.text
+    for interpreted, told in (("1", "is for CPUs"), ("0", "cannot run here")):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        fused_step._runs_on.cache_clear()
+        with caplog.at_level(logging.WARNING, logger="adafisher_dist"):
+            assert not fused_step._runs_on(torch.device("cuda", 0), "1")
+        assert told in caplog.text
+    fused_step._runs_on.cache_clear()
+
+
+def test_only_the_lower_triangle_counts(by_kernel: pytest.MonkeyPatch) -> None:
+    own, gradients = settings_of(16, 5), normal(5, 16)
+    updates = []
+    for value in (None, float("nan")):
+        stack = stack_of(16, 5, 2)
+        steps(stack, gradients[:1], own)
+        if value is not None:
+            upper = torch.ones(16, 16).triu(1).bool()
+            stack.fisher[:, upper] = value
+        updates += steps(stack, gradients[1:2], own)
+        assert torch.equal(stack.fisher, stack.fisher.mT)
+    assert torch.equal(*updates)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from adafisher_dist.numerics.fused_kernel import step_kernel
+
+names = step_kernel.arg_names
+consts = dict(R=16, B=16, SQUARES=True, PACKED=False, ROUNDED=True, UPDATES=True, GATED=True, TINY=1.2e-38)
+consts |= dict(PA=3.4445, PB=-4.775, PC=2.0315)
+kinds = {name: "*fp32" for name in names if name.endswith("_ptr")} | {"rows": "i32", "columns": "i32"}
+kinds |= {"fisher_ptr": "*bf16", "seed_ptr": "*i32", "should_step_ptr": "*i32"}
+signature = {name: "constexpr" if name in consts else kinds.get(name, "fp32") for name in names}
+source = ASTSource(step_kernel, signature, {(names.index(name),): value for name, value in consts.items()})
+print(compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+@pytest.mark.ci
+def test_nothing_takes_a_subnormal_for_zero() -> None:
+    """A row that has had gradients and has none now has a subnormal w: 1/√w has to be finite.
+
+    The interpreter cannot tell: `tl.sqrt` is numpy's there, and `sqrt.approx.ftz` on a GPU.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sqrt.rn" in done.stdout and ".ftz" not in done.stdout

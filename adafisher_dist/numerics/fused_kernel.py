@@ -2,11 +2,11 @@
 
 A block's Fisher is read once and written once; A and the iterates of Newton and Schulz, which are
 made of it, never leave the chip. Tensor cores multiply float16: a matrix is split into two of them,
-and a product is three of theirs, summed in float32. That is about as exact as float32, and has to
-be: A^(−1/2) shortens the largest directions of a block by up to √(block_size/δ), and the polar
-factor stretches what is left of rounding errors by 3.4445⁵ (of gradients of rank one, products of
-float16 alone make noise; tests/test_fused_step.py). F's own update is in float32, as three products
-in TF32, since its elements have no common scale.
+and a product is three of theirs, summed in float32. That is 22 bits of each element that is not far
+below a matrix's largest, and has to be: A^(−1/2) shortens the largest directions of a block by up
+to √(block_size/δ), and the polar factor stretches what is left of rounding errors by 3.4445⁵ (of
+gradients of rank one, products of float16 alone make noise). F's own update is in float32, as three
+products in TF32, since its elements have no common scale.
 
 Shape suffixes: R rows of a block, B columns, both padded with zeros to powers of two; zeros stay
 zeros in every product here. Import this module only where Triton is installed.
@@ -38,7 +38,7 @@ def _scramble(x):
 @triton.jit
 def _norm(x):
     """Frobenius norm of a matrix."""
-    return tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0))
+    return tl.sqrt_rn(tl.sum(tl.sum(x * x, axis=1), axis=0))
 
 
 @triton.jit
@@ -117,7 +117,9 @@ def _polar_factor(x_RB, TALL: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, 
     return x_RB
 
 
-@triton.jit(do_not_specialize=["rows"])  # which no address is aligned by
+# `rows` aligns no address. The pointers are read once a row or a block: whether they are aligned
+# decides nothing, and would compile the kernel anew for some slices of a stack.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["square_ptr", "seed_ptr", "should_step_ptr"])
 def step_kernel(
     gradient_ptr,  # (N, rows, columns) float32: g, and then u
     momentum_ptr,  # the same: M
@@ -173,7 +175,7 @@ def step_kernel(
             square_R += fisher_weight * (mean_R - square_R)
             tl.store(square_ptr + at_R, square_R, i_R < rows)
         square_R *= correction
-        weight_R = tl.where(square_R > 0, 1.0 / tl.sqrt(square_R), 0.0)
+        weight_R = tl.where(square_R > 0, 1.0 / tl.sqrt_rn(square_R), 0.0)  # tl.sqrt of a subnormal is 0
         vectors_RB = _without_scale(vectors_RB * weight_R[:, None])
         weighed_RB = gradient_RB * weight_R[:, None]
 
@@ -189,8 +191,11 @@ def step_kernel(
         stored_BB = inside_BB
     fisher_BB = tl.load(fisher_ptr + at_BB, inside_BB, 0.0).to(tl.float32)
     if UPDATES:
-        weighed_RB *= tl.sqrt(fisher_weight / rows)
+        weighed_RB *= tl.sqrt_rn(fisher_weight / rows)
         fisher_BB = tl.dot(tl.trans(weighed_RB), weighed_RB, fisher_BB * decay, input_precision="tf32x3")
+    # Only the lower triangle counts, which is what checkpoints keep.
+    fisher_BB = tl.where(k_B[:, None] >= j_B[None, :], fisher_BB, tl.trans(fisher_BB))
+    if UPDATES:
         if ROUNDED:
             seed = tl.load(seed_ptr + n).to(tl.uint32, bitcast=True)
             mixed_BB = ((low_BB << 16) + high_BB).to(tl.uint32, bitcast=True)
@@ -209,10 +214,10 @@ def step_kernel(
         moment_RB = square_R[:, None] * moment_B[None, :]
     else:
         moment_RB = tl.zeros((R, B), tl.float32) + moment_B[None, :]
-    length = _norm(tl.where(moment_RB > 0, hat_RB / (tl.sqrt(moment_RB) + eps), 0.0))
+    length = _norm(tl.where(moment_RB > 0, hat_RB / (tl.sqrt_rn(moment_RB) + eps), 0.0))
     a_BB = fisher_BB * (1.0 / tl.maximum(mean, TINY))
     if ROUNDED:
-        row_B = tl.sqrt(tl.sum(a_BB * a_BB, axis=1))
+        row_B = tl.sqrt_rn(tl.sum(a_BB * a_BB, axis=1))
         damping = tl.maximum(noise * tl.max(row_B, axis=0), damping)
     a_BB = tl.where(diagonal_BB, a_BB + damping, a_BB)
     vectors_RB = _times_inverse_root(vectors_RB, a_BB, PA, PB, PC)

@@ -1,4 +1,4 @@
-"""A step of dense blocks in one kernel, on GPUs where it has been proven.
+"""A step of dense blocks in one kernel, on GPUs, where it is asked for.
 
 The formulas are those of `block_step`, and the result is about as exact as torch's in float32.
 Torch's products of many small matrices are bound by memory, since each of some twenty reads and
@@ -7,12 +7,11 @@ writes them; here they stay on the chip, and tensor cores multiply them (docs/gp
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
+import re
 from contextlib import nullcontext
 from functools import cache
-from importlib.metadata import version
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,12 +31,11 @@ SMALLEST_SIDE = 16  # that a tensor core multiplies
 LARGEST_SIDE = 128
 LARGEST_BLOCK = 128 * 64  # elements; with more, what a program keeps exceeds shared memory
 
-# Where every check of `make gpu` has passed.
-PROVEN_CAPABILITIES = ((9, 0),)
 LEAST_TRITON = (3, 6)
+SHARED_BYTES = 132 * 1024  # of a program with the largest block
 
-# Below it A may be so ill conditioned that the 22 bits that the kernel has of an element hold its
-# least eigenvalues worse than float32's 24 do: the update is up to ten times as far from exact.
+# Below it A may be so ill conditioned that the kernel's 22 bits do not hold its least eigenvalues:
+# with less than this the update's error passes 3e-3 where float32's is 5e-4.
 LEAST_DAMPING = 0.005
 
 
@@ -62,8 +60,7 @@ class Scalars(NamedTuple):
 def can_step(shape: BlockShape, config: StateConfig, device: torch.device) -> bool:
     """Whether the kernel takes steps of blocks of this shape with these settings, on this device.
 
-    ADAFISHER_KERNEL in the environment: "0" says no; "1" says yes where nothing has been proven,
-    too, and on a CPU with Triton's interpreter.
+    It has to be asked for, by ADAFISHER_KERNEL=1 in the environment.
     """
     return (
         shape.dense
@@ -85,33 +82,42 @@ def padded(shape: BlockShape) -> tuple[int, int]:
 
 @cache
 def _runs_on(device: torch.device, asked: str) -> bool:
-    if asked == "0" or importlib.util.find_spec("triton") is None:
+    if asked != "1":
         return False
-    if device.type == "cpu":
-        return asked == "1" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    if tuple(int(number) for number in version("triton").split(".")[:2]) < LEAST_TRITON:
-        return False
-    proven = torch.cuda.get_device_capability(device) in PROVEN_CAPABILITIES
-    return (proven or asked == "1") and _compiles(device)
-
-
-def _compiles(device: torch.device) -> bool:
-    """Whether Triton can make a kernel here; it needs a C compiler, which not every image has."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda":
+        return device.type == "cpu" and interpreted
     try:
-        from adafisher_dist.numerics.fused_kernel import write_one
-
-        one = torch.zeros(1, device=device)
-        with torch.cuda.device(device):
-            write_one[(1,)](one)
-        return bool(one.item() == 1)
-    except Exception as error:
+        why_not = "TRITON_INTERPRET=1 is for CPUs" if interpreted else _hindrance(device)
+    except Exception as error:  # no Triton, no C compiler, a version that is none
+        why_not = f"{type(error).__name__}: {error}"
+    if why_not:
         logger.warning(
-            "AdaFisher steps blocks with torch's products, which are several times slower: Triton cannot compile its"
-            f" kernel here ({type(error).__name__}: {error}). With a C compiler (gcc) in the PATH it can."
+            "AdaFisher steps blocks with torch's products: ADAFISHER_KERNEL=1 asks for its kernel, which cannot run"
+            f" here ({why_not}). It needs an NVIDIA GPU with {SHARED_BYTES // 1024} KiB of shared memory a block,"
+            f" Triton {'.'.join(map(str, LEAST_TRITON))} and a C compiler (gcc)."
         )
-        return False
+    return not why_not
+
+
+def _hindrance(device: torch.device) -> str:
+    """Why the kernel cannot run on a GPU; nothing if it can."""
+    import triton
+
+    if torch.version.hip is not None:
+        return "ROCm"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found is None or tuple(map(int, found.groups())) < LEAST_TRITON:
+        return f"Triton {triton.__version__}"
+    shared: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if shared < SHARED_BYTES:
+        return f"{shared // 1024} KiB of shared memory"
+    from adafisher_dist.numerics.fused_kernel import write_one
+
+    one = torch.zeros(1, device=device)
+    with torch.cuda.device(device):
+        write_one[(1,)](one)
+    return "" if one.item() == 1 else "a kernel that writes 1 wrote something else"
 
 
 def step(blocks: BlockStack, own: Scalars, updates: bool, seed_N: Tensor | None, should_step: Tensor | None) -> None:

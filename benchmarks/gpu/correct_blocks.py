@@ -228,6 +228,27 @@ def not_numbers(here: Here) -> str:
     return "of ∞, NaN and 3e37 in a block's F its neighbours notice nothing"
 
 
+def dead_rows(here: Here) -> str:
+    """A row whose gradients ended long ago has a subnormal w: blocks are as on a CPU."""
+    cases = [Case(*kind, packed=packed) for kind in ((16, 5), (128, 64)) for packed in (False, True)]
+    furthest = 0.0
+    for case in cases:
+        updates = []
+        for device in (here.device, torch.device("cpu")):
+            stack = case.make(device)
+            for t, gradient_NRB in enumerate(case.gradients(device, 2), start=1):
+                if t == 2:
+                    assert stack.square_NR is not None
+                    stack.square_NR[:, 2] = 1e-40
+                    gradient_NRB[:, 2] = 0.0
+                step(stack, gradient_NRB, t, case.settings(damping=0.01))
+            updates.append(host(stack.gradient_NRB))
+            assert np.isfinite(host(stack.fisher)).all(), f"{case}: F is not finite"
+        furthest = max(furthest, far(*updates))
+    assert furthest < 1e-2, f"u is apart from a CPU's by {furthest:.2g}"
+    return f"{len(cases)} kinds of blocks; u is apart from a CPU's by at most {furthest:.1e}"
+
+
 # ---- the gate ----
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common_gpu import ROOT
-from correct_blocks import blocks, gate, host, ladder, not_numbers, same_bits
+from correct_blocks import blocks, dead_rows, gate, host, ladder, not_numbers, same_bits
 from correct_runner import TIMEOUT, Check, Here, NotChecked
 from models import SECOND_GROUP, distance, model, param_groups
 from oracle import Oracle
@@ -704,6 +704,7 @@ def all_checks() -> dict[str, Check]:
         "blocks": blocks,
         "ladder": ladder,
         "not-numbers": not_numbers,
+        "dead-rows": dead_rows,
         "gate": gate,
         "optimizer": optimizer,
         "tf32": tf32,

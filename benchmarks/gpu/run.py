@@ -68,6 +68,7 @@ def environment(rehearse: bool, site: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "DS_ACCELERATOR": "cpu" if rehearse else "cuda",
+        "ADAFISHER_KERNEL": os.environ.get("ADAFISHER_KERNEL", "0" if rehearse else "1"),  # what is to be shown
         "GPU_COMMAND": os.environ.get("GPU_COMMAND", " ".join(["python", *sys.argv])),
         "COMMIT": commit(),
     }
