@@ -50,7 +50,7 @@ def _without_scale(x):
 
 @triton.jit
 def _split(x):
-    """A matrix as the sum of two of float16, which have 22 bits of each element between them."""
+    """A matrix as the sum of two of float16: 22 bits of each element above 2⁻¹⁴, fewer below."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 

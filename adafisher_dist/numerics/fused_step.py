@@ -61,6 +61,9 @@ def can_step(shape: BlockShape, config: StateConfig, device: torch.device) -> bo
     """Whether the kernel takes steps of blocks of this shape with these settings, on this device.
 
     It has to be asked for, by ADAFISHER_KERNEL=1 in the environment.
+
+    Raises:
+        ValueError: ADAFISHER_KERNEL is neither 0 nor 1.
     """
     return (
         shape.dense
@@ -82,6 +85,10 @@ def padded(shape: BlockShape) -> tuple[int, int]:
 
 @cache
 def _runs_on(device: torch.device, asked: str) -> bool:
+    if asked not in ("", "0", "1"):
+        raise ValueError(
+            f"ADAFISHER_KERNEL should be 0 or 1, got {asked!r}. Correct it in the environment of all ranks."
+        )
     if asked != "1":
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
