@@ -75,7 +75,7 @@ def ranks() -> Figure:
     left, right = figure.subplots(1, 2)
     for axes, stored_spans, replicated, title in (
         (left, everywhere, True, "DDP, ZeRO-0: equal runs of row groups"),
-        (right, _cut_by_partitions(numel[0], world), False, "ZeRO-1 to 3, FSDP2: where its first element is"),
+        (right, _cut_by_partitions(numel[0], world), False, "ZeRO-1 to 3, FSDP2: the least loaded that stores a part"),
     ):
         assignment = sharding.assign([grid], stored_spans, replicated)
         _matrix(axes, grid, lambda row_group, piece, of=assignment: COLOURS[_owner(of, grid.start(row_group))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from math import prod
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from oracle import by_element, row_groups
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.blocks import sharding
+from adafisher_dist.blocks import cost, sharding
+from adafisher_dist.blocks.estimate import plan_of
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
 from adafisher_dist.blocks.sharding import Span, StoredSpan
+from adafisher_dist.settings import DEFAULTS, normalize, state_config
 
 shapes = st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: prod(shape) <= 3000).map(tuple)
 block_sizes = st.sampled_from([1, 2, 3, 7, 16, 64])
@@ -179,6 +182,64 @@ def test_routes_bring_each_element_to_its_owner_and_back(grids: list[Grid], worl
     for run, flat_buffer in zip(owned, arenas, strict=True):
         assert flat_buffer.tolist() == [value[element] for element in elements(run)]
     assert sharding.any_crossing(stored, owned) == any(route.receive for route in routes)
+
+
+@many
+@given(grids(), worlds, st.integers(0, 5))
+def test_a_cut_row_group_goes_to_the_least_loaded_of_its_ranks(grids: list[Grid], world: int, padding: int) -> None:
+    stored = flat_partitions(grids, world, padding)
+    owned = sharding.owned_where_stored(stored, grids)
+    held = [set(elements(tuple(place.span for place in places))) for places in stored]
+    loads, shared = [0] * world, []
+    for parameter, grid in enumerate(grids):
+        for row_group in range(grid.row_groups):
+            group = {(parameter, element) for element in range(grid.start(row_group), grid.start(row_group + 1))}
+            ranks = [rank for rank in range(world) if group & held[rank]]
+            load = grid.fisher_numel(row_group + 1) - grid.fisher_numel(row_group)
+            if len(ranks) == 1:
+                loads[ranks[0]] += load
+            elif group:
+                shared.append((-load, parameter, row_group, ranks, [-len(group & held[rank]) for rank in ranks]))
+    owners = {element: rank for rank, spans in enumerate(owned) for element in elements(spans)}
+    for minus_load, parameter, row_group, ranks, minus_stored in sorted(shared):
+        wanted = min(zip((loads[rank] for rank in ranks), minus_stored, ranks, strict=True))[2]
+        assert owners[parameter, grids[parameter].start(row_group)] == wanted
+        loads[wanted] -= minus_load
+    for rank, spans in enumerate(owned):
+        assert loads[rank] == sharding.work(spans, grids)
+        assert len({span.parameter for span in spans}) == len(spans), "state dicts of torch's need one run each"
+
+
+LLAMA_7B = [(32000, 4096), *[(4096, 4096)] * 128, *[(11008, 4096)] * 64, *[(4096, 11008)] * 32, (32000, 4096)]
+EXPERTS = [(32000, 4096), *[(4096, 4096)] * 64, *[(8, 28672, 4096)] * 32, *[(8, 4096, 14336)] * 32]
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "world", [8, pytest.param(64, marks=pytest.mark.ci), pytest.param(512, marks=pytest.mark.ci), 1024]
+)
+def test_no_rank_of_a_thousand_owns_much_more_than_another(layout: str, world: int) -> None:
+    """With the owner of a row group's first element it was 11 times the mean at 1,024 ranks, and 384 had nothing."""
+    assert _largest_to_mean(LLAMA_7B, layout, world) <= 1.1
+
+
+@pytest.mark.parametrize("world", [8, 64, 512])
+def test_stacked_experts_are_spread_over_the_ranks_too(world: int) -> None:
+    assert _largest_to_mean(EXPERTS, "zero3", world) <= 1.1
+
+
+def _largest_to_mean(shapes: list[tuple[int, ...]], layout: str, world: int) -> float:
+    """Of the elements that the ranks own; their bytes are less than 1.5 times an even share."""
+    group: dict[str, Any] = {**DEFAULTS}
+    normalize(group)
+    plan = plan_of(shapes, layout, world, state_config(group), torch.float32)
+    owned = [sharding.count(spans) for spans in plan.assignment.owned]
+    assert sum(owned) == sum(map(prod, shapes))
+    some = sorted(range(world), key=owned.__getitem__)[:: max(1, world // 8)]
+    some.append(owned.index(max(owned)))
+    total = [sum(cost.memory(plan, rank).values()) for rank in some]
+    assert max(total) <= 1.5 * sum(total) / len(total)
+    return max(owned) * world / sum(owned)
 
 
 def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[StoredSpan]]:

@@ -150,7 +150,7 @@ def test_the_report_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-@pytest.mark.parametrize("decay", [0.99, 0.999])
+@pytest.mark.parametrize("decay", [0.99, pytest.param(0.999, marks=pytest.mark.ci)])
 @pytest.mark.parametrize("max_blocks", [None, 0])
 def test_a_bfloat16_fisher_fills_and_decays(decay: float, max_blocks: int | None) -> None:
     # Rounded to nearest it would stop at 0.8 for ρ = 0.99 and at 0.25 for 0.999, and stay there.

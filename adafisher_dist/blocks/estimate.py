@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import accumulate
 from math import prod
@@ -86,9 +86,11 @@ def forecast_of(
     freq = settings["inverse_update_freq"]
     rows = []
     for size in block_sizes:
-        for dtype, packed in storages:
+        plan = plan_of(shapes, layout, world, _config(settings, block_size=size), weight_dtype)
+        for dtype, packed in storages:  # the same blocks and owners
             config = _config(settings, block_size=size, fisher_dtype=dtype, packed=packed)
-            rows.append({**_varied(config), **asdict(estimate(shapes, layout, world, config, weight_dtype, freq))})
+            stored_so = replace(plan, configs=[config] * len(plan.grids))
+            rows.append({**_varied(config), **asdict(_estimate(stored_so, freq))})
     fits: list[dict[str, Any]] = []
     for dtype, packed in storages if budget is not None else ():
         config = _config(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
@@ -163,7 +165,11 @@ def estimate(
     inverse_update_freq: int = 1,
 ) -> Estimate:  # fmt: skip
     """What a setting costs; see `plan_of` for the arguments and what is raised."""
-    planned = plan_of(shapes, layout, world, config, weight_dtype)
+    return _estimate(plan_of(shapes, layout, world, config, weight_dtype), inverse_update_freq)
+
+
+def _estimate(planned: PlanSummary, inverse_update_freq: int) -> Estimate:
+    world = planned.world
     by_rank = [cost.memory(planned, rank) for rank in range(world)]
     totals = [sum(kinds.values()) for kinds in by_rank]
     largest = by_rank[totals.index(max(totals))]

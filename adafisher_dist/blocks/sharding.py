@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 from adafisher_dist.blocks.grid import Grid
 
@@ -96,7 +96,7 @@ def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], 
     """Assign every block to a rank.
 
     Where every rank stores everything, the ranks get equal runs of row groups. Otherwise a row
-    group belongs to the rank that stores its first element.
+    group belongs to a rank that stores a part of it, see `owned_where_stored`.
     """
     owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
@@ -147,14 +147,77 @@ def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans
 
 
 def owned_where_stored(stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
-    """Each rank owns the row groups whose first element it stores."""
-    return tuple(tuple(own for place in places if (own := _owned(place.span, grids))) for places in stored)
+    """Each rank owns row groups of which it stores a part: all that lie on it alone, and a share of the others.
+
+    Those that a boundary between ranks cuts go, the costliest first, to the least loaded of the
+    ranks that store a part; of equally loaded ones to the one that stores most. Load is counted in
+    elements of the Fisher, as in `cut`.
+    """
+    held = _holders(stored, len(grids))
+    runs: list[list[_Run]] = [[] for _ in stored]
+    loads = [0] * len(stored)
+    shared: list[tuple[int, int, int]] = []  # minus the load, parameter, row group
+    for parameter, (holders, grid) in enumerate(zip(held, grids, strict=True)):
+        for span, rank in holders:
+            first, last = grid.row_group_from(span.start), _whole_before(grid, span)
+            if first < last:
+                runs[rank].append((parameter, first, last))
+                loads[rank] += grid.fisher_numel(last) - grid.fisher_numel(first)
+        ends = (span.stop for span, _ in holders[:-1])
+        cut_groups = {grid.row_group_from(end) - 1 for end in ends if grid.start(grid.row_group_from(end)) != end}
+        shared += [(grid.fisher_numel(g) - grid.fisher_numel(g + 1), parameter, g) for g in cut_groups]
+    for minus_load, parameter, row_group in sorted(shared):
+        rank = _least_loaded(held[parameter], grids[parameter], row_group, loads)
+        runs[rank].append((parameter, row_group, row_group + 1))
+        loads[rank] -= minus_load
+    return tuple(_joined(sorted(own), grids) for own in runs)
 
 
-def _owned(span: Span, grids: Sequence[Grid]) -> Span | None:
-    grid = grids[span.parameter]
-    start, stop = (grid.start(grid.row_group_from(element)) for element in (span.start, span.stop))
-    return Span(span.parameter, span.numel, start, stop) if start < stop else None
+_Run = tuple[int, int, int]  # parameter, first row group, the one after the last
+_Holders = list[tuple[Span, int]]  # what each rank stores of a parameter, in order
+
+
+def _holders(stored: Sequence[Sequence[StoredSpan]], parameters: int) -> list[_Holders]:
+    held: list[_Holders] = [[] for _ in range(parameters)]
+    for rank, places in enumerate(stored):
+        for place in places:
+            if len(place.span):
+                held[place.span.parameter].append((place.span, rank))
+    for holders in held:
+        holders.sort(key=lambda holder: holder[0].start)
+    return held
+
+
+def _whole_before(grid: Grid, span: Span) -> int:
+    """The row group after the last that ends within the span."""
+    last = grid.row_group_from(span.stop)
+    return last if grid.start(last) == span.stop else last - 1
+
+
+def _least_loaded(holders: _Holders, grid: Grid, row_group: int, loads: Sequence[int]) -> int:
+    """Of the ranks that store a part of a row group, the one to own it."""
+    start, stop = grid.start(row_group), grid.start(row_group + 1)
+    first = bisect_right(holders, start, key=lambda holder: holder[0].stop)
+    best = None
+    for span, rank in islice(holders, first, None):
+        if span.start >= stop:
+            break
+        candidate = loads[rank], max(span.start, start) - min(span.stop, stop), rank
+        best = candidate if best is None else min(best, candidate)
+    assert best is not None
+    return best[2]
+
+
+def _joined(runs: Sequence[_Run], grids: Sequence[Grid]) -> Spans:
+    """The spans of these row groups, in order; those that meet as one."""
+    result: list[Span] = []
+    for parameter, first, last in runs:
+        grid = grids[parameter]
+        start, stop = grid.start(first), grid.start(last)
+        if result and result[-1].parameter == parameter and result[-1].stop == start:
+            start = result.pop().start
+        result.append(Span(parameter, grid.numel, start, stop))
+    return tuple(result)
 
 
 def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: int) -> Route:

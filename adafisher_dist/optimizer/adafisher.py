@@ -46,7 +46,7 @@ class AdaFisher(ShardedOptimizer):
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an
     equal run of the blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block
-    lives where its first element is. N ranks train like one. Gradients must be averaged over ranks,
+    lives on a rank that stores a part of it. N ranks train like one. Gradients must be averaged over ranks,
     as DDP and DeepSpeed leave them.
 
     A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any
