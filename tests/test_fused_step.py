@@ -56,10 +56,10 @@ def steps(
     """The updates of some steps."""
     settings, updates = step_settings(own), []
     for t, gradient_NRB in enumerate(gradients, start=1):
-        stack.gradient_NRB.copy_(gradient_NRB)
+        update_NRB = gradient_NRB.to(stack.momentum_NRB.dtype, copy=True)
         fisher_updates = (t - 1) // settings.fisher_update_freq + 1
-        update_blocks(stack, StepContext(settings, t, fisher_updates, should_step))
-        updates.append(stack.gradient_NRB.clone())
+        update_blocks(stack, update_NRB, StepContext(settings, t, fisher_updates, should_step))
+        updates.append(update_NRB)
     return updates
 
 

@@ -98,7 +98,7 @@ def test_with_other_settings(setting: dict[str, Any], rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_fallbacks(rows: int) -> None:
-    def run(packed: bool) -> BlockStack:
+    def run(packed: bool) -> tuple[BlockStack, Tensor]:
         config = StateConfig(7, rows, "rows", None, torch.float32, 1.0, "rms", keeps_factors=False, packed=packed)
         blocks = allocate(0, BlockShape(7, rows, True), config, np.arange(5), torch.device("cpu"))
         if blocks.square_NR is not None:
@@ -107,14 +107,14 @@ def test_the_fallbacks(rows: int) -> None:
         whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05
         whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
         blocks.fisher.copy_(pack(whole_NBB) if packed else whole_NBB)
-        blocks.gradient_NRB.copy_(torch.arange(35 * rows).view(5, rows, 7))
+        update_NRB = torch.arange(35.0 * rows, dtype=blocks.momentum_NRB.dtype).view(5, rows, 7)
         own = step_settings({**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
-        update_blocks(blocks, StepContext(own, step=2, updates=1))
-        return blocks
+        update_blocks(blocks, update_NRB, StepContext(own, step=2, updates=1))
+        return blocks, update_NRB
 
-    dense, packed = run(False), run(True)
+    (dense, dense_NRB), (packed, packed_NRB) = run(False), run(True)
     assert dense.fallback_counts == packed.fallback_counts == {1: [1, 0, 0], 3: [0, 0, 1]}
-    assert torch.equal(dense.gradient_NRB, packed.gradient_NRB)
+    assert torch.equal(dense_NRB, packed_NRB)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 3), (2, 2)])

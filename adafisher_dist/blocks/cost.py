@@ -28,16 +28,21 @@ class PlanSummary:
     Attributes:
         grids: of each parameter.
         configs: the settings of each parameter's state.
+        groups: the number of each parameter's param group.
         stored_spans: for each rank, the spans that it stores.
         assignment: who owns which blocks.
+        cut: for each rank, the row groups that it owns and does not store whole; empty where
+            everything is replicated.
         replicated: whether every rank stores everything.
         weight_itemsize: bytes of an element that is gathered, where it is.
     """
 
     grids: Sequence[Grid]
     configs: Sequence[StateConfig]
+    groups: Sequence[int]
     stored_spans: Sequence[Sequence[StoredSpan]]
     assignment: Assignment
+    cut: Sequence[Spans]
     replicated: bool
     weight_itemsize: int
 
@@ -50,7 +55,7 @@ class PlanSummary:
 def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
     """Bytes of device memory of a rank, by kind, without the model's parameters and gradients.
 
-    "buffers" are the stacked gradients, the flat buffer, what is sent and received, and where F is
+    "buffers" are the workspace of a chunk, what is staged, sent and received, and where F is
     bfloat16 the seeds.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
@@ -61,8 +66,7 @@ def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
             sums[_KINDS[field.name]] += run.num_blocks * prod(field.shape) * field.dtype.itemsize
         if config.fisher_dtype.itemsize < wide:
             sums["buffers"] += 4 * run.num_blocks
-    elements = sharding.count(plan.assignment.owned[rank])
-    sums["buffers"] += 2 * elements * wide + _comm_buffers(plan, rank, wide)
+    sums["buffers"] += _buffers(plan, rank, wide)
     return sums
 
 
@@ -123,14 +127,15 @@ def _wide(plan: PlanSummary) -> int:
     return plan.configs[0].compute_dtype.itemsize
 
 
-def _comm_buffers(plan: PlanSummary, rank: int, wide: int) -> int:
+def _buffers(plan: PlanSummary, rank: int, wide: int) -> int:
+    """Workspace, staging and communication."""
+    chunks = plan.assignment.chunks
+    own = max(sharding.workspace_numel(by_rank[rank], plan.grids, plan.groups) for by_rank in chunks) * wide
     if not plan.replicated:
-        return sum(_crossing(plan, rank)) * wide
+        return own + (sharding.count(plan.cut[rank]) + sum(_crossing(plan, rank))) * wide
     if plan.world == 1:
-        return 0
-    turns = min(2, len(plan.assignment.chunks))
-    longest = max(map(_longest, plan.assignment.chunks))
-    return turns * longest * (plan.world + 1) * plan.weight_itemsize
+        return own
+    return own + min(2, len(chunks)) * max(map(_longest, chunks)) * (plan.world + 1) * plan.weight_itemsize
 
 
 def _longest(by_rank: Sequence[Spans]) -> int:

@@ -143,7 +143,11 @@ def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight
     stored_spans = _stored_spans([prod(shape) for shape in shapes], shapes, layout, world)
     grids = [grid_of(shape, config) for shape in shapes]
     assignment = sharding.assign(grids, stored_spans, replicated)
-    return PlanSummary(grids, [config] * len(grids), stored_spans, assignment, replicated, weight_dtype.itemsize)
+    cut = () if replicated else sharding.cut_by_boundaries(assignment, stored_spans, grids)
+    groups = [0] * len(grids)
+    return PlanSummary(
+        grids, [config] * len(grids), groups, stored_spans, assignment, cut, replicated, weight_dtype.itemsize
+    )
 
 
 def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> StoredSpans:

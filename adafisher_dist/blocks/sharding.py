@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
 
-from adafisher_dist.blocks.grid import Grid
+from adafisher_dist.blocks.grid import BlockShape, Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ class StoredSpan:
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """Elements that lie in a stored tensor, and in the flat buffer of their owner.
+    """Elements that lie in a stored tensor, and in a buffer of an owner's.
 
-    The flat buffer holds all elements of an owner in a row.
+    The buffer holds all elements of some spans in a row.
     """
 
     rank: int  # the other end of the transfer
@@ -61,7 +62,7 @@ class TensorPiece:
 class Route:
     """How a rank's gradients reach the owners of their blocks; in reverse, how updates come back.
 
-    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's flat buffer,
+    `local` stays on this rank. `send` leaves a tensor of this rank for an owner's buffer,
     `receive` enters this rank's; both are ordered by rank, and within a rank both ends list the
     same pieces in the same order.
     """
@@ -73,9 +74,12 @@ class Route:
 
 Spans = tuple[Span, ...]
 
-# Elements of the Fisher a chunk holds at most: bounds the memory of the temporaries (128 MiB in
-# fp32).
+# What a chunk holds at most, about: elements of the Fisher, which bounds temporaries (128 MiB in
+# fp32); elements, which bounds the workspace (64 MiB); of all ranks, where new weights are gathered
+# (256 MiB, twice).
 CHUNK_FISHER_NUMEL = 2**25
+CHUNK_NUMEL = 2**24
+GATHERED_NUMEL = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,9 @@ def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], 
     """
     owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
+    parts = max(parts, *(-(-count(spans) // CHUNK_NUMEL) for spans in owned))
+    if replicated and len(owned) > 1:
+        parts = max(parts, -(-sum(map(count, owned)) // GATHERED_NUMEL))
     by_rank = [cut(spans, grids, parts) for spans in owned]
     return Assignment(owned, tuple(zip(*by_rank, strict=True)))
 
@@ -147,7 +154,7 @@ def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans
 
 
 def owned_where_stored(stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
-    """Each rank owns row groups of which it stores a part: all that lie on it alone, and a share of the others.
+    """Each rank owns row groups of which it stores a part: all that it stores whole, some others.
 
     Those that a boundary between ranks cuts go, the costliest first, to the least loaded of the
     ranks that store a part; of equally loaded ones to the one that stores most. Load is counted in
@@ -171,6 +178,48 @@ def owned_where_stored(stored: Sequence[Sequence[StoredSpan]], grids: Sequence[G
         runs[rank].append((parameter, row_group, row_group + 1))
         loads[rank] -= minus_load
     return tuple(_joined(sorted(own), grids) for own in runs)
+
+
+def cut_by_boundaries(
+    assignment: Assignment, stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]
+) -> tuple[Spans, ...]:
+    """For each rank the row groups that it owns and does not store whole, chunk by chunk."""
+    return tuple(
+        tuple(
+            part
+            for by_rank in assignment.chunks
+            for span in by_rank[rank]
+            for part, place in split_where_cut(span, held[span.parameter], grids[span.parameter])
+            if place is None
+        )
+        for rank, held in enumerate(map(by_parameter, stored))
+    )
+
+
+def by_parameter(places: Sequence[StoredSpan]) -> dict[int, StoredSpan]:
+    """What a rank stores of each parameter: one run of it in every layout."""
+    found = {place.span.parameter: place for place in places}
+    assert len(found) == len(places)
+    return found
+
+
+def split_where_cut(span: Span, place: StoredSpan, grid: Grid) -> Iterator[tuple[Span, StoredSpan | None]]:
+    """A span of whole row groups, parted where the rank that owns it ceases to store them whole.
+
+    Args:
+        span: of one parameter.
+        place: what the rank stores of it.
+        grid: of the parameter.
+
+    Yields:
+        Up to three parts in order, each with `place`, or None where not all of it is there.
+    """
+    held = place.span
+    first = min(span.stop, grid.start(grid.row_group_from(max(span.start, held.start))))
+    last = max(first, min(span.stop, grid.start(_whole_before(grid, held))))
+    for start, stop, here in ((span.start, first, None), (first, last, place), (last, span.stop, None)):
+        if start < stop:
+            yield Span(span.parameter, span.numel, start, stop), here
 
 
 _Run = tuple[int, int, int]  # parameter, first row group, the one after the last
@@ -234,31 +283,25 @@ def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: 
     )
 
 
-def any_crossing(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans]) -> bool:
-    """Whether any rank owns an element that it does not store."""
-    here = (sum(p.numel for p in pieces_of(stored[rank], spans, rank)) for rank, spans in enumerate(owned))
-    return any(stored_here < count(spans) for stored_here, spans in zip(here, owned, strict=True))
-
-
 def pieces_of(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
-    """The stored elements that lie in the flat buffer of the owner of `owned`; `rank` is noted."""
+    """The stored elements that lie in a buffer of `owned`; `rank` is noted."""
     places: dict[int, list[StoredSpan]] = {}
     for place in stored:
         places.setdefault(place.span.parameter, []).append(place)
-    pieces, flat_buffer = [], 0
+    pieces, begun = [], 0
     for span in owned:
         for place in places.get(span.parameter, ()):
             common = span.intersect(place.span)
             if common is not None:
                 tensor_offset = place.offset + common.start - place.span.start
-                buffer_offset = flat_buffer + common.start - span.start
+                buffer_offset = begun + common.start - span.start
                 pieces.append(TensorPiece(rank, place.tensor, tensor_offset, buffer_offset, len(common)))
-        flat_buffer += len(span)
+        begun += len(span)
     return pieces
 
 
 def merged(pieces: Sequence[TensorPiece]) -> tuple[TensorPiece, ...]:
-    """Join pieces that continue the one before, both in the tensor and in the flat buffer."""
+    """Join pieces that continue the one before, both in the tensor and in the buffer."""
     result: list[TensorPiece] = []
     for piece in pieces:
         last = result[-1] if result else None
@@ -277,6 +320,26 @@ def merged(pieces: Sequence[TensorPiece]) -> tuple[TensorPiece, ...]:
 def count(spans: Spans) -> int:
     """Elements in the spans."""
     return sum(len(span) for span in spans)
+
+
+def workspace_numel(spans: Spans, grids: Sequence[Grid], groups: Sequence[int]) -> int:
+    """Elements that the blocks of a chunk take in the workspace.
+
+    Those of each param group and shape begin at a multiple of ALIGNMENT.
+    """
+    numels: Counter[tuple[int, BlockShape]] = Counter()
+    for span in spans:
+        for run in grids[span.parameter].runs(span.start, span.stop):
+            numels[groups[span.parameter], run.shape] += run.num_blocks * run.shape.rows * run.shape.columns
+    return sum(map(aligned, numels.values()))
+
+
+ALIGNMENT = 64  # elements
+
+
+def aligned(numel: int) -> int:
+    """As many, or a few more: a multiple of ALIGNMENT."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 def work(spans: Spans, grids: Sequence[Grid]) -> int:

@@ -135,12 +135,12 @@ class Storage:
 
     def values(self, index: int) -> Tensor:
         """A stored tensor, or of a DTensor what this rank holds."""
-        return _here(self.tensors[index]).detach()
+        return local(self.tensors[index]).detach()
 
     def gradient(self, index: int) -> Tensor | None:
         """Its gradient; None where it has none."""
         gradient = self.tensors[index].grad
-        return None if gradient is None else _here(gradient)
+        return None if gradient is None else local(gradient)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +167,7 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties a parameter, and remembers its shape
 
 
-def _here(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds: of a DTensor its part, else all."""
     to_local = getattr(tensor, "to_local", None)  # of a DTensor; its module is not imported for those who have none
     return tensor if to_local is None else to_local()

@@ -31,7 +31,6 @@ class BlockStack:
         group: the number of their param group.
         shape: of each block.
         config: the settings that their state was made for.
-        gradient_NRB: the gradient on the way in, the update on the way out; compute dtype.
         state: what is kept, by name: see `blocks.fields`.
         number_N: each block's number q, which decides when its factor is refreshed and how a
             bfloat16 F is rounded.
@@ -45,7 +44,6 @@ class BlockStack:
     group: int
     shape: BlockShape
     config: StateConfig
-    gradient_NRB: Tensor
     state: dict[str, Tensor]
     number_N: Numbers
     seeding_N: Tensor | None
@@ -55,12 +53,12 @@ class BlockStack:
     fused: bool = False
 
     def __len__(self) -> int:
-        return len(self.gradient_NRB)
+        return len(self.number_N)
 
     @property
     def device(self) -> torch.device:
         """Where all of it is."""
-        return self.gradient_NRB.device
+        return self.momentum_NRB.device
 
     @property
     def momentum_NRB(self) -> Tensor:
@@ -82,7 +80,6 @@ class BlockStack:
         part = slice(start, stop)
         return replace(
             self,
-            gradient_NRB=self.gradient_NRB[part],
             state={name: tensor[part] for name, tensor in self.state.items()},
             number_N=self.number_N[part],
             seeding_N=None if self.seeding_N is None else self.seeding_N[part],
@@ -90,12 +87,9 @@ class BlockStack:
             first=self.first + start,
         )
 
-    def tiles(self, tiles: int = 1) -> Iterator[slice]:
-        """Slices of as many blocks as a CPU works on at a time, times `tiles`.
-
-        On an accelerator it is one slice of all blocks.
-        """
-        size = tiles * self.tile_rows if self.device.type == "cpu" else max(1, len(self))
+    def tiles(self) -> Iterator[slice]:
+        """Slices of as many blocks as fit a CPU's caches; on an accelerator one of all."""
+        size = self.tile_rows if self.device.type == "cpu" else max(1, len(self))
         for begin in range(0, len(self), size):
             yield slice(begin, min(len(self), begin + size))
 
@@ -104,10 +98,16 @@ class BlockStack:
         """Blocks whose Fisher a CPU works on at a time."""
         return max(1, CPU_TILE_FISHER_NUMEL // self.shape.columns**2)
 
-    def parts(self) -> Iterator[BlockStack]:
-        """What a CPU steps at a time: 16 tiles of one-row blocks, fewer of those with more rows."""
-        for part in self.tiles(max(1, 16 // self.shape.rows) if self.shape.dense else 1):
-            yield self.rows(part.start, part.stop)
+    def parts(self, start: int, stop: int) -> Iterator[tuple[BlockStack, slice]]:
+        """Of blocks [start, stop) what a CPU steps at a time, and which they are.
+
+        It is 16 tiles of one-row blocks, fewer of those with more rows; on an accelerator all.
+        """
+        tiles = max(1, 16 // self.shape.rows) if self.shape.dense else 1
+        size = tiles * self.tile_rows if self.device.type == "cpu" else max(1, stop - start)
+        for begin in range(start, stop, size):
+            end = min(stop, begin + size)
+            yield self.rows(begin, end), slice(begin, end)
 
     def whole(self, stored: Tensor) -> Tensor:
         """Some of F, dense, as whole matrices: itself, or a copy where it is packed."""
@@ -137,7 +137,6 @@ def allocate(
         group,
         shape,
         config,
-        torch.zeros(count, shape.rows, shape.columns, dtype=config.compute_dtype, device=device),
         {f.name: new(count, *f.shape, dtype=f.dtype, device=device) for f in fields(shape, config)},
         number,
         seeding_N=torch.from_numpy(number.astype(np.int32)).to(device) if rounded else None,

@@ -84,13 +84,19 @@ def refresh_interval(freq: int, updates: int, decay: float) -> int:
     return max(1, min(updates, floor(freq * (1 - decay**updates) + 0.5)))
 
 
-def update_blocks(blocks: BlockStack, context: StepContext) -> None:
-    """Take a step of blocks. They are independent: `BlockStack.parts` tells how many at a time."""
+def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext) -> None:
+    """Take a step of blocks. They are independent: `BlockStack.parts` tells how many at a time.
+
+    Args:
+        blocks: their state.
+        gradient_NRB: the gradient on the way in, the update on the way out; compute dtype.
+        context: what the step is taken with.
+    """
     own, config = context.settings, blocks.config
     if blocks.fused and own.damping + own.eps >= fused_step.LEAST_DAMPING:
-        _update_fused(blocks, context)
+        _update_fused(blocks, gradient_NRB, context)
         return
-    gradient_NRB, momentum_NRB = blocks.gradient_NRB, blocks.momentum_NRB
+    momentum_NRB = blocks.momentum_NRB
     if context.should_step is not None:
         gradient_NRB.copy_(torch.where(context.should_step.bool(), gradient_NRB, 0.0))
     mu = own.momentum
@@ -106,21 +112,21 @@ def update_blocks(blocks: BlockStack, context: StepContext) -> None:
         moment_N11 = blocks.fisher.to(hat_NRB.dtype).unsqueeze(2) * context.fisher_correction
         update_NRB = diagonal_update(hat_NRB, moment_N11, own.eps)
     elif config.grafting == "rms":
-        square_NR = _mean_squares(blocks, context, decay)
+        square_NR = _mean_squares(blocks, gradient_NRB, context, decay)
         weight_NR = None if square_NR is None else fisher.row_weights(square_NR)
         scaled_NRB = scale_rows(hat_NRB, weight_NR, config.exponent)
-        solved = _precondition(blocks, scaled_NRB, weight_NR, context, decay)
+        solved = _precondition(blocks, gradient_NRB, scaled_NRB, weight_NR, context, decay)
         moment_NRB = fisher.second_moment(solved.diagonal_NB, square_NR)
         update_NRB = orthogonal_update(solved.vectors_NRB, diagonal_update(hat_NRB, moment_NRB, own.eps))
     else:
-        solved = _precondition(blocks, hat_NRB, None, context, decay)
+        solved = _precondition(blocks, gradient_NRB, hat_NRB, None, context, decay)
         update_NRB = natural_update(solved.vectors_NRB, solved.d_N, config.exponent)
     if context.should_step is not None:
         update_NRB = torch.where(context.should_step.bool(), update_NRB, 0.0)
     gradient_NRB.copy_(update_NRB)
 
 
-def _update_fused(blocks: BlockStack, context: StepContext) -> None:
+def _update_fused(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext) -> None:
     """The same by the kernel."""
     own, scale = context.settings, context.momentum_correction
     scalars = fused_step.Scalars(
@@ -133,15 +139,17 @@ def _update_fused(blocks: BlockStack, context: StepContext) -> None:
         *damping(blocks.config, own),
         own.eps,
     )
-    fused_step.step(blocks, scalars, context.updates_fisher, _seeds(blocks, context), context.should_step)
+    fused_step.step(blocks, gradient_NRB, scalars, context.updates_fisher, _seeds(blocks, context), context.should_step)
 
 
-def _mean_squares(blocks: BlockStack, context: StepContext, decay: float | Tensor) -> Tensor | None:
+def _mean_squares(
+    blocks: BlockStack, gradient_NRB: Tensor, context: StepContext, decay: float | Tensor
+) -> Tensor | None:
     """ŵ of rows, (N, R), brought up to date when F is; None where blocks have one row."""
     if blocks.square_NR is None:
         return None
     if context.updates_fisher:
-        fisher.update_squares(blocks.square_NR, blocks.gradient_NRB, decay)
+        fisher.update_squares(blocks.square_NR, gradient_NRB, decay)
     return blocks.square_NR * context.fisher_correction
 
 
@@ -154,8 +162,9 @@ class _Preconditioned(NamedTuple):
 
 
 def _precondition(
-    blocks: BlockStack, vectors_NRB: Tensor, weight_NR: Tensor | None, context: StepContext, decay: float | Tensor
-) -> _Preconditioned:
+    blocks: BlockStack, gradient_NRB: Tensor, vectors_NRB: Tensor, weight_NR: Tensor | None, context: StepContext,
+    decay: float | Tensor,
+) -> _Preconditioned:  # fmt: skip
     """Update F, and multiply each row by A^(−p)."""
     count, keeps = len(blocks), blocks.config.keeps_factors
     result = _Preconditioned(
@@ -166,7 +175,7 @@ def _precondition(
         whole_NBB = part.whole(part.fisher)
         if context.updates_fisher:
             weight = None if weight_NR is None else weight_NR[tile]
-            fisher.update(whole_NBB, part.gradient_NRB, decay, weight, _seeds(part, context))
+            fisher.update(whole_NBB, gradient_NRB[tile], decay, weight, _seeds(part, context))
             if part.config.packed:
                 part.fisher.copy_(pack(whole_NBB))
         result.diagonal_NB[tile] = whole_NBB.diagonal(dim1=1, dim2=2)

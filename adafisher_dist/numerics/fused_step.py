@@ -127,11 +127,15 @@ def _hindrance(device: torch.device) -> str:
     return "" if one.item() == 1 else "a kernel that writes 1 wrote something else"
 
 
-def step(blocks: BlockStack, own: Scalars, updates: bool, seed_N: Tensor | None, should_step: Tensor | None) -> None:
+def step(
+    blocks: BlockStack, gradient_NRB: Tensor, own: Scalars, updates: bool, seed_N: Tensor | None,
+    should_step: Tensor | None,
+) -> None:  # fmt: skip
     """Take a step of blocks: their gradient goes into their state, the update takes its place.
 
     Args:
         blocks: of which `can_step` said so.
+        gradient_NRB: gradient, then update; contiguous.
         own: the numbers of the step.
         updates: whether F and w are updated.
         seed_N: by which this update of a bfloat16 F is rounded, (N,) int32.
@@ -141,12 +145,12 @@ def step(blocks: BlockStack, own: Scalars, updates: bool, seed_N: Tensor | None,
 
     shape, config = blocks.shape, blocks.config
     rows, columns = padded(shape)
-    unused = blocks.gradient_NRB
+    unused = gradient_NRB
     a, b, c = FAST[0]
     on_device = torch.cuda.device(blocks.device) if blocks.device.type == "cuda" else nullcontext()
     with on_device:  # Triton launches on the current one
         step_kernel[(len(blocks),)](
-            blocks.gradient_NRB,
+            gradient_NRB,
             blocks.momentum_NRB,
             blocks.fisher,
             unused if blocks.square_NR is None else blocks.square_NR,

@@ -46,8 +46,8 @@ class AdaFisher(ShardedOptimizer):
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an
     equal run of the blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block
-    lives on a rank that stores a part of it. N ranks train like one. Gradients must be averaged over ranks,
-    as DDP and DeepSpeed leave them.
+    lives on a rank that stores a part of it. N ranks train like one. Gradients must be averaged
+    over ranks, as DDP and DeepSpeed leave them.
 
     A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any
     rank; it is counted in `skipped_steps`, and a warning is logged. A parameter without gradient is
@@ -191,7 +191,7 @@ class AdaFisher(ShardedOptimizer):
             part = layouts.part_of_step(self)
             registry.stepper.step(groups, registry.ranks(), errors, part, registry.gradient_limit)
         except Exception:
-            registry.forget_unstepped(new)
+            registry.forget_unstepped()
             raise
         self._consolidated = None
         if registry.stepper.skipped > before:

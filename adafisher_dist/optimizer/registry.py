@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -96,10 +97,10 @@ class ParameterRegistry:
         new = [tensor for tensor, _ in active if tensor not in self.stepper]
         return {id(tensor): group for tensor, group in active}, new
 
-    def forget_unstepped(self, tensors: list[Tensor]) -> None:
+    def forget_unstepped(self) -> None:
         """Drop the state of tensors whose shards were planned in a failed step and are gone."""
-        for tensor in tensors:
-            step = self.optimizer.state.get(tensor, {}).get("step")
+        for tensor in list(self.optimizer.state):
+            step = self.optimizer.state[tensor].get("step")
             if tensor not in self.stepper and step is not None and not step.any():
                 del self.optimizer.state[tensor]
 
@@ -190,6 +191,8 @@ class ParameterRegistry:
                 views, entry = shard.views[index], self.optimizer.state.get(tensor)
                 if index in shard.removed:
                     continue
+                if entry is not None and len(entry) == len(views) and all(map(is_, entry.values(), views.values())):
+                    continue  # as nearly always
                 if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
                     changed.append((shard, index, entry))
         for shard, index, entry in self._apart(changed):

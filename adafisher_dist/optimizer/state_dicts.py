@@ -248,7 +248,7 @@ def dtensor_room(shard: Shard, tensor: int) -> dict[str, Tensor]:
     rooms = {key: shard.views[tensor][key].clone() for key in COUNTERS}
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
         first, stop = placement.runs(shape[0], group.size)[group.rank]
-        rooms[key] = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
+        rooms[key] = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.device)
     return rooms
 
 
@@ -268,7 +268,7 @@ def consolidate(shard: Shard, tensor: int, into: Mapping[str, Tensor] | None) ->
     for key, (shape, dtype) in whole_shapes(shard, tensor).items():
         for rank, (first, stop) in enumerate(owned[_kind(key)]):
             if first < stop:
-                empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.flat_buffer.device)
+                empty = torch.empty(stop - first, *shape[1:], dtype=dtype, device=shard.device)
                 part = collectives.broadcast(group, views[key] if rank == group.rank else empty, rank, CONSOLIDATE)
                 if into is not None:
                     into[key][first:stop] = part

@@ -1,7 +1,7 @@
 """One rank's share of the blocks of some parameters: where its elements come from, and its state.
 
-The rank's own elements stand in a row in a *flat buffer*, in the order of the plan. It is cut into
-chunks, so that the updates of one can travel while the next is computed.
+The rank's own blocks are stepped chunk by chunk, so that the updates of one can travel while the
+next is computed, and what a step needs beside the state is of a chunk's size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.settings import StateConfig
-from adafisher_dist.state.stacking import Chunk, Segment, stack_blocks
+from adafisher_dist.state.stacking import Chunk, ChunkRows, Segment, Stacks, stack_blocks
 
 
 class TensorSpec(NamedTuple):
@@ -46,10 +46,8 @@ class Shard:
         configs: for each of those groups, the settings that its state was built for.
         grids: for each parameter.
         assignment: which blocks each rank owns, and in which chunk they are.
-        flat_buffer: gradients on the way in, updates on the way out; compute dtype.
-        chunks: of this rank.
-        stacks: of this rank.
-        by_parameter: for each stack, the blocks of each parameter.
+        blocks: of this rank.
+        cut: for each rank, the row groups that it owns and does not store whole.
         counters: (parameters, 2) int64 on the CPU: steps t and Fisher updates k of each.
         stored: for each stored tensor, what this rank held of it when the shard was built.
         views: for each stored tensor, views of its state, by name: what `optimizer.state` holds.
@@ -64,15 +62,33 @@ class Shard:
     configs: Sequence[StateConfig]
     grids: Sequence[Grid]
     assignment: sharding.Assignment
-    flat_buffer: Tensor
-    chunks: list[Chunk]
-    stacks: list[BlockStack]
-    by_parameter: list[list[Segment]]
+    blocks: Stacks
+    cut: Sequence[sharding.Spans]
     counters: Tensor
     stored: list[TensorSpec]
     views: list[dict[str, Tensor]]
     checked: bool = False
     removed: set[int] = field(default_factory=set)
+
+    @property
+    def stacks(self) -> list[BlockStack]:
+        """Of this rank."""
+        return self.blocks.all
+
+    @property
+    def by_parameter(self) -> list[list[Segment]]:
+        """For each stack, the blocks of each parameter."""
+        return self.blocks.by_parameter
+
+    @property
+    def group_of_parameter(self) -> list[int]:
+        """For each parameter, the number of its param group within this shard."""
+        return [self.groups[parameter.tensor] for parameter in self.storage.parameters]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        return self.blocks.staging.device
 
     @property
     def owned(self) -> Sequence[sharding.Spans]:
@@ -82,10 +98,12 @@ class Shard:
     @property
     def plan_summary(self) -> PlanSummary:
         """What tells how much this rank and the others hold and send."""
-        configs = [self.configs[self.groups[parameter.tensor]] for parameter in self.storage.parameters]
+        groups = self.group_of_parameter
+        configs = [self.configs[group] for group in groups]
         itemsize = gather_dtype(self).itemsize
         storage = self.storage
-        return PlanSummary(self.grids, configs, storage.stored_spans, self.assignment, storage.replicated, itemsize)
+        where = storage.stored_spans, self.assignment, self.cut
+        return PlanSummary(self.grids, configs, groups, *where, storage.replicated, itemsize)
 
     @property
     def active(self) -> list[tuple[int, Parameter]]:
@@ -127,24 +145,21 @@ def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig
     parameters, rank = storage.parameters, storage.group.rank
     grids = [grid_of(parameter.shape, configs[groups[parameter.tensor]]) for parameter in parameters]
     assignment = sharding.assign(grids, storage.stored_spans, storage.replicated)
-    numel = sharding.count(assignment.owned[rank])
-    flat_buffer = torch.zeros(numel, dtype=configs[0].compute_dtype, device=storage.values(0).device)
-    own = [by_rank[rank] for by_rank in assignment.chunks]
-    chunks, stacks, by_parameter = stack_blocks(flat_buffer, own, grids, parameters, groups, configs, zeroed)
+    own, held = (
+        [by_rank[rank] for by_rank in assignment.chunks],
+        [storage.values(i) for i in range(len(storage.tensors))],
+    )
+    blocks = stack_blocks(own, storage.stored_spans[rank], grids, parameters, groups, configs, held, zeroed)
+    cut = sharding.cut_by_boundaries(assignment, storage.stored_spans, grids) if not storage.replicated else ()
     counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
-    held = [storage.values(index) for index in range(len(storage.tensors))]
     stored = [TensorSpec(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
-    views = _views(counters, parameters, stacks, by_parameter)
+    views = _views(counters, parameters, blocks)
     if storage.one_each:  # on all ranks the same keys, as torch's checkpoint functions expect of a state
         for parameter, grid in zip(parameters, grids, strict=True):
             shapes = state_shapes(grid, configs[groups[parameter.tensor]])
             for key, (shape, dtype) in shapes.items():
-                views[parameter.tensor].setdefault(
-                    key, torch.empty(0, *shape[1:], dtype=dtype, device=flat_buffer.device)
-                )
-    return Shard(
-        storage, groups, configs, grids, assignment, flat_buffer, chunks, stacks, by_parameter, counters, stored, views,
-    )  # fmt: skip
+                views[parameter.tensor].setdefault(key, torch.empty(0, *shape[1:], dtype=dtype, device=held[0].device))
+    return Shard(storage, groups, configs, grids, assignment, blocks, cut, counters, stored, views)
 
 
 def state_shapes(grid: Grid, config: StateConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -156,12 +171,9 @@ def state_shapes(grid: Grid, config: StateConfig) -> dict[str, tuple[tuple[int, 
     }
 
 
-def _views(
-    counters: Tensor, parameters: Sequence[Parameter], stacks: Sequence[BlockStack],
-    by_parameter: Sequence[Sequence[Segment]],
-) -> list[dict[str, Tensor]]:  # fmt: skip
+def _views(counters: Tensor, parameters: Sequence[Parameter], blocks: Stacks) -> list[dict[str, Tensor]]:
     views = _counter_views(counters, parameters)
-    for stack, segments in zip(stacks, by_parameter, strict=True):
+    for stack, segments in zip(blocks.all, blocks.by_parameter, strict=True):
         rows: dict[int, tuple[int, int]] = {}  # of each tensor: first, stop
         for segment in segments:
             tensor = parameters[segment.owner].tensor
@@ -182,21 +194,19 @@ def _counter_views(counters: Tensor, parameters: Sequence[Parameter]) -> list[di
 
 
 def compute_chunk(chunk: Chunk, contexts: Sequence[StepContext | None]) -> None:
-    """Turn the gradients in a chunk of the flat buffer into updates.
+    """Turn the gradients of a chunk, which are in the workspace, into updates.
 
     Args:
         chunk: the chunk.
         contexts: for each parameter, the same object where they are at the same step of the same
-            param group; None where it has no gradient: its elements are zero, and stay so.
+            param group; None where it has no gradient: what is in its place is nobody's.
     """
-    for rows in chunk.rows:
-        torch._foreach_copy_(rows.in_stack, rows.in_buffer)
-        with full_precision(rows.stack.device):
-            for start, stop, context in _runs(rows.segments, contexts):
+    for rows in chunk:
+        with full_precision(rows.blocks.device):
+            for start, stop, context in _runs(rows, contexts):
                 if context is not None:
-                    for part in rows.stack.rows(start, stop).parts():
-                        update_blocks(part, context)
-        torch._foreach_copy_(rows.in_buffer, rows.in_stack)
+                    for part, gradient_NRB in rows.parts(start, stop):
+                        update_blocks(part, gradient_NRB, context)
 
 
 def waits_for_nothing(shard: Shard) -> bool:
@@ -217,10 +227,12 @@ def gradient_limit(shard: Shard) -> float:
     return min(fisher.gradient_limit(s.compute_dtype, s.block_size) for s in shard.configs)
 
 
-def _runs(
-    segments: Sequence[Segment], contexts: Sequence[StepContext | None]
-) -> Iterator[tuple[int, int, StepContext | None]]:
+def _runs(rows: ChunkRows, contexts: Sequence[StepContext | None]) -> Iterator[tuple[int, int, StepContext | None]]:
     """Consecutive blocks of parameters that have the same context, as (start, stop, context)."""
-    for _, run in groupby(segments, key=lambda segment: id(contexts[segment.owner])):
+    first = contexts[rows.owners[0]]
+    if all(contexts[owner] is first for owner in rows.owners):  # as nearly always
+        yield 0, len(rows.blocks), first
+        return
+    for _, run in groupby(rows.segments, key=lambda segment: id(contexts[segment.owner])):
         members = list(run)
         yield members[0].start, members[-1].stop, contexts[members[0].owner]

@@ -1,9 +1,15 @@
-"""How a rank's blocks are stacked: those of one shape and one param group, of any parameter."""
+"""How a rank's blocks are stacked: those of one shape and one param group, of any parameter.
+
+They are stepped chunk by chunk. Gradients are brought to the blocks of a chunk from where they are
+stored, into a workspace that all chunks share, and updates go from there to the weights; only of
+row groups that a boundary between ranks cuts the elements are staged, since a part of them comes
+from other ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +17,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
+from adafisher_dist.blocks.sharding import Spans, StoredSpan
 from adafisher_dist.layouts.storage import Parameter
 from adafisher_dist.numerics.block_stack import BlockStack, Numbers, allocate
 from adafisher_dist.settings import StateConfig
@@ -26,72 +33,176 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StackRows:
-    """The blocks of a stack in one chunk: their parameters, their elements in the flat buffer."""
+class Run:
+    """Blocks of one parameter that lie evenly spaced in a stored tensor, and in the workspace.
 
-    stack: BlockStack
+    Attributes:
+        shape: row groups, blocks of each, rows of a block, elements of a row; where they are all of
+            the stored tensor, in its order, the shape of that, so that it needs no view.
+        strides: of these in the stored tensor, which is contiguous.
+        whole: whether it is all of the stored tensor.
+        tensor: the number of the stored tensor.
+        offset: the first element there.
+        in_chunk: the first element where all of the chunk stand in a row.
+        in_work: the same in the workspace, of this shape.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    whole: bool
+    tensor: int
+    offset: int
+    in_chunk: int
+    in_work: Tensor
+
+    def of(self, stored: Tensor) -> Tensor:
+        """A view of the stored tensor."""
+        if self.whole:
+            return stored
+        return stored.as_strided(self.shape, self.strides, stored.storage_offset() + self.offset)
+
+    def of_chunk(self, flat: Tensor) -> Tensor:
+        """A view of a 1-d tensor with all elements of the chunk."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.in_chunk)
+
+
+@dataclass(slots=True, eq=False)
+class ChunkRows:
+    """The blocks of a stack in one chunk.
+
+    Attributes:
+        blocks: their state.
+        gradient_NRB: gradients, then updates: a part of the workspace.
+        segments: their parameters; counted within `blocks`.
+        stored: those whose elements this rank stores.
+        in_staging: views of the staging buffer, of those that it does not store whole.
+        staged: the same blocks in the workspace.
+        owners: of the segments.
+    """
+
+    blocks: BlockStack
+    gradient_NRB: Tensor
     segments: list[Segment]
-    in_buffer: list[Tensor]
-    in_stack: list[Tensor]
+    stored: list[Run]
+    in_staging: list[Tensor]
+    staged: list[Tensor]
+    owners: list[int]
+    _whole: list[tuple[BlockStack, Tensor]] = field(default_factory=list)
+
+    def parts(self, start: int, stop: int) -> Iterable[tuple[BlockStack, Tensor]]:
+        """What is stepped at a time of blocks [start, stop); those of all are kept."""
+        if (start, stop) != (0, len(self.blocks)):
+            return self._parts(start, stop)
+        if not self._whole:
+            self._whole.extend(self._parts(start, stop))
+        return self._whole
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[BlockStack, Tensor]]:
+        for part, where in self.blocks.parts(start, stop):
+            yield part, self.gradient_NRB[where]
+
+
+Chunk = list[ChunkRows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
-    """Elements [start, stop) of the flat buffer."""
+class Stacks:
+    """A rank's blocks.
 
-    start: int
-    stop: int
-    rows: list[StackRows]
+    Attributes:
+        all: the stacks.
+        by_parameter: for each stack, the blocks of each parameter.
+        chunks: in the order in which they are stepped.
+        staging: elements of the row groups that this rank owns and does not store whole; compute
+            dtype.
+    """
+
+    all: list[BlockStack]
+    by_parameter: list[list[Segment]]
+    chunks: list[Chunk]
+    staging: Tensor
 
 
 @dataclass(slots=True)
 class _Planned:
-    """A run of blocks: the first one's number in its stack, and its offset in the flat buffer."""
+    """A run of blocks: where its elements are, and the first block's number in its stack.
+
+    Attributes:
+        run: of the parameter's grid.
+        parameter: its number.
+        begin: the number in the stack.
+        tensor: the number of the stored tensor; None for the staging buffer.
+        offset: of the first element there.
+        in_chunk: where all elements of the chunk stand in a row.
+    """
 
     run: BlockRun
     parameter: int
     begin: int
+    tensor: int | None
     offset: int
+    in_chunk: int
 
 
 _Key = tuple[int, BlockShape]  # param group
 
 
 def stack_blocks(
-    flat_buffer: Tensor, chunks: Sequence[sharding.Spans], grids: Sequence[Grid], parameters: Sequence[Parameter],
-    groups: Sequence[int], configs: Sequence[StateConfig], zeroed: bool,
-) -> tuple[list[Chunk], list[BlockStack], list[list[Segment]]]:  # fmt: skip
-    """Sort the chunks' blocks into stacks, allocate these, pair their elements with the buffer's.
+    chunks: Sequence[Spans], stored: Sequence[StoredSpan], grids: Sequence[Grid], parameters: Sequence[Parameter],
+    groups: Sequence[int], configs: Sequence[StateConfig], held: Sequence[Tensor], zeroed: bool,
+) -> Stacks:  # fmt: skip
+    """Sort the chunks' blocks into stacks, allocate these, and plan the ways of their elements.
 
-    Returns the chunks, the stacks, and for each stack the blocks of each parameter.
+    Args:
+        chunks: of this rank.
+        stored: what this rank stores.
+        grids: of each parameter.
+        parameters: they.
+        groups: for each stored tensor, the number of its param group.
+        configs: for each of those.
+        held: what this rank holds of each stored tensor; the state is on the same device.
+        zeroed: see `block_stack.allocate`.
     """
-    tensors = [parameter.tensor for parameter in parameters]
-    positions = [parameter.info.position for parameter in parameters]
+    places = sharding.by_parameter(stored)
     planned: list[dict[_Key, list[_Planned]]] = []
     counts: dict[_Key, int] = {}
-    offset = 0
+    staged = 0
     for spans in chunks:
         planned.append({})
+        in_chunk = 0
         for span in spans:
-            for run in grids[span.parameter].runs(span.start, span.stop):
-                key = (groups[tensors[span.parameter]], run.shape)
-                begin = counts.get(key, 0)
-                entry = _Planned(run, span.parameter, begin, offset + run.start - span.start)
-                planned[-1].setdefault(key, []).append(entry)
-                counts[key] = begin + run.num_blocks
-            offset += len(span)
+            grid = grids[span.parameter]
+            for part, place in sharding.split_where_cut(span, places[span.parameter], grid):
+                # From an element's number in the parameter to its place.
+                shift = staged - part.start if place is None else place.offset - place.span.start
+                for run in grid.runs(part.start, part.stop):
+                    key = (groups[parameters[span.parameter].tensor], run.shape)
+                    begin = counts.get(key, 0)
+                    tensor = None if place is None else place.tensor
+                    where = in_chunk + run.start - span.start
+                    entry = _Planned(run, span.parameter, begin, tensor, run.start + shift, where)
+                    planned[-1].setdefault(key, []).append(entry)
+                    counts[key] = begin + run.num_blocks
+                staged += len(part) if place is None else 0
+            in_chunk += len(span)
+    device = held[0].device
     entries = {key: [entry for chunk in planned for entry in chunk.get(key, ())] for key in counts}
+    positions = [parameter.info.position for parameter in parameters]
     stacks = {
-        key: allocate(*key, configs[key[0]], _numbers(own, positions, configs[key[0]]), flat_buffer.device, zeroed)
+        key: allocate(*key, configs[key[0]], _numbers(own, positions, configs[key[0]]), device, zeroed)
         for key, own in entries.items()
     }
-    result, start = [], 0
-    for spans, by_key in zip(chunks, planned, strict=True):
-        stop = start + sharding.count(spans)
-        result.append(Chunk(start, stop, [_rows(flat_buffer, stacks[key], by_key[key]) for key in by_key]))
-        start = stop
-    by_parameter = [_segments(entries[key]) for key in stacks]
-    return result, list(stacks.values()), by_parameter
+    dtype = configs[0].compute_dtype
+    of_parameter = [groups[parameter.tensor] for parameter in parameters]
+    longest = max((sharding.workspace_numel(spans, grids, of_parameter) for spans in chunks), default=0)
+    work = torch.zeros(longest, dtype=dtype, device=device)
+    staging = torch.zeros(staged, dtype=dtype, device=device)
+    return Stacks(
+        list(stacks.values()),
+        [_segments(entries[key]) for key in stacks],
+        [list(_rows_of(by_key, stacks, work, staging, [tensor.shape for tensor in held])) for by_key in planned],
+        staging,
+    )
 
 
 def _numbers(entries: list[_Planned], positions: Sequence[int], config: StateConfig) -> Numbers:
@@ -113,14 +224,51 @@ def _numbers(entries: list[_Planned], positions: Sequence[int], config: StateCon
     return np.concatenate(numbers).astype(np.int64)
 
 
-def _rows(flat_buffer: Tensor, stack: BlockStack, entries: list[_Planned]) -> StackRows:
-    in_buffer, in_stack = [], []
-    for entry in entries:
-        run, (columns, rows, _) = entry.run, entry.run.shape
-        shape = (run.row_groups, run.count, rows, columns)
-        in_buffer.append(flat_buffer.as_strided(shape, (run.stride, columns, run.row_stride, 1), entry.offset))
-        in_stack.append(stack.gradient_NRB[entry.begin : entry.begin + run.num_blocks].view(shape))
-    return StackRows(stack, _segments(entries), in_buffer, in_stack)
+def _numel(shape: BlockShape, entries: list[_Planned]) -> int:
+    return sum(entry.run.num_blocks for entry in entries) * shape.rows * shape.columns
+
+
+def _rows_of(
+    by_key: Mapping[_Key, list[_Planned]], stacks: Mapping[_Key, BlockStack], work: Tensor, staging: Tensor,
+    shapes: Sequence[torch.Size],
+) -> Iterator[ChunkRows]:  # fmt: skip
+    """The blocks of a chunk, by stack: they stand in the workspace one stack after the other."""
+    begun = 0
+    for key, entries in by_key.items():
+        shape, numel = key[1], _numel(key[1], entries)
+        gradient_NRB = work[begun : begun + numel].view(-1, shape.rows, shape.columns)
+        begun += sharding.aligned(numel)
+        first = entries[0].begin
+        blocks = stacks[key].rows(first, first + len(gradient_NRB))
+        segments = [Segment(s.owner, s.start - first, s.stop - first) for s in _segments(entries)]
+        rows = ChunkRows(blocks, gradient_NRB, segments, [], [], [], [segment.owner for segment in segments])
+        for entry in entries:
+            run = entry.run
+            sizes: tuple[int, ...] = (run.row_groups, run.count, shape.rows, shape.columns)
+            strides: tuple[int, ...] = (run.stride, shape.columns, run.row_stride, 1)
+            start = entry.begin - first
+            in_work = gradient_NRB[start : start + run.num_blocks].view(sizes)
+            if entry.tensor is None:
+                rows.in_staging.append(staging.as_strided(sizes, strides, entry.offset))
+                rows.staged.append(in_work)
+            else:
+                whole = shapes[entry.tensor]
+                is_whole = whole.numel() == in_work.numel() and _in_order(sizes, strides)
+                if is_whole:
+                    in_work = in_work.view(whole)
+                    sizes, strides = tuple(whole), in_work.stride()
+                rows.stored.append(Run(sizes, strides, is_whole, entry.tensor, entry.offset, entry.in_chunk, in_work))
+        yield rows
+
+
+def _in_order(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of such a view are contiguous."""
+    numel = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != numel:
+            return False
+        numel *= size
+    return True
 
 
 def _segments(entries: list[_Planned]) -> list[Segment]:

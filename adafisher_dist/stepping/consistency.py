@@ -25,8 +25,12 @@ from adafisher_dist.stepping.inputs import Inputs
 logger = logging.getLogger("adafisher_dist")
 
 
+Fingerprints = Sequence[tuple[int, str]]
+"""What must be the same on all ranks, and what to say if it is not."""
+
+
 def check_consistency(
-    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, on_device: bool, metrics: object,
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, fingerprints: Fingerprints,
     errors: DeferredErrors, compare_copies: bool,
 ) -> bool:  # fmt: skip
     """Whether all ranks' gradients are finite and small enough to square, as far as hosts know.
@@ -36,8 +40,7 @@ def check_consistency(
         shards: those that take part in the step.
         inputs: for each shard; after an error some may be missing.
         finite: whether that is so of this rank's gradients.
-        on_device: whether that is decided on the device instead.
-        metrics: which steps are measured, and which is being; None where none is.
+        fingerprints: of this rank; see `fingerprints_of`.
         errors: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold
             the same ones, as they always are in the first step of a shard. Alike on all ranks.
@@ -48,24 +51,20 @@ def check_consistency(
             it names them.
         Exception: the error itself, on the rank that had it.
     """
-    values = [int(finite), _failed(errors)]
+    values = [int(finite), failed(errors)]
     if group.total_size == 1:
-        _raise(errors, values[1], "")
+        stop(errors.error, values[1], "")
     else:
-        prints = [
-            *_fingerprints(shards, inputs, on_device, metrics),
-            *_of_copies(shards, inputs, errors, compare_copies),
-        ]
+        prints = [*fingerprints, *_of_copies(shards, inputs, errors, compare_copies)]
         same_replicas = _same_in_replicas(group, shards, inputs, errors, compare_copies) if group.replicas else 1
-        values = [int(finite), _failed(errors), same_replicas]
-        values += chain.from_iterable((print_, -print_) for print_, _ in prints)
+        values = [int(finite), failed(errors), same_replicas, *_with_negatives(prints)]
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different
         # devices would all wait.
         values = collectives.minimum(group, torch.tensor(values)).tolist()
-        _raise(errors, values[1], "before anything changed")
-        for low, minus_high, (_, message) in zip(values[3::2], values[4::2], prints, strict=True):
-            if low != -minus_high:
-                raise RuntimeError(message)
+        stop(errors.error, values[1], "before anything changed")
+        difference = _first_difference(values[3:], prints)
+        if difference is not None:
+            raise RuntimeError(difference)
         if not values[2]:
             raise RuntimeError("The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE)
     for shard in shards:
@@ -73,16 +72,44 @@ def check_consistency(
     return bool(values[0])
 
 
+def _with_negatives(prints: Fingerprints) -> list[int]:
+    return list(chain.from_iterable((print_, -print_) for print_, _ in prints))
+
+
+def _first_difference(lowest: Sequence[int], prints: Fingerprints) -> str | None:
+    """What to say of the first fingerprint that differs, by the minimum of `_with_negatives`."""
+    pairs = zip(lowest[::2], lowest[1::2], prints, strict=True)
+    return next((message for low, minus_high, (_, message) in pairs if low != -minus_high), None)
+
+
+def difference(group: Group, prints: Fingerprints) -> str:
+    """In what the ranks differ, which they know that they do. A collective of the hosts."""
+    lowest = collectives.minimum(group, torch.tensor(_with_negatives(prints))).tolist()
+    return _first_difference(lowest, prints) or "The ranks were about to take different steps of AdaFisher."
+
+
+def fingerprint(prints: Fingerprints) -> int:
+    """All of them as one."""
+    return sharding.digest([print_ for print_, _ in prints])
+
+
 _SYNCHRONISE = (
     " Leave gradient synchronisation on in the last backward before step(): under DDP no no_sync(), and no local SGD."
 )
 
 
-def _fingerprints(
+def fingerprints_of(
     shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool, metrics: object
-) -> list[tuple[int, str]]:
-    """What must be the same on all ranks, and what to say if it is not."""
-    active = [[gradient is not None for gradient in own.gradients] for own in inputs]
+) -> Fingerprints:
+    """What must be the same on all ranks.
+
+    Args:
+        shards: those that take part in the step.
+        inputs: for each shard; after an error some may be missing.
+        on_device: whether gradients are looked at on the device.
+        metrics: which steps are measured, and which is being; None where none is.
+    """
+    active = [bytes(gradient is not None for gradient in own.gradients) for own in inputs]
     return [
         (
             sharding.digest([shard.storage.group.size for shard in shards], active),
@@ -105,7 +132,7 @@ def _fingerprints(
             " optimizer on every rank.",
         ),
         (
-            sharding.digest([shard.counters.tolist() for shard in shards]),
+            sharding.digest([shard.counters.numpy().tobytes() for shard in shards]),
             "The ranks have taken different numbers of steps. Load the optimizer's state on every rank, not on one"
             " alone, and reset it on all.",
         ),
@@ -170,20 +197,26 @@ def raise_if_any_failed(
             incomplete. Or some did not come to `purpose` within the timeout of the process group.
         Exception: the error itself, on the rank that had it.
     """
-    failure = _failed(errors)
+    failure = failed(errors)
     if group.total_size > 1:
         failure = int(collectives.minimum(group, torch.tensor([failure]), purpose).item())
-    _raise(errors, failure, when)
+    stop(errors.error, failure, when)
 
 
-def _failed(errors: DeferredErrors) -> int:
+def failed(errors: DeferredErrors) -> int:
     """0, or a negative number that tells which rank failed."""
     return 0 if errors.error is None else -1 - collectives.own_rank()
 
 
-def _raise(errors: DeferredErrors, failure: int, when: str) -> None:
-    if errors.error is not None:
-        raise errors.error
+def stop(error: Exception | None, failure: int, when: str) -> None:
+    """Raise this rank's error, or tell of another's; nothing where no rank failed.
+
+    Raises:
+        RuntimeError: names the rank that failed.
+        Exception: `error`.
+    """
+    if error is not None:
+        raise error
     if failure:
         raise RuntimeError(
             f"AdaFisher stops on all ranks, since rank {-1 - failure} failed {when}; its error tells why."

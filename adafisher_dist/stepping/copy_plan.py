@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks.sharding import TensorPiece
 
-Flats = Sequence[Tensor | None]  # of each stored tensor, flattened; None where it takes no part
+Flats = Sequence[Tensor | None]  # of each stored tensor, contiguous; None where it takes no part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,8 +21,9 @@ class _Cut:
     chosen: list[int]
     parts: list[Tensor]
 
-    def pieces(self, flat: Tensor) -> list[Tensor]:
-        """Views of the flattened tensor."""
+    def pieces(self, whole: Tensor) -> list[Tensor]:
+        """Views of the contiguous tensor, 1-d."""
+        flat = whole.view(-1)
         if len(self.lengths) == 1:
             return [flat]
         views = flat.split_with_sizes(self.lengths)

@@ -1,14 +1,17 @@
-"""Whether a step may change anything, decided and kept on the device; the host reads it later.
+"""What ranks must know of each other in a step, exchanged on the device; hosts read it later.
 
-A host that looked at the gradients would wait for the device, which would then wait for the host to
-queue new work. So the arithmetic is gated by a number on the device, and changes nothing where a
-gradient of any rank is not finite. The host, which has counted the step, learns of it at the next
-call, and rolls its counters back (`Stepper.resolve_pending`).
+A host that looked at the gradients would wait for the device, and one that asked the other hosts
+would wait for them; the device would then wait for the host to queue new work. So the arithmetic is
+gated by a number on the device, and changes nothing where a gradient of any rank cannot be used,
+where a rank has failed, or where the ranks differ in what they are about to do. The host, which has
+counted the step, learns of it at the next call (`Stepper.resolve_pending`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from torch import Tensor
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.state.shard import Shard
+from adafisher_dist.stepping.consistency import Fingerprints, failed
 
 
 def is_meant_for(device: torch.device) -> bool:
@@ -23,41 +28,117 @@ def is_meant_for(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+class Verdict(NamedTuple):
+    """What all ranks together know of a step.
+
+    Attributes:
+        usable: every gradient could be used.
+        before: 0, or −1 − a rank that had failed before anything changed.
+        alike: all ranks were about to do the same.
+        amid: 0, or −1 − a rank that failed in the middle of the step.
+    """
+
+    usable: bool
+    before: int
+    alike: bool
+    amid: int
+
+    @property
+    def took_place(self) -> bool:
+        """Whether the step changed anything."""
+        return self.usable and self.alike and not self.before
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the ranks have to stop."""
+        return not self.alike or self.before < 0 or self.amid < 0
+
+
 class FoundInf:
     """Decides for one step at a time, on a group's ranks; reused, so that no step allocates it."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
-        self._should_step = group.comm_buffer(torch.ones(1, dtype=torch.int32, device=device))
+        # Of each the minimum over the ranks: 0 or −1 if a gradient cannot be used; 0 or −1 − the
+        # rank that failed; fingerprint; its negative. Their sum is 0 if all is well, and else less.
+        self._votes = group.comm_buffer(torch.zeros(4, dtype=torch.int64, device=device))
+        self._amid = group.comm_buffer(torch.zeros(1, dtype=torch.int64, device=device))
+        self._should_step = torch.ones(1, dtype=torch.int32, device=device)
         on_accelerator = device.type != "cpu"
-        self._seen = torch.ones(1, dtype=torch.int32, pin_memory=on_accelerator)
-        self._arrival = torch.Event(device) if on_accelerator else None
+        self._seen = torch.zeros(5, dtype=torch.int64, pin_memory=on_accelerator)
+        self._arrivals = [torch.Event(device) for _ in range(2)] if on_accelerator else []
 
     def is_for(self, group: Group, device: torch.device) -> bool:
         """Whether it is of these ranks and of this kind of device."""
-        return self._group == group and self._should_step.tensor.device == device
+        return self._group == group and self._should_step.device == device
 
-    def decide(self, largest: Sequence[tuple[Tensor, float]], errors: DeferredErrors) -> Tensor:
-        """Tell all ranks whether every gradient can be used. A collective; no host waits for it.
+    def decide(self, largest: Sequence[tuple[Tensor, float]], fingerprint: int, errors: DeferredErrors) -> Tensor:
+        """Tell all ranks whether the step may take place. A collective; no host waits for it.
 
         Args:
             largest: the largest absolute gradient elements of this rank, 0-d, and how large each
                 may be.
+            fingerprint: of what must be the same on all ranks, of at most 62 bits.
             errors: of this rank.
 
         Returns:
             0-d int32 on the device: 0 if the step is to change nothing.
         """
-        flag = self._should_step.tensor
-        errors.attempt(lambda: flag.copy_(torch.stack([element <= limit for element, limit in largest]).all()))
-        collectives.minimum_on_device(self._group, self._should_step)
-        self._seen.copy_(flag, non_blocking=True)
-        if self._arrival is not None:
-            self._arrival.record()
-        return flag.squeeze(0)
+        votes = self._votes.tensor
 
-    def read(self) -> bool:
-        """Whether the last step counted; waits until the device has come to it."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return bool(self._seen.numpy()[0])  # no operation of torch: it is on the host
+        def look() -> None:
+            votes[:1].zero_()
+            if largest:
+                unusable = torch.stack([element <= limit for element, limit in largest]).logical_not_()
+                votes[:1].sub_(unusable.any().to(torch.int64))
+
+        errors.attempt(look)
+        for index, value in enumerate((failed(errors), fingerprint, -fingerprint), start=1):
+            votes[index].fill_(value)
+        collectives.minimum_on_device(self._group, self._votes)
+        self._should_step.copy_(votes.sum() == 0)
+        self._notice(self._seen[:4], votes, 0)
+        return self._should_step.squeeze(0)
+
+    def settle(self, errors: DeferredErrors) -> None:
+        """Tell all ranks whether this one has done its part. A collective, as `decide`."""
+        self._amid.tensor.fill_(failed(errors))
+        collectives.minimum_on_device(self._group, self._amid)
+        self._notice(self._seen[4:], self._amid.tensor, 1)
+
+    def _notice(self, seen: Tensor, of_device: Tensor, number: int) -> None:
+        seen.copy_(of_device, non_blocking=True)
+        if self._arrivals:
+            self._arrivals[number].record()
+
+    def read(self, settled: bool = True) -> Verdict:
+        """What came out of the last step; waits until the device has come to it.
+
+        Args:
+            settled: whether it has been settled too.
+        """
+        if self._arrivals:
+            self._arrivals[int(settled)].synchronize()
+        usable, before, low, minus_high, amid = self._seen.numpy().tolist()  # no operation of torch: on the host
+        return Verdict(usable == 0, before, low == -minus_high, amid if settled else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """A step whose outcome the host does not know yet.
+
+    Attributes:
+        found_inf: what knows it.
+        shards: that took part.
+        counters: theirs before the step.
+        part: the number of this part of a wrapper's step: only the first counts as a skipped step.
+        fingerprints: what was to be the same on all ranks.
+        error: of this rank.
+    """
+
+    found_inf: FoundInf
+    shards: list[Shard]
+    counters: list[Tensor]
+    part: int
+    fingerprints: Fingerprints
+    error: Exception | None

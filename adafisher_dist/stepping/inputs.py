@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adafisher_dist.layouts.storage import local
 from adafisher_dist.settings import StepSettings, normalized, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
@@ -21,7 +22,7 @@ class Inputs:
 
     Attributes:
         settings: of each param group of the shard; None where none of its tensors has a gradient.
-        weights: what this rank holds of each stored tensor, flattened; None where it has no
+        weights: what this rank holds of each stored tensor, contiguous; None where it has no
             gradient in this call.
         gradients: likewise.
     """
@@ -31,18 +32,19 @@ class Inputs:
     gradients: list[Tensor | None] = field(default_factory=list)
     _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(self, weight: Tensor | None, gradient: Tensor | None) -> None:
-        """The next stored tensor: both, or neither."""
-        flat = None if weight is None else weight.reshape(-1)
-        if weight is not None and flat is not None and not weight.is_contiguous():
-            self._copied.append((weight, flat))
-        self.weights.append(flat)
-        self.gradients.append(None if gradient is None else gradient.reshape(-1))
+    def add(self, weight: Tensor, gradient: Tensor) -> None:
+        """The next stored tensor, which has a gradient."""
+        if not weight.is_contiguous():
+            copy = weight.contiguous()
+            self._copied.append((weight, copy))
+            weight = copy
+        self.weights.append(weight)
+        self.gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
 
     def write_back(self) -> None:
-        """Bring changed weights to where those are that could not be flattened in place."""
-        for weight, flat in self._copied:
-            weight.copy_(flat.view(weight.shape))
+        """Bring changed weights to where those are that were not contiguous."""
+        for weight, copy in self._copied:
+            weight.copy_(copy)
 
 
 def inputs_of(shard: Shard, groups: Groups) -> Inputs:
@@ -53,32 +55,45 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
             dtype since the plan was made; or a setting that shapes the state was changed.
     """
     inputs = Inputs(settings=_settings(shard, groups))
-    for index, tensor in enumerate(shard.storage.tensors):
-        gradient = shard.storage.gradient(index) if id(tensor) in groups else None
-        if gradient is None:
-            inputs.add(None, None)
-        else:
-            weight = shard.storage.values(index)
-            _check_tensor(shard, index, weight, gradient)
-            inputs.add(weight, gradient)
+    for index, (tensor, before) in enumerate(zip(shard.storage.tensors, shard.stored, strict=True)):
+        given = tensor.grad if id(tensor) in groups else None
+        if given is None:
+            inputs.weights.append(None)
+            inputs.gradients.append(None)
+            continue
+        weight, gradient = local(tensor), local(given)
+        if (
+            weight.shape != before.shape
+            or weight.dtype != before.dtype
+            or weight.device != before.device
+            or gradient.shape != before.shape
+            or gradient.layout != torch.strided
+            or gradient.is_complex()
+        ):
+            _refuse(shard, index, weight, gradient)
+        inputs.add(weight, gradient)
     return inputs
 
 
-def _check_tensor(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:
+def without_gradients(shard: Shard) -> Inputs:
+    """All weights and no gradient: for a rank that has no part of its own in a step."""
+    tensors = [local(tensor) for tensor in shard.storage.tensors]
+    return Inputs([None for _ in shard.configs], [t.contiguous() for t in tensors], [None for _ in tensors])
+
+
+def _refuse(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:
     before = shard.stored[index]
     if gradient.layout != torch.strided or gradient.is_complex():
         kind = "complex" if gradient.is_complex() else "sparse"
         problem = f"has a {kind} gradient, which AdaFisher does not support. For embeddings, use sparse=False."
-    elif (weight.shape, weight.device, weight.dtype) != before:
+    elif gradient.shape != weight.shape:
+        problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(weight.shape)}."
+    else:
         problem = (
             f"was {tuple(before.shape)}, {before.dtype}, on {before.device} when its state was made, and is"
             f" {tuple(weight.shape)}, {weight.dtype}, on {weight.device} now. Move or replace parameters before the"
             " first step; or reset_state(), or save and load the state_dict."
         )
-    elif gradient.shape != weight.shape:
-        problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(weight.shape)}."
-    else:
-        return
     raise RuntimeError(f"The parameter {shard.storage.name_of(index)} {problem}")
 
 
@@ -106,3 +121,43 @@ def _settings(shard: Shard, groups: Groups) -> list[StepSettings | None]:
                 " shape. Call reset_state() first, or build a new optimizer."
             )
     return result
+
+
+_SMALL = 4096  # elements
+
+Stretch = tuple[int, int, int]  # number of a stored tensor, first element, the one after the last
+
+
+def stored_stretches(shard: Shard) -> list[Stretch]:
+    """Where stored tensors hold elements of parameters; what is padding has no gradient."""
+    found: list[Stretch] = []
+    for place in shard.storage.stored_spans[shard.storage.group.rank]:
+        start, stop = place.offset, place.offset + len(place.span)
+        if found and found[-1][0] == place.tensor and found[-1][2] == start:
+            start = found.pop()[1]
+        found.append((place.tensor, start, stop))
+    return found
+
+
+def _stretches(stored: Sequence[Stretch], flats: Sequence[Tensor | None]) -> list[Tensor]:
+    found = []
+    for tensor, start, stop in stored:
+        whole = flats[tensor]
+        if whole is not None:
+            found.append(whole if whole.numel() == stop - start else whole.view(-1)[start:stop])
+    return found
+
+
+def largest_gradient(inputs: Inputs, stored: Sequence[Stretch], shard: Shard) -> Tensor:
+    """The largest absolute element of this rank's gradients, 0-d; NaN where there is one."""
+    gradients = [gradient for gradient in _stretches(stored, inputs.gradients) if gradient.numel()]
+    if not gradients:
+        return torch.zeros((), dtype=shard.blocks.staging.dtype, device=shard.device)
+    if shard.device.type != "cpu":
+        return torch.stack(torch._foreach_norm(gradients, torch.inf)).amax()
+    # On a CPU 20 times as fast as a norm; many small ones are put together.
+    small = [gradient.view(-1) for gradient in gradients if gradient.numel() <= _SMALL]
+    looked_at = [gradient for gradient in gradients if gradient.numel() > _SMALL] + (
+        [torch.cat(small)] if small else []
+    )
+    return torch.stack([end for gradient in looked_at for end in torch.aminmax(gradient)]).abs().amax()

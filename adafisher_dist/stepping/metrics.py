@@ -29,6 +29,7 @@ from adafisher_dist.numerics.block_step import damping
 from adafisher_dist.numerics.factors import FALLBACKS, condition_number
 from adafisher_dist.stepping.exchange import Exchange
 from adafisher_dist.stepping.inputs import Inputs
+from adafisher_dist.stepping.updating import Observe
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -77,7 +78,8 @@ class _Measured:
 class _Reading:
     """Numbers of a device, on their way to the host."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor, into: Callable[[list[float]], None]) -> None:
+        self._into = into
         on_accelerator = numbers.device.type != "cpu"
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_accelerator)
         self._host.copy_(numbers, non_blocking=True)
@@ -85,11 +87,11 @@ class _Reading:
         if self._arrival is not None:
             self._arrival.record()
 
-    def read(self) -> list[float]:
-        """The numbers; they were asked for a step ago."""
+    def read(self) -> None:
+        """Take the numbers; they were asked for a step ago."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return [float(number) for number in self._host.tolist()]
+        self._into([float(number) for number in self._host.tolist()])
 
 
 class Meter:
@@ -132,6 +134,20 @@ class Meter:
             self._waits.append(Waits())
             collectives.measure_waits(self._waits[-1])
 
+    @property
+    def observer(self) -> Observe | None:
+        """What wants to see the changes of the weights in this call, if anything does. Local."""
+        return None if self._step is None else self._observe
+
+    def _observe(self, weights: list[Tensor], changes: list[Tensor]) -> None:
+        """An error is told with the metrics, and stops nobody."""
+
+        def ask() -> None:
+            self._readings.append(_Reading(torch.stack([_square(weights), _square(changes)]), self._take_squares))
+
+        if weights:
+            self._attempt(ask)
+
     def end(self, calls: Sequence[tuple[Exchange, Inputs]], sent: Counter[str]) -> None:
         """After the work of a call. Local; an error is told with the metrics, and stops nobody."""
         if self._step is None:
@@ -168,21 +184,14 @@ class Meter:
 
     def _read(self) -> None:
         """What the device has been asked for."""
-        measured = self._measured
         for reading in self._readings:
-            change, weights, *more = reading.read()
-            measured.change += change
-            measured.weights += weights
-            measured.conditions += more
-        measured.seconds = sum(waits.seconds() for waits in self._waits)
+            reading.read()
+        self._measured.seconds = sum(waits.seconds() for waits in self._waits)
 
     def _take(self, calls: Sequence[tuple[Exchange, Inputs]], step: int) -> None:
         measured = self._measured
         for exchange, inputs in calls:
             shard = exchange.shard
-            pairs = list(exchange.changed(inputs))
-            weights = _square([tensor for theirs, _ in pairs for tensor in theirs], shard.flat_buffer)
-            change = _square([tensor for _, ours in pairs for tensor in ours], shard.flat_buffer)
             conditions: list[Tensor] = []
             for stack in shard.stacks:
                 settings = inputs.settings[stack.group]
@@ -197,13 +206,19 @@ class Meter:
                 measured.blocks += len(ages)
                 measured.age += int(ages.sum())
                 measured.oldest = max(measured.oldest, int(ages.max(initial=0)))
-            self._readings.append(_Reading(torch.cat([torch.stack([change, weights]), *conditions])))
+            if conditions:
+                self._readings.append(_Reading(torch.cat(conditions), self._take_conditions))
+
+    def _take_conditions(self, numbers: list[float]) -> None:
+        self._measured.conditions += numbers
+
+    def _take_squares(self, numbers: list[float]) -> None:
+        self._measured.weights += numbers[0]
+        self._measured.change += numbers[1]
 
 
-def _square(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """The sum of the squares of all elements, 0-d float64, on the device of `like`."""
-    if not tensors:
-        return like.new_zeros((), dtype=torch.float64)
+def _square(tensors: list[Tensor]) -> Tensor:
+    """The sum of the squares of all elements, 0-d float64."""
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 

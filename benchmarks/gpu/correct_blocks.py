@@ -95,12 +95,14 @@ class Case:
 
 def step(
     stack: BlockStack, gradient_NRB: Tensor, t: int, settings: dict[str, Any], should_step: Tensor | None = None
-) -> None:
-    stack.gradient_NRB.copy_(gradient_NRB)
+) -> Tensor:
+    """The update."""
+    update_NRB = gradient_NRB.clone()
     context = StepContext(step_settings(settings), t, t, should_step)
     with full_precision(stack.device):
-        for part in stack.parts():
-            update_blocks(part, context)
+        for part, where in stack.parts(0, len(stack)):
+            update_blocks(part, update_NRB[where], context)
+    return update_NRB
 
 
 # ---- a step beside numpy ----
@@ -139,7 +141,8 @@ def _beside(case: Case, device: torch.device) -> Apart:
         where, g = f"{case}, step {t}", host(gradient_NRB)
         parts = h["momentum"] * host(stack.momentum_NRB), (1 - h["momentum"]) * g
         square_NR, want_NBB = _expected(stack, g, t, h)
-        step(stack, gradient_NRB, t, h, None if t == 1 else torch.ones((), dtype=torch.int32, device=device))
+        gate = None if t == 1 else torch.ones((), dtype=torch.int32, device=device)
+        update_NRB = step(stack, gradient_NRB, t, h, gate)
         apart_NRB = np.abs(host(stack.momentum_NRB) - sum(parts))
         assert (apart_NRB <= 4 * rounding * (np.abs(parts[0]) + np.abs(parts[1]))).all(), f"m, {where}"
         if stack.square_NR is not None and case.grafting == "rms":
@@ -148,7 +151,7 @@ def _beside(case: Case, device: torch.device) -> Apart:
         bound = 2.0**-7 if case.dtype == torch.bfloat16 else 4 * (3 + case.rows) * rounding
         off_NBB = np.abs(_whole(stack) - want_NBB) > bound * size_NB[:, :, None] * size_NB[:, None, :]
         assert not np.tril(off_NBB).any(), f"F, {where}"
-        apart = far(host(stack.gradient_NRB), _by_oracle(stack, g, t, h))
+        apart = far(host(update_NRB), _by_oracle(stack, g, t, h))
         assert apart < U_ROUNDINGS * rounding, f"u, {where}: {apart:.2g}"
         furthest = max(furthest, apart)
     return Apart(furthest, stack.fused)
@@ -189,16 +192,17 @@ def _by_oracle(stack: BlockStack, g: Rows, t: int, h: dict[str, Any]) -> Rows:
 def ladder(here: Here) -> str:
     """Blocks without a Cholesky factor fall back as on a CPU, and leave their neighbours alone."""
     for packed, rows in itertools.product((False, True), (1, 3)):
-        found, want = (_fall_back(device, packed, rows) for device in (here.device, torch.device("cpu")))
+        both = [_fall_back(device, packed, rows) for device in (here.device, torch.device("cpu"))]
+        (found, update_NRB), (want, wanted_NRB) = both
         assert found.fallback_counts == want.fallback_counts == {1: [1, 0, 0], 2: [0, 0, 1]}, (
             f"{found.fallback_counts}, on a CPU {want.fallback_counts}"
         )
-        apart = far(host(found.gradient_NRB), host(want.gradient_NRB))
+        apart = far(host(update_NRB), host(wanted_NRB))
         assert apart < 1e-4, f"packed {packed}, {rows} rows: u apart by {apart:.2g}"
     return f"as on a CPU: fallbacks {found.fallback_counts}"
 
 
-def _fall_back(device: torch.device, packed: bool, rows: int) -> BlockStack:
+def _fall_back(device: torch.device, packed: bool, rows: int) -> tuple[BlockStack, Tensor]:
     case = Case(7, rows, packed=packed, exponent=1.0)
     stack = case.make(device)
     if stack.square_NR is not None:
@@ -208,8 +212,7 @@ def _fall_back(device: torch.device, packed: bool, rows: int) -> BlockStack:
     whole_NBB[2, 0, 1] = whole_NBB[2, 1, 0] = 3.0  # by much: the diagonal
     stack.fisher.copy_(pack(whole_NBB) if packed else whole_NBB)
     # F is used as it is.
-    step(stack, case.gradients(device, 1)[0], 2, case.settings(damping=0.01, fisher_update_freq=2))
-    return stack
+    return stack, step(stack, case.gradients(device, 1)[0], 2, case.settings(damping=0.01, fisher_update_freq=2))
 
 
 def not_numbers(here: Here) -> str:
@@ -221,8 +224,7 @@ def not_numbers(here: Here) -> str:
             stack = case.make(here.device)
             step(stack, gradient_NRB, 1, case.settings())
             stack.fisher[1] = value
-            step(stack, gradient_NRB, 2, case.settings(fisher_update_freq=2))
-            updates.append(host(stack.gradient_NRB)[::2])
+            updates.append(host(step(stack, gradient_NRB, 2, case.settings(fisher_update_freq=2)))[::2])
         apart = max(far(update, updates[0]) for update in updates)
         assert apart < 1e-6, f"{case}: u of the neighbours apart by {apart:.2g}"
     return "of ∞, NaN and 3e37 in a block's F its neighbours notice nothing"
@@ -241,8 +243,8 @@ def dead_rows(here: Here) -> str:
                     assert stack.square_NR is not None
                     stack.square_NR[:, 2] = 1e-40
                     gradient_NRB[:, 2] = 0.0
-                step(stack, gradient_NRB, t, case.settings(damping=0.01))
-            updates.append(host(stack.gradient_NRB))
+                update_NRB = step(stack, gradient_NRB, t, case.settings(damping=0.01))
+            updates.append(host(update_NRB))
             assert np.isfinite(host(stack.fisher)).all(), f"{case}: F is not finite"
         furthest = max(furthest, far(*updates))
     assert furthest < 1e-2, f"u is apart from a CPU's by {furthest:.2g}"
@@ -271,12 +273,12 @@ def _shut_and_open(case: Case, device: torch.device) -> None:
         bad_NRB = gradient_NRB.clone()
         bad_NRB[0, 0, 0], bad_NRB[1], bad_NRB[2] = NAN, float("inf"), wide.max / 2
         before = [tensor.clone() for tensor in gated.state.values()]
-        step(gated, bad_NRB, t, h, shut)
-        assert not gated.gradient_NRB.any(), f"{case}: the gate was shut, and u is not 0"
+        assert not step(gated, bad_NRB, t, h, shut).any(), f"{case}: the gate was shut, and u is not 0"
         same_bits(list(gated.state.values()), before)
-        for stack, should_step in ((gated, is_open), (twin, is_open), (free, None)):
-            step(stack, gradient_NRB, t, h, should_step)
-        same_bits([gated.gradient_NRB, *gated.state.values()], [twin.gradient_NRB, *twin.state.values()])
+        first, second, third = (
+            step(stack, gradient_NRB, t, h, gate) for stack, gate in ((gated, is_open), (twin, is_open), (free, None))
+        )
+        same_bits([first, *gated.state.values()], [second, *twin.state.values()])
         if case.dtype != torch.bfloat16:  # where a rounding more or less tips another
-            apart = far(host(gated.gradient_NRB), host(free.gradient_NRB))
+            apart = far(host(first), host(third))
             assert apart < U_ROUNDINGS * wide.eps, f"{case}: with the gate open u is apart by {apart:.2g}"

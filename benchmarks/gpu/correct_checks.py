@@ -469,7 +469,7 @@ def zero(here: Here, stage: int, precision: str, offload: bool) -> str:
             else:
                 beside.step(gradients, before, after)
         updates = {entry.fisher_updates for entry in engine.basic_optimizer.fisher_stats().values()}
-        devices = {str(shard.flat_buffer.device.type) for shard in engine.basic_optimizer._registry.shards}
+        devices = {str(shard.device.type) for shard in engine.basic_optimizer._registry.shards}
     assert updates == {beside.steps}, updates
     assert devices == {"cpu" if offload else here.device.type}, devices
     same_on_all(after, here)
@@ -564,7 +564,7 @@ def fsdp2(here: Here, policy: str, group: Callable[[Here], Any] = lambda here: N
         gradients, before = whole(gradients=True), whole()
         ours.step()
         beside.step(gradients, before, whole())
-    devices = {shard.flat_buffer.device.type for shard in ours._registry.shards}
+    devices = {shard.device.type for shard in ours._registry.shards}
     assert devices == {"cpu" if policy == "offload" else kind}, devices
     same_on_all(whole(), here)
     return f"{STEPS} steps beside numpy over {here.world} rank(s); the optimizer's state is on {devices.pop()}"

@@ -93,9 +93,9 @@ def flops_of(block: Block, device: torch.device) -> int:
     """Operations of a block's products in torch's way to take a step."""
     one = make(block, 1, device)
     one.fused = False
-    one.gradient_NRB.normal_()
+    gradient_NRB = torch.randn_like(one.momentum_NRB)
     with FlopCounterMode(display=False) as counter:
-        update_blocks(one, StepContext(step_settings(block.settings()), 100, 100))
+        update_blocks(one, gradient_NRB, StepContext(step_settings(block.settings()), 100, 100))
     return int(counter.get_total_flops())
 
 
@@ -104,24 +104,25 @@ def measure(block: Block, state_bytes: int, speed: Speeds, device: torch.device,
     count = max(1, state_bytes // block.bytes)
     chunk = min(count, CHUNK_FISHER_NUMEL // block.size**2)
     blocks, settings = make(block, count, device), step_settings(block.settings())
-    gradient_NRB = torch.randn_like(blocks.gradient_NRB)
+    gradient_NRB = torch.randn_like(blocks.momentum_NRB)
+    work_NRB = torch.empty_like(gradient_NRB)
     done = 100  # the averages are full
 
     def prepare() -> None:
         nonlocal done
-        blocks.gradient_NRB.copy_(gradient_NRB)
+        work_NRB.copy_(gradient_NRB)
         done += 1
 
     def step() -> None:
         context = StepContext(settings, done, done)
         with full_precision(device):
             for start in range(0, count, chunk):
-                for part in blocks.rows(start, min(count, start + chunk)).parts():
-                    update_blocks(part, context)
+                for part, where in blocks.parts(start, min(count, start + chunk)):
+                    update_blocks(part, work_NRB[where], context)
 
     prepare()
     step()
-    if not bool(blocks.gradient_NRB.isfinite().all()):
+    if not bool(work_NRB.isfinite().all()):
         raise RuntimeError("the update is not finite")
     step_ms = median_ms(step, prepare, effort, device)
     moved = 2 * sum(tensor.nbytes for tensor in (*blocks.state.values(), gradient_NRB))

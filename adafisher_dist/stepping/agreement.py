@@ -1,0 +1,226 @@
+"""Whether all ranks take a step, and the same one: known before anything of it changes.
+
+Hosts tell each other, and wait for it, in calls 1, 2, 4, 8, …, and in every call where the
+arithmetic has to wait for the device anyway. Else all of it rides on the device's verdict
+(`found_inf`), and no host waits: either all ranks do what they did in the call before, or the step
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.comm.collectives import Group
+from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.layouts.storage import UnsupportedLayoutError
+from adafisher_dist.state import statistics
+from adafisher_dist.state.shard import Shard, waits_for_nothing
+from adafisher_dist.stepping import found_inf
+from adafisher_dist.stepping.consistency import Fingerprints, check_consistency, fingerprint, fingerprints_of
+from adafisher_dist.stepping.exchange import Exchange
+from adafisher_dist.stepping.found_inf import FoundInf
+from adafisher_dist.stepping.inputs import Inputs, without_gradients
+
+logger = logging.getLogger("adafisher_dist")
+
+
+@dataclass(slots=True, eq=False)
+class Collected:
+    """What this rank knows of a call: who takes part, and how large gradients are and may be.
+
+    Attributes:
+        exchanges: of the tensors that have a gradient.
+        inputs: for each; after an error some may be missing.
+        largest: the largest absolute gradient elements, 0-d, and the limit of each.
+        part: the number of this part of a wrapper's step; 0 where it is all of one.
+        metrics: which steps are measured, and which is being; None where none is.
+    """
+
+    exchanges: list[Exchange]
+    part: int
+    metrics: object
+    inputs: list[Inputs] = field(default_factory=list)
+    largest: list[tuple[Tensor, float]] = field(default_factory=list)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that take part."""
+        return [exchange.shard for exchange in self.exchanges]
+
+    def usable(self) -> bool:
+        """Whether every gradient can be used. It waits for the device. A NaN is below no limit."""
+        return all(bool(largest <= limit) for largest, limit in self.largest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What a call does.
+
+    Attributes:
+        calls: the collectives that this rank goes through, with what it brings.
+        errors: of this rank in them; an error from the beginning has it leave everything as it is.
+        found_inf: what decides on the device whether anything changes, where something does.
+        should_step: its number; None: the step takes place.
+        fingerprints: what has to be the same on all ranks.
+        error: of this rank, from before the decision.
+        is_idle: whether this rank only keeps the others company.
+    """
+
+    calls: list[tuple[Exchange, Inputs]]
+    errors: DeferredErrors
+    found_inf: FoundInf | None = None
+    should_step: Tensor | None = None
+    fingerprints: Fingerprints = ()
+    error: Exception | None = None
+    is_idle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """Of the last call of a part that all ranks took alike."""
+
+    exchanges: list[Exchange]
+    device: torch.device | None  # that decides, where one does
+    metrics: object
+
+
+class Agreement:
+    """Keeps the ranks together from call to call."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._agreed: dict[int, _Agreed] = {}
+        self._idle: list[FoundInf] = []  # made once, so that a step allocates nothing for it
+
+    def begin(self) -> None:
+        """Another call."""
+        self._calls += 1
+
+    def expected(self, part: int) -> list[Shard]:
+        """The shards that took part in the call before."""
+        return [exchange.shard for exchange in self._agreed[part].exchanges] if part in self._agreed else []
+
+    def reuse(self, own: FoundInf) -> None:
+        """It has been read."""
+        self._idle.append(own)
+
+    def decide(self, collected: Collected, ranks: Group, errors: DeferredErrors) -> Decision | None:
+        """What to do; None: nothing, since a gradient cannot be used. A collective.
+
+        Raises:
+            RuntimeError: on all ranks alike; see `check_consistency`.
+        """
+        before = self._agreed.get(collected.part)
+        if self._calls.bit_count() == 1 or ranks.total_size == 1 or before is None or before.device is None:
+            return self._by_hosts(collected, ranks, errors)
+        return self._by_device(before, before.device, collected, ranks, errors)
+
+    def _by_hosts(self, collected: Collected, ranks: Group, errors: DeferredErrors) -> Decision | None:
+        device = _deciding_device(collected.shards)
+        prints: list[tuple[int, str]] = []
+        if ranks.total_size > 1:
+            errors.attempt(lambda: prints.extend(_fingerprints(collected, device is not None)))
+            prints = prints or [(0, "")] * FINGERPRINTS
+        usable = True
+        if device is None and errors.none:
+            with errors.deferred():
+                usable = collected.usable()
+        # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
+        # 2, 4, 8, …
+        compare = self._calls.bit_count() == 1
+        usable = _checked(collected, ranks, usable, prints, errors, compare)
+        self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
+        if not usable:
+            return None
+        calls = list(zip(collected.exchanges, collected.inputs, strict=True))
+        if device is None:
+            return Decision(calls, errors)
+        own = self._found_inf(ranks, device)
+        return Decision(calls, errors, own, own.decide(collected.largest, fingerprint(prints), errors), prints)
+
+    def _by_device(
+        self, before: _Agreed, device: torch.device, collected: Collected, ranks: Group, errors: DeferredErrors
+    ) -> Decision:
+        own = self._found_inf(ranks, device)
+        prints: list[tuple[int, str]] = []
+        errors.attempt(lambda: prints.extend(_fingerprints(collected, _deciding_device(collected.shards) is not None)))
+        should_step = own.decide(collected.largest, fingerprint(prints), errors)
+        error = errors.error
+        if errors.none and (before.exchanges, before.metrics) != (collected.exchanges, collected.metrics):
+            # Whether the others are about to do the same, the host has to know before it does.
+            if own.read(settled=False).is_fault:
+                errors = _idle("The ranks differ.")
+            elif before.exchanges != collected.exchanges:
+                _checked(collected, ranks, True, prints, errors, compare=True)
+        if not errors.none:
+            # The others, who may not know yet, go through the collectives of the call before.
+            calls = [(exchange, without_gradients(exchange.shard)) for exchange in before.exchanges]
+            return Decision(calls, errors, own, should_step, prints, error, is_idle=True)
+        self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
+        calls = list(zip(collected.exchanges, collected.inputs, strict=True))
+        return Decision(calls, errors, own, should_step, prints)
+
+    def _found_inf(self, ranks: Group, device: torch.device) -> FoundInf:
+        idle = next((own for own in self._idle if own.is_for(ranks, device)), None)
+        if idle is None:
+            return FoundInf(ranks, device)
+        self._idle.remove(idle)
+        return idle
+
+
+FINGERPRINTS = len(fingerprints_of((), (), False, None))
+
+
+def _fingerprints(collected: Collected, on_device: bool) -> Fingerprints:
+    return fingerprints_of(collected.shards, collected.inputs, on_device, collected.metrics)
+
+
+def _idle(why: str) -> DeferredErrors:
+    errors = DeferredErrors()
+    errors.error = RuntimeError(why)
+    return errors
+
+
+def _deciding_device(shards: Sequence[Shard]) -> torch.device | None:
+    """The one that decides whether to step, if nothing else in the step waits for it."""
+    devices = {shard.device for shard in shards}
+    if len(devices) != 1 or not all(map(waits_for_nothing, shards)) or not found_inf.is_meant_for(*devices):
+        return None
+    return devices.pop()
+
+
+def _checked(
+    collected: Collected, ranks: Group, usable: bool, prints: Fingerprints, errors: DeferredErrors, compare: bool
+) -> bool:
+    """See `check_consistency`; tells of new shards."""
+    fresh = [shard for shard in collected.shards if not shard.checked]
+    usable = check_consistency(ranks, collected.shards, collected.inputs, usable, prints, errors, compare)
+    for shard in fresh if ranks.is_first else ():
+        logger.info(statistics.summary(shard))
+    return usable
+
+
+def check_ranks(shards: Sequence[Shard], group: Group) -> None:
+    """Refuse shards that are not spread over the ranks that take the step together.
+
+    Raises:
+        RuntimeError: the shards were made before there were other ranks.
+        UnsupportedLayoutError: names the layout.
+    """
+    for shard in shards:
+        own = shard.storage.group
+        if own.handle is None and group.total_size > 1:
+            raise RuntimeError(
+                "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
+                " knows of no other rank. Initialise it first, then load the state."
+            )
+        if own.total_size != group.total_size or not (own.members <= group.members or group.replicas is not None):
+            raise UnsupportedLayoutError(
+                f"The parameters of one optimizer are spread over different ranks: {own.total_size} in the layout"
+                f" {shard.storage.layout}, and {group.total_size} take the step. Use an optimizer for each."
+            )

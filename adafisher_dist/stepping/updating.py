@@ -1,0 +1,126 @@
+"""How a chunk's gradients are read from where they are stored, and how updates change weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from adafisher_dist.blocks.sharding import TensorPiece
+from adafisher_dist.settings import StepSettings
+from adafisher_dist.state.shard import Shard
+from adafisher_dist.state.stacking import Chunk
+from adafisher_dist.stepping.copy_plan import CopyPlan
+from adafisher_dist.stepping.inputs import Inputs
+
+Observe = Callable[[list[Tensor], list[Tensor]], None]
+"""Sees new weights and the change of each, in lists that match.
+
+Of all chunks and all ranks together these are all weights that have a gradient, each once.
+"""
+
+
+class PiecesByGroup:
+    """Pieces of stored tensors and their places in a buffer, by param group."""
+
+    def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], shard: Shard) -> None:
+        self._plans: dict[int, CopyPlan] = {}
+        for group in sorted({shard.groups[piece.tensor] for piece in pieces}):
+            own = [(p, part) for p, part in zip(pieces, parts, strict=True) if shard.groups[p.tensor] == group]
+            self._plans[group] = CopyPlan([p for p, _ in own], [part for _, part in own], shard.numels)
+
+    def read(self, gradients: Sequence[Tensor | None]) -> None:
+        """Copy gradients into the buffer, and zeros where there are none."""
+        for copies in self._plans.values():
+            theirs, ours = copies.of(gradients)
+            copy_all(ours, theirs)
+            missing = copies.missing(gradients)
+            if missing:
+                torch._foreach_zero_(missing)
+
+    def change(self, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
+        """θ ← θ − lr·(u + λ·θ), by the buffer's updates."""
+        for group, copies in self._plans.items():
+            weights, updates = copies.of(inputs.weights)
+            scale(updates, weights, None, inputs.settings[group], should_step)
+            add_all(weights, updates)
+            if observe is not None:
+                observe(weights, updates)
+
+
+def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
+    """Bring a chunk's gradients into the workspace."""
+    for rows in chunk:
+        gradients, places = [], []
+        for run in rows.stored:
+            gradient = inputs.gradients[run.tensor]
+            if gradient is not None:
+                gradients.append(run.of(gradient))
+                places.append(run.in_work)
+        copy_all(places, gradients)
+        copy_all(rows.staged, rows.in_staging)
+
+
+def change_stored(chunk: Chunk, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
+    """θ ← θ − lr·(u + λ·θ), by a chunk's updates; 16-bit weights are rounded once, at the end.
+
+    Updates of row groups that are cut go to the staging buffer.
+    """
+    for rows in chunk:
+        copy_all(rows.in_staging, rows.staged)
+        weights, updates = [], []
+        for run in rows.stored:
+            weight = inputs.weights[run.tensor]
+            if weight is not None:
+                weights.append(run.of(weight))
+                updates.append(run.in_work)
+        scale(updates, weights, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step)
+        add_all(weights, updates)
+        if observe is not None:
+            observe(weights, updates)
+
+
+def scale(
+    updates: list[Tensor], weights: list[Tensor], together: Tensor | None, settings: StepSettings | None,
+    should_step: Tensor | None,
+) -> None:  # fmt: skip
+    """In place, −lr·(u + λ·θ); `together` is one tensor of which all updates are parts, or None."""
+    if settings is None or not updates:
+        return
+    if settings.weight_decay:
+        torch._foreach_add_(updates, weights, alpha=settings.weight_decay)
+    lr = settings.lr if should_step is None else should_step.to(updates[0].dtype) * settings.lr
+    if together is not None:
+        together.mul_(-lr)
+    else:
+        torch._foreach_mul_(updates, -lr)
+
+
+def copy_all(to: list[Tensor], source: list[Tensor]) -> None:
+    """Each into its counterpart."""
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+def add_all(to: list[Tensor], more: list[Tensor]) -> None:
+    """Each to its counterpart, in the wider of the two dtypes, and rounded once."""
+    if to:
+        torch._foreach_add_(to, more)
+
+
+def copy_plan_of(pieces: Sequence[TensorPiece], buffer: Tensor, shard: Shard) -> CopyPlan:
+    """Stored tensors and a buffer."""
+    return CopyPlan(pieces, [part_of(buffer, piece) for piece in pieces], shard.numels)
+
+
+def part_of(buffer: Tensor, piece: TensorPiece) -> Tensor:
+    """A piece's place in a buffer."""
+    return buffer[piece.buffer_offset : piece.buffer_offset + piece.numel]
+
+
+def in_a_row(buffer: Tensor, pieces: Sequence[TensorPiece]) -> list[Tensor]:
+    """The stretch of a buffer that each piece takes, one after the other."""
+    stops = list(accumulate(piece.numel for piece in pieces))
+    return [buffer[stop - piece.numel : stop] for piece, stop in zip(pieces, stops, strict=True)]

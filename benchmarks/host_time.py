@@ -1,0 +1,231 @@
+"""What a step costs the host beside torch's AdamW (foreach): processor time of one thread.
+
+    python benchmarks/host_time.py       # writes docs/host_time.json
+
+300 small parameters, of 25 layers of a GPT of width 16, so that the host's work is nearly all there
+is. The arithmetic of blocks,
+which a GPU does, is timed apart and left out; what is left includes the copies, which a CPU does
+here. Under DDP, FSDP2 and ZeRO on 2 ranks, by gloo; what is measured there is the base optimizer's
+own step. Llama-7B's shapes are meta tensors, as of rank 0 of 8 under DDP by a process group that is
+`fake`: kernels and collectives do nothing, and only the host's own work is left.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import common
+import torch
+import torch.distributed as dist
+from common import Quick
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from adafisher_dist import AdaFisher
+from adafisher_dist.comm import collectives
+from adafisher_dist.state import shard
+from adafisher_dist.stepping import consistency, exchange, found_inf
+
+WIDTH, LAYERS, ROUNDS, ROUNDS_QUICK = 16, 25, 60, 12
+_LAYER = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
+SHAPES: list[tuple[int, ...]] = [
+    shape for rows, columns in _LAYER * LAYERS for shape in ((rows, columns), (rows,), (columns,))
+]
+_LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+LLAMA: list[tuple[int, ...]] = [(32000, 4096), *_LLAMA_LAYER * 32, (4096,), (32000, 4096)]
+
+Build = Callable[[list[nn.Parameter]], Optimizer]
+OPTIMIZERS: dict[str, Build] = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+    "AdaFisher": lambda parameters: AdaFisher(parameters, lr=1e-3),
+}
+
+
+class Clock:
+    """Processor time of this thread in calls of a step, without the arithmetic of blocks."""
+
+    def __init__(self) -> None:
+        self._apart = 0.0
+        self.times: list[float] = []
+
+    def timed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same step, watched."""
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            self._apart, began = 0.0, time.thread_time()
+            result = step(*arguments, **more)
+            self.times.append(time.thread_time() - began - self._apart)
+            return result
+
+        return watched
+
+    @contextmanager
+    def blocks_apart(self) -> Iterator[None]:
+        """Meanwhile the arithmetic of blocks does not count."""
+        real = shard.update_blocks
+
+        def apart(*arguments: Any) -> None:
+            began = time.thread_time()
+            real(*arguments)
+            self._apart += time.thread_time() - began
+
+        shard.update_blocks = apart
+        try:
+            yield
+        finally:
+            shard.update_blocks = real
+
+    @property
+    def milliseconds(self) -> float:
+        """The median, after the first steps."""
+        return 1e3 * statistics.median(self.times[len(self.times) // 4 :])
+
+
+def measured(optimizer: Optimizer, rounds: int, step: Callable[[], object] | None = None) -> float:
+    """Milliseconds of `optimizer.step`, which `step` is or calls."""
+    clock = Clock()
+    optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
+    with clock.blocks_apart():
+        for _ in range(rounds):
+            (step or optimizer.step)()
+    return clock.milliseconds
+
+
+def parameters_of(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    return parameters
+
+
+def replicated(build: Build, rounds: int) -> float:
+    return measured(build(parameters_of(SHAPES)), rounds)
+
+
+def fsdp2(build: Build, rounds: int) -> float:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.ParameterList(parameters_of(SHAPES))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return measured(build(list(model.parameters())), rounds)
+
+
+class Sum(nn.Module):
+    """A loss to which each parameter contributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(_Squares(shape) for shape in SHAPES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([weight(x) for weight in self.weights]).sum()
+
+
+class _Squares(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x).square().sum()
+
+
+def zero(stage: int, build: Build, rounds: int) -> float:
+    import deepspeed
+
+    model = Sum()
+    optimizer = build(list(model.parameters()))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    x = torch.ones(())
+
+    def step() -> None:
+        engine.backward(engine(x))
+        engine.step()
+
+    return measured(optimizer, max(8, rounds // 4), step)
+
+
+def llama(build: Build, rounds: int) -> float:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    for name in dir(torch):
+        if name.startswith("_foreach_") and name.endswith("_"):
+            setattr(torch, name, lambda *arguments, **more: None)
+    replaced: dict[Any, dict[str, Any]] = {
+        collectives: {"minimum": lambda group, values, purpose="": values, "_wait": lambda *arguments: None},
+        collectives.Group: {"comm_buffer": lambda group, tensor: collectives.CommBuffer(tensor, tensor)},
+        exchange: {"largest_gradient": lambda inputs, stored, shard: torch.zeros(())},
+        consistency: {"_checksum": lambda tensors: 0},
+        found_inf: {"is_meant_for": lambda device: False},
+        shard: {"update_blocks": lambda blocks, gradient_NRB, context: None},
+    }
+    for owner, names in replaced.items():
+        for name, value in names.items():
+            setattr(owner, name, value)
+    return measured(build(parameters_of(LLAMA, "meta")), max(6, rounds // 5))
+
+
+LAST = "Llama-7B under DDP at 8 ranks"
+CASES: dict[str, tuple[int, Callable[[Build, int], float]]] = {
+    "one process": (1, replicated),
+    "DDP": (2, replicated),
+    "FSDP2": (2, fsdp2),
+    "ZeRO-1": (2, partial(zero, 1)),
+    "ZeRO-2": (2, partial(zero, 2)),
+    "ZeRO-3": (2, partial(zero, 3)),
+    LAST: (1, llama),
+}
+
+
+def work(rank: int, world: int, case: str, name: str, rounds: int) -> float:
+    return CASES[case][1](OPTIMIZERS[name], rounds)
+
+
+def main(quick: Quick = False) -> None:
+    """Measure all cases."""
+    rounds = ROUNDS_QUICK if quick else ROUNDS
+    table = Table("milliseconds of the host", *OPTIMIZERS, "ratio")
+    cases: dict[str, dict[str, float]] = {}
+    for case, (world, _) in CASES.items():
+        names = [name for name in OPTIMIZERS if case != LAST or name == "AdaFisher"]
+        zero = case.startswith("ZeRO")
+        own = {n: max(common.on_ranks(work, world, case, n, rounds, deepspeed=zero)) for n in names}
+        ratio = f"{own['AdaFisher'] / own['AdamW']:.2f}" if "AdamW" in own else ""
+        table.add_row(case, *(f"{own[n]:.2f}" if n in own else "" for n in OPTIMIZERS), ratio)
+        cases[case] = own
+    common.show(table)
+    common.save("host_time", quick, common.rounded({"parameters": len(SHAPES), "milliseconds": cases}), draw(cases))
+
+
+def draw(cases: dict[str, dict[str, float]]) -> Any:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
+    for number, name in enumerate(OPTIMIZERS):
+        values = [own.get(name, 0.0) for own in cases.values()]
+        axes.bar([index + 0.4 * number for index in range(len(cases))], values, 0.38, label=name)
+    axes.set_xticks([index + 0.2 for index in range(len(cases))], list(cases), fontsize=8)
+    axes.set(ylabel="ms of the host a step", title=f"{len(SHAPES)} parameters (Llama-7B: {len(LLAMA)})")
+    axes.legend()
+    axes.grid(axis="y", alpha=0.25)
+    return figure
+
+
+if __name__ == "__main__":
+    common.start(main)
