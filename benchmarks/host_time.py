@@ -6,8 +6,9 @@
 is. The arithmetic of blocks,
 which a GPU does, is timed apart and left out; what is left includes the copies, which a CPU does
 here. Under DDP, FSDP2 and ZeRO on 2 ranks, by gloo; what is measured there is the base optimizer's
-own step. Llama-7B's shapes are meta tensors, as of rank 0 of 8 under DDP by a process group that is
-`fake`: kernels and collectives do nothing, and only the host's own work is left.
+own step. Llama-7B's shapes are those of rank 0 of 8 under DDP by a process group that is `fake`:
+kernels and collectives do nothing, and only the host's own work is left. Its tensors are memory
+that nobody touches, since on meta tensors every view takes Python's time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.optim import Optimizer
 from adafisher_dist import AdaFisher
 from adafisher_dist.comm import collectives
 from adafisher_dist.state import shard
-from adafisher_dist.stepping import consistency, exchange, found_inf
+from adafisher_dist.stepping import consistency, exchange
 
 WIDTH, LAYERS, ROUNDS, ROUNDS_QUICK = 16, 25, 60, 12
 _LAYER = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
@@ -97,10 +98,10 @@ def measured(optimizer: Optimizer, rounds: int, step: Callable[[], object] | Non
     return clock.milliseconds
 
 
-def parameters_of(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[nn.Parameter]:
-    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+def parameters_of(shapes: list[tuple[int, ...]], new: Callable[..., torch.Tensor] = torch.ones) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(new(shape)) for shape in shapes]
     for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = new(parameter.shape)
     return parameters
 
 
@@ -159,6 +160,16 @@ def zero(stage: int, build: Build, rounds: int) -> float:
     return measured(optimizer, max(8, rounds // 4), step)
 
 
+def _zeros_that_nobody_touches(zeros: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Large ones are not filled."""
+
+    def made(*shape: Any, **more: Any) -> torch.Tensor:
+        empty = torch.empty(*shape, **more)
+        return empty if empty.numel() > 2**16 else zeros(*shape, **more)
+
+    return made
+
+
 def llama(build: Build, rounds: int) -> float:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -168,17 +179,22 @@ def llama(build: Build, rounds: int) -> float:
         if name.startswith("_foreach_") and name.endswith("_"):
             setattr(torch, name, lambda *arguments, **more: None)
     replaced: dict[Any, dict[str, Any]] = {
-        collectives: {"minimum": lambda group, values, purpose="": values, "_wait": lambda *arguments: None},
+        torch.Tensor: {"mul_": lambda tensor, factor: tensor},
+        collectives: {
+            "all_gather": lambda group, mine, out: lambda: None,
+            "minimum": lambda group, values, purpose="": values,
+            "_wait": lambda *arguments: None,
+        },
         collectives.Group: {"comm_buffer": lambda group, tensor: collectives.CommBuffer(tensor, tensor)},
         exchange: {"largest_gradient": lambda inputs, stored, shard: torch.zeros(())},
         consistency: {"_checksum": lambda tensors: 0},
-        found_inf: {"is_meant_for": lambda device: False},
+        torch: {"zeros": _zeros_that_nobody_touches(torch.zeros)},
         shard: {"update_blocks": lambda blocks, gradient_NRB, context: None},
     }
     for owner, names in replaced.items():
         for name, value in names.items():
             setattr(owner, name, value)
-    return measured(build(parameters_of(LLAMA, "meta")), max(6, rounds // 5))
+    return measured(build(parameters_of(LLAMA, torch.empty)), max(6, rounds // 5))
 
 
 LAST = "Llama-7B under DDP at 8 ranks"

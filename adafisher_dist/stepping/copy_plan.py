@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks.sharding import TensorPiece
 
-Flats = Sequence[Tensor | None]  # of each stored tensor, contiguous; None where it takes no part
+Flats = Sequence[Tensor | None]  # of each stored tensor, 1-d; None where it takes no part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,12 +20,14 @@ class _Cut:
     lengths: list[int]
     chosen: list[int]
     parts: list[Tensor]
+    bounds: list[tuple[int, int]]
 
-    def pieces(self, whole: Tensor) -> list[Tensor]:
-        """Views of the contiguous tensor, 1-d."""
-        flat = whole.view(-1)
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of the flattened tensor."""
         if len(self.lengths) == 1:
             return [flat]
+        if len(self.bounds) < 4:  # to split makes the views that are not wanted too
+            return [flat[start:stop] for start, stop in self.bounds]
         views = flat.split_with_sizes(self.lengths)
         return [views[index] for index in self.chosen]
 
@@ -74,4 +76,5 @@ def _cut(tensor: int, pairs: list[tuple[TensorPiece, Tensor]], numel: int) -> _C
         reached = piece.tensor_offset + piece.numel
     if reached < numel:
         lengths.append(numel - reached)
-    return _Cut(tensor, lengths, chosen, [part for _, part in pairs])
+    bounds = [(piece.tensor_offset, piece.tensor_offset + piece.numel) for piece, _ in pairs]
+    return _Cut(tensor, lengths, chosen, [part for _, part in pairs], bounds)

@@ -154,11 +154,11 @@ class AllGather(Local):
 
     def _weights_without_gradient(self, inputs: Inputs) -> list[Tensor | None] | None:
         """They are sent as they are: another rank may have a gradient, which shows only later."""
-        if None not in inputs.weights:
+        if not any(weight is None for weight in inputs.weights):
             return None
         removed, values = self.shard.removed, self.shard.storage.values
         having = [weight is not None or index in removed for index, weight in enumerate(inputs.weights)]
-        return [None if has else values(index).contiguous() for index, has in enumerate(having)]
+        return [None if has else values(index).contiguous().view(-1) for index, has in enumerate(having)]
 
     def _send_as_they_are(self, number: int, weights: list[Tensor | None]) -> None:
         theirs, ours = self.sent_plans[number].of(weights)
@@ -168,7 +168,7 @@ class AllGather(Local):
         self, number: int, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors, observe: Observe | None
     ) -> Callable[[], None]:
         group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
-        weights, new = self.sent_plans[number].of(inputs.weights)
+        weights, new = self.sent_plans[number].of(inputs.flat_weights)
 
         def make() -> None:
             copy_all(new, weights)
@@ -194,7 +194,7 @@ class AllGather(Local):
 
     def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, errors: DeferredErrors) -> None:
         wait()
-        weights, new = self.received_plans[number].of(inputs.weights)
+        weights, new = self.received_plans[number].of(inputs.flat_weights)
         errors.attempt(lambda: copy_all(weights, new))
 
 

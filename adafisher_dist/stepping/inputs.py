@@ -31,6 +31,14 @@ class Inputs:
     weights: list[Tensor | None] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
     _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _flat: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def flat_weights(self) -> list[Tensor | None]:
+        """`weights`, 1-d."""
+        if not self._flat:
+            self._flat = flattened(self.weights)
+        return self._flat
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """The next stored tensor, which has a gradient."""
@@ -45,6 +53,11 @@ class Inputs:
         """Bring changed weights to where those are that were not contiguous."""
         for weight, copy in self._copied:
             weight.copy_(copy)
+
+
+def flattened(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous tensors as 1-d views."""
+    return [None if tensor is None else tensor.view(-1) for tensor in tensors]
 
 
 def inputs_of(shard: Shard, groups: Groups) -> Inputs:

@@ -13,7 +13,7 @@ from adafisher_dist.settings import StepSettings
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.state.stacking import Chunk
 from adafisher_dist.stepping.copy_plan import CopyPlan
-from adafisher_dist.stepping.inputs import Inputs
+from adafisher_dist.stepping.inputs import Inputs, flattened
 
 Observe = Callable[[list[Tensor], list[Tensor]], None]
 """Sees new weights and the change of each, in lists that match.
@@ -33,17 +33,18 @@ class PiecesByGroup:
 
     def read(self, gradients: Sequence[Tensor | None]) -> None:
         """Copy gradients into the buffer, and zeros where there are none."""
+        flat = flattened(gradients) if self._plans else []
         for copies in self._plans.values():
-            theirs, ours = copies.of(gradients)
+            theirs, ours = copies.of(flat)
             copy_all(ours, theirs)
-            missing = copies.missing(gradients)
+            missing = copies.missing(flat)
             if missing:
                 torch._foreach_zero_(missing)
 
     def change(self, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
         """θ ← θ − lr·(u + λ·θ), by the buffer's updates."""
         for group, copies in self._plans.items():
-            weights, updates = copies.of(inputs.weights)
+            weights, updates = copies.of(inputs.flat_weights)
             scale(updates, weights, None, inputs.settings[group], should_step)
             add_all(weights, updates)
             if observe is not None:
