@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from adafisher_dist import AdaFisher, UnsupportedLayoutError, layouts
+from adafisher_dist import AdaFisher, UnsupportedLayoutError
+from adafisher_dist.stepping import step as stepping
 
 pytestmark = pytest.mark.dist
 
@@ -255,7 +256,7 @@ def one_replica_fails(rank: int, world: int) -> str:
     optimizer = AdaFisher(module.named_parameters(), **PARAMS)
     backward(module, 0, rank, world, DEFAULTS)
     if rank == 3:
-        layouts.Storage.gradient = lambda self, index: 1 / 0
+        stepping.inputs_of = lambda *arguments: 1 / 0
     with pytest.raises((RuntimeError, ZeroDivisionError)) as caught:
         optimizer.step()
     return str(caught.value)

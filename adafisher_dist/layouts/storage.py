@@ -137,11 +137,6 @@ class Storage:
         """A stored tensor, or of a DTensor what this rank holds."""
         return local(self.tensors[index]).detach()
 
-    def gradient(self, index: int) -> Tensor | None:
-        """Its gradient; None where it has none."""
-        gradient = self.tensors[index].grad
-        return None if gradient is None else local(gradient)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalShard:
