@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from engines import config, engine_of, masters, train
 from models import batch, model, weights
@@ -96,6 +97,28 @@ def measuring(run: Run) -> None:
 
 def bad_setting(run: Run) -> None:
     run.optimizer.param_groups[0]["momentum"] = 1.5
+
+
+def other_shape(run: Run) -> None:
+    """What the others wait for is not there any more."""
+    run.module.mix.weight.data = torch.zeros(3, 2)
+    run.gradients = lambda: setattr(run.module.mix.weight, "grad", torch.zeros(3, 2))  # type: ignore[method-assign]
+
+
+def weights_are_gone(rank: int, world: int) -> tuple[str, str]:
+    run = Run()
+    for _ in range(4):
+        run.step()
+    if rank == FAULTY:
+        other_shape(run)
+    run.step()
+    return raises(run), raises(run)
+
+
+def test_weights_that_cannot_be_sent_are_missed_by_all() -> None:
+    for rank, (first, second) in enumerate(run_ranks(weights_are_gone, 3)):
+        assert ("was (5, 37)" if rank == FAULTY else f"rank {FAULTY} failed in the middle of a step") in first
+        assert "incomplete" in second
 
 
 BEFORE: dict[Callable[[Run], None], tuple[str, str]] = {  # what the rank itself says, what the others say

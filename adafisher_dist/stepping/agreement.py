@@ -79,6 +79,15 @@ class Decision:
     error: Exception | None = None
     is_idle: bool = False
 
+    def without_weights(self) -> DeferredErrors:
+        """An error if this rank, being idle, could not send all weights that others wait for."""
+        found = DeferredErrors()
+        for exchange, inputs in self.calls:
+            lacking = {index for index, weight in enumerate(inputs.weights) if weight is None}
+            if exchange.shard.storage.replicated and lacking - exchange.shard.removed:
+                found.error = self.error or RuntimeError("This rank's parameters are not those of the step before.")
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Agreed:

@@ -89,9 +89,17 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
 
 
 def without_gradients(shard: Shard) -> Inputs:
-    """All weights and no gradient: for a rank that has no part of its own in a step."""
-    tensors = [local(tensor) for tensor in shard.storage.tensors]
-    return Inputs([None for _ in shard.configs], [t.contiguous() for t in tensors], [None for _ in tensors])
+    """All weights and no gradient: for a rank that has no part of its own in a step.
+
+    A weight that is not what it was when the state was made is left out.
+    """
+    inputs = Inputs([None for _ in shard.configs])
+    for index, (tensor, before) in enumerate(zip(shard.storage.tensors, shard.stored, strict=True)):
+        here = local(tensor)
+        is_as_before = index not in shard.removed and (here.shape, here.device, here.dtype) == before
+        inputs.weights.append(here.contiguous() if is_as_before else None)
+        inputs.gradients.append(None)
+    return inputs
 
 
 def _refuse(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:

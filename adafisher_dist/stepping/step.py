@@ -264,7 +264,7 @@ class Stepper:
             raise_if_any_failed(ranks, errors)
         if inf is None:
             return
-        amid = DeferredErrors() if decision.is_idle else errors
+        amid = decision.without_weights() if decision.is_idle else errors
         inf.settle(amid)
         shards = [exchange.shard for exchange, _ in decision.calls]
         error = decision.error or amid.error
