@@ -39,6 +39,7 @@ release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest t
 
 bench: $(STAMP)  ## the figures of docs/ but convergence.py's (forty minutes); QUICK=--quick: five, into runs/bench
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
+	@$(BIN)/python benchmarks/host_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)

@@ -219,7 +219,8 @@ class AllToAll:
         self.receive_buffer = storage.group.comm_buffer(staging.new_zeros(sum(self.receive_counts)))
         self.stored_elsewhere = in_a_row(self.receive_buffer.tensor, route.receive)
         self.received = [part_of(staging, piece) for piece in route.receive]
-        self.staged = PiecesByGroup(route.local, [part_of(staging, piece) for piece in route.local], shard)
+        local = sharding.merged(route.local)
+        self.staged = PiecesByGroup(local, [part_of(staging, piece) for piece in local], shard)
         self.owned_elsewhere = PiecesByGroup(route.send, in_a_row(self.send_buffer.tensor, route.send), shard)
         self.ready = [chunk for chunk in shard.blocks.chunks if not any(rows.staged for rows in chunk)]
         self.late = [chunk for chunk in shard.blocks.chunks if any(rows.staged for rows in chunk)]
