@@ -22,7 +22,7 @@ from torch import nn
 from adafisher_dist import AdaFisher
 from adafisher_dist.comm import collectives
 from adafisher_dist.numerics import block_step
-from adafisher_dist.stepping import exchange, found_inf
+from adafisher_dist.stepping import found_inf, updating
 
 pytestmark = pytest.mark.dist
 
@@ -177,15 +177,15 @@ def amid(rank: int, world: int, place: str) -> tuple[str, str, str]:
     run = Run()
     for _ in range(4):
         run.step()
-    real = block_step.factorize, exchange.add_all
+    real = block_step.factorize, updating.add_all
     if rank == FAULTY:
 
         def fail(*arguments: Any, **more: Any) -> Any:
             raise RuntimeError("says the test")
 
-        block_step.factorize, exchange.add_all = (fail, real[1]) if place == "blocks" else (real[0], fail)
+        block_step.factorize, updating.add_all = (fail, real[1]) if place == "blocks" else (real[0], fail)
     run.step()
-    block_step.factorize, exchange.add_all = real
+    block_step.factorize, updating.add_all = real
     with pytest.raises(RuntimeError) as asked:
         run.optimizer.state_dict()
     return raises(run), raises(run), str(asked.value)
@@ -268,6 +268,8 @@ def in_an_engine(rank: int, world: int, stage: int, when: str) -> tuple[bool, li
     before = copy.deepcopy(masters(engine))
     if rank == FAULTY and when == "before":
         engine.basic_optimizer.param_groups[-1]["momentum"] = 1.5
+    if rank == FAULTY and when == "differ":  # in the first part alone: the second may not change anything either
+        engine.basic_optimizer.param_groups[0]["lr"] *= 0.3
     real = block_step.factorize
     if rank == FAULTY and when == "amid":
 
@@ -290,10 +292,14 @@ def in_an_engine(rank: int, world: int, stage: int, when: str) -> tuple[bool, li
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("when", ["before", "amid"])
+@pytest.mark.parametrize("when", ["before", "differ", "amid"])
 def test_zero_in_parts(stage: int, when: str) -> None:
     """DeepSpeed steps one param group after the other; all ranks stop, and know why."""
     results = run_ranks(in_an_engine, 2, stage, when, deepspeed=True)
-    for rank, (_, told) in enumerate(results):
+    for rank, (same, told) in enumerate(results):
         assert len(told) == 1, results
+        assert same or when == "amid"
+        if when == "differ":
+            assert "different settings" in told[0]
+            continue
         assert ("momentum" in told[0]) if rank == FAULTY else (f"rank {FAULTY} failed" in told[0])

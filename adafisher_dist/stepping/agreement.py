@@ -83,9 +83,13 @@ class Decision:
         """An error if this rank, being idle, could not send all weights that others wait for."""
         found = DeferredErrors()
         for exchange, inputs in self.calls:
-            lacking = {index for index, weight in enumerate(inputs.weights) if weight is None}
-            if exchange.shard.storage.replicated and lacking - exchange.shard.removed:
-                found.error = self.error or RuntimeError("This rank's parameters are not those of the step before.")
+            storage, removed = exchange.shard.storage, exchange.shard.removed
+            lacking = [i for i, weight in enumerate(inputs.weights) if weight is None and i not in removed]
+            if storage.replicated and lacking:
+                found.error = self.error or RuntimeError(
+                    f"The parameter {storage.name_of(lacking[0])} is not what it was when its state was made, and the"
+                    " other ranks could not be sent it. Load the last checkpoint on all ranks."
+                )
         return found
 
 
@@ -105,6 +109,7 @@ class Agreement:
         self._calls = 0
         self._agreed: dict[int, _Agreed] = {}
         self._idle: list[FoundInf] = []  # made once, so that a step allocates nothing for it
+        self._part_before: Tensor | None = None  # whether that part of the same step takes place, on the device
 
     def begin(self) -> None:
         """Another call."""
@@ -150,7 +155,7 @@ class Agreement:
         if device is None:
             return Decision(calls, errors)
         own = self._found_inf(ranks, device)
-        return Decision(calls, errors, own, own.decide(collected.largest, fingerprint(prints), errors), prints)
+        return Decision(calls, errors, own, self._decided(own, collected, prints, errors), prints)
 
     def _by_device(
         self, before: _Agreed, device: torch.device, collected: Collected, ranks: Group, errors: DeferredErrors
@@ -158,7 +163,7 @@ class Agreement:
         own = self._found_inf(ranks, device)
         prints: list[tuple[int, str]] = []
         errors.attempt(lambda: prints.extend(_fingerprints(collected, _deciding_device(collected.shards) is not None)))
-        should_step = own.decide(collected.largest, fingerprint(prints), errors)
+        should_step = self._decided(own, collected, prints, errors)
         error = errors.error
         if errors.none and (before.exchanges, before.metrics) != (collected.exchanges, collected.metrics):
             # Whether the others are about to do the same, the host has to know before it does.
@@ -173,6 +178,14 @@ class Agreement:
         self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
         calls = list(zip(collected.exchanges, collected.inputs, strict=True))
         return Decision(calls, errors, own, should_step, prints)
+
+    def _decided(self, own: FoundInf, collected: Collected, prints: Fingerprints, errors: DeferredErrors) -> Tensor:
+        """Whether to step, on the device; not if a part before it in the same step does not."""
+        largest, before = list(collected.largest), self._part_before
+        if collected.part and before is not None:
+            errors.attempt(lambda: largest.append((1 - before, 0.0)))
+        self._part_before = own.decide(largest, fingerprint(prints), errors)
+        return self._part_before
 
     def _found_inf(self, ranks: Group, device: torch.device) -> FoundInf:
         idle = next((own for own in self._idle if own.is_for(ranks, device)), None)

@@ -25,14 +25,13 @@ from adafisher_dist.stepping.inputs import Inputs, largest_gradient, stored_stre
 from adafisher_dist.stepping.updating import (
     Observe,
     PiecesByGroup,
-    add_all,
+    apply,
     change_stored,
     copy_all,
     copy_plan_of,
     in_a_row,
     part_of,
     read_gradients,
-    scale,
 )
 
 
@@ -180,10 +179,7 @@ class AllGather(Local):
                 ]
                 changes = [run.in_work for run, _ in active]
                 sent = [view for _, view in active]
-                scale(changes, sent, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step)
-                add_all(sent, changes)
-                if observe is not None:
-                    observe(sent, changes)
+                apply(sent, changes, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
 
         if not errors.attempt(make):
             errors.rescue(lambda: copy_all(new, weights))

@@ -233,6 +233,7 @@ class Stepper:
             return collected, self._agreement.decide(collected, ranks, errors)
         except Exception:
             self._forget_unchecked()
+            self.incomplete |= WHOLE if number else frozenset()  # the parts before it have changed something
             raise
 
     def _collect(

@@ -42,13 +42,10 @@ class PiecesByGroup:
                 torch._foreach_zero_(missing)
 
     def change(self, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
-        """θ ← θ − lr·(u + λ·θ), by the buffer's updates."""
+        """Apply the buffer's updates."""
         for group, copies in self._plans.items():
             weights, updates = copies.of(inputs.flat_weights)
-            scale(updates, weights, None, inputs.settings[group], should_step)
-            add_all(weights, updates)
-            if observe is not None:
-                observe(weights, updates)
+            apply(weights, updates, None, inputs.settings[group], should_step, observe)
 
 
 def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
@@ -65,7 +62,7 @@ def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
 
 
 def change_stored(chunk: Chunk, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
-    """θ ← θ − lr·(u + λ·θ), by a chunk's updates; 16-bit weights are rounded once, at the end.
+    """Apply a chunk's updates; 16-bit weights are rounded once, at the end.
 
     Updates of row groups that are cut go to the staging buffer.
     """
@@ -77,17 +74,23 @@ def change_stored(chunk: Chunk, inputs: Inputs, should_step: Tensor | None, obse
             if weight is not None:
                 weights.append(run.of(weight))
                 updates.append(run.in_work)
-        scale(updates, weights, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step)
-        add_all(weights, updates)
-        if observe is not None:
-            observe(weights, updates)
+        apply(weights, updates, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
 
 
-def scale(
-    updates: list[Tensor], weights: list[Tensor], together: Tensor | None, settings: StepSettings | None,
-    should_step: Tensor | None,
+def apply(
+    weights: list[Tensor], updates: list[Tensor], together: Tensor | None, settings: StepSettings | None,
+    should_step: Tensor | None, observe: Observe | None,
 ) -> None:  # fmt: skip
-    """In place, −lr·(u + λ·θ); `together` is one tensor of which all updates are parts, or None."""
+    """In place: u ← −lr·(u + λ·θ), θ ← θ + u.
+
+    Args:
+        weights: θ.
+        updates: u, in the compute dtype.
+        together: one tensor of which all updates are parts; None where there is none.
+        settings: of their param group.
+        should_step: see `Exchange.chunks`.
+        observe: likewise.
+    """
     if settings is None or not updates:
         return
     if settings.weight_decay:
@@ -97,6 +100,9 @@ def scale(
         together.mul_(-lr)
     else:
         torch._foreach_mul_(updates, -lr)
+    add_all(weights, updates)
+    if observe is not None:
+        observe(weights, updates)
 
 
 def copy_all(to: list[Tensor], source: list[Tensor]) -> None:
