@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
 
 
 class DeferredErrors:
@@ -15,7 +16,7 @@ class DeferredErrors:
     (`stepping.consistency`).
 
         if errors.none:
-            with errors.deferred():
+            with errors:
                 ...  # the same as `attempt`, without a function of its own
     """
 
@@ -27,18 +28,21 @@ class DeferredErrors:
         """Whether nothing has failed so far."""
         return self.error is None
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Remember an error of the block instead of raising it."""
-        try:
-            yield
-        except Exception as error:
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(error, Exception):
             self.error = error
+            return True
+        return False
 
     def attempt(self, work: Callable[[], object]) -> bool:
         """Do it, unless something failed before; returns whether it was done."""
         if self.error is None:
-            with self.deferred():
+            with self:
                 work()
         return self.error is None
 

@@ -139,11 +139,14 @@ class ParameterRegistry:
         groups = self.optimizer.param_groups
         if self.given_parameters.stands_as(groups):
             return
+        held = [tensor for shard in self.stepper.planned for tensor in shard.active_tensors]
+        if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
+            return
         current_tensors = [tensor for group in groups for tensor in group["params"]]
         new = [tensor for tensor in current_tensors if self.given_parameters.find(tensor) is None]
         here = set(map(id, current_tensors))
         gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
-        if not self._may_sync(current_tensors, new, gone):
+        if not self._may_sync(current_tensors, new, gone, held):
             return
         replacements = replaced_parameters.find_replacements(
             self.shards, self.given_parameters, groups, self.optimizer.state
@@ -168,11 +171,10 @@ class ParameterRegistry:
                 forgotten[0],
             )
 
-    def _may_sync(self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor]) -> bool:
+    def _may_sync(
+        self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor], held: list[Tensor]
+    ) -> bool:
         """Whether the param groups have changed in a way that is not a wrapper's."""
-        held = [tensor for shard in self.stepper.planned for tensor in shard.active_tensors]
-        if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
-            return False
         if not current_tensors or not all(isinstance(tensor, nn.Parameter) for tensor in new):
             return False
         if new and gone and not held and not self.given_parameters.could_be(current_tensors):

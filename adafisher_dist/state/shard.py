@@ -12,6 +12,7 @@ from functools import reduce
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,8 @@ from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import Grid, grid_of
 from adafisher_dist.layouts.storage import Parameter, Storage
 from adafisher_dist.numerics import block_step, fisher
-from adafisher_dist.numerics.block_stack import BlockStack
+from adafisher_dist.numerics.block_stack import BlockStack, Numbers
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
-from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.stacking import Chunk, ChunkRows, Segment, Stacks, stack_blocks
 
@@ -55,6 +55,7 @@ class Shard:
         removed: the numbers of the stored tensors that the user has taken out of the param groups,
             or replaced by others that do not fit in their places. Nobody gives them a gradient, or
             sees their state, any more.
+        tensor_of_parameter: for each parameter, the number of the stored tensor that holds it.
     """
 
     storage: Storage
@@ -69,6 +70,10 @@ class Shard:
     views: list[dict[str, Tensor]]
     checked: bool = False
     removed: set[int] = field(default_factory=set)
+    tensor_of_parameter: Numbers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensor_of_parameter = np.array([parameter.tensor for parameter in self.storage.parameters], dtype=np.int64)
 
     @property
     def stacks(self) -> list[BlockStack]:
@@ -194,7 +199,7 @@ def _counter_views(counters: Tensor, parameters: Sequence[Parameter]) -> list[di
 
 
 def compute_chunk(chunk: Chunk, contexts: Sequence[StepContext | None]) -> None:
-    """Turn the gradients of a chunk, which are in the workspace, into updates.
+    """Turn the gradients of a chunk, which are in the workspace, into updates; in full precision.
 
     Args:
         chunk: the chunk.
@@ -202,11 +207,10 @@ def compute_chunk(chunk: Chunk, contexts: Sequence[StepContext | None]) -> None:
             param group; None where it has no gradient: what is in its place is nobody's.
     """
     for rows in chunk:
-        with full_precision(rows.blocks.device):
-            for start, stop, context in _runs(rows, contexts):
-                if context is not None:
-                    for part, gradient_NRB in rows.parts(start, stop):
-                        update_blocks(part, gradient_NRB, context)
+        for start, stop, context in _runs(rows, contexts):
+            if context is not None:
+                for part, gradient_NRB in rows.parts(start, stop):
+                    update_blocks(part, gradient_NRB, context)
 
 
 def waits_for_nothing(shard: Shard) -> bool:

@@ -142,7 +142,7 @@ class Agreement:
             prints = prints or [(0, "")] * FINGERPRINTS
         usable = True
         if device is None and errors.none:
-            with errors.deferred():
+            with errors:
                 usable = collected.usable()
         # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
         # 2, 4, 8, …

@@ -46,5 +46,5 @@ def count_step(shard: Shard, inputs: Inputs, should_step: Tensor | None) -> list
 
 def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """For each parameter, whether it has a gradient."""
-    having = [gradient is not None for gradient in inputs.gradients]
-    return np.array([having[parameter.tensor] for parameter in shard.storage.parameters], dtype=bool)
+    having = np.array([gradient is not None for gradient in inputs.gradients], dtype=bool)
+    return having[shard.tensor_of_parameter]

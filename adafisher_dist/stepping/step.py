@@ -16,6 +16,7 @@ from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep
 from adafisher_dist.numerics.block_step import StepContext
+from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.state.shard import Shard, compute_chunk, gradient_limit
 from adafisher_dist.stepping import consistency
 from adafisher_dist.stepping.agreement import Agreement, Collected, Decision, check_ranks
@@ -49,7 +50,8 @@ class Stepper:
         self._agreement = Agreement()
         self._pending: list[Pending] = []
         self._faults: list[tuple[Pending, Verdict]] = []  # of which no call has told yet
-        self._bound: Tensor | None = None  # of the gradients of the step that a wrapper takes part by part
+        # Of the gradients of the step that a wrapper takes part by part, and what they may be.
+        self._bound: tuple[Tensor, float] | None = None
 
     # ---- shards ----
 
@@ -202,12 +204,13 @@ class Stepper:
         for exchange, inputs in decision.calls:
             contexts: list[StepContext | None] = []
             if errors.none:
-                with errors.deferred():
+                with errors:
                     contexts = count_step(exchange.shard, inputs, should_step)
-            for chunk in exchange.chunks(inputs, should_step, errors, observe):
-                if errors.none:
-                    with errors.deferred():
-                        compute_chunk(chunk, contexts)
+            with full_precision(exchange.shard.device):
+                for chunk in exchange.chunks(inputs, should_step, errors, observe):
+                    if errors.none:
+                        with errors:
+                            compute_chunk(chunk, contexts)
             errors.attempt(inputs.write_back)
         self._settle(decision, collected.part, before, ranks)
         self.incomplete = frozenset()
@@ -227,7 +230,7 @@ class Stepper:
         self._stop_at_faults(concerned, ranks)
         self._refuse_incomplete()
         if errors.none:
-            with errors.deferred():
+            with errors:
                 self._collect(collected, groups, ranks, part, limit)
         try:
             return collected, self._agreement.decide(collected, ranks, errors)
@@ -246,10 +249,11 @@ class Stepper:
         pairs = zip(into.exchanges, into.inputs, strict=True)
         into.largest += [(exchange.collect(inputs), gradient_limit(exchange.shard)) for exchange, inputs in pairs]
         if part is not None:
-            self._bound = part.largest() if part.number == 0 else self._bound
+            self._bound = (part.largest(), limit()) if part.number == 0 else self._bound
             assert self._bound is not None
-            device = into.largest[0][0].device if into.largest else self._bound.device
-            into.largest.append((self._bound.to(device, non_blocking=True), limit()))
+            bound, allowed = self._bound
+            device = into.largest[0][0].device if into.largest else bound.device
+            into.largest.append((bound.to(device, non_blocking=True), allowed))
 
     def _begin_to_measure(self, decision: Decision, ranks: Group) -> Observe | None:
         if self.meter is None or decision.is_idle:
