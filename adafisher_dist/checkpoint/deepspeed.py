@@ -222,7 +222,7 @@ def _values(engine: Any, client_state: Mapping[str, Any] | None) -> dict[str, An
         logger.warning("Saving in the middle of gradient accumulation: %d micro-steps are not in it.", within)
     return {
         "client_state": own,
-        "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},  # a float with sequence parallelism
         "lr_scheduler": scheduler_state(engine.lr_scheduler),
         "loss_scale": _loss_scale(engine),
         "data_efficiency": {name: part.state_dict() for name, part in _data_efficiency(engine).items()},

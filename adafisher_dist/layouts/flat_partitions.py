@@ -17,7 +17,7 @@ from torch import Tensor
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import join
 from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
-from adafisher_dist.layouts.storage import GivenParameters, Parameter, Storage
+from adafisher_dist.layouts.storage import GivenParameters, Parameter, Storage, UnsupportedLayoutError
 
 
 def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -> Storage:
@@ -39,14 +39,31 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "mixture of experts": wrapper.has_moe_layers,
             "model or pipeline parallelism": wrapper.model_parallel_world_size > 1,
-            "sequence parallelism": wrapper.sequence_parallel_size > 1,
             "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
         },
     )
+    _refuse_unaveraged(wrapper)
     stage = 2 if wrapper.partition_gradients else 1
     groups = (wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, wrapper.bit16_groups)
     return _storage(f"ZeRO-{stage}", wrapper, partition, groups, given_parameters)
+
+
+def _refuse_unaveraged(wrapper: Any) -> None:
+    """Refuse sequence parallelism that DeepSpeed 0.19.8 does not average gradients over.
+
+    With `mesh_param` its group for the gradients leaves the other ranks of a sequence out, and
+    their weights drift apart (AdamW's too).
+    """
+    if wrapper.sequence_parallel_size > 1:
+        from deepspeed.utils import groups
+
+        if not join(groups._get_sequence_parallel_group()).members <= join(wrapper.dp_process_group).members:
+            raise UnsupportedLayoutError(
+                "DeepSpeed does not average the gradients of ZeRO stages 1 and 2 over the sequence-parallel ranks of"
+                " mesh_param. Pass initialize() an mpu instead (deepspeed.runtime.sequence_parallel.parallel_state_sp,"
+                " after its initialize_sequence_parallel), or use stage 3."
+            )
 
 
 def refresh(wrapper: Any) -> None:
