@@ -9,7 +9,7 @@ changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,7 @@ from adafisher_dist.layouts.storage import UnsupportedLayoutError
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard, waits_for_nothing
 from adafisher_dist.stepping import found_inf
-from adafisher_dist.stepping.consistency import Fingerprints, check_consistency, fingerprint, fingerprints_of
+from adafisher_dist.stepping.consistency import Alike, Fingerprints, check_consistency, fingerprints_of, parts_of
 from adafisher_dist.stepping.exchange import Exchange
 from adafisher_dist.stepping.found_inf import FoundInf
 from adafisher_dist.stepping.inputs import Inputs, without_gradients
@@ -66,7 +66,7 @@ class Decision:
         errors: of this rank in them; an error from the beginning has it leave everything as it is.
         found_inf: what decides on the device whether anything changes, where something does.
         should_step: its number; None: the step takes place.
-        fingerprints: what has to be the same on all ranks.
+        alike: what has to be the same on the ranks.
         error: of this rank, from before the decision.
         is_idle: whether this rank only keeps the others company.
     """
@@ -75,7 +75,7 @@ class Decision:
     errors: DeferredErrors
     found_inf: FoundInf | None = None
     should_step: Tensor | None = None
-    fingerprints: Fingerprints = ()
+    alike: Alike = field(default_factory=Alike)
     error: Exception | None = None
     is_idle: bool = False
 
@@ -136,10 +136,7 @@ class Agreement:
 
     def _by_hosts(self, collected: Collected, ranks: Group, errors: DeferredErrors) -> Decision | None:
         device = _deciding_device(collected.shards)
-        prints: list[tuple[int, str]] = []
-        if ranks.total_size > 1:
-            errors.attempt(lambda: prints.extend(_fingerprints(collected, device is not None)))
-            prints = prints or [(0, "")] * FINGERPRINTS
+        alike = _alike(collected, ranks, parts_of(collected.shards, ranks), errors)
         usable = True
         if device is None and errors.none:
             with errors:
@@ -147,59 +144,80 @@ class Agreement:
         # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
         # 2, 4, 8, …
         compare = self._calls.bit_count() == 1
-        usable = _checked(collected, ranks, usable, prints, errors, compare)
+        usable = _checked(collected, ranks, usable, alike, errors, compare)
         self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
         if not usable:
             return None
         calls = list(zip(collected.exchanges, collected.inputs, strict=True))
         if device is None:
             return Decision(calls, errors)
-        own = self._found_inf(ranks, device)
-        return Decision(calls, errors, own, self._decided(own, collected, prints, errors), prints)
+        own = self._found_inf(ranks, device, [group for group, _ in alike.parts])
+        return Decision(calls, errors, own, self._decided(own, collected, alike, errors), alike)
 
     def _by_device(
         self, before: _Agreed, device: torch.device, collected: Collected, ranks: Group, errors: DeferredErrors
     ) -> Decision:
-        own = self._found_inf(ranks, device)
-        prints: list[tuple[int, str]] = []
-        errors.attempt(lambda: prints.extend(_fingerprints(collected, _deciding_device(collected.shards) is not None)))
-        should_step = self._decided(own, collected, prints, errors)
+        parts = parts_of([exchange.shard for exchange in before.exchanges], ranks)
+        own = self._found_inf(ranks, device, parts)
+        alike = _alike(collected, ranks, parts, errors)
+        should_step = self._decided(own, collected, alike, errors)
         error = errors.error
         if errors.none and (before.exchanges, before.metrics) != (collected.exchanges, collected.metrics):
             # Whether the others are about to do the same, the host has to know before it does.
             if own.read(settled=False).is_fault:
                 errors = _idle("The ranks differ.")
             elif before.exchanges != collected.exchanges:
-                _checked(collected, ranks, True, prints, errors, compare=True)
+                now = _alike(collected, ranks, parts_of(collected.shards, ranks), errors)
+                _checked(collected, ranks, True, now, errors, compare=True)
         if not errors.none:
             # The others, who may not know yet, go through the collectives of the call before.
             calls = [(exchange, without_gradients(exchange.shard)) for exchange in before.exchanges]
-            return Decision(calls, errors, own, should_step, prints, error, is_idle=True)
+            return Decision(calls, errors, own, should_step, alike, error, is_idle=True)
         self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
         calls = list(zip(collected.exchanges, collected.inputs, strict=True))
-        return Decision(calls, errors, own, should_step, prints)
+        return Decision(calls, errors, own, should_step, alike)
 
-    def _decided(self, own: FoundInf, collected: Collected, prints: Fingerprints, errors: DeferredErrors) -> Tensor:
+    def _decided(self, own: FoundInf, collected: Collected, alike: Alike, errors: DeferredErrors) -> Tensor:
         """Whether to step, on the device; not if a part before it in the same step does not."""
         largest, before = list(collected.largest), self._part_before
         if collected.part and before is not None:
             errors.attempt(lambda: largest.append((1 - before, 0.0)))
-        self._part_before = own.decide(largest, fingerprint(prints), errors)
+        self._part_before = own.decide(largest, alike, errors)
         return self._part_before
 
-    def _found_inf(self, ranks: Group, device: torch.device) -> FoundInf:
-        idle = next((own for own in self._idle if own.is_for(ranks, device)), None)
+    def _found_inf(self, ranks: Group, device: torch.device, parts: Sequence[Group]) -> FoundInf:
+        idle = next((own for own in self._idle if own.is_for(ranks, device, parts)), None)
         if idle is None:
-            return FoundInf(ranks, device)
+            return FoundInf(ranks, device, parts)
         self._idle.remove(idle)
         return idle
 
 
-FINGERPRINTS = len(fingerprints_of((), (), False, None))
+FINGERPRINTS = len(fingerprints_of((), (), (), False, None))
 
 
-def _fingerprints(collected: Collected, on_device: bool) -> Fingerprints:
-    return fingerprints_of(collected.shards, collected.inputs, on_device, collected.metrics)
+def _alike(collected: Collected, ranks: Group, parts: Sequence[Group], errors: DeferredErrors) -> Alike:
+    """What must be the same on all ranks, and on those of each part; zeros after an error."""
+    if ranks.total_size == 1:
+        return Alike()
+    nothing = [(0, "")] * FINGERPRINTS
+    found = [Alike(nothing, [(part, nothing) for part in parts])]
+
+    def look() -> None:
+        everywhere = _fingerprints(collected, lambda group: group not in parts, parts)
+        found.append(Alike(everywhere, [(part, _fingerprints(collected, part.__eq__, ())) for part in parts]))
+
+    errors.attempt(look)
+    return found[-1]
+
+
+def _fingerprints(collected: Collected, chosen: Callable[[Group], bool], parts: Sequence[Group]) -> Fingerprints:
+    """Of the shards of the chosen groups."""
+    pairs = zip(collected.shards, collected.inputs, strict=True)
+    own = [(shard, inputs) for shard, inputs in pairs if chosen(shard.storage.group)]
+    on_device = _deciding_device(collected.shards) is not None
+    shards, inputs = [shard for shard, _ in own], [inputs for _, inputs in own]
+    return fingerprints_of(shards, inputs, parts, on_device, collected.metrics)
 
 
 def _idle(why: str) -> DeferredErrors:
@@ -217,11 +235,11 @@ def _deciding_device(shards: Sequence[Shard]) -> torch.device | None:
 
 
 def _checked(
-    collected: Collected, ranks: Group, usable: bool, prints: Fingerprints, errors: DeferredErrors, compare: bool
+    collected: Collected, ranks: Group, usable: bool, alike: Alike, errors: DeferredErrors, compare: bool
 ) -> bool:
     """See `check_consistency`; tells of new shards."""
     fresh = [shard for shard in collected.shards if not shard.checked]
-    usable = check_consistency(ranks, collected.shards, collected.inputs, usable, prints, errors, compare)
+    usable = check_consistency(ranks, collected.shards, collected.inputs, usable, alike, errors, compare)
     for shard in fresh if ranks.is_first else ():
         logger.info(statistics.summary(shard))
     return usable
@@ -241,7 +259,8 @@ def check_ranks(shards: Sequence[Shard], group: Group) -> None:
                 "AdaFisher took its first step, or loaded its state, before torch.distributed was initialised, and"
                 " knows of no other rank. Initialise it first, then load the state."
             )
-        if own.total_size != group.total_size or not (own.members <= group.members or group.replicas is not None):
+        alike = own.total_size == group.total_size
+        if not (own.members <= group.members or (alike and group.replicas is not None)):
             raise UnsupportedLayoutError(
                 f"The parameters of one optimizer are spread over different ranks: {own.total_size} in the layout"
                 f" {shard.storage.layout}, and {group.total_size} take the step. Use an optimizer for each."

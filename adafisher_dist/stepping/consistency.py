@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -29,8 +30,27 @@ Fingerprints = Sequence[tuple[int, str]]
 """What must be the same on all ranks, and what to say if it is not."""
 
 
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """What must be the same before a step.
+
+    Attributes:
+        everywhere: on all ranks that take it.
+        parts: on the ranks of each group that has parameters of its own, as of experts.
+    """
+
+    everywhere: Fingerprints = ()
+    parts: Sequence[tuple[Group, Fingerprints]] = ()
+
+
+def parts_of(shards: Sequence[Shard], ranks: Group) -> list[Group]:
+    """The groups that hold some of the parameters, where the other ranks hold others instead."""
+    groups = dict.fromkeys(shard.storage.group for shard in shards)
+    return [group for group in groups if group.total_size < ranks.total_size]
+
+
 def check_consistency(
-    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, fingerprints: Fingerprints,
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], finite: bool, alike: Alike,
     errors: DeferredErrors, compare_copies: bool,
 ) -> bool:  # fmt: skip
     """Whether all ranks' gradients are finite and small enough to square, as far as hosts know.
@@ -40,7 +60,7 @@ def check_consistency(
         shards: those that take part in the step.
         inputs: for each shard; after an error some may be missing.
         finite: whether that is so of this rank's gradients.
-        fingerprints: of this rank; see `fingerprints_of`.
+        alike: fingerprints of this rank; see `fingerprints_of`.
         errors: what went wrong on this rank while its gradients were collected.
         compare_copies: whether parameters and gradients are compared bit by bit where ranks hold
             the same ones, as they always are in the first step of a shard. Alike on all ranks.
@@ -55,7 +75,7 @@ def check_consistency(
     if group.total_size == 1:
         stop(errors.error, values[1], "")
     else:
-        prints = [*fingerprints, *_of_copies(shards, inputs, errors, compare_copies)]
+        prints = [*alike.everywhere, *_of_copies(group, shards, inputs, errors, compare_copies)]
         same_replicas = _same_in_replicas(group, shards, inputs, errors, compare_copies) if group.replicas else 1
         values = [int(finite), failed(errors), same_replicas, *_with_negatives(prints)]
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different
@@ -67,9 +87,26 @@ def check_consistency(
             raise RuntimeError(difference)
         if not values[2]:
             raise RuntimeError("The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE)
+        if alike.parts:
+            _check_parts(group, shards, inputs, alike.parts, compare_copies)
     for shard in shards:
         shard.checked = True
     return bool(values[0])
+
+
+def _check_parts(
+    group: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], parts: Sequence[tuple[Group, Fingerprints]],
+    compare_copies: bool,
+) -> None:  # fmt: skip
+    """The same of each group that has parameters of its own; `group`: all ranks, which may stop."""
+    errors = DeferredErrors()
+    for part, fingerprints in parts:
+        prints = [*fingerprints, *_of_copies(part, shards, inputs, errors, compare_copies)]
+        lowest = collectives.minimum(part, torch.tensor(_with_negatives(prints))).tolist()
+        difference = _first_difference(lowest, prints)
+        if difference is not None and errors.none:
+            errors.error = RuntimeError(difference)
+    raise_if_any_failed(group, errors, "before anything changed")
 
 
 def _with_negatives(prints: Fingerprints) -> list[int]:
@@ -82,10 +119,13 @@ def _first_difference(lowest: Sequence[int], prints: Fingerprints) -> str | None
     return next((message for low, minus_high, (_, message) in pairs if low != -minus_high), None)
 
 
-def difference(group: Group, prints: Fingerprints) -> str:
+def difference(group: Group, alike: Alike) -> str:
     """In what the ranks differ, which they know that they do. A collective of the hosts."""
-    lowest = collectives.minimum(group, torch.tensor(_with_negatives(prints))).tolist()
-    return _first_difference(lowest, prints) or "The ranks were about to take different steps of AdaFisher."
+    found = None
+    for ranks, prints in ((group, alike.everywhere), *alike.parts):
+        lowest = collectives.minimum(ranks, torch.tensor(_with_negatives(prints))).tolist()
+        found = found or _first_difference(lowest, prints)
+    return found or "The ranks were about to take different steps of AdaFisher."
 
 
 def fingerprint(prints: Fingerprints) -> int:
@@ -99,20 +139,21 @@ _SYNCHRONISE = (
 
 
 def fingerprints_of(
-    shards: Sequence[Shard], inputs: Sequence[Inputs], on_device: bool, metrics: object
+    shards: Sequence[Shard], inputs: Sequence[Inputs], parts: Sequence[Group], on_device: bool, metrics: object
 ) -> Fingerprints:
-    """What must be the same on all ranks.
+    """What must be the same on ranks that share these shards.
 
     Args:
-        shards: those that take part in the step.
+        shards: those that take part in the step, and are shared by all of these ranks.
         inputs: for each shard; after an error some may be missing.
+        parts: groups that have parameters of their own besides.
         on_device: whether gradients are looked at on the device.
         metrics: which steps are measured, and which is being; None where none is.
     """
     active = [bytes(gradient is not None for gradient in own.gradients) for own in inputs]
     return [
         (
-            sharding.digest([shard.storage.group.size for shard in shards], active),
+            sharding.digest([shard.storage.group.size for shard in shards], active, [part.size for part in parts]),
             "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"
             " the same parameters a gradient on every rank.",
         ),
@@ -145,13 +186,19 @@ def fingerprints_of(
 
 
 def _of_copies(
-    shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, everything: bool
+    ranks: Group, shards: Sequence[Shard], inputs: Sequence[Inputs], errors: DeferredErrors, everything: bool
 ) -> list[tuple[int, str]]:
-    """The same of replicated parameters and gradients, bit by bit: of new shards, or of all."""
+    """The same of parameters and gradients replicated on these ranks, bit by bit.
+
+    Of new shards, or of all.
+    """
     chosen = [
         own
         for shard, own in zip(shards, inputs, strict=False)
-        if shard.storage.replicated and shard.storage.group.size > 1 and (everything or not shard.checked)
+        if shard.storage.replicated
+        and shard.storage.group.size > 1
+        and shard.storage.group.members == ranks.members
+        and (everything or not shard.checked)
     ]
     sums = _checksums(chosen, errors)
     return [

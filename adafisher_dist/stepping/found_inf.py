@@ -20,7 +20,7 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.state.shard import Shard
-from adafisher_dist.stepping.consistency import Fingerprints, failed
+from adafisher_dist.stepping.consistency import Alike, failed, fingerprint
 
 
 def is_meant_for(device: torch.device) -> bool:
@@ -57,28 +57,31 @@ class Verdict(NamedTuple):
 class FoundInf:
     """Decides for one step at a time, on a group's ranks; reused, so that no step allocates it."""
 
-    def __init__(self, group: Group, device: torch.device) -> None:
+    def __init__(self, group: Group, device: torch.device, parts: Sequence[Group] = ()) -> None:
         self._group = group
         # Of each the minimum over the ranks: 0 or −1 if a gradient cannot be used; 0 or −1 − the
-        # rank that failed; fingerprint; its negative. Their sum is 0 if all is well, and else less.
-        self._votes = group.comm_buffer(torch.zeros(4, dtype=torch.int64, device=device))
+        # rank that failed; fingerprint; its negative; 0, or less if the ranks of a part differ.
+        # Their sum is 0 if all is well, and else less.
+        self._votes = group.comm_buffer(torch.zeros(5, dtype=torch.int64, device=device))
+        # Of each part: fingerprint, and its negative.
+        self._parts = {part: part.comm_buffer(torch.zeros(2, dtype=torch.int64, device=device)) for part in parts}
         self._amid = group.comm_buffer(torch.zeros(1, dtype=torch.int64, device=device))
         self._should_step = torch.ones(1, dtype=torch.int32, device=device)
         on_accelerator = device.type != "cpu"
-        self._seen = torch.zeros(5, dtype=torch.int64, pin_memory=on_accelerator)
+        self._seen = torch.zeros(6, dtype=torch.int64, pin_memory=on_accelerator)
         self._arrivals = [torch.Event(device) for _ in range(2)] if on_accelerator else []
 
-    def is_for(self, group: Group, device: torch.device) -> bool:
-        """Whether it is of these ranks and of this kind of device."""
-        return self._group == group and self._should_step.device == device
+    def is_for(self, group: Group, device: torch.device, parts: Sequence[Group]) -> bool:
+        """Whether it is of these ranks, parts of them, and of this kind of device."""
+        return self._group == group and self._should_step.device == device and list(self._parts) == list(parts)
 
-    def decide(self, largest: Sequence[tuple[Tensor, float]], fingerprint: int, errors: DeferredErrors) -> Tensor:
+    def decide(self, largest: Sequence[tuple[Tensor, float]], alike: Alike, errors: DeferredErrors) -> Tensor:
         """Tell all ranks whether the step may take place. A collective; no host waits for it.
 
         Args:
             largest: the largest absolute gradient elements of this rank, 0-d, and how large each
                 may be.
-            fingerprint: of what must be the same on all ranks, of at most 62 bits.
+            alike: what must be the same on all ranks, and on those of each part.
             errors: of this rank.
 
         Returns:
@@ -93,18 +96,25 @@ class FoundInf:
                 votes[:1].sub_(unusable.any().to(torch.int64))
 
         errors.attempt(look)
-        for index, value in enumerate((failed(errors), fingerprint, -fingerprint), start=1):
+        own = fingerprint(alike.everywhere)
+        for index, value in enumerate((failed(errors), own, -own, 0), start=1):
             votes[index].fill_(value)
+        for part, prints in alike.parts:
+            buffer, own = self._parts[part], fingerprint(prints)
+            for index, value in enumerate((own, -own)):
+                buffer.tensor[index].fill_(value)
+            collectives.minimum_on_device(part, buffer)
+            votes[4:].add_(buffer.tensor.sum())
         collectives.minimum_on_device(self._group, self._votes)
         self._should_step.copy_(votes.sum() == 0)
-        self._notice(self._seen[:4], votes, 0)
+        self._notice(self._seen[:5], votes, 0)
         return self._should_step.squeeze(0)
 
     def settle(self, errors: DeferredErrors) -> None:
         """Tell all ranks whether this one has done its part. A collective, as `decide`."""
         self._amid.tensor.fill_(failed(errors))
         collectives.minimum_on_device(self._group, self._amid)
-        self._notice(self._seen[4:], self._amid.tensor, 1)
+        self._notice(self._seen[5:], self._amid.tensor, 1)
 
     def _notice(self, seen: Tensor, of_device: Tensor, number: int) -> None:
         seen.copy_(of_device, non_blocking=True)
@@ -119,8 +129,8 @@ class FoundInf:
         """
         if self._arrivals:
             self._arrivals[int(settled)].synchronize()
-        usable, before, low, minus_high, amid = self._seen.numpy().tolist()  # no operation of torch: on the host
-        return Verdict(usable == 0, before, low == -minus_high, amid if settled else 0)
+        usable, before, low, minus_high, parts, amid = self._seen.numpy().tolist()  # no operation of torch: on the host
+        return Verdict(usable == 0, before, low == -minus_high and parts == 0, amid if settled else 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +142,7 @@ class Pending:
         shards: that took part.
         counters: theirs before the step.
         part: the number of this part of a wrapper's step: only the first counts as a skipped step.
-        fingerprints: what was to be the same on all ranks.
+        alike: what was to be the same on the ranks.
         error: of this rank.
     """
 
@@ -140,5 +150,5 @@ class Pending:
     shards: list[Shard]
     counters: list[Tensor]
     part: int
-    fingerprints: Fingerprints
+    alike: Alike
     error: Exception | None

@@ -149,7 +149,7 @@ class Stepper:
         consistency.stop(pending.error, verdict.amid or verdict.before, when)
         if ranks is None:
             raise RuntimeError("AdaFisher took no step, since the ranks differ; the next step() tells in what.")
-        raise RuntimeError(consistency.difference(ranks, pending.fingerprints))
+        raise RuntimeError(consistency.difference(ranks, pending.alike))
 
     def _forget_unchecked(self) -> None:
         """What was planned in a failed step may not be what the other ranks planned."""
@@ -273,6 +273,6 @@ class Stepper:
         inf.settle(amid)
         shards = [exchange.shard for exchange, _ in decision.calls]
         error = decision.error or amid.error
-        self._pending.append(Pending(inf, shards, before, part, decision.fingerprints, error))
+        self._pending.append(Pending(inf, shards, before, part, decision.alike, error))
         if error is not None:
             logger.error("AdaFisher failed on this rank; all ranks stop at their next step(). %s", error)
