@@ -399,12 +399,10 @@ def step_as_the_wrapper_would(self: Any) -> None:
         (3, "fp32", "__class__", "MiCS_Optimizer", "MiCS_Optimizer, which AdaFisher does not know"),
         (3, "fp32", "sub_group_process_groups", None, "lacks what it is recognised by"),
         (1, "fp32", "zenflow", True, "ZenFlow"),
-        (2, "bf16", "has_moe_layers", True, "mixture of experts"),
         (2, "fp32", "model_parallel_world_size", 2, "model or pipeline parallelism"),
         (1, "bf16", "low_precision_master_weights_and_grads", True, "16-bit master weights"),
         (1, "fp32", "__class__", "NewZeroOptimizer", "NewZeroOptimizer, which AdaFisher does not know"),
         (1, "bf16-fp32", "mpu", object(), "model or pipeline parallelism"),
-        (1, "bf16-fp32", "has_moe_layers", True, "mixture of experts"),
     ],
 )
 def test_modes_that_are_not_supported(stage: int, precision: str, attribute: str, value: Any, words: str) -> None:
@@ -417,7 +415,7 @@ def test_modes_that_are_not_supported(stage: int, precision: str, attribute: str
 def test_parts_of_parallel_layers_are_refused() -> None:
     for mark, value, words in (
         ("tensor_model_parallel", True, "tensor parallelism"),
-        ("allreduce", False, "MoE expert"),
+        ("allreduce", False, "marked as an expert.s"),
         ("_fsdp_flattened", True, "FSDP1"),
     ):
         parameter = nn.Parameter(torch.ones(3))

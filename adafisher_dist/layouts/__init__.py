@@ -10,7 +10,14 @@ from torch import Tensor
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
 from adafisher_dist.layouts import deepspeed_wrappers, flat_partitions, replicated, zero3
-from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep, calling_wrapper, frames, refuse_modes, unexpected
+from adafisher_dist.layouts.deepspeed_wrappers import (
+    PartOfStep,
+    calling_wrapper,
+    expert_group,
+    frames,
+    refuse_modes,
+    unexpected,
+)
 from adafisher_dist.layouts.storage import GivenParameters, LocalShard, ParameterInfo, Storage, UnsupportedLayoutError
 
 if TYPE_CHECKING:
@@ -94,8 +101,9 @@ def storages(
             storage_of = _SHARDED_WRAPPERS[name].storage
             return [storage_of(wrapper, tensor, given_parameters) for tensor in tensors]
         if wrapper is not None and name == _REPLICATED_WRAPPER:
-            masters = [(tensor, replicated.master_of(wrapper, tensor, given_parameters)) for tensor in tensors]
-            return _by_device(masters, join(process_group))
+            masters = [replicated.master_of(wrapper, tensor, given_parameters) for tensor in tensors]
+            members = [(tensor, info, parameter) for tensor, (parameter, info) in zip(tensors, masters, strict=True)]
+            return _plain(members, process_group)
     except AttributeError as error:
         raise unexpected(wrapper, f"lacks what it is recognised by ({error})") from error
     what = f"DeepSpeed's {name}, which AdaFisher does not know" if wrapper is not None else "others"
@@ -232,8 +240,10 @@ def check_parameter(tensor: Tensor, name: str) -> None:
     for mark, (layout, instead) in _MARKS.items():
         if getattr(tensor, mark, None) not in (None, False):
             raise UnsupportedLayoutError(f"{name} is laid out by {layout}, which is not supported; use {instead}.")
-    if getattr(tensor, "allreduce", True) is False:
-        raise UnsupportedLayoutError(f"{name} belongs to a DeepSpeed MoE expert; expert parallelism is not supported.")
+    if getattr(tensor, "allreduce", True) is False and not hasattr(tensor, "group_name"):
+        raise UnsupportedLayoutError(
+            f"{name} is marked as an expert's (allreduce=False), and has no group_name as DeepSpeed's MoE gives one."
+        )
     if hasattr(tensor, "device_mesh"):
         from adafisher_dist.layouts import fsdp2
 
@@ -259,7 +269,7 @@ def _given_tensors(
     members: Sequence[tuple[Tensor, ParameterInfo]], process_group: ProcessGroup | None
 ) -> list[Storage]:
     """Storages of the given parameters: plain tensors replicated, DTensors sharded over a mesh."""
-    plain: list[tuple[Tensor, ParameterInfo]] = []
+    plain: list[tuple[Tensor, ParameterInfo, Tensor]] = []
     by_mesh: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
     for tensor, info in members:
         check_parameter(tensor, info.name)
@@ -271,8 +281,8 @@ def _given_tensors(
         if hasattr(tensor, "device_mesh"):
             by_mesh.setdefault(tensor.device_mesh, []).append((tensor, info))
         else:
-            plain.append((tensor, info))
-    result = _by_device(plain, join(process_group)) if plain else []
+            plain.append((tensor, info, tensor))
+    result = _plain(plain, process_group)
     if by_mesh:
         from adafisher_dist.layouts import fsdp2
 
@@ -280,8 +290,15 @@ def _given_tensors(
     return result
 
 
-def _by_device(members: Sequence[tuple[Tensor, ParameterInfo]], group: Group) -> list[Storage]:
-    by_device: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
-    for tensor, info in members:
-        by_device.setdefault(tensor.device, []).append((tensor, info))
-    return [replicated.storage(same, group) for same in by_device.values()]
+def _plain(
+    members: Sequence[tuple[Tensor, ParameterInfo, Tensor]], process_group: ProcessGroup | None
+) -> list[Storage]:
+    """Storages of whole tensors, each with the model's parameter that it stands for.
+
+    One for each device, and for each group of ranks that hold the same experts.
+    """
+    alike: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
+    for tensor, info, parameter in members:
+        group = join(expert_group(parameter) or process_group)
+        alike.setdefault((tensor.device, group), []).append((tensor, info))
+    return [replicated.storage(same, group) for (_, group), same in alike.items()]

@@ -219,6 +219,18 @@ def info_of(wrapper: Any, parameter: Tensor, given_parameters: GivenParameters) 
     return replace(info, name=names.get(parameter, info.name))
 
 
+def expert_group(parameter: Tensor) -> Any:
+    """The ranks that hold the same expert of DeepSpeed's MoE, as a process group.
+
+    None for what is no expert's.
+    """
+    if getattr(parameter, "allreduce", True):
+        return None
+    from deepspeed.utils import groups
+
+    return groups._get_expert_data_parallel_group(getattr(parameter, "group_name", None))
+
+
 def refuse_modes(wrapper: Any, modes: Mapping[str, object]) -> None:
     """Refuse the first mode that is on.
 

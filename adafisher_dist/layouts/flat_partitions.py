@@ -37,7 +37,6 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
         {
             "ZenFlow": wrapper.zenflow,
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
-            "mixture of experts": wrapper.has_moe_layers,
             "model or pipeline parallelism": wrapper.model_parallel_world_size > 1,
             "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
@@ -78,10 +77,7 @@ def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParam
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
             expected.
     """
-    refuse_modes(
-        wrapper,
-        {"mixture of experts": wrapper.has_moe_layers, "model or pipeline parallelism": wrapper.mpu is not None},
-    )
+    refuse_modes(wrapper, {"model or pipeline parallelism": wrapper.mpu is not None})
     groups = (wrapper.fp32_groups_flat_partition, wrapper.bf16_groups_flat, wrapper.bf16_groups)
     return _storage("BF16_Optimizer", wrapper, partition, groups, given_parameters)
 

@@ -52,7 +52,7 @@ def refresh(wrapper: Any) -> None:
             parameter.data.copy_(master.data)
 
 
-def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -> ParameterInfo:
+def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -> tuple[Tensor, ParameterInfo]:
     """Which parameter DeepSpeed's FP16_UnfusedOptimizer keeps an fp32 copy of in `tensor`.
 
     Raises:
@@ -67,5 +67,5 @@ def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, members, strict=True):
             if master is tensor:
-                return info_of(wrapper, parameter, given_parameters)
+                return parameter, info_of(wrapper, parameter, given_parameters)
     raise unexpected(wrapper, "steps a tensor that is none of its fp32 copies")
