@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,44 @@ def test_ranks_that_differ_in_an_experts_rate_stop_everywhere(on_device: bool) -
         assert told
     assert "different settings" in found[1][0]
     assert "different settings" in found[3][0]
+
+
+def saved(rank: int, world: int, stage: int, degree: int, folder: Path) -> None:
+    engine = engine_of(stage, degree, "fp32", world)
+    train(engine, 0, 4, rank, world)
+    engine.save_checkpoint(str(folder))
+
+
+def resumed(rank: int, world: int, stage: int, degree: int, folder: Path) -> dict[str, np.ndarray]:
+    engine = engine_of(stage, degree, "fp32", world)
+    engine.load_checkpoint(str(folder))
+    train(engine, 4, 8, rank, world)
+    return global_names(masters(engine), degree)
+
+
+@pytest.mark.parametrize(
+    ("stage", "then"),  # world, degree, stage
+    [
+        (1, (2, 2, 1)),
+        (0, (2, 1, 2)),
+        pytest.param(2, (4, 4, 0), marks=pytest.mark.slow),
+        pytest.param(1, (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param(2, (4, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_goes_on_at_another_degree(stage: int, then: tuple[int, int, int], tmp_path: Path) -> None:
+    run_ranks(saved, 2, stage, 2, tmp_path, deepspeed=True)
+    world, degree, after = then
+    wanted = run_ranks(mixture, world, after, 1, "fp32", deepspeed=True)
+    same(run_ranks(resumed, world, after, degree, tmp_path, deepspeed=True), wanted[0])
+
+
+def auto(rank: int, world: int) -> str:
+    engine = engine_of(1, 2, "fp32", world, block_size="auto", memory_budget_gb=1.0)
+    with pytest.raises(ValueError, match="give a number") as told:
+        train(engine, 0, 1, rank, world)
+    return str(told.value)
+
+
+def test_a_block_size_is_not_chosen() -> None:
+    run_ranks(auto, 2, deepspeed=True)

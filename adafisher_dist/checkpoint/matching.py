@@ -103,7 +103,7 @@ def match(
         else:
             fitting[name] = model["aliases"].get(old, old)
     for name, old in old_names.items():
-        if name not in here and old not in model["aliases"]:
+        if name not in here and name not in target.elsewhere and old not in model["aliases"]:
             tied = target.aliases.get(name)
             what = f"tied to {tied} in the model, and was a tensor of its own" if tied else "not in the model"
             found.problems.append(f"{old} is {what}" + ("" if name == old else f" (as {name})"))
@@ -188,7 +188,11 @@ def _match_extra_states(
             found.extra_states[module] = new_names[name].removesuffix(_EXTRA).removesuffix(".")
         else:
             found.problems.append(f"{name} is not in the checkpoint")
-    found.problems += [f"{old} is not in the model" for name, old in new_names.items() if name not in here]
+    found.problems += [
+        f"{old} is not in the model"
+        for name, old in new_names.items()
+        if name not in here and name not in target.elsewhere
+    ]
 
 
 def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:

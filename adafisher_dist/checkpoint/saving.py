@@ -174,6 +174,8 @@ def save(
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         about["id"] = ids[0]
+        if target.first_holders is not None:
+            about.update(targets.merged(hosts.gather({part: about[part] for part in ("model", "optimizer")})))
         if not asynchronous:
             _write(place, about, found, hosts, latest, keep_last, began, in_background=False)
     if asynchronous:

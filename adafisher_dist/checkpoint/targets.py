@@ -17,6 +17,7 @@ from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.host_groups import HostGroup
+from adafisher_dist.layouts.deepspeed_wrappers import expert_names
 from adafisher_dist.layouts.storage import LocalShard, Storage, whole_shape
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.optimizer.checkpointing import CheckpointAccess
@@ -28,6 +29,7 @@ from adafisher_dist.state.shard import Shard
 OWN_SETTINGS = (
     *("block_size", "rows_per_block", "block_grid", "max_blocks"),
     *("fisher_dtype", "exponent", "grafting", "inverse_update_freq", "packed", "memory_budget_gb"),
+    *("name", "moe"),  # what DeepSpeed knows a group by
 )
 
 # What torch puts into the names of parameters when it wraps a module in place.
@@ -49,6 +51,9 @@ class CheckpointTarget:
         buffers: the persistent ones, by name; a shared one by its first.
         aliases: the other names of tied parameters and shared buffers.
         left_out: the names of parameters whose values are not saved.
+        elsewhere: where ranks hold different experts, the names that other ranks hold and this one
+            does not.
+        first_holders: there, by name, the first rank that holds it.
     """
 
     module: nn.Module
@@ -61,6 +66,8 @@ class CheckpointTarget:
     buffers: Mapping[str, Tensor]
     aliases: Mapping[str, str]
     left_out: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+    first_holders: Mapping[str, int] | None = None
 
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
@@ -72,7 +79,7 @@ class CheckpointTarget:
 def collect_target(
     module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
 ) -> CheckpointTarget:
-    """Name everything.
+    """Name everything. A collective where ranks hold different experts.
 
     Raises:
         ValueError: the optimizer has a parameter that is not in the model.
@@ -82,8 +89,9 @@ def collect_target(
             part.reshard()  # type: ignore[operator]
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    parameters = _by_first_name(module.named_parameters(remove_duplicate=False), first, aliases)
-    buffers = _by_first_name(_persistent_buffers(module), first, aliases)
+    experts = expert_names(module)
+    parameters = _by_first_name(module.named_parameters(remove_duplicate=False), experts, first, aliases)
+    buffers = _by_first_name(_persistent_buffers(module), experts, first, aliases)
     foreign = [info.name for tensor, info in access.parameters() if id(tensor) not in first]
     if foreign:
         raise ValueError(
@@ -91,7 +99,18 @@ def collect_target(
             " model that it was built for (after fully_shard, where that is used)."
         )
     names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
-    return CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
+    target = CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
+    return _with_others(target) if experts else target
+
+
+def _with_others(target: CheckpointTarget) -> CheckpointTarget:
+    """The same, knowing what the other ranks hold."""
+    own = {*target.parameters, *target.buffers, *target.aliases}
+    holders: dict[str, int] = {}
+    for rank, names in enumerate(target.hosts.gather(sorted(own))):
+        for name in names:
+            holders.setdefault(name, rank)
+    return replace(target, elsewhere=frozenset(holders) - own, first_holders=holders)
 
 
 def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
@@ -101,12 +120,13 @@ def without_frozen(target: CheckpointTarget) -> CheckpointTarget:
 
 
 def _by_first_name(
-    named: Iterable[tuple[str, Tensor]], first: dict[int, str], aliases: dict[str, str]
+    named: Iterable[tuple[str, Tensor]], experts: Mapping[str, str], first: dict[int, str], aliases: dict[str, str]
 ) -> dict[str, Tensor]:
     """Each tensor by its first name; fills `first` (id → first name), `aliases` (other → first)."""
     found: dict[str, Tensor] = {}
     for raw, tensor in named:
-        name = clean(raw)
+        expert = next((prefix for prefix in experts if raw.startswith(prefix)), "")
+        name = clean(experts.get(expert, "") + raw.removeprefix(expert))
         if first.setdefault(id(tensor), name) == name:
             found[name] = tensor
         else:
@@ -145,10 +165,15 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
     for number, (name, tensor) in enumerate([*target.parameters.items(), *target.buffers.items()]):
         if name in names:
             kind = "weight" if name in target.parameters else "buffer"
-            if kind == "buffer" and writing and held[name].replicated and target.hosts.rank:
+            if kind == "buffer" and writing and held[name].replicated and target.hosts.rank != _saver(target, name):
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
             alone = kind == "buffer"
             yield from _range(f"{kind}/{names[name]}", held[name], prod(whole_shape(tensor)), number, writing, alone)
+
+
+def _saver(target: CheckpointTarget, name: str) -> int:
+    """The rank that saves a buffer."""
+    return 0 if target.first_holders is None else target.first_holders[name]
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
@@ -165,10 +190,10 @@ def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
         for parameter in storage.parameters:
             nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
             held.setdefault(names[parameter.info.position], nothing)
-    group = Group(None, target.hosts.rank, target.hosts.size)  # the ranks that plain tensors are the same on
+    everyone = Group(None, target.hosts.rank, target.hosts.size)  # the ranks that plain tensors are the same on
     for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
         if name not in held:
-            held[name] = layouts.locate(tensor, group)
+            held[name] = layouts.locate(tensor, layouts.group_of_expert(tensor) or everyone)
     return held
 
 
@@ -227,6 +252,19 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
             "state": _counters(target),
         },
     }
+
+
+def merged(described: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks describe, where they hold different experts, as one."""
+    whole = described[0]
+    for other in described[1:]:
+        for kind, entries in whole["model"].items():
+            entries |= {name: entry for name, entry in other["model"][kind].items() if name not in entries}
+        state = whole["optimizer"]["state"]
+        state |= {name: entry for name, entry in other["optimizer"]["state"].items() if name not in state}
+        for group, more in zip(whole["optimizer"]["groups"], other["optimizer"]["groups"], strict=True):
+            group["names"] += [name for name in more["names"] if name not in group["names"]]
+    return whole
 
 
 def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]]:

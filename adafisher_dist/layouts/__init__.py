@@ -164,6 +164,12 @@ def locate(tensor: Tensor, group: Group) -> LocalShard:
     return LocalShard(tensor.detach(), 0, tensor.numel(), group, replicated=True)
 
 
+def group_of_expert(tensor: Tensor) -> Group | None:
+    """The ranks that hold the same expert, for a parameter of one; else None."""
+    handle = expert_group(tensor)
+    return None if handle is None else join(handle)
+
+
 def is_state_init_call(optimizer: Optimizer) -> bool:
     """Whether DeepSpeed itself makes this call of step(), which is no training step.
 

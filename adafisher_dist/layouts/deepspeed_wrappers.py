@@ -231,6 +231,24 @@ def expert_group(parameter: Tensor) -> Any:
     return groups._get_expert_data_parallel_group(getattr(parameter, "group_name", None))
 
 
+def expert_names(module: nn.Module) -> dict[str, str]:
+    """By the beginning of the names of an expert of DeepSpeed's MoE here, that of all ranks' names.
+
+    Each rank numbers the experts that it holds from 0 on. Empty where there are none.
+    """
+    found: dict[str, str] = {}
+    for name, part in module.named_modules():
+        experts = getattr(part, "deepspeed_experts", None)
+        first = next(iter(experts.parameters()), None) if isinstance(experts, nn.ModuleList) else None
+        if experts is not None and first is not None and not getattr(first, "allreduce", True):
+            from deepspeed.utils import groups
+
+            begin = groups._get_expert_parallel_rank(getattr(first, "group_name", None)) * len(experts)
+            prefix = f"{name}.deepspeed_experts." if name else "deepspeed_experts."
+            found |= {f"{prefix}{number}.": f"{prefix}{begin + number}." for number in range(len(experts))}
+    return found
+
+
 def refuse_modes(wrapper: Any, modes: Mapping[str, object]) -> None:
     """Refuse the first mode that is on.
 

@@ -108,6 +108,11 @@ class ParameterRegistry:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
+        if any(storage.group.total_size < self.ranks().total_size for storage in storages):
+            raise ValueError(
+                'block_size="auto" is not for ranks that hold different parameters, as with expert parallelism: give a'
+                " number, and see what it takes by memory_usage()."
+            )
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.items():
             shapes[info.group].append(whole_shape(parameter))
