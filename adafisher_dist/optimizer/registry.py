@@ -108,7 +108,7 @@ class ParameterRegistry:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
-        if any(storage.group.total_size < self.ranks().total_size for storage in storages):
+        if any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters):
             raise ValueError(
                 'block_size="auto" is not for ranks that hold different parameters, as with expert parallelism: give a'
                 " number, and see what it takes by memory_usage()."
