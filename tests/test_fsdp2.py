@@ -222,8 +222,9 @@ def refused(rank: int, world: int) -> list[str]:
     cases = [
         distribute_tensor(weight, mesh["data"], [Shard(1)]),
         distribute_tensor(weight, mesh["data"], [Replicate()]),
-        distribute_tensor(weight, mesh, [Shard(0), Shard(1)]),
-        distribute_tensor(weight, mesh, [Shard(0), Replicate()]),
+        distribute_tensor(weight, mesh, [Replicate(), Shard(1)]),
+        distribute_tensor(weight, mesh, [Shard(1), Shard(0)]),
+        distribute_tensor(weight, mesh, [Shard(0), Shard(0)]),
     ]
     messages = []
     for case in cases:

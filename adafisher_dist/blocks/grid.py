@@ -196,11 +196,16 @@ def make_grid(
     rows_per_block: int = 1,
     block_grid: str = "rows",
     max_blocks: int | None = None,
+    table: bool | None = None,
 ) -> Grid:
-    """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`)."""
+    """The grid of a parameter of this shape (DESIGN.md, section 2: `rows` and `flat`).
+
+    `table`: whether it is one; None: as its shape tells.
+    """
     numel = prod(shape)
     matrices, total, row_numel = view(shape) if numel else (1, 0, 0)
-    if block_grid == "rows" and max_blocks is None and _is_table(total, row_numel):
+    table = _is_table(total, row_numel) if table is None else table
+    if block_grid == "rows" and max_blocks is None and table:
         matrices, total, row_numel = 1, 1, numel
     matrix_numel, rows = max(1, numel // matrices), 1
     if block_grid == "rows" and total == 1:  # a vector's elements are alone, each with a diagonal Fisher
@@ -220,9 +225,13 @@ def make_grid(
     return Grid(numel, matrix_numel, row_numel, columns, rows, dense)
 
 
-def grid_of(shape: Sequence[int], config: StateConfig) -> Grid:
-    """The blocks of a parameter of this shape, with the settings of its group."""
-    return make_grid(shape, config.block_size, config.rows_per_block, config.block_grid, config.max_blocks)
+def grid_of(shape: Sequence[int], config: StateConfig, whole: Sequence[int] | None = None) -> Grid:
+    """The blocks of a parameter of this shape, with the settings of its group.
+
+    A part of a parameter of shape `whole` is a table if that is one.
+    """
+    table = None if whole is None else _is_table(*view(whole)[1:])
+    return make_grid(shape, config.block_size, config.rows_per_block, config.block_grid, config.max_blocks, table)
 
 
 def view(shape: Sequence[int]) -> tuple[int, int, int]:

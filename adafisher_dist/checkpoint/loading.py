@@ -135,7 +135,7 @@ def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[
         groups[number]["block_size"] = size
     names, tensors = target.names, [tensor for tensor, _ in chosen_tensors(target, matched)]
     for storage in target.access.storages_of(tensors, target.wrapper):
-        grids = [grid_of(p.shape, state_config(groups[p.info.group])) for p in storage.parameters]
+        grids = [grid_of(p.shape, state_config(groups[p.info.group]), p.whole) for p in storage.parameters]
         for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
             old = matched.states.get(names[storage.parameters[span.parameter].info.position])
             grid = grids[span.parameter]

@@ -215,12 +215,11 @@ def rows_here(value: Tensor, group: Group, what: str) -> Tensor:
 
 def mesh_group(given_parameters: GivenParameters) -> Group | None:
     """The ranks of the device mesh that shards the given parameters; None without DTensors."""
-    mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
-    if mesh is None:
+    if not any(hasattr(tensor, "device_mesh") for tensor in given_parameters):
         return None
     from adafisher_dist.layouts import fsdp2
 
-    return fsdp2.group_of(mesh)
+    return fsdp2.ranks_of(given_parameters)
 
 
 def host_group_of(
@@ -230,9 +229,9 @@ def host_group_of(
 
     See `host_group` for `purpose` and `error`.
     """
-    mesh = next((tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")), None)
-    if mesh is not None:
-        return host_group(mesh.mesh.flatten().tolist(), None, purpose, error)
+    meshes = [tensor.device_mesh for tensor in given_parameters if hasattr(tensor, "device_mesh")]
+    if meshes:
+        return host_group(max(meshes, key=lambda mesh: mesh.size()).mesh.flatten().tolist(), None, purpose, error)
     ranks = None if process_group is None else sorted(join(process_group).members)
     return host_group(ranks, process_group, purpose, error)
 
@@ -253,7 +252,7 @@ def check_parameter(tensor: Tensor, name: str) -> None:
     if hasattr(tensor, "device_mesh"):
         from adafisher_dist.layouts import fsdp2
 
-        fsdp2.mesh_of(tensor, name)
+        fsdp2.check(tensor, name)
 
 
 def _refuse_stages(optimizer: Optimizer) -> None:
@@ -276,7 +275,7 @@ def _given_tensors(
 ) -> list[Storage]:
     """Storages of the given parameters: plain tensors replicated, DTensors sharded over a mesh."""
     plain: list[tuple[Tensor, ParameterInfo, Tensor]] = []
-    by_mesh: dict[Any, list[tuple[Tensor, ParameterInfo]]] = {}
+    sharded: list[tuple[Tensor, ParameterInfo]] = []
     for tensor, info in members:
         check_parameter(tensor, info.name)
         if hasattr(tensor, "ds_id"):
@@ -285,14 +284,14 @@ def _given_tensors(
                 " call engine.step()."
             )
         if hasattr(tensor, "device_mesh"):
-            by_mesh.setdefault(tensor.device_mesh, []).append((tensor, info))
+            sharded.append((tensor, info))
         else:
             plain.append((tensor, info, tensor))
     result = _plain(plain, process_group)
-    if by_mesh:
+    if sharded:
         from adafisher_dist.layouts import fsdp2
 
-        result += [fsdp2.storage(group, mesh) for mesh, group in by_mesh.items()]
+        result += fsdp2.storages(sharded)
     return result
 
 

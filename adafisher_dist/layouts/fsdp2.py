@@ -1,64 +1,152 @@
-"""FSDP2 (`fully_shard`): each parameter is a DTensor, its rows cut over a device mesh's ranks.
+"""FSDP2 (`fully_shard`), with or without tensor parallelism: each parameter is a DTensor.
 
-Rank r of W holds rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last
-ranks may hold none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the
-same work on the same gradients.
+Without tensor parallelism a parameter's rows are cut over a device mesh's ranks. Rank r of W holds
+rows [r·c, min((r+1)·c, R)) of R, c = ⌈R/W⌉, as `torch.chunk` cuts them; the last ranks may hold
+none. On a 2-D mesh (HSDP) that holds within each replica, and the replicas do the same work on the
+same gradients.
+
+With tensor parallelism each of its ranks has a part of the parameter, cut by rows or columns, and
+the rows of that part are cut over the data-parallel ranks. The blocks of a part are its own: no
+block goes over its edges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from adafisher_dist.blocks import placement
 from adafisher_dist.comm.collectives import Group, join
-from adafisher_dist.layouts.storage import LocalShard, Parameter, ParameterInfo, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.storage import (
+    GivenParameters,
+    LocalShard,
+    Parameter,
+    ParameterInfo,
+    Storage,
+    UnsupportedLayoutError,
+)
 
 
-def mesh_of(parameter: Tensor, name: str) -> Any:
-    """The device mesh of a parameter that is sharded by FSDP2.
+class _Cut(NamedTuple):
+    """How a mesh cuts a parameter.
+
+    Attributes:
+        rows: the mesh's dimension over which FSDP2 cuts rows.
+        part: the mesh's dimension over which tensor parallelism cuts the parameter, if it does.
+        dim: the parameter's dimension that it cuts.
+    """
+
+    rows: int
+    part: int | None = None
+    dim: int = 0
+
+
+def _cut(parameter: Tensor, name: str) -> _Cut:
+    """How a parameter is cut.
 
     Raises:
-        UnsupportedLayoutError: the DTensor is not sharded by rows alone, as `fully_shard` does by
-            default.
+        UnsupportedLayoutError: neither as `fully_shard` cuts it, nor as it and `parallelize_module`
+            do together.
     """
     assert isinstance(parameter, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    sharded = type(placements[-1]) is Shard and placements[-1].dim == 0
-    replicas = len(placements) == 1 or (len(placements) == 2 and isinstance(placements[0], Replicate))
-    if not sharded or not replicas:
-        raise UnsupportedLayoutError(
-            f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard:"
-            " (Shard(0),) on a 1-D mesh, and (Replicate(), Shard(0)) on a 2-D mesh (HSDP). Tensor parallelism and a"
-            " shard_placement_fn with another dimension are not supported."
-        )
-    return mesh
+    placements = parameter.placements
+    rows = next((i for i, own in enumerate(placements) if not isinstance(own, Replicate)), None)
+    inner = [] if rows is None else list(enumerate(placements))[rows + 1 :]
+    parts = [(i, own) for i, own in inner if not isinstance(own, Replicate)]
+    known = rows is not None and rows <= 1 and len(parts) <= 1 and all(type(own) is Shard for _, own in parts)
+    if known and rows is not None:
+        outer = placements[rows]
+        strided = isinstance(outer, _StridedShard)  # its rows are those of a tensor-parallel rank's part
+        part, dim = (parts[0][0], parts[0][1].dim % parameter.dim()) if parts else (None, 0)  # type: ignore[attr-defined]
+        by_rows = (strided or type(outer) is Shard) and outer.dim == 0  # type: ignore[attr-defined]
+        if by_rows and strided == (part is not None and dim == 0):
+            return _Cut(rows, part, dim)
+    raise UnsupportedLayoutError(
+        f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard, (Shard(0),) on"
+        " a 1-D mesh and (Replicate(), Shard(0)) on a 2-D mesh (HSDP), and those of fully_shard after"
+        " parallelize_module, as (_StridedShard(0), Shard(0)) and (Shard(0), Shard(1)). A shard_placement_fn with"
+        " another dimension, and tensor parallelism without fully_shard, are not supported."
+    )
 
 
-def group_of(mesh: Any) -> Group:
-    """The ranks that a mesh shards a parameter over, with its replicas where the mesh is 2-D."""
-    return join(mesh.get_group(mesh.ndim - 1), join(mesh.get_group(0)) if mesh.ndim == 2 else None)
+def check(parameter: Tensor, name: str) -> None:
+    """Refuse a DTensor that is cut in an unknown way; raises as `storage`."""
+    _cut(parameter, name)
 
 
-def storage(members: Sequence[tuple[Tensor, ParameterInfo]], mesh: Any) -> Storage:
-    """What the ranks store of parameters that are sharded over one mesh.
+def group_of(mesh: Any, rows: int) -> Group:
+    """The ranks that cut the rows of the same part, with their replicas where there are some."""
+    return join(mesh.get_group(rows), join(mesh.get_group(0)) if rows == 1 else None)
+
+
+def ranks_of(given_parameters: GivenParameters) -> Group | None:
+    """The ranks that step these parameters together; None where none is a DTensor.
 
     Raises:
-        UnsupportedLayoutError: a local shard is not of the size that it should have.
+        UnsupportedLayoutError: a mesh of tensor parallelism does not have all ranks.
     """
-    group = group_of(mesh)
+    by_mesh = {id(p.device_mesh): (p, info) for p, info in given_parameters.items() if isinstance(p, DTensor)}
+    if not by_mesh:
+        return None
+    cuts = [(p.device_mesh, _cut(p, info.name)) for p, info in by_mesh.values()]
+    if all(mesh.ndim == cut.rows + 1 for mesh, cut in cuts):
+        mesh, cut = cuts[0]
+        return group_of(mesh, cut.rows)
+    largest, everyone = max(mesh.size() for mesh, _ in cuts), join(None)
+    if largest != everyone.size:
+        raise UnsupportedLayoutError(
+            f"The device mesh has {largest} ranks, and there are {everyone.size}. With tensor parallelism AdaFisher"
+            " needs one mesh of all ranks."
+        )
+    return everyone
+
+
+def _part_of(parameter: Tensor, mesh: Any, cut: _Cut) -> tuple[int, ...]:
+    """The shape of the part that this tensor-parallel rank has."""
+    shape = list(parameter.shape)
+    if cut.part is not None:
+        start, stop = placement.rows_of([shape[cut.dim]], mesh.get_local_rank(cut.part), mesh.size(cut.part))
+        shape[cut.dim] = stop - start
+    return tuple(shape)
+
+
+def storages(members: Sequence[tuple[Tensor, ParameterInfo]]) -> list[Storage]:
+    """What the ranks store of DTensors: one storage for each device mesh.
+
+    Raises:
+        UnsupportedLayoutError: one is cut in an unknown way, or its local shard is not of the size
+            that it should have.
+    """
+    found: dict[tuple[Any, int], list[tuple[Tensor, ParameterInfo, _Cut]]] = {}
     for tensor, info in members:
-        start, stop = placement.rows_of(tensor.shape, group.rank, group.size)
+        assert isinstance(tensor, DTensor)
+        cut = _cut(tensor, info.name)
+        found.setdefault((tensor.device_mesh, cut.rows), []).append((tensor, info, cut))
+    return [_storage(own, mesh, rows) for (mesh, rows), own in found.items()]
+
+
+def _storage(members: Sequence[tuple[Tensor, ParameterInfo, _Cut]], mesh: Any, rows: int) -> Storage:
+    group = group_of(mesh, rows)
+    parameters = []
+    for number, (tensor, info, cut) in enumerate(members):
+        shape = _part_of(tensor, mesh, cut)
+        start, stop = placement.rows_of(shape, group.rank, group.size)
         _check_shard(tensor, info.name, stop - start)
+        whole = tuple(tensor.shape) if cut.part is not None else None
+        parameters.append(Parameter(info, shape, number, whole))
+    layout = "FSDP2" if group.replicas is None else "HSDP"
+    if any(parameter.whole is not None for parameter in parameters):
+        layout += " with tensor parallelism"
     return Storage(
-        layout="FSDP2" if group.replicas is None else "HSDP",
+        layout=layout,
         group=group,
-        tensors=[tensor for tensor, _ in members],
-        parameters=[Parameter(info, tuple(tensor.shape), i) for i, (tensor, info) in enumerate(members)],
-        stored_spans=placement.by_rows([tuple(tensor.shape) for tensor, _ in members], group.size),
+        tensors=[tensor for tensor, _, _ in members],
+        parameters=parameters,
+        stored_spans=placement.by_rows([parameter.shape for parameter in parameters], group.size),
         replicated=False,
     )
 
@@ -67,10 +155,16 @@ def locate(parameter: Tensor) -> LocalShard:
     """What this rank holds of a DTensor.
 
     Raises:
-        UnsupportedLayoutError: it is not sharded by rows, as fully_shard does by default.
+        UnsupportedLayoutError: it is not sharded by rows alone, as fully_shard does by default.
     """
     assert isinstance(parameter, DTensor)
-    group = group_of(mesh_of(parameter, "a parameter"))
+    cut = _cut(parameter, "a parameter")
+    if cut.part is not None:
+        raise UnsupportedLayoutError(
+            "AdaFisher's sharded checkpoints do not know tensor parallelism yet. Save the model by"
+            " torch.distributed.checkpoint, and optimizer.state_dict() of each rank by torch.save."
+        )
+    group = group_of(parameter.device_mesh, cut.rows)
     start, stop = placement.rows_of(parameter.shape, group.rank, group.size)
     _check_shard(parameter, "a parameter", stop - start)
     return LocalShard(parameter.to_local().detach(), start, stop, group, replicated=False)

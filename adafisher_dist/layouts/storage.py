@@ -28,11 +28,16 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A model parameter: how it was given, its whole shape, and which stored tensor holds it."""
+    """A model parameter: how it was given, its shape, and which stored tensor holds it.
+
+    Where tensor-parallel ranks each have a part of it, `shape` is of this rank's part, and `whole`
+    of the parameter.
+    """
 
     info: ParameterInfo
     shape: tuple[int, ...]
     tensor: int
+    whole: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -123,6 +128,11 @@ class Storage:
     def one_each(self) -> bool:
         """Whether each tensor is one given parameter, not pieces of several as under ZeRO."""
         return self.replicated or self.mesh is not None
+
+    @property
+    def tensor_parallel(self) -> bool:
+        """Whether other ranks have other parts of a parameter, whose blocks they hold."""
+        return any(parameter.whole is not None for parameter in self.parameters)
 
     @property
     def on_ranks(self) -> bool:

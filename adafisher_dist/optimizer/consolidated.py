@@ -131,3 +131,8 @@ def _check_one_each(shards: list[Shard]) -> None:
                 f"torch.distributed.checkpoint cannot carry AdaFisher's state under {shard.storage.layout}, and would"
                 " save one rank's part for all. Use adafisher_dist.ds.save_checkpoint and load_checkpoint."
             )
+        if shard.storage.tensor_parallel:
+            raise RuntimeError(
+                "torch.distributed.checkpoint cannot carry AdaFisher's state under tensor parallelism yet: save"
+                " optimizer.state_dict() of each rank by torch.save, and load it at the same layout."
+            )

@@ -148,7 +148,7 @@ def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig
     See `block_stack.allocate` for `zeroed`.
     """
     parameters, rank = storage.parameters, storage.group.rank
-    grids = [grid_of(parameter.shape, configs[groups[parameter.tensor]]) for parameter in parameters]
+    grids = [grid_of(p.shape, configs[groups[p.tensor]], p.whole) for p in parameters]
     assignment = sharding.assign(grids, storage.stored_spans, storage.replicated)
     own, held = (
         [by_rank[rank] for by_rank in assignment.chunks],

@@ -1,0 +1,248 @@
+"""Tensor parallelism with FSDP2: each rank steps the blocks of its part of a parameter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import weights
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from adafisher_dist import AdaFisher, save_checkpoint
+from adafisher_dist.blocks.grid import grid_of
+from adafisher_dist.settings import DEFAULTS, normalized, state_config
+from adafisher_dist.stepping import found_inf
+
+pytestmark = pytest.mark.dist
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "block_size": 8, "rows_per_block": 4}
+VOCABULARY = 32  # with which the edges of all parts lie on the grid
+
+
+class Block(nn.Module):
+    """A layer of a transformer without its attention, between an embedding and a head."""
+
+    def __init__(self, width: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return self.head(x)
+
+
+def loss_of(module: nn.Module, step: int, part: slice = slice(None)) -> Tensor:
+    generator = torch.Generator().manual_seed(50 + step)
+    tokens, targets = torch.randint(VOCABULARY, (2, 8, 6), generator=generator)[:, part]
+    return nn.functional.cross_entropy(module(tokens).flatten(0, 1), targets.flatten())
+
+
+def alone(hidden: int, settings: dict[str, Any], steps: int = 8) -> dict[str, np.ndarray]:
+    module = Block(hidden=hidden)
+    optimizer = AdaFisher(module.parameters(), **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(module, step).backward()
+        optimizer.step()
+    return weights(module)
+
+
+def parallel(mesh: Any, hidden: int) -> Block:
+    """Cut by a mesh's tensor-parallel ranks; the rows of the parts by FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    module = Block(hidden=hidden)
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), use_local_output=True),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate(), use_local_output=True),
+    }
+    parallelize_module(module, mesh["tp"], plan)
+    outer = mesh["replicas", "dp"] if "replicas" in mesh.mesh_dim_names else mesh["dp"]
+    fully_shard(module, mesh=outer)
+    return module
+
+
+def trained(
+    rank: int, world: int, tensor: int, hidden: int, settings: dict[str, Any], replicas: int = 1
+) -> dict[str, np.ndarray]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    data = world // tensor
+    sizes, names = (data // replicas, tensor), ("dp", "tp")
+    if replicas > 1:
+        sizes, names = (replicas, *sizes), ("replicas", *names)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    module = parallel(mesh, hidden)
+    optimizer = AdaFisher(module.parameters(), **settings)
+    own = rank // tensor
+    for step in range(8):
+        optimizer.zero_grad()
+        loss_of(module, step, slice(own * 8 // data, (own + 1) * 8 // data)).backward()
+        optimizer.step()
+    return {name: p.full_tensor().detach().double().numpy() for name, p in module.named_parameters()}
+
+
+def same(found: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray], bound: float = 1e-4) -> None:
+    for of_rank in found:
+        for name, values in wanted.items():
+            assert np.abs(of_rank[name] - values).max() < bound, name
+
+
+@pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_trains_like_one_process(world: int, tensor: int) -> None:
+    same(run_ranks(trained, world, tensor, 32, SETTINGS), alone(32, SETTINGS))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_with_replicas(replicas: int) -> None:
+    same(run_ranks(trained, 4, 2, 32, SETTINGS, replicas), alone(32, SETTINGS))
+
+
+@pytest.mark.parametrize(
+    "more", [{"exponent": 1.0, "inverse_update_freq": 2}, {"packed": True}, {"block_grid": "flat"}]
+)
+def test_other_settings(more: dict[str, Any]) -> None:
+    same(run_ranks(trained, 2, 2, 32, {**SETTINGS, **more}), alone(32, {**SETTINGS, **more}))
+
+
+def alone_in_parts(hidden: int, tensor: int) -> dict[str, np.ndarray]:
+    """The same training in one process, whose optimizer is given each rank's part by itself."""
+    module = Block(hidden=hidden)
+    dims = {"embedding.weight": 0, "up.weight": 0, "up.bias": 0, "down.weight": 1, "head.weight": 0}
+    parts = {name: list(p.detach().chunk(tensor, dims.get(name, 0))) for name, p in module.named_parameters()}
+    parts |= {name: [p.detach()] for name, p in module.named_parameters() if name not in dims}
+    copies = {name: [nn.Parameter(part.clone()) for part in own] for name, own in parts.items()}
+    optimizer = AdaFisher([part for own in copies.values() for part in own], **SETTINGS)
+    for step in range(8):
+        module.zero_grad()
+        loss_of(module, step).backward()
+        for name, p in module.named_parameters():
+            assert p.grad is not None
+            for own, gradient in zip(copies[name], p.grad.chunk(len(copies[name]), dims.get(name, 0)), strict=True):
+                own.grad = gradient.contiguous()
+        optimizer.step()
+        for name, own in parts.items():
+            for part, trained_ in zip(own, copies[name], strict=True):
+                part.copy_(trained_.detach())
+    return weights(module)
+
+
+@pytest.mark.parametrize(("world", "hidden"), [(2, 20), (4, 20)])
+def test_where_edges_are_not_on_the_grid_blocks_end_at_them(world: int, hidden: int) -> None:
+    same(run_ranks(trained, world, 2, hidden, SETTINGS), alone_in_parts(hidden, 2))
+
+
+def test_a_part_of_a_table_has_no_blocks_either() -> None:
+    config = state_config(normalized(DEFAULTS))
+    whole, part = (32000, 4096), (4000, 4096)
+    assert grid_of(part, config).dense_row_groups > 0
+    assert grid_of(part, config, whole).dense_row_groups == grid_of(whole, config).dense_row_groups == 0
+    wide = grid_of((2752, 4096), config, (11008, 4096))
+    assert wide == grid_of((2752, 4096), config)
+    assert wide.dense_row_groups * 4 == grid_of((11008, 4096), config).dense_row_groups
+
+
+def faulty(rank: int, world: int, fault: str, on_device: bool) -> tuple[str, int, bool]:
+    """What becomes of a step in which one of four ranks errs."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if on_device:
+        found_inf.is_meant_for = lambda device: True
+    module = parallel(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), 32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    told, before = "", {}
+    for step in range(7):
+        optimizer.zero_grad()
+        loss_of(module, step).backward()
+        if step == 5 and rank == 1:
+            gradient = module.up.weight.grad.to_local()
+            if fault == "nan":
+                gradient.fill_(torch.nan)
+            else:
+                optimizer.set_lr(0.5)
+        if step == 5:
+            before = {name: p.to_local().detach().clone() for name, p in module.named_parameters()}
+        if step == 6 and fault == "nan":
+            break
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            told = str(error)
+            break
+    skipped = optimizer.skipped_steps if fault == "nan" else 0
+    unchanged = all(torch.equal(p.to_local(), before[name]) for name, p in module.named_parameters())
+    return told, skipped, unchanged
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_bad_gradient_skips_the_step_on_all_ranks(on_device: bool) -> None:
+    assert run_ranks(faulty, 4, "nan", on_device) == [("", 1, True)] * 4
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_ranks_that_differ_stop_together(on_device: bool) -> None:
+    found = run_ranks(faulty, 4, "rate", on_device)
+    assert all(told and unchanged for told, _, unchanged in found)
+    assert sum("different settings" in told for told, _, _ in found) >= 2
+
+
+def not_saved(rank: int, world: int) -> list[str]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+
+    module = parallel(init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), 32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    loss_of(module, 0).backward()
+    optimizer.step()
+    told = []
+    for save in (
+        lambda: save_checkpoint("/nowhere", module, optimizer),
+        lambda: get_optimizer_state_dict(module, optimizer),
+    ):
+        with pytest.raises(Exception, match=r"torch\.save") as error:
+            save()
+        told.append(str(error.value))
+    return told
+
+
+def test_checkpoints_that_do_not_know_it_say_so() -> None:
+    for told in run_ranks(not_saved, 2):
+        assert len(told) == 2
+
+
+def by_state_dict(rank: int, world: int) -> dict[str, np.ndarray]:
+    """Half of the training goes on from a rank's own state dict."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    saved: dict[str, Any] = {}
+    for first, last in ((0, 4), (4, 8)):
+        module = parallel(mesh, 32)
+        optimizer = AdaFisher(module.parameters(), **SETTINGS)
+        if saved:
+            module.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        for step in range(first, last):
+            optimizer.zero_grad()
+            loss_of(module, step, slice(rank // 2 * 4, rank // 2 * 4 + 4)).backward()
+            optimizer.step()
+        saved = {"model": copy.deepcopy(module.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
+    return {name: p.full_tensor().detach().double().numpy() for name, p in module.named_parameters()}
+
+
+def test_goes_on_from_each_ranks_state_dict() -> None:
+    same(run_ranks(by_state_dict, 4), alone(32, SETTINGS))
