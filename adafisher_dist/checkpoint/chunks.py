@@ -206,5 +206,5 @@ def _wrong(key: str, should: str, value: Any) -> ValueError:
 
 def _too_many(key: str, most: int) -> ValueError:
     return ValueError(
-        f"chunks of tensor {key} are more than {most}: they are as many as its elements at most, and in all {MOST_CHUNKS}"
+        f"chunks of tensor {key} are more than {most}: as many as its elements may be, and in all {MOST_CHUNKS}"
     )
