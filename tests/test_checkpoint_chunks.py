@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import content_of, write_manifest
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import chunks, ranges, writer
+from adafisher_dist.checkpoint import chunks, ranges, reader, writer
 from adafisher_dist.checkpoint.chunks import ByFile, Chunk, Chunks, Shards, collect, parse
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
 from adafisher_dist.tools.cli import app
@@ -176,6 +177,29 @@ def test_a_checkpoint_of_many_chunks_loads(lists: bool, saved: Path, tmp_path: P
     exported = load_file(tmp_path / "out" / "model.safetensors")
     manifest = read(folder)
     assert {f"weight/{name}" for name in exported} == {key for key in manifest.tensors if key.startswith("weight/")}
+
+
+def fails_on_one_rank(rank: int, world: int, folder: str) -> tuple[str, list[Any]]:
+    real, run = reader._read, Run(1)
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    if rank == 1:
+        reader._read = fail
+    with pytest.raises(CheckpointError, match="incomplete") as caught:
+        load_checkpoint(folder, run.module, run.optimizer)
+    reader._read = real
+    load_checkpoint(folder, run.module, run.optimizer)
+    return str(caught.value), [parameter.tolist() for parameter in run.module.parameters()]
+
+
+@pytest.mark.dist
+def test_a_read_that_fails_on_one_rank(saved: Path) -> None:
+    """All are told of it alike, and load afterwards, on more ranks than have saved it."""
+    (first, weights), (second, others) = run_ranks(fails_on_one_rank, 2, str(saved), timeout=60)
+    assert first == second and "Rank 1: OSError: the disk is gone" in first and "Rank 0" not in first
+    assert weights == others == [parameter.tolist() for parameter in trained().module.parameters()]
 
 
 def test_the_checksum_is_of_the_bytes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
