@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from adafisher_dist.checkpoint.manifest import CheckpointError
@@ -36,3 +36,17 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:
         return None, error
+
+
+def told(error: BaseException) -> str:
+    """An error for the other ranks: its text, with its type where it is none of ours."""
+    return f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def by_cause(problems: Mapping[int, str | None]) -> str:
+    """In one line, what went wrong on which ranks; empty where nothing did."""
+    causes: dict[str, list[int]] = {}
+    for rank, text in problems.items():
+        if text is not None:
+            causes.setdefault(text, []).append(rank)
+    return "; ".join(f"Rank {', '.join(map(str, ranks))}: {text}" for text, ranks in causes.items())

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from adafisher_dist import layouts
 from adafisher_dist.checkpoint import dry_run, random_state, targets
-from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
+from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.options import Checked, Options
 from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.checkpoint.reader import RangeLoadPlanner, ShardReader
-from adafisher_dist.checkpoint.saving import explain
+from adafisher_dist.checkpoint.reader import read_ranges
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.numerics.block_step import StepContext, rebuild_factors
@@ -129,20 +126,19 @@ def _has_factors(manifest: Manifest, old: str, own: StateConfig) -> bool:
 
 
 def _read(opened: OpenCheckpoint, wanted: list[Range], hosts: HostGroup) -> None:
-    planner = RangeLoadPlanner(wanted)
-    reader, problem = ShardReader(opened, hosts), None
+    def read() -> str | None:
+        _, error = attempt(lambda: read_ranges(opened, wanted))
+        return None if error is None else told(error)
+
     try:
-        dcp.load({}, storage_reader=reader, planner=planner, process_group=hosts.handle)
-    except CheckpointException as failure:
-        problem = explain(failure)
-    except Exception as error:  # another rank is gone, say
-        problem = hosts.explain(error)
-    if problem is not None:
+        problem = by_cause(dict(enumerate(run_on_all_ranks(hosts, read))))
+    except CheckpointError as error:  # another rank is gone
+        problem = str(error)
+    if problem:
         raise CheckpointError(
             f"{opened.folder} was not read to its end. {problem.rstrip('.')}. Model and optimizer are incomplete: load"
             " a checkpoint before the next step."
         )
-    run_on_all_ranks(hosts, planner.check_complete)
 
 
 def _complete(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> None:

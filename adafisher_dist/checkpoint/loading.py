@@ -122,9 +122,8 @@ def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Opt
     if options.states:
         spans += _spans_of_state(target, matched)
     for key, start, stop in spans:
-        stored = manifest.tensors.get(key)
-        chunks = () if stored is None else stored.chunks
-        files |= {chunk.file for chunk in chunks if chunk.start < stop and start < chunk.start + chunk.numel}
+        if key in manifest.tensors:
+            files |= manifest.tensors[key].chunks.files_of(start, stop)
     return files
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint folder holds: manifest.json, and the shards, which are safetensors files.
 
-manifest.json lists every file with its checksum, and every tensor with its place. A shard is the
-8-byte length of a JSON header, the header, and the tensors' bytes. A tensor there is a range of a
-global 1-d tensor: "fisher/layer.weight[0:4096]".
+manifest.json lists every file with its checksum, and every tensor with its places (`chunks`). A
+shard is the 8-byte length of a JSON header, the header, and the tensors' bytes. A tensor there is a
+range of a global 1-d tensor: "fisher/layer.weight[0:4096]".
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adafisher_dist.checkpoint import schema
+from adafisher_dist.checkpoint import chunks, schema
+from adafisher_dist.checkpoint.chunks import Chunks, Shards
 
 # How files are opened: not to wait for a writer, where one is a pipe.
 READ = os.O_RDONLY | os.O_NONBLOCK
@@ -54,18 +55,12 @@ _NAMES = {
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
+# What stands before the content: a checksum of the content's bytes.
+_HEAD = b'{"crc32": "%08x", "content": '
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, is damaged, or does not fit. Raised on all ranks alike."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Elements [start, start + numel) of a tensor: they begin `offset` bytes into a file."""
-
-    start: int
-    numel: int
-    file: str
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +69,7 @@ class StoredTensor:
 
     dtype: torch.dtype
     numel: int
-    chunks: Sequence[Chunk]
+    chunks: Chunks
 
     @property
     def nbytes(self) -> int:
@@ -109,22 +104,17 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        names = list(self.files)
-        number = {name: index for index, name in enumerate(names)}
         content = {
             "format": self.format,
             "about": self.about,
             "files": [{"name": name, "bytes": f.nbytes, "crc32": f"{f.crc32:08x}"} for name, f in self.files.items()],
             "tensors": {
-                key: {
-                    "dtype": dtype_name(tensor.dtype),
-                    "numel": tensor.numel,
-                    "chunks": [[c.start, c.numel, number[c.file], c.offset] for c in tensor.chunks],
-                }
+                key: {"dtype": dtype_name(tensor.dtype), "numel": tensor.numel, "chunks": tensor.chunks.dump()}
                 for key, tensor in self.tensors.items()
             },
         }
-        return json.dumps({"crc32": _checksum(content), "content": content}, allow_nan=False).encode()
+        text = json.dumps(content, allow_nan=False).encode()
+        return _HEAD % zlib.crc32(text) + text + b"}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -150,9 +140,12 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        whole = json.loads(_content(path) if directory is None else _content(MANIFEST, directory))
+        text = _content(path) if directory is None else _content(MANIFEST, directory)
+        whole = json.loads(text)
         content, crc32 = whole["content"], whole["crc32"]
-        summed = _checksum(content)
+        summed = f"{zlib.crc32(memoryview(text)[len(_HEAD % 0) : -1]):08x}"
+        if crc32 != summed:
+            summed = _checksum(content)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of adafisher_dist: it has no {MANIFEST}.") from None
     except OSError as error:
@@ -173,9 +166,10 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
             f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT}: {remedy}"
             " adafisher_dist."
         )
-    manifest = _parse(content)
-    _check(path, manifest)
-    return manifest
+    try:
+        return _parse(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
 def _content(name: str | Path, directory: int | None = None) -> bytes:
@@ -187,40 +181,30 @@ def _content(name: str | Path, directory: int | None = None) -> bytes:
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
-    names = dict(enumerate(file["name"] for file in content["files"]))
-    return Manifest(
-        content["about"],
-        {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]},
-        {
-            key: StoredTensor(
-                DTYPES[tensor["dtype"]],
-                tensor["numel"],
-                [Chunk(start, numel, names[file], offset) for start, numel, file, offset in tensor["chunks"]],
-            )
-            for key, tensor in content["tensors"].items()
-        },
-        content["format"],
-    )
+    """A manifest with a right checksum that no save made may lead to other files: all is checked.
 
-
-def _check(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest with a right checksum that no save made: it may lead to other files."""
-    for name in manifest.files:
+    Raises:
+        ValueError: says what is wrong.
+    """
+    files = {file["name"]: File(file["bytes"], int(file["crc32"], 16)) for file in content["files"]}
+    for name in files:
         if Path(name).name != name or "\0" in name:
-            raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder.")
-    for key, tensor in manifest.tensors.items():
-        stop = 0
-        for chunk in tensor.chunks:
-            end = chunk.offset + chunk.numel * tensor.dtype.itemsize
-            if end > manifest.files[chunk.file].nbytes:
-                raise CheckpointError(f"{path} places a part of {key} outside of {chunk.file}.")
-            if chunk.start != stop:
-                raise CheckpointError(f"{path} does not place elements {stop} to {chunk.start} of {key}, or twice.")
-            stop += chunk.numel
-        if stop != tensor.numel:
-            raise CheckpointError(f"{path} does not place all {tensor.numel} elements of {key}.")
+            raise ValueError(f"it names the file {name!r}, which is not in its folder")
+    if len(files) != len(content["files"]):
+        raise ValueError("it names a file twice")
+    shards = Shards({name: file.nbytes for name, file in files.items()})
+    tensors: dict[str, StoredTensor] = {}
+    left = chunks.MOST_CHUNKS
+    for key, entry in content["tensors"].items():
+        dtype, numel = DTYPES[entry["dtype"]], entry["numel"]
+        tensors[key] = StoredTensor(
+            dtype, numel, chunks.parse(entry["chunks"], key, numel, dtype.itemsize, shards, left)
+        )
+        left -= len(tensors[key].chunks)
+    return Manifest(content["about"], files, tensors, content["format"])
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
+    """Of the content as earlier versions summed it: its keys sorted, whatever its bytes are."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from types import TracebackType
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafisher_dist.checkpoint.chunks import ByFile, Chunk
 from adafisher_dist.checkpoint.directory import is_in_place
-from adafisher_dist.checkpoint.manifest import READ, CheckpointError, Chunk, File, Manifest, dtype_name, read
+from adafisher_dist.checkpoint.manifest import READ, CheckpointError, File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
 from adafisher_dist.comm.host_groups import beat
 
@@ -59,7 +60,7 @@ class OpenCheckpoint:
         self.folder = folder
         self._handles: dict[str, int] = {}
         self._unreadable: dict[str, str] = {}
-        self._by_file: dict[str, list[tuple[str, Chunk]]] | None = None
+        self._by_file: ByFile | None = None
         try:
             self._directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
@@ -163,7 +164,7 @@ class OpenCheckpoint:
     def files_of(self, keys: Iterable[str]) -> set[str]:
         """The files that hold these tensors, of which there need not be all."""
         tensors = self.manifest.tensors
-        return {chunk.file for key in keys if key in tensors for chunk in tensors[key].chunks}
+        return {name for key in keys if key in tensors for name in tensors[key].chunks.files_of(0, tensors[key].numel)}
 
     # ---- whether a file is what the manifest says ----
 
@@ -211,13 +212,11 @@ class OpenCheckpoint:
             return f"{name} holds {next(iter(placed))}, which is not in the manifest"
         return None
 
-    def _chunks_of(self, name: str) -> Sequence[tuple[str, Chunk]]:
+    def _chunks_of(self, name: str) -> Iterator[tuple[str, Chunk]]:
         if self._by_file is None:
-            self._by_file = {}
-            for key, tensor in self.manifest.tensors.items():
-                for chunk in tensor.chunks:
-                    self._by_file.setdefault(chunk.file, []).append((key, chunk))
-        return self._by_file.get(name, ())
+            self._by_file = ByFile({key: tensor.chunks for key, tensor in self.manifest.tensors.items()})
+            self._number = {name: number for number, name in enumerate(self.manifest.files)}
+        return self._by_file.of(self._number[name])
 
 
 def vanished(folder: Path) -> Vanished:

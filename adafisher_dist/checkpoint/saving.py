@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
-from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
+from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
@@ -256,7 +256,7 @@ def _write(
     try:
         dcp.save({}, storage_writer=writer, planner=RangeSavePlanner(found), process_group=hosts.handle)
     except CheckpointException as failure:  # which all ranks are told of
-        problem = explain(failure)
+        problem = by_cause({rank: told(error) for rank, (error, _) in failure.failures.items()})
         published = any(isinstance(error, PublishedError) for error, _ in failure.failures.values())
     except Exception as error:  # another rank is gone, say
         problem = hosts.explain(error)
@@ -294,12 +294,3 @@ def _what_became(folder: Path, of: str, published: bool | None, problem: str) ->
         f"The checkpoint {folder} was not written. {problem}. Nothing was published; the checkpoints before it are"
         " whole."
     )
-
-
-def explain(failure: CheckpointException) -> str:
-    """In one line, what went wrong on which ranks."""
-    causes: dict[str, list[int]] = {}
-    for rank, (error, _) in failure.failures.items():
-        text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        causes.setdefault(text, []).append(rank)
-    return "; ".join(f"Rank {', '.join(map(str, ranks))}: {text}" for text, ranks in causes.items())

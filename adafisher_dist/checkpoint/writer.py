@@ -24,16 +24,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from adafisher_dist.checkpoint.chunks import MOST_CHUNKS, Chunk, collect
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
-from adafisher_dist.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    Chunk,
-    File,
-    Manifest,
-    StoredTensor,
-    dtype_name,
-)
+from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, File, Manifest, StoredTensor, dtype_name
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.host_groups import HostGroup, beat
 
@@ -129,6 +122,12 @@ class ShardWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """As they are, if there is room for them; on the coordinator."""
+        chunks = sum(len(plan.items) for plan in plans)
+        if chunks > MOST_CHUNKS:
+            raise CheckpointError(
+                f"it has {chunks} chunks, and a checkpoint may have {MOST_CHUNKS}: save fewer parameters, or on fewer"
+                " ranks"
+            )
         needed = sum(_nbytes(item) for plan in plans for item in plan.items)
         free = shutil.disk_usage(self.place.saving).free
         if needed > free:
@@ -171,12 +170,14 @@ class ShardWriter(StorageWriter):
             written: _Written = result.storage_data
             places.setdefault(result.index.fqn, []).append(written.chunk)
             files[written.chunk.file] = written.file
-        tensors = {}
+        files = dict(sorted(files.items()))
+        names, tensors = tuple(files), {}
         for key, chunks in sorted(places.items()):
             stored: Any = metadata.state_dict_metadata[key]
-            tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], sorted(chunks, key=lambda c: c.start))
+            table = collect(sorted(chunks, key=lambda c: c.start), names)
+            tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], table)
         self._check_files(files)
-        manifest = Manifest(self.about, dict(sorted(files.items())), tensors)
+        manifest = Manifest(self.about, files, tensors)
         with (self.place.saving / MANIFEST).open("xb") as file:
             file.write(manifest.dump())
             file.flush()
