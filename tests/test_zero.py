@@ -386,6 +386,13 @@ def step_as_the_wrapper_would(self: Any) -> None:
     self.optimizer.step()
 
 
+class TensorParallel:
+    """As Megatron tells of its groups."""
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 2
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "attribute", "value", "words"),
     [
@@ -399,14 +406,14 @@ def step_as_the_wrapper_would(self: Any) -> None:
         (3, "fp32", "__class__", "MiCS_Optimizer", "MiCS_Optimizer, which AdaFisher does not know"),
         (3, "fp32", "sub_group_process_groups", None, "lacks what it is recognised by"),
         (1, "fp32", "zenflow", True, "ZenFlow"),
-        (2, "fp32", "model_parallel_world_size", 2, "model or pipeline parallelism"),
+        (2, "fp32", "mpu", TensorParallel(), "tensor parallelism"),
         (1, "bf16", "low_precision_master_weights_and_grads", True, "16-bit master weights"),
         (1, "fp32", "__class__", "NewZeroOptimizer", "NewZeroOptimizer, which AdaFisher does not know"),
-        (1, "bf16-fp32", "mpu", object(), "model or pipeline parallelism"),
+        (1, "bf16-fp32", "mpu", TensorParallel(), "tensor parallelism"),
     ],
 )
 def test_modes_that_are_not_supported(stage: int, precision: str, attribute: str, value: Any, words: str) -> None:
-    if not isinstance(value, (bool, int, str, torch.dtype, type(None))):
+    if not isinstance(value, (bool, int, str, torch.dtype, type(None), TensorParallel)):
         value = "a group"  # of which only its being there counts
     for message in run_ranks(refused, 2, stage, precision, attribute, value, deepspeed=True):
         assert words in message

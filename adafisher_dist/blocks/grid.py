@@ -204,7 +204,7 @@ def make_grid(
     """
     numel = prod(shape)
     matrices, total, row_numel = view(shape) if numel else (1, 0, 0)
-    table = _is_table(total, row_numel) if table is None else table
+    table = is_table(shape) if table is None else table
     if block_grid == "rows" and max_blocks is None and table:
         matrices, total, row_numel = 1, 1, numel
     matrix_numel, rows = max(1, numel // matrices), 1
@@ -230,7 +230,7 @@ def grid_of(shape: Sequence[int], config: StateConfig, whole: Sequence[int] | No
 
     A part of a parameter of shape `whole` is a table if that is one.
     """
-    table = None if whole is None else _is_table(*view(whole)[1:])
+    table = None if whole is None else is_table(whole)
     return make_grid(shape, config.block_size, config.rows_per_block, config.block_grid, config.max_blocks, table)
 
 
@@ -250,8 +250,9 @@ def view(shape: Sequence[int]) -> tuple[int, int, int]:
     return prod(left[:-2]), left[-2], left[-1] * window
 
 
-def _is_table(rows: int, row_numel: int) -> bool:
-    short, long = sorted((rows, row_numel))
+def is_table(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this shape is a vector or a table, whose elements are alone."""
+    short, long = sorted(view(shape)[1:])
     return long > (LARGEST_RATIO_OF_VOCABULARIES if long >= LEAST_VOCABULARY else LARGEST_RATIO) * short
 
 

@@ -51,8 +51,8 @@ class CheckpointTarget:
         buffers: the persistent ones, by name; a shared one by its first.
         aliases: the other names of tied parameters and shared buffers.
         left_out: the names of parameters whose values are not saved.
-        elsewhere: where ranks hold different experts, the names that other ranks hold and this one
-            does not.
+        elsewhere: where ranks hold different experts or stages, the names that other ranks hold and
+            this one does not.
         first_holders: there, by name, the first rank that holds it.
     """
 
@@ -79,7 +79,7 @@ class CheckpointTarget:
 def collect_target(
     module: nn.Module, optimizer: AdaFisher, access: CheckpointAccess, wrapper: Any, hosts: HostGroup
 ) -> CheckpointTarget:
-    """Name everything. A collective where ranks hold different experts.
+    """Name everything. A collective where ranks hold different experts or stages.
 
     Raises:
         ValueError: the optimizer has a parameter that is not in the model.
@@ -100,7 +100,7 @@ def collect_target(
         )
     names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
     target = CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
-    return _with_others(target) if experts else target
+    return _with_others(target) if experts or layouts.group_of_stage(module) is not None else target
 
 
 def _with_others(target: CheckpointTarget) -> CheckpointTarget:
@@ -190,7 +190,8 @@ def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
         for parameter in storage.parameters:
             nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
             held.setdefault(names[parameter.info.position], nothing)
-    everyone = Group(None, target.hosts.rank, target.hosts.size)  # the ranks that plain tensors are the same on
+    # The ranks that plain tensors are the same on.
+    everyone = layouts.group_of_stage(target.module) or Group(None, target.hosts.rank, target.hosts.size)
     for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
         if name not in held:
             held[name] = layouts.locate(tensor, layouts.group_of_expert(tensor) or everyone)
@@ -255,7 +256,7 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
 
 
 def merged(described: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks describe, where they hold different experts, as one."""
+    """What the ranks describe, where they hold different experts or stages, as one."""
     whole = described[0]
     for other in described[1:]:
         for kind, entries in whole["model"].items():

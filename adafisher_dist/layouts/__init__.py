@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
@@ -16,6 +16,7 @@ from adafisher_dist.layouts.deepspeed_wrappers import (
     expert_group,
     frames,
     refuse_modes,
+    stage_group,
     unexpected,
 )
 from adafisher_dist.layouts.storage import GivenParameters, LocalShard, ParameterInfo, Storage, UnsupportedLayoutError
@@ -170,6 +171,12 @@ def group_of_expert(tensor: Tensor) -> Group | None:
     return None if handle is None else join(handle)
 
 
+def group_of_stage(module: nn.Module) -> Group | None:
+    """The ranks that hold the same stage of a pipeline, for a module that is one; else None."""
+    handle = stage_group(module)
+    return None if handle is None else join(handle)
+
+
 def is_state_init_call(optimizer: Optimizer) -> bool:
     """Whether DeepSpeed itself makes this call of step(), which is no training step.
 
@@ -264,7 +271,7 @@ def _refuse_stages(optimizer: Optimizer) -> None:
     refuse_modes(
         engine,
         {
-            "pipeline parallelism": getattr(engine, "is_pipe_parallel", False),
+            "pipeline parallelism at ZeRO stage 0 (stage 1 works)": getattr(engine, "is_pipe_parallel", False),
             "model parallelism": getattr(engine, "is_model_parallel", False),
         },
     )

@@ -50,11 +50,13 @@ class PartOfStep(NamedTuple):
 
     Attributes:
         number: 0 for the first.
+        calls: how many there are.
         largest: to be called in the first: a 0-d bound of this rank's gradient elements in all the
             calls; ∞ or NaN where one is not finite.
     """
 
     number: int
+    calls: int
     largest: Callable[[], Tensor]
 
 
@@ -65,14 +67,15 @@ def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartO
     """
     for frame in frames():
         owner, function = frame.f_locals.get("self"), frame.f_code.co_name
-        if function == "_optimizer_step" and getattr(owner, "optimizer", None) is optimizer:
+        if function == "_optimizer_step" and owner is not None and getattr(owner, "optimizer", None) is optimizer:
             known = parts.get(type(owner).__name__)
             if known is None:
                 return None
             number = frame.f_locals.get(known)
             if not isinstance(number, int):
                 raise unexpected(owner, f"has no {known} in its _optimizer_step")
-            return PartOfStep(number, partial(_largest_gradient, owner))
+            members = owner.fp16_groups if hasattr(owner, "fp16_groups") else owner.bit16_groups
+            return PartOfStep(number, len(members), partial(_largest_gradient, owner))
     return None
 
 
@@ -229,6 +232,16 @@ def expert_group(parameter: Tensor) -> Any:
     from deepspeed.utils import groups
 
     return groups._get_expert_data_parallel_group(getattr(parameter, "group_name", None))
+
+
+def stage_group(module: nn.Module) -> Any:
+    """The ranks that hold the same stage of DeepSpeed's pipeline, as a process group.
+
+    None where the module is no pipeline of several stages.
+    """
+    if getattr(module, "num_stages", 1) == 1 or type(module).__module__ != "deepspeed.runtime.pipe.module":
+        return None
+    return module._grid.get_data_parallel_group()  # type: ignore[union-attr, operator]
 
 
 def expert_names(module: nn.Module) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from adafisher_dist.blocks import placement
+from adafisher_dist.blocks.grid import is_table
 from adafisher_dist.comm.collectives import join
 from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import GivenParameters, Parameter, Storage, UnsupportedLayoutError
@@ -37,7 +38,7 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
         {
             "ZenFlow": wrapper.zenflow,
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
-            "model or pipeline parallelism": wrapper.model_parallel_world_size > 1,
+            "tensor parallelism": _is_tensor_parallel(wrapper),
             "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
         },
@@ -46,6 +47,28 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
     stage = 2 if wrapper.partition_gradients else 1
     groups = (wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups_flat, wrapper.bit16_groups)
     return _storage(f"ZeRO-{stage}", wrapper, partition, groups, given_parameters)
+
+
+def _is_tensor_parallel(wrapper: Any) -> bool:
+    """Whether ranks hold parts of layers; those of a pipeline hold layers of their own."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    return bool(wrapper.mpu is not None and bwc_tensor_model_parallel_world_size(wrapper.mpu) > 1)
+
+
+def _refuse_tied(members: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse a weight that several stages of a pipeline hold, where it has blocks.
+
+    Each stage steps its copy by itself, beside other blocks in each, so that copies would drift
+    apart by rounding. Elements that are alone do not.
+    """
+    for parameter, name in zip(members, names, strict=True):
+        if getattr(parameter, "ds_pipe_replicated", False) and not is_table(tuple(parameter.shape)):
+            raise UnsupportedLayoutError(
+                f"{name} is tied over stages of the pipeline (TiedLayerSpec), which is supported of vectors and tables"
+                f" alone (embeddings that are tied to heads), not of shape {tuple(parameter.shape)}. Put its layers"
+                " into one stage."
+            )
 
 
 def _refuse_unaveraged(wrapper: Any) -> None:
@@ -77,7 +100,7 @@ def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParam
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
             expected.
     """
-    refuse_modes(wrapper, {"model or pipeline parallelism": wrapper.mpu is not None})
+    refuse_modes(wrapper, {"tensor parallelism": _is_tensor_parallel(wrapper)})
     groups = (wrapper.fp32_groups_flat_partition, wrapper.bf16_groups_flat, wrapper.bf16_groups)
     return _storage("BF16_Optimizer", wrapper, partition, groups, given_parameters)
 
@@ -96,6 +119,7 @@ def _storage(
     group = join(wrapper.real_dp_process_group[index])
     _check_buffer(wrapper, buffer, members, partition, group.size)
     parameters = [Parameter(info_of(wrapper, p, given_parameters), tuple(p.shape), 0) for p in members]
+    _refuse_tied(members, [parameter.name for parameter in parameters])
     offsets = [int(p.storage_offset() - buffer.storage_offset()) for p in members]
     stored_spans = placement.in_partitions(offsets, [p.numel() for p in members], partition.numel(), group.size)
     return Storage(layout, group, [partition], parameters, stored_spans, replicated=False)

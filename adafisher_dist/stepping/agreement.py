@@ -38,11 +38,13 @@ class Collected:
         inputs: for each; after an error some may be missing.
         largest: the largest absolute gradient elements, 0-d, and the limit of each.
         part: the number of this part of a wrapper's step; 0 where it is all of one.
+        calls: how many parts there are.
         metrics: which steps are measured, and which is being; None where none is.
     """
 
     exchanges: list[Exchange]
     part: int
+    calls: int
     metrics: object
     inputs: list[Inputs] = field(default_factory=list)
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
@@ -193,7 +195,7 @@ class Agreement:
         return idle
 
 
-FINGERPRINTS = len(fingerprints_of((), (), (), False, None))
+FINGERPRINTS = len(fingerprints_of((), (), (), 1, False, None))
 
 
 def _alike(collected: Collected, ranks: Group, parts: Sequence[Group], errors: DeferredErrors) -> Alike:
@@ -217,7 +219,7 @@ def _fingerprints(collected: Collected, chosen: Callable[[Group], bool], parts: 
     own = [(shard, inputs) for shard, inputs in pairs if chosen(shard.storage.group)]
     on_device = _deciding_device(collected.shards) is not None
     shards, inputs = [shard for shard, _ in own], [inputs for _, inputs in own]
-    return fingerprints_of(shards, inputs, parts, on_device, collected.metrics)
+    return fingerprints_of(shards, inputs, parts, collected.calls, on_device, collected.metrics)
 
 
 def _idle(why: str) -> DeferredErrors:

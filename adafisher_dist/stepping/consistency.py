@@ -139,19 +139,26 @@ _SYNCHRONISE = (
 
 
 def fingerprints_of(
-    shards: Sequence[Shard], inputs: Sequence[Inputs], parts: Sequence[Group], on_device: bool, metrics: object
-) -> Fingerprints:
+    shards: Sequence[Shard], inputs: Sequence[Inputs], parts: Sequence[Group], calls: int, on_device: bool,
+    metrics: object,
+) -> Fingerprints:  # fmt: skip
     """What must be the same on ranks that share these shards.
 
     Args:
         shards: those that take part in the step, and are shared by all of these ranks.
         inputs: for each shard; after an error some may be missing.
         parts: groups that have parameters of their own besides.
+        calls: of step() that a wrapper makes in this step.
         on_device: whether gradients are looked at on the device.
         metrics: which steps are measured, and which is being; None where none is.
     """
     active = [bytes(gradient is not None for gradient in own.gradients) for own in inputs]
     return [
+        (
+            calls,
+            "The ranks have different numbers of param groups, as stages of a pipeline do of which one lacks the"
+            " parameters of a group: use one param group, or give each stage parameters of all.",
+        ),
         (
             sharding.digest([shard.storage.group.size for shard in shards], active, [part.size for part in parts]),
             "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"

@@ -224,7 +224,9 @@ class Stepper:
         """All that comes before anything changes."""
         self._agreement.begin()
         number = 0 if part is None else part.number
-        collected = Collected(self._exchanges_of(groups), number, None if self.meter is None else self.meter.plan)
+        calls = 1 if part is None else part.calls
+        plan = None if self.meter is None else self.meter.plan
+        collected = Collected(self._exchanges_of(groups), number, calls, plan)
         concerned = [*collected.shards, *self._agreement.expected(number)]
         self.resolve_pending(concerned)
         self._stop_at_faults(concerned, ranks)

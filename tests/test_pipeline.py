@@ -1,0 +1,224 @@
+"""Pipeline parallelism in DeepSpeed: each stage has its own parameters, on ranks of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from engines import PARAMS, PRECISIONS, fp16_on_the_cpu, masters
+from models import weights
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from adafisher_dist import AdaFisher, UnsupportedLayoutError
+from adafisher_dist.stepping import found_inf
+
+pytestmark = pytest.mark.deepspeed
+
+MICRO, MICRO_BATCHES = 4, 2
+
+
+def layers() -> list[nn.Module]:
+    torch.manual_seed(4)
+    return [nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1)]
+
+
+def batch(step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(16, 6, generator=generator)[rows]
+    return x, torch.sin(3 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
+
+
+def alone(steps: int = 8) -> dict[str, np.ndarray]:
+    module = nn.Sequential(*layers())
+    optimizer = AdaFisher(module.parameters(), **PARAMS)
+    for step in range(steps):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+    return weights(module)
+
+
+def engine_of(stages: int, stage: int, precision: str, data: int, **settings: Any) -> Any:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    module = PipelineModule(
+        layers(), num_stages=stages, loss_fn=nn.functional.mse_loss, partition_method="uniform", seed_layers=False
+    )
+    config = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 16 // data // MICRO_BATCHES,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "optimizer": {"type": "AdaFisher", "params": {**copy.deepcopy(PARAMS), **settings}},
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        **PRECISIONS[precision],
+    }
+    engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    return engine
+
+
+def micro_batches(
+    step: int, replica: int, data: int, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    size = 16 // data // MICRO_BATCHES
+    for number in range(MICRO_BATCHES):
+        begin = replica * 16 // data + number * size
+        x, y = batch(step, slice(begin, begin + size))
+        yield x.to(dtype), y.to(dtype)
+
+
+def in_stages(
+    rank: int, world: int, stages: int, stage: int, precision: str, settings: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    with fp16_on_the_cpu():
+        data = world // stages
+        engine = engine_of(stages, stage, precision, data, **(settings or {}))
+        replica = engine.grid.get_data_parallel_rank()
+        dtype = next(engine.module.parameters()).dtype
+        for step in range(8):
+            engine.train_batch(micro_batches(step, replica, data, dtype))
+        return masters(engine)
+
+
+def same(found: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray], bound: float = 1e-4) -> None:
+    assert set().union(*found) == set(wanted)
+    for of_rank in found:
+        for name, values in of_rank.items():
+            assert np.abs(values - wanted[name]).max() < bound, name
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_trains_like_one_process(world: int, stages: int) -> None:
+    same(run_ranks(in_stages, world, stages, 1, "fp32", deepspeed=True), alone())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-fp32", "fp16"])
+def test_in_half_precision(precision: str) -> None:
+    settings = {"grafting": "none", "lr": 1e-3}  # as in test_experts
+    wanted = run_ranks(in_stages, 2, 1, 1, precision, settings, deepspeed=True)
+    same(run_ranks(in_stages, 2, 2, 1, precision, settings, deepspeed=True), wanted[0], bound=2e-3)
+
+
+def refused(rank: int, world: int) -> str:
+    engine = engine_of(2, 0, "fp32", 1)
+    with pytest.raises(UnsupportedLayoutError) as told:
+        engine.train_batch(micro_batches(0, 0, 1))
+    return str(told.value)
+
+
+def test_stage_0_says_what_works() -> None:
+    for told in run_ranks(refused, 2, deepspeed=True):
+        assert "stage 1 works" in told
+
+
+def faulty(rank: int, world: int, on_device: bool) -> tuple[int, bool]:
+    """What a step does in which the first stage alone has a gradient too large to square."""
+    if on_device:
+        found_inf.is_meant_for = lambda device: True
+    engine = engine_of(2, 1, "fp32", 1)
+    for step in range(4):
+        engine.train_batch(micro_batches(step, 0, 1))
+    before = masters(engine)
+
+    def spoil(optimizer: Any, *_: Any) -> None:
+        if rank == 0:
+            optimizer.param_groups[0]["params"][0].grad[0] = 1e30
+
+    hook = engine.basic_optimizer.register_step_pre_hook(spoil)
+    engine.train_batch(micro_batches(4, 0, 1))
+    hook.remove()
+    skipped = engine.basic_optimizer.skipped_steps
+    after = masters(engine)
+    unchanged = all(np.array_equal(after[name], before[name]) for name in before)
+    engine.train_batch(micro_batches(5, 0, 1))
+    return skipped, unchanged
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_bad_gradient_in_one_stage_skips_the_step_in_all(on_device: bool) -> None:
+    assert run_ranks(faulty, 2, on_device, deepspeed=True) == [(1, True)] * 2
+
+
+def saved(rank: int, world: int, stages: int, folder: Path) -> None:
+    data = world // stages
+    engine = engine_of(stages, 1, "fp32", data)
+    for step in range(4):
+        engine.train_batch(micro_batches(step, engine.grid.get_data_parallel_rank(), data))
+    engine.save_checkpoint(str(folder))
+
+
+def resumed(rank: int, world: int, stages: int, folder: Path) -> dict[str, np.ndarray]:
+    data = world // stages
+    engine = engine_of(stages, 1, "fp32", data)
+    engine.load_checkpoint(str(folder))
+    for step in range(4, 8):
+        engine.train_batch(micro_batches(step, engine.grid.get_data_parallel_rank(), data))
+    return masters(engine)
+
+
+@pytest.mark.parametrize(
+    ("world", "stages"),
+    [(2, 2), (4, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
+def test_goes_on_with_other_stages(world: int, stages: int, tmp_path: Path) -> None:
+    run_ranks(saved, 2, 2, tmp_path, deepspeed=True)
+    same(run_ranks(resumed, world, stages, tmp_path, deepspeed=True), alone())
+
+
+def tied(rank: int, world: int, shape: tuple[int, int]) -> str:
+    """How far the copies of a weight that both stages hold are apart, or why it does not train."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    torch.manual_seed(4)
+    rows, width = shape
+
+    def head(layer: nn.Module, x: Tensor) -> Tensor:
+        return x @ layer.weight.t()
+
+    specs = [
+        TiedLayerSpec("table", nn.Embedding, rows, width),
+        LayerSpec(nn.Linear, width, width),
+        LayerSpec(nn.Tanh),
+        TiedLayerSpec("table", nn.Embedding, rows, width, forward_fn=head),
+    ]
+    loss = nn.CrossEntropyLoss()
+    module = PipelineModule(specs, num_stages=2, loss_fn=loss, partition_method="uniform", seed_layers=False)
+    config = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdaFisher", "params": copy.deepcopy(PARAMS)},
+        "zero_optimization": {"stage": 1},
+    }
+    engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    try:
+        for step in range(6):
+            generator = torch.Generator().manual_seed(step)
+            pairs = [(torch.randint(rows, (4,), generator=generator),) * 2 for _ in range(2)]
+            engine.train_batch(iter(pairs))
+    except RuntimeError as error:
+        return str(error)
+    (weight,) = [value for name, value in masters(engine).items() if "table" in name]
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, weight)
+    return f"apart by {np.abs(both[0] - both[1]).max()}"
+
+
+def test_tied_tables_stay_the_same() -> None:
+    assert run_ranks(tied, 2, (40, 4), deepspeed=True) == ["apart by 0.0"] * 2
+
+
+def test_tied_matrices_are_refused() -> None:
+    told = run_ranks(tied, 2, (12, 8), deepspeed=True)
+    assert any("is tied over stages" in message for message in told)
+    assert not any("apart" in message for message in told)
