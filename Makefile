@@ -41,6 +41,7 @@ bench: $(STAMP)  ## the figures of docs/ but convergence.py's (forty minutes); Q
 	@$(BIN)/python benchmarks/step_time.py $(QUICK)
 	@$(BIN)/python benchmarks/host_time.py $(QUICK)
 	@$(BIN)/python benchmarks/scaling.py $(QUICK)
+	@$(BIN)/python benchmarks/latency.py $(QUICK)
 	@$(BIN)/python benchmarks/memory.py $(QUICK)
 	@$(BIN)/python benchmarks/stages.py $(QUICK)
 	@$(BIN)/python benchmarks/checkpoint.py $(QUICK)

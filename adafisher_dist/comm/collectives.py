@@ -145,8 +145,8 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
-    """The elementwise minimum over a group and its replicas, of a small 1-d tensor on the CPU.
+def minimum(group: Group, values: Sequence[int], purpose: str = STEP) -> list[int]:
+    """The elementwise minimum over a group and its replicas, of some numbers of the host.
 
     The host waits for the other hosts, and not for its device. Each sends its values to each of the
     others at once: one hop, where gloo's all-reduce makes 2 (W − 1) one after the other.
@@ -156,17 +156,18 @@ def minimum(group: Group, values: Tensor, purpose: str = STEP) -> Tensor:
     """
     if group.size > 1:
         handle = group.handle if "cpu" in group.devices else host_group(sorted(group.members), group.handle).handle
-        mine, everyones = values.repeat(group.size), values.new_empty(group.size * len(values))
+        mine = torch.tensor(values).repeat(group.size)
+        everyones = torch.empty_like(mine)
         meetings(handle).begin()
         work = dist.all_to_all_single(everyones, mine, group=handle, async_op=True)
-        _wait(work, values.device, handle, purpose)
-        sent["verdicts"] += (group.size - 1) * values.nbytes
-        values = everyones.view(group.size, -1).amin(dim=0)
-    return values if group.replicas is None else minimum(group.replicas, values, purpose)
+        _wait(work, mine.device, handle, purpose)
+        sent["verdicts"] += (group.size - 1) * mine.nbytes // group.size
+        values = everyones.view(group.size, -1).amin(dim=0).tolist()
+    return list(values) if group.replicas is None else minimum(group.replicas, values, purpose)
 
 
 def minimum_on_device(group: Group, value: CommBuffer) -> None:
-    """The same of a tensor where it is, in place; on an accelerator nothing waits for it."""
+    """The same of a 1-d tensor where it is, in place; on an accelerator nothing waits for it."""
     if group.size > 1:
         mine = value.load()
         meetings(group.handle).begin()

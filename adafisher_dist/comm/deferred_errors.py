@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class DeferredErrors:
@@ -45,6 +48,13 @@ class DeferredErrors:
             with self:
                 work()
         return self.error is None
+
+    def result(self, work: Callable[[], T], otherwise: T) -> T:
+        """What it returns; after an error, something else."""
+        if self.error is None:
+            with self:
+                return work()
+        return otherwise
 
     def rescue(self, work: Callable[[], object]) -> None:
         """Do it even after an error, if possible, to improve what the other ranks are sent."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Collected:
         exchanges: of the tensors that have a gradient.
         inputs: for each; after an error some may be missing.
         largest: the largest absolute gradient elements, 0-d, and the limit of each.
+        counters: of each shard, before the call.
+        step: the coming one of the parameter with the most steps, where steps are measured; else 0.
         part: the number of this part of a wrapper's step; 0 where it is all of one.
         calls: how many parts there are.
         metrics: which steps are measured, and which is being; None where none is.
@@ -48,6 +51,8 @@ class Collected:
     metrics: object
     inputs: list[Inputs] = field(default_factory=list)
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
+    counters: list[Tensor] = field(default_factory=list)
+    step: int = 0
 
     @property
     def shards(self) -> list[Shard]:
@@ -89,8 +94,9 @@ class Decision:
             lacking = [i for i, weight in enumerate(inputs.weights) if weight is None and i not in removed]
             if storage.replicated and lacking:
                 found.error = self.error or RuntimeError(
-                    f"The parameter {storage.name_of(lacking[0])} is not what it was when its state was made, and the"
-                    " other ranks could not be sent it. Load the last checkpoint on all ranks."
+                    f"The other ranks could not be sent the parameter {storage.name_of(lacking[0])}: it is not what it"
+                    " was when its state was made, or there was no room for a copy. Load the last checkpoint on all"
+                    " ranks."
                 )
         return found
 
@@ -146,6 +152,9 @@ class Agreement:
         # Ranks that drift apart, since somebody left out a synchronisation, are found at calls 1,
         # 2, 4, 8, …
         compare = self._calls.bit_count() == 1
+        if device is not None:
+            parts = [group for group, _ in alike.parts]
+            errors.attempt(lambda: self._idle.append(self._found_inf(ranks, device, parts)))
         usable = _checked(collected, ranks, usable, alike, errors, compare)
         self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
         if not usable:
@@ -153,7 +162,7 @@ class Agreement:
         calls = list(zip(collected.exchanges, collected.inputs, strict=True))
         if device is None:
             return Decision(calls, errors)
-        own = self._found_inf(ranks, device, [group for group, _ in alike.parts])
+        own = self._found_inf(ranks, device, parts)
         return Decision(calls, errors, own, self._decided(own, collected, alike, errors), alike)
 
     def _by_device(
@@ -243,8 +252,12 @@ def _checked(
     fresh = [shard for shard in collected.shards if not shard.checked]
     usable = check_consistency(ranks, collected.shards, collected.inputs, usable, alike, errors, compare)
     for shard in fresh if ranks.is_first else ():
-        logger.info(statistics.summary(shard))
+        errors.rescue(partial(_tell_of, shard))
     return usable
+
+
+def _tell_of(shard: Shard) -> None:
+    logger.info(statistics.summary(shard))
 
 
 def check_ranks(shards: Sequence[Shard], group: Group) -> None:

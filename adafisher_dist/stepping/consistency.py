@@ -80,7 +80,7 @@ def check_consistency(
         values = [int(finite), failed(errors), same_replicas, *_with_negatives(prints)]
         # On the CPU on every rank, whatever went wrong on this one: ranks that chose different
         # devices would all wait.
-        values = collectives.minimum(group, torch.tensor(values)).tolist()
+        values = collectives.minimum(group, values)
         stop(errors.error, values[1], "before anything changed")
         difference = _first_difference(values[3:], prints)
         if difference is not None:
@@ -102,7 +102,7 @@ def _check_parts(
     errors = DeferredErrors()
     for part, fingerprints in parts:
         prints = [*fingerprints, *_of_copies(part, shards, inputs, errors, compare_copies)]
-        lowest = collectives.minimum(part, torch.tensor(_with_negatives(prints))).tolist()
+        lowest = collectives.minimum(part, _with_negatives(prints))
         difference = _first_difference(lowest, prints)
         if difference is not None and errors.none:
             errors.error = RuntimeError(difference)
@@ -123,7 +123,7 @@ def difference(group: Group, alike: Alike) -> str:
     """In what the ranks differ, which they know that they do. A collective of the hosts."""
     found = None
     for ranks, prints in ((group, alike.everywhere), *alike.parts):
-        lowest = collectives.minimum(ranks, torch.tensor(_with_negatives(prints))).tolist()
+        lowest = collectives.minimum(ranks, _with_negatives(prints))
         found = found or _first_difference(lowest, prints)
     return found or "The ranks were about to take different steps of AdaFisher."
 
@@ -236,8 +236,7 @@ def _same_in_replicas(
     pairs_of = zip(shards, inputs, strict=False)
     sharded = [own for shard, own in pairs_of if compare and not shard.storage.replicated]
     sums = _checksums(sharded, errors)
-    pairs = torch.tensor(list(chain.from_iterable((value, -value) for value in sums)))
-    low = collectives.minimum(group.replicas, pairs).tolist()
+    low = collectives.minimum(group.replicas, list(chain.from_iterable((value, -value) for value in sums)))
     return int(low[0] == -low[1] and low[2] == -low[3])
 
 
@@ -253,7 +252,7 @@ def raise_if_any_failed(
     """
     failure = failed(errors)
     if group.total_size > 1:
-        failure = int(collectives.minimum(group, torch.tensor([failure]), purpose).item())
+        (failure,) = collectives.minimum(group, [failure], purpose)
     stop(errors.error, failure, when)
 
 

@@ -138,7 +138,7 @@ class AllGather(Local):
     ) -> Iterator[Chunk]:
         """While one chunk is computed, the one before is gathered."""
         finish: Callable[[], None] | None = None
-        others = self._weights_without_gradient(inputs)
+        others = errors.result(partial(self._weights_without_gradient, inputs), None)
         for number, chunk in enumerate(self.shard.blocks.chunks):
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
@@ -167,10 +167,13 @@ class AllGather(Local):
         self, number: int, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors, observe: Observe | None
     ) -> Callable[[], None]:
         group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
-        weights, new = self.sent_plans[number].of(inputs.flat_weights)
+
+        def copy() -> None:
+            weights, new = self.sent_plans[number].of(inputs.flat_weights)
+            copy_all(new, weights)
 
         def make() -> None:
-            copy_all(new, weights)
+            copy()
             for rows, in_mine in zip(self.shard.blocks.chunks[number], self.sent_runs[number], strict=True):
                 active = [
                     (run, view)
@@ -182,16 +185,19 @@ class AllGather(Local):
                 apply(sent, changes, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
 
         if not errors.attempt(make):
-            errors.rescue(lambda: copy_all(new, weights))
+            errors.rescue(copy)
         # Behind this rank's part stands padding: all ranks' parts are equally long.
         return collectives.all_gather(
             group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length)
         )
 
     def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, errors: DeferredErrors) -> None:
+        def copy() -> None:
+            weights, new = self.received_plans[number].of(inputs.flat_weights)
+            copy_all(weights, new)
+
         wait()
-        weights, new = self.received_plans[number].of(inputs.flat_weights)
-        errors.attempt(lambda: copy_all(weights, new))
+        errors.attempt(copy)
 
 
 class AllToAll:
@@ -243,7 +249,7 @@ class AllToAll:
             yield chunk
             errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
         if not errors.attempt(lambda: copy_all(self.stored_elsewhere, self.received)):
-            self.receive_buffer.tensor.zero_()
+            errors.rescue(self.receive_buffer.tensor.zero_)
         wait = self._exchange(self.receive_buffer, self.receive_counts, self.send_buffer, self.send_counts)
         errors.attempt(partial(self.staged.change, inputs, should_step, observe))
         wait()

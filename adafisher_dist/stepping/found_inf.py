@@ -140,7 +140,7 @@ class Pending:
     Attributes:
         found_inf: what knows it.
         shards: that took part.
-        counters: theirs before the step.
+        counters: theirs before the step; none where nothing was counted.
         part: the number of this part of a wrapper's step: only the first counts as a skipped step.
         alike: what was to be the same on the ranks.
         error: of this rank.

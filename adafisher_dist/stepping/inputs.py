@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,13 +92,17 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
 def without_gradients(shard: Shard) -> Inputs:
     """All weights and no gradient: for a rank that has no part of its own in a step.
 
-    A weight that is not what it was when the state was made is left out.
+    A weight that is not what it was when the state was made is left out, and one that cannot be
+    copied: this rank has told of its error, and may not stop before the others.
     """
     inputs = Inputs([None for _ in shard.configs])
     for index, (tensor, before) in enumerate(zip(shard.storage.tensors, shard.stored, strict=True)):
-        here = local(tensor)
-        is_as_before = index not in shard.removed and (here.shape, here.device, here.dtype) == before
-        inputs.weights.append(here.contiguous() if is_as_before else None)
+        weight = None
+        with suppress(Exception):
+            here = local(tensor)
+            if index not in shard.removed and (here.shape, here.device, here.dtype) == before:
+                weight = here.contiguous()
+        inputs.weights.append(weight)
         inputs.gradients.append(None)
     return inputs
 

@@ -108,12 +108,12 @@ class Stepper:
         """
         for pending in list(self._pending):
             if shards is None or any(shard in shards for shard in pending.shards):
-                self._pending.remove(pending)
-                self._agreement.reuse(pending.found_inf)
                 verdict = pending.found_inf.read()
                 if not verdict.took_place:
-                    for shard, counters in zip(pending.shards, pending.counters, strict=True):
+                    for shard, counters in zip(pending.shards, pending.counters, strict=False):
                         shard.counters.copy_(counters)
+                self._pending.remove(pending)
+                self._agreement.reuse(pending.found_inf)
                 if verdict.is_fault:
                     self._faults.append((pending, verdict))
                     # Half a step: this part to its middle, or the parts before it.
@@ -198,9 +198,8 @@ class Stepper:
             self.skipped += collected.part == 0
             return
         errors, should_step = decision.errors, decision.should_step
-        before = [exchange.shard.counters.clone() for exchange, _ in decision.calls]
         self.incomplete = WHOLE  # until all ranks have done their part
-        observe = self._begin_to_measure(decision, ranks)
+        observe = self._begin_to_measure(decision, collected, ranks)
         for exchange, inputs in decision.calls:
             contexts: list[StepContext | None] = []
             if errors.none:
@@ -212,7 +211,7 @@ class Stepper:
                         with errors:
                             compute_chunk(chunk, contexts)
             errors.attempt(inputs.write_back)
-        self._settle(decision, collected.part, before, ranks)
+        self._settle(decision, collected, ranks)
         self.incomplete = frozenset()
         self.sent = collectives.sent - sent_before
         if self.meter is not None and not decision.is_idle:
@@ -228,7 +227,7 @@ class Stepper:
         plan = None if self.meter is None else self.meter.plan
         collected = Collected(self._exchanges_of(groups), number, calls, plan)
         concerned = [*collected.shards, *self._agreement.expected(number)]
-        self.resolve_pending(concerned)
+        errors.attempt(lambda: self.resolve_pending(concerned))
         self._stop_at_faults(concerned, ranks)
         self._refuse_incomplete()
         if errors.none:
@@ -248,7 +247,10 @@ class Stepper:
         check_ranks(into.shards, ranks)
         for shard in into.shards:
             into.inputs.append(inputs_of(shard, groups))
-        pairs = zip(into.exchanges, into.inputs, strict=True)
+        pairs = list(zip(into.exchanges, into.inputs, strict=True))
+        if self.meter is not None:
+            into.step = max((next_step(exchange.shard, inputs) for exchange, inputs in pairs), default=0)
+        into.counters += [shard.counters.clone() for shard in into.shards]
         into.largest += [(exchange.collect(inputs), gradient_limit(exchange.shard)) for exchange, inputs in pairs]
         if part is not None:
             self._bound = (part.largest(), limit()) if part.number == 0 else self._bound
@@ -257,15 +259,14 @@ class Stepper:
             device = into.largest[0][0].device if into.largest else bound.device
             into.largest.append((bound.to(device, non_blocking=True), allowed))
 
-    def _begin_to_measure(self, decision: Decision, ranks: Group) -> Observe | None:
+    def _begin_to_measure(self, decision: Decision, collected: Collected, ranks: Group) -> Observe | None:
         if self.meter is None or decision.is_idle:
             return None
-        steps = [next_step(exchange.shard, inputs) for exchange, inputs in decision.calls]
-        self.meter.begin(max(steps, default=0), ranks, self.skipped)
+        self.meter.begin(collected.step, ranks, self.skipped)
         return self.meter.observer
 
-    def _settle(self, decision: Decision, part: int, before: list[Tensor], ranks: Group) -> None:
-        """Let all ranks know whether each has done its part; `before`: counters."""
+    def _settle(self, decision: Decision, collected: Collected, ranks: Group) -> None:
+        """Let all ranks know whether each has done its part."""
         inf, errors = decision.found_inf, decision.errors
         if inf is None or ranks.total_size == 1:
             raise_if_any_failed(ranks, errors)
@@ -274,7 +275,8 @@ class Stepper:
         amid = decision.without_weights() if decision.is_idle else errors
         inf.settle(amid)
         shards = [exchange.shard for exchange, _ in decision.calls]
+        counters = [] if decision.is_idle else collected.counters
         error = decision.error or amid.error
-        self._pending.append(Pending(inf, shards, before, part, decision.alike, error))
+        self._pending.append(Pending(inf, shards, counters, collected.part, decision.alike, error))
         if error is not None:
             logger.error("AdaFisher failed on this rank; all ranks stop at their next step(). %s", error)

@@ -600,8 +600,8 @@ def communication(here: Here, group: Callable[[Here], Any] = lambda here: None) 
     forced = dataclasses.replace(real, size=max(2, real.size))  # past "there is nobody to tell"
     collectives.measure_waits(waits := Waits())
     try:
-        lowest = collectives.minimum(forced, torch.tensor([5 - here.rank, here.rank]))
-        assert lowest.tolist() == [5 - (here.world - 1), 0], lowest
+        lowest = collectives.minimum(forced, [5 - here.rank, here.rank])
+        assert lowest == [5 - (here.world - 1), 0], lowest
         for device in {here.device, torch.device("cpu")}:
             _all_of_comm(real, forced, device, here)
     finally:

@@ -1,0 +1,111 @@
+"""Every point of a step at which a rank can fail or be lost: found by tracing, not listed by hand.
+
+A point is a call of one of the package's functions in a step, or an operation of torch in it (an
+allocation, a copy, a collective). They are numbered in the order in which a rank comes to them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adafisher_dist import AdaFisher
+
+OWN = "adafisher_dist."
+# What keeps the order when something else fails cannot keep it when it fails itself.
+TRUSTED = ("adafisher_dist.comm.deferred_errors", "adafisher_dist.comm.timeouts")
+
+# Of functions that only compute, one point each is enough.
+PURE = ("numerics.", "blocks.", "settings.")
+
+
+class OutOfMemory(RuntimeError):
+    """What torch.OutOfMemoryError is on a GPU."""
+
+
+def fail() -> None:
+    raise OutOfMemory("out of memory, says the test")
+
+
+@dataclass(slots=True)
+class Points:
+    """The points that this rank has come to.
+
+    Attributes:
+        when: whether it is at the last one that something happens; by default it never does.
+        act: what.
+        passed: a description of each.
+    """
+
+    when: Callable[[list[str]], bool] = lambda passed: False
+    act: Callable[[], None] = fail
+    passed: list[str] = field(default_factory=list)
+
+    def reach(self, what: str, frame: FrameType | None) -> None:
+        """Come to the next one."""
+        while frame is not None and not _is_own(frame):
+            frame = frame.f_back
+        self.passed.append(_place(what, frame))
+        if self.when(self.passed):
+            self.act()
+
+
+def _place(what: str, frame: FrameType | None) -> str:
+    if frame is None:
+        return what
+    if _name(frame).startswith(PURE):
+        return f"{what.split()[0]} in {_name(frame)}"
+    return f"{what} in {_name(frame)}:{frame.f_lineno}"
+
+
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(OWN)
+
+
+def _name(frame: FrameType) -> str:
+    return f"{frame.f_globals['__name__'].removeprefix(OWN)}.{frame.f_code.co_name}"
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, points: Points) -> None:
+        super().__init__()
+        self._points = points
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._points.reach(f"op {func}", sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watching(points: Points) -> Iterator[Points]:
+    """Number the points of the steps that AdaFisher takes within."""
+    real = AdaFisher.step
+
+    def see(frame: FrameType, event: str, argument: Any) -> None:
+        """Python calls it, and what it raises, the function seems to raise."""
+        if event != "call" or not _is_own(frame) or frame.f_globals["__name__"] in TRUSTED:
+            return
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:  # entered again and again; what it calls has its points
+            points.reach(f"call {_name(frame)}", frame.f_back)
+
+    def step(self: AdaFisher, closure: Any = None) -> Any:
+        with _Operations(points):
+            sys.setprofile(see)
+            try:
+                return real(self, closure)
+            finally:
+                sys.setprofile(None)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch.optim wraps it no second time
+    AdaFisher.step = step  # type: ignore[method-assign]
+    try:
+        yield points
+    finally:
+        AdaFisher.step = real  # type: ignore[method-assign]
