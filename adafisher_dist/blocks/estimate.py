@@ -19,7 +19,7 @@ import torch
 from adafisher_dist.blocks import cost, placement, sharding
 from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.grid import grid_of
-from adafisher_dist.blocks.placement import StoredSpans
+from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
 
 Shapes = Sequence[tuple[int, ...]]
@@ -150,7 +150,7 @@ def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight
     )
 
 
-def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> StoredSpans:
+def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> Placement:
     if layout in ("ddp", "zero0"):
         return placement.everywhere(numels, world)
     if layout in ("zero1", "zero2"):
