@@ -92,6 +92,17 @@ def traffic(plan: PlanSummary, rank: int) -> dict[str, int]:
     return sums
 
 
+def collectives(plan: PlanSummary) -> int:
+    """How many a step has, where every parameter has a gradient.
+
+    Two by which the ranks agree, before it and after it (in calls 1, 2, 4, 8, … there may be more);
+    an all-gather for each chunk, or what is cut to its owners and back.
+    """
+    if plan.world == 1:
+        return 0
+    return 2 + (len(plan.assignment.chunks) if plan.replicated else 2 * any(plan.cut))
+
+
 def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> int:
     """Floating-point operations of a rank in a step, once the Fisher is full.
 

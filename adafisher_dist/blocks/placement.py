@@ -102,6 +102,17 @@ class Placement:
                 counts[ranks[-1]] -= ranks.stop * length - parts.before - parts.numel
         return counts if not self._replicated else [sum(parts.numel for parts in self.parts)] * self._world
 
+    @property
+    def most_pieces(self) -> int:
+        """Parameters of which the rank that has most of them stores a part."""
+        if self._replicated:
+            return len(self.parts)
+        counts = [0] * self._world
+        for parts in self.parts:
+            for rank in parts.ranks:
+                counts[rank] += 1
+        return max(counts)
+
 
 def everywhere(numels: Sequence[int], world: int) -> Placement:
     """Each parameter is a tensor of its own, the same on every rank."""
