@@ -9,6 +9,10 @@ here. Under DDP, FSDP2 and ZeRO on 2 ranks, by gloo; what is measured there is t
 own step. Llama-7B's shapes are those of rank 0 of 8 under DDP by a process group that is `fake`:
 kernels and collectives do nothing, and only the host's own work is left. Its tensors are memory
 that nobody touches, since on meta tensors every view takes Python's time.
+
+What `python -m adafisher_dist estimate` tells of the host's time (`blocks/host_time.py`) is for
+each layout a line through two cases, the other with a fifth of the parameters; and for chunks one
+through Llama-7B in many and in few.
 """
 
 from __future__ import annotations
@@ -29,19 +33,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adafisher_dist import AdaFisher
+from adafisher_dist.blocks import sharding
 from adafisher_dist.comm import collectives
 from adafisher_dist.state import shard
 from adafisher_dist.stepping import consistency, exchange
 
-WIDTH, LAYERS, ROUNDS, ROUNDS_QUICK = 16, 25, 60, 12
+WIDTH, LAYERS, FEW_LAYERS, ROUNDS, ROUNDS_QUICK = 16, 25, 5, 60, 12
 _LAYER = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
-SHAPES: list[tuple[int, ...]] = [
-    shape for rows, columns in _LAYER * LAYERS for shape in ((rows, columns), (rows,), (columns,))
-]
+
+
+def shapes_of(layers: int) -> list[tuple[int, ...]]:
+    return [shape for rows, columns in _LAYER * layers for shape in ((rows, columns), (rows,), (columns,))]
+
+
 _LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
 LLAMA: list[tuple[int, ...]] = [(32000, 4096), *_LLAMA_LAYER * 32, (4096,), (32000, 4096)]
 
 Build = Callable[[list[nn.Parameter]], Optimizer]
+# Milliseconds of a step; of AdaFisher, how many runs of parameters this rank stores, and chunks.
+Found = tuple[float, int, int]
 OPTIMIZERS: dict[str, Build] = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
     "AdaFisher": lambda parameters: AdaFisher(parameters, lr=1e-3),
@@ -88,14 +98,16 @@ class Clock:
         return 1e3 * statistics.median(self.times[len(self.times) // 4 :])
 
 
-def measured(optimizer: Optimizer, rounds: int, step: Callable[[], object] | None = None) -> float:
-    """Milliseconds of `optimizer.step`, which `step` is or calls."""
+def measured(optimizer: Optimizer, rounds: int, step: Callable[[], object] | None = None) -> Found:
+    """Of `optimizer.step`, which `step` is or calls."""
     clock = Clock()
     optimizer.step = clock.timed(optimizer.step)  # type: ignore[method-assign]
     with clock.blocks_apart():
         for _ in range(rounds):
             (step or optimizer.step)()
-    return clock.milliseconds
+    shards = optimizer._registry.shards if isinstance(optimizer, AdaFisher) else []
+    pieces = sum(len(own.storage.stored_spans[own.storage.group.rank]) for own in shards)
+    return clock.milliseconds, pieces, sum(len(own.assignment.chunks) for own in shards)
 
 
 def parameters_of(shapes: list[tuple[int, ...]], new: Callable[..., torch.Tensor] = torch.ones) -> list[nn.Parameter]:
@@ -105,15 +117,15 @@ def parameters_of(shapes: list[tuple[int, ...]], new: Callable[..., torch.Tensor
     return parameters
 
 
-def replicated(build: Build, rounds: int) -> float:
-    return measured(build(parameters_of(SHAPES)), rounds)
+def replicated(build: Build, rounds: int, layers: int) -> Found:
+    return measured(build(parameters_of(shapes_of(layers))), rounds)
 
 
-def fsdp2(build: Build, rounds: int) -> float:
+def fsdp2(build: Build, rounds: int, layers: int) -> Found:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = nn.ParameterList(parameters_of(SHAPES))
+    model = nn.ParameterList(parameters_of(shapes_of(layers)))
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -123,9 +135,9 @@ def fsdp2(build: Build, rounds: int) -> float:
 class Sum(nn.Module):
     """A loss to which each parameter contributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        self.weights = nn.ModuleList(_Squares(shape) for shape in SHAPES)
+        self.weights = nn.ModuleList(_Squares(shape) for shape in shapes_of(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([weight(x) for weight in self.weights]).sum()
@@ -140,10 +152,10 @@ class _Squares(nn.Module):
         return (self.weight * x).square().sum()
 
 
-def zero(stage: int, build: Build, rounds: int) -> float:
+def zero(stage: int, build: Build, rounds: int, layers: int) -> Found:
     import deepspeed
 
-    model = Sum()
+    model = Sum(layers)
     optimizer = build(list(model.parameters()))
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -170,7 +182,8 @@ def _zeros_that_nobody_touches(zeros: Callable[..., torch.Tensor]) -> Callable[.
     return made
 
 
-def llama(build: Build, rounds: int) -> float:
+def llama(build: Build, rounds: int, layers: int) -> Found:
+    """Where there are few layers, the same ones in few chunks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.destroy_process_group()
@@ -190,6 +203,7 @@ def llama(build: Build, rounds: int) -> float:
         consistency: {"_checksum": lambda tensors: 0},
         torch: {"zeros": _zeros_that_nobody_touches(torch.zeros)},
         shard: {"update_blocks": lambda blocks, gradient_NRB, context: None},
+        sharding: {"GATHERED_NUMEL": sharding.GATHERED_NUMEL * (1 if layers == LAYERS else 4)},
     }
     for owner, names in replaced.items():
         for name, value in names.items():
@@ -198,7 +212,7 @@ def llama(build: Build, rounds: int) -> float:
 
 
 LAST = "Llama-7B under DDP at 8 ranks"
-CASES: dict[str, tuple[int, Callable[[Build, int], float]]] = {
+CASES: dict[str, tuple[int, Callable[[Build, int, int], Found]]] = {
     "one process": (1, replicated),
     "DDP": (2, replicated),
     "FSDP2": (2, fsdp2),
@@ -209,8 +223,14 @@ CASES: dict[str, tuple[int, Callable[[Build, int], float]]] = {
 }
 
 
-def work(rank: int, world: int, case: str, name: str, rounds: int) -> float:
-    return CASES[case][1](OPTIMIZERS[name], rounds)
+def work(rank: int, world: int, case: str, name: str, rounds: int, layers: int) -> Found:
+    return CASES[case][1](OPTIMIZERS[name], rounds, layers)
+
+
+def on_ranks(case: str, name: str, rounds: int, layers: int = LAYERS) -> Found:
+    """Of the rank that takes longest."""
+    found = common.on_ranks(work, CASES[case][0], case, name, rounds, layers, deepspeed=case.startswith("ZeRO"))
+    return max(found)
 
 
 def main(quick: Quick = False) -> None:
@@ -218,15 +238,27 @@ def main(quick: Quick = False) -> None:
     rounds = ROUNDS_QUICK if quick else ROUNDS
     table = Table("milliseconds of the host", *OPTIMIZERS, "ratio")
     cases: dict[str, dict[str, float]] = {}
-    for case, (world, _) in CASES.items():
+    lines: dict[str, dict[str, float]] = {}
+    for case in CASES:
         names = [name for name in OPTIMIZERS if case != LAST or name == "AdaFisher"]
-        zero = case.startswith("ZeRO")
-        own = {n: max(common.on_ranks(work, world, case, n, rounds, deepspeed=zero)) for n in names}
+        found = {name: on_ranks(case, name, rounds) for name in names}
+        own = {name: milliseconds for name, (milliseconds, _, _) in found.items()}
         ratio = f"{own['AdaFisher'] / own['AdamW']:.2f}" if "AdamW" in own else ""
         table.add_row(case, *(f"{own[n]:.2f}" if n in own else "" for n in OPTIMIZERS), ratio)
         cases[case] = own
+        lines[case] = line(found["AdaFisher"], on_ranks(case, "AdaFisher", rounds, FEW_LAYERS), case == LAST)
     common.show(table)
-    common.save("host_time", quick, common.rounded({"parameters": len(SHAPES), "milliseconds": cases}), draw(cases))
+    result = {"parameters": len(shapes_of(LAYERS)), "milliseconds": cases, "lines": lines}
+    common.save("host_time", quick, common.rounded(result), draw(cases))
+
+
+def line(many: Found, few: Found, of_chunks: bool) -> dict[str, float]:
+    """Through two cases: milliseconds of a step, and microseconds a stored piece, or a chunk."""
+    number = 2 if of_chunks else 1
+    slope = (many[0] - few[0]) / (many[number] - few[number])
+    if of_chunks:
+        return {"us_a_chunk": 1e3 * slope}
+    return {"ms_a_step": many[0] - slope * many[number], "us_a_piece": 1e3 * slope}
 
 
 def draw(cases: dict[str, dict[str, float]]) -> Any:
@@ -237,7 +269,7 @@ def draw(cases: dict[str, dict[str, float]]) -> Any:
         values = [own.get(name, 0.0) for own in cases.values()]
         axes.bar([index + 0.4 * number for index in range(len(cases))], values, 0.38, label=name)
     axes.set_xticks([index + 0.2 for index in range(len(cases))], list(cases), fontsize=8)
-    axes.set(ylabel="ms of the host a step", title=f"{len(SHAPES)} parameters (Llama-7B: {len(LLAMA)})")
+    axes.set(ylabel="ms of the host a step", title=f"{len(shapes_of(LAYERS))} parameters (Llama-7B: {len(LLAMA)})")
     axes.legend()
     axes.grid(axis="y", alpha=0.25)
     return figure

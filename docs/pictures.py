@@ -16,7 +16,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from adafisher_dist.blocks import placement, sharding
 from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.blocks.sharding import Assignment, StoredSpan
+from adafisher_dist.blocks.placement import Placement
+from adafisher_dist.blocks.sharding import Assignment
 
 FOLDER = Path(__file__).parent / "pictures"
 COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#B07AA1")
@@ -87,11 +88,11 @@ def ranks() -> Figure:
     return figure
 
 
-def _cut_by_partitions(numel: int, world: int) -> list[list[StoredSpan]]:
+def _cut_by_partitions(numel: int, world: int) -> Placement:
     """Partitions that cut row groups, as if 70 elements of another parameter came first."""
     offset = 70
     length = -(-(numel + offset) // world)
-    return [list(places) for places in placement.in_partitions([offset], [numel], length, world)]
+    return placement.in_partitions([offset], [numel], length, world)
 
 
 def step() -> Figure:
@@ -148,10 +149,10 @@ def _owner(assignment: Assignment, element: int) -> int:
     )
 
 
-def _boundaries(axes: Axes, stored_spans: list[list[StoredSpan]]) -> None:
+def _boundaries(axes: Axes, stored_spans: Placement) -> None:
     """Where one rank's part ends and the next one's begins."""
-    for places in stored_spans[1:]:
-        row, column = divmod(places[0].span.start, LENGTH)
+    for rank in range(1, len(stored_spans)):
+        row, column = divmod(stored_spans[rank][0].span.start, LENGTH)
         path = ((LENGTH + 0.6, column, column, -0.6), (row, row, row + 1, row + 1))
         axes.plot(*path, color=INK, linewidth=1.8)
 

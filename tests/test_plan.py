@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from math import prod
 from random import Random
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from oracle import by_element, row_groups
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.blocks import cost, sharding
+from adafisher_dist.blocks import cost, placement, sharding
 from adafisher_dist.blocks.estimate import plan_of
 from adafisher_dist.blocks.fields import saved_offset
 from adafisher_dist.blocks.grid import Grid, make_grid
+from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.blocks.sharding import Span, StoredSpan
 from adafisher_dist.settings import DEFAULTS, normalize, state_config
 
@@ -126,6 +128,9 @@ def test_closed_forms_count_what_runs_have(
     shape: tuple[int, ...], size: int, rows: int, name: str, limit: int | None
 ) -> None:
     grid = make_grid(shape, size, rows, name, limit)
+    fisher_numels = [grid.fisher_numel(row_group) for row_group in range(grid.row_groups)]
+    for amount in {0, 1, *fisher_numels, *(numel + 1 for numel in fisher_numels), grid.fisher_numel(grid.row_groups)}:
+        assert grid.row_group_of_fisher_numel(amount) == bisect_left(fisher_numels, amount)
     for row_group in range(grid.row_groups + 1):
         runs = list(grid.runs(0, grid.start(row_group)))
         assert grid.row_group_from(grid.start(row_group)) == row_group
@@ -252,8 +257,16 @@ def _largest_to_mean(shapes: list[tuple[int, ...]], layout: str, world: int) -> 
     return max(owned) * world / sum(owned)
 
 
-def flat_partitions(grids: list[Grid], world: int, padding: int) -> list[list[StoredSpan]]:
+def flat_partitions(grids: list[Grid], world: int, padding: int) -> Placement:
     """ZeRO-1/2's storage: one flat buffer, `padding` after each parameter, in equal partitions."""
+    length = max(1, -(-sum(grid.numel + padding for grid in grids) // world))
+    offsets = [sum(grid.numel + padding for grid in grids[:number]) for number in range(len(grids))]
+    placed = placement.in_partitions(offsets, [grid.numel for grid in grids], length, world)
+    assert [list(placed[rank]) for rank in range(world)] == flat_partitions_one_by_one(grids, world, padding)
+    return placed
+
+
+def flat_partitions_one_by_one(grids: list[Grid], world: int, padding: int) -> list[list[StoredSpan]]:
     total = sum(grid.numel + padding for grid in grids)
     length = max(1, -(-total // world))
     stored: list[list[StoredSpan]] = [[] for _ in range(world)]

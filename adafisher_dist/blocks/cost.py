@@ -5,15 +5,16 @@ DESIGN.md, "Bytes", has the formulas.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import BlockRun, Grid
-from adafisher_dist.blocks.sharding import Assignment, Span, Spans, StoredSpan
+from adafisher_dist.blocks.placement import Placement
+from adafisher_dist.blocks.sharding import Assignment, Span, Spans
 from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
@@ -21,7 +22,7 @@ _KINDS = {"momentum": "momentum", "fisher": "fisher", "square": "fisher", "facto
 TRAFFIC_KINDS = ("weights", "blocks")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlanSummary:
     """A plan as far as it costs anything.
 
@@ -40,7 +41,7 @@ class PlanSummary:
     grids: Sequence[Grid]
     configs: Sequence[StateConfig]
     groups: Sequence[int]
-    stored_spans: Sequence[Sequence[StoredSpan]]
+    stored_spans: Placement
     assignment: Assignment
     cut: Sequence[Spans]
     replicated: bool
@@ -50,6 +51,11 @@ class PlanSummary:
     def world(self) -> int:
         """Ranks that share the blocks."""
         return len(self.assignment.owned)
+
+    @cached_property
+    def longest(self) -> list[int]:
+        """Of each chunk, the elements of the rank that has most of them."""
+        return [max(map(sharding.count, by_rank)) for by_rank in self.assignment.chunks]
 
 
 def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
@@ -79,12 +85,22 @@ def traffic(plan: PlanSummary, rank: int) -> dict[str, int]:
     """
     sums = dict.fromkeys(TRAFFIC_KINDS, 0)
     if plan.replicated:
-        padded = sum(_longest(by_rank) for by_rank in plan.assignment.chunks)
-        sums["weights"] = (plan.world - 1) * padded * plan.weight_itemsize
+        sums["weights"] = (plan.world - 1) * sum(plan.longest) * plan.weight_itemsize
     else:
         sent, received = _crossing(plan, rank)
         sums["blocks"] = (sent + received) * _wide(plan)
     return sums
+
+
+def collectives(plan: PlanSummary) -> int:
+    """How many a step has, where every parameter has a gradient.
+
+    Two by which the ranks agree, before it and after it (in calls 1, 2, 4, 8, … there may be more);
+    an all-gather for each chunk, or what is cut to its owners and back.
+    """
+    if plan.world == 1:
+        return 0
+    return 2 + (len(plan.assignment.chunks) if plan.replicated else 2 * any(plan.cut))
 
 
 def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> int:
@@ -135,22 +151,13 @@ def _buffers(plan: PlanSummary, rank: int, wide: int) -> int:
         return own + (sharding.count(plan.cut[rank]) + sum(_crossing(plan, rank))) * wide
     if plan.world == 1:
         return own
-    return own + min(2, len(chunks)) * max(map(_longest, chunks)) * (plan.world + 1) * plan.weight_itemsize
-
-
-def _longest(by_rank: Sequence[Spans]) -> int:
-    return max(map(sharding.count, by_rank))
+    return own + min(2, len(chunks)) * max(plan.longest) * (plan.world + 1) * plan.weight_itemsize
 
 
 def _crossing(plan: PlanSummary, rank: int) -> tuple[int, int]:
     """Elements that the rank stores and does not own, and that it owns and does not store."""
-    stored = Counter[int]()
-    both = 0
-    owned = plan.assignment.owned[rank]
-    by_parameter = {span.parameter: span for span in owned}
-    for place in plan.stored_spans[rank]:
-        stored[place.span.parameter] += len(place.span)
-        own = by_parameter.get(place.span.parameter)
-        common = own.intersect(place.span) if own is not None else None
-        both += len(common) if common is not None else 0
-    return stored.total() - both, sharding.count(owned) - both
+    both, owned = 0, plan.assignment.owned[rank]
+    for span in owned:
+        start, stop = plan.stored_spans.parts[span.parameter].bounds(rank)
+        both += max(0, min(stop, span.stop) - max(start, span.start))
+    return plan.stored_spans.numels[rank] - both, sharding.count(owned) - both

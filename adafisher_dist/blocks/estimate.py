@@ -6,9 +6,8 @@ layout is. Partitions are padded as DeepSpeed pads them; tests compare with real
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
 from math import prod
@@ -19,8 +18,8 @@ import torch
 from adafisher_dist.blocks import cost, placement, sharding
 from adafisher_dist.blocks.cost import PlanSummary
 from adafisher_dist.blocks.grid import grid_of
-from adafisher_dist.blocks.placement import StoredSpans
-from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
+from adafisher_dist.blocks.placement import Placement
+from adafisher_dist.settings import StateConfig
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -40,79 +39,22 @@ class Estimate:
         memory: bytes on the device by kind, and "total"; without the model's own parameters and
             gradients.
         least: bytes in all on the rank that has the least.
-        sent: bytes sent in a step.
+        rank_total: with the model, bytes in all on the rank that has the most.
+        sent: bytes sent in a step, but for what the ranks agree on.
+        collectives: of a step, the two by which the ranks agree among them.
         flops: floating-point operations in a step.
+        chunks: in which a step is taken.
         blocks: on all ranks.
     """
 
     memory: dict[str, int]
     least: int
+    rank_total: int
     sent: int
+    collectives: int
     flops: int
+    chunks: int
     blocks: int
-
-
-def _varied(config: StateConfig) -> dict[str, Any]:
-    dtype = str(config.fisher_dtype).removeprefix("torch.")
-    return {"block_size": config.block_size, "fisher_dtype": dtype, "packed": config.packed}
-
-
-def forecast_of(
-    shapes: Shapes, layout: str, world: int, block_sizes: Sequence[int], settings: Mapping[str, Any],
-    weight_dtype: torch.dtype, budget: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Estimates for these block sizes, float32 and bfloat16, packed or not, for json.dumps.
-
-    Args:
-        shapes: of the parameters.
-        layout: see `plan_of`.
-        world: likewise.
-        block_sizes: to tell of.
-        settings: those that are the same in all rows.
-        weight_dtype: see `plan_of`.
-        budget: GB (10⁹ bytes) a rank; then the largest block size that fits is told too.
-
-    Returns:
-        elements and parameters of the model, layout, world_size, memory_budget_gb; settings: of
-        each row what is varied (block_size, fisher_dtype, packed) and its `Estimate`;
-        largest_block_size: of each storage the one that fits the budget, None where none does, and
-        no storage without a budget.
-
-    Raises:
-        TypeError: a setting has the wrong type.
-        ValueError: a setting is out of bounds.
-    """
-    storages = [(dtype, packed) for dtype in (torch.float32, torch.bfloat16) for packed in (False, True)]
-    freq = settings["inverse_update_freq"]
-    rows = []
-    for size in block_sizes:
-        plan = plan_of(shapes, layout, world, _config(settings, block_size=size), weight_dtype)
-        for dtype, packed in storages:  # the same blocks and owners
-            config = _config(settings, block_size=size, fisher_dtype=dtype, packed=packed)
-            stored_so = replace(plan, configs=[config] * len(plan.grids))
-            rows.append({**_varied(config), **asdict(_estimate(stored_so, freq))})
-    fits: list[dict[str, Any]] = []
-    for dtype, packed in storages if budget is not None else ():
-        config = _config(settings, block_size=AUTO, memory_budget_gb=budget, fisher_dtype=dtype, packed=packed)
-        largest: int | None = None
-        with suppress(ValueError):  # none fits
-            largest = largest_block_size([(shapes, config)], layout, world, weight_dtype, (budget or 0) * 1e9)
-        fits.append({**_varied(config), "block_size": largest})
-    return {
-        "elements": sum(map(prod, shapes)),
-        "parameters": len(shapes),
-        "layout": layout,
-        "world_size": world,
-        "settings": rows,
-        "memory_budget_gb": budget,
-        "largest_block_size": fits,
-    }
-
-
-def _config(settings: Mapping[str, Any], **more: Any) -> StateConfig:
-    group = {**DEFAULTS, **settings, **more}
-    normalize(group)
-    return state_config(group)
 
 
 def layout_named(name: str) -> str:
@@ -150,7 +92,7 @@ def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight
     )
 
 
-def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> StoredSpans:
+def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> Placement:
     if layout in ("ddp", "zero0"):
         return placement.everywhere(numels, world)
     if layout in ("zero1", "zero2"):
@@ -169,21 +111,30 @@ def estimate(
     inverse_update_freq: int = 1,
 ) -> Estimate:  # fmt: skip
     """What a setting costs; see `plan_of` for the arguments and what is raised."""
-    return _estimate(plan_of(shapes, layout, world, config, weight_dtype), inverse_update_freq)
+    return estimate_of(plan_of(shapes, layout, world, config, weight_dtype), inverse_update_freq)
 
 
-def _estimate(planned: PlanSummary, inverse_update_freq: int) -> Estimate:
-    world = planned.world
-    by_rank = [cost.memory(planned, rank) for rank in range(world)]
-    totals = [sum(kinds.values()) for kinds in by_rank]
-    largest = by_rank[totals.index(max(totals))]
+def estimate_of(plan: PlanSummary, inverse_update_freq: int = 1, model: Sequence[int] = (0,)) -> Estimate:
+    """What a plan costs; `model`: bytes of each rank besides, or of all alike."""
     return Estimate(
-        memory={**largest, "total": max(totals)},
-        least=min(totals),
-        sent=max(sum(cost.traffic(planned, rank).values()) for rank in range(world)),
-        flops=max(cost.arithmetic(planned, rank, inverse_update_freq) for rank in range(world)),
-        blocks=sum(grid.num_blocks for grid in planned.grids),
+        **memory_of(plan, model),
+        sent=max(sum(cost.traffic(plan, rank).values()) for rank in range(plan.world)),
+        collectives=cost.collectives(plan),
+        flops=max(cost.arithmetic(plan, rank, inverse_update_freq) for rank in range(plan.world)),
+        chunks=len(plan.assignment.chunks),
+        blocks=sum(grid.num_blocks for grid in plan.grids),
     )
+
+
+def memory_of(plan: PlanSummary, model: Sequence[int] = (0,)) -> dict[str, Any]:
+    """`memory`, `least` and `rank_total` of an `Estimate`."""
+    by_rank = [cost.memory(plan, rank) for rank in range(plan.world)]
+    totals = [sum(kinds.values()) for kinds in by_rank]
+    return {
+        "memory": {**by_rank[totals.index(max(totals))], "total": max(totals)},
+        "least": min(totals),
+        "rank_total": max(total + model[rank % len(model)] for rank, total in enumerate(totals)),
+    }
 
 
 def shapes_of(factory: str) -> list[tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,16 +127,24 @@ class Grid:
         matrix, own = divmod(element, self.matrix_numel)
         return matrix * self.row_groups_per_matrix + -(-own // (self.row_numel * self.rows))
 
+    def row_groups_before(self, element: int) -> int:
+        """How many row groups end at or before `element`."""
+        row_group = self.row_group_from(element)
+        return row_group if self.start(row_group) == element else row_group - 1
+
     def fisher_numel(self, row_group: int) -> int:
         """Elements of the Fisher in the row groups before `row_group`: they measure the work."""
         dense = min(row_group, self.dense_row_groups)
-        whole = (self.pieces - 1) * self.columns**2 + self._last**2
+        whole = self._whole_fisher_numel
         missing = whole - self._tail**2 if dense * self.row_numel > self.numel and self.rows == 1 else 0
         return dense * whole - missing + self.start(row_group) - self.start(dense)
 
     def row_group_of_fisher_numel(self, amount: int) -> int:
         """The first row group whose predecessors hold at least `amount` elements of the Fisher."""
-        return bisect_left(range(self.row_groups), amount, key=self.fisher_numel)
+        of_dense = self.fisher_numel(self.dense_row_groups)
+        if amount <= of_dense:
+            return min(self.dense_row_groups, -(-amount // max(1, self._whole_fisher_numel)))
+        return min(self.row_groups, self.row_group_from(amount - of_dense + self.start(self.dense_row_groups)))
 
     def runs(self, start: int, stop: int) -> Iterator[BlockRun]:
         """Runs of the blocks of elements [start, stop), those of each shape in order.
@@ -166,6 +173,11 @@ class Grid:
         for run in self.runs(0, stop):
             blocks[run.shape] += run.num_blocks
         return blocks
+
+    @property
+    def _whole_fisher_numel(self) -> int:
+        """Elements of the Fisher in a dense row group whose rows are whole."""
+        return (self.pieces - 1) * self.columns**2 + self._last**2
 
     @property
     def _last(self) -> int:

@@ -5,43 +5,16 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 
 from adafisher_dist.blocks.grid import BlockShape, Grid
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Elements [start, stop) of a parameter, flattened row-major, with `numel` elements in all."""
-
-    parameter: int
-    numel: int
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.start <= self.stop <= self.numel, self
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def intersect(self, other: Span) -> Span | None:
-        """The common elements, or None where there are none."""
-        if self.parameter != other.parameter:
-            return None
-        start, stop = max(self.start, other.start), min(self.stop, other.stop)
-        return Span(self.parameter, self.numel, start, stop) if start < stop else None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSpan:
-    """A span that a rank stores; it begins at element `offset` of the rank's tensor `tensor`."""
-
-    span: Span
-    tensor: int
-    offset: int
+from adafisher_dist.blocks.ownership import owned_where_stored as owned_where_stored
+from adafisher_dist.blocks.placement import Placement
+from adafisher_dist.blocks.spans import Span as Span
+from adafisher_dist.blocks.spans import Spans as Spans
+from adafisher_dist.blocks.spans import StoredSpan as StoredSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +45,6 @@ class Route:
     receive: tuple[TensorPiece, ...]
 
 
-Spans = tuple[Span, ...]
-
 # What a chunk holds at most, about: elements of the Fisher, which bounds temporaries (128 MiB in
 # fp32); elements, which bounds the workspace (64 MiB); of all ranks, where new weights are gathered
 # (256 MiB, twice).
@@ -96,7 +67,7 @@ class Assignment:
     chunks: tuple[tuple[Spans, ...], ...]
 
 
-def assign(grids: Sequence[Grid], stored_spans: Sequence[Sequence[StoredSpan]], replicated: bool) -> Assignment:
+def assign(grids: Sequence[Grid], stored_spans: Placement, replicated: bool) -> Assignment:
     """Assign every block to a rank.
 
     Where every rank stores everything, the ranks get equal runs of row groups. Otherwise a row
@@ -153,46 +124,17 @@ def _between(spans: Spans, low: tuple[int, int], high: tuple[int, int]) -> Spans
     return tuple(result)
 
 
-def owned_where_stored(stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]) -> tuple[Spans, ...]:
-    """Each rank owns row groups of which it stores a part: all that it stores whole, some others.
-
-    Those that a boundary between ranks cuts go, the costliest first, to the least loaded of the
-    ranks that store a part; of equally loaded ones to the one that stores most. Load is counted in
-    elements of the Fisher, as in `cut`.
-    """
-    held = _holders(stored, len(grids))
-    runs: list[list[_Run]] = [[] for _ in stored]
-    loads = [0] * len(stored)
-    shared: list[tuple[int, int, int]] = []  # minus the load, parameter, row group
-    for parameter, (holders, grid) in enumerate(zip(held, grids, strict=True)):
-        for span, rank in holders:
-            first, last = grid.row_group_from(span.start), _whole_before(grid, span)
-            if first < last:
-                runs[rank].append((parameter, first, last))
-                loads[rank] += grid.fisher_numel(last) - grid.fisher_numel(first)
-        ends = (span.stop for span, _ in holders[:-1])
-        cut_groups = {grid.row_group_from(end) - 1 for end in ends if grid.start(grid.row_group_from(end)) != end}
-        shared += [(grid.fisher_numel(g) - grid.fisher_numel(g + 1), parameter, g) for g in cut_groups]
-    for minus_load, parameter, row_group in sorted(shared):
-        rank = _least_loaded(held[parameter], grids[parameter], row_group, loads)
-        runs[rank].append((parameter, row_group, row_group + 1))
-        loads[rank] -= minus_load
-    return tuple(_joined(sorted(own), grids) for own in runs)
-
-
-def cut_by_boundaries(
-    assignment: Assignment, stored: Sequence[Sequence[StoredSpan]], grids: Sequence[Grid]
-) -> tuple[Spans, ...]:
+def cut_by_boundaries(assignment: Assignment, stored: Placement, grids: Sequence[Grid]) -> tuple[Spans, ...]:
     """For each rank the row groups that it owns and does not store whole, chunk by chunk."""
     return tuple(
         tuple(
             part
             for by_rank in assignment.chunks
             for span in by_rank[rank]
-            for part, place in split_where_cut(span, held[span.parameter], grids[span.parameter])
+            for part, place in split_where_cut(span, stored.place(span.parameter, rank), grids[span.parameter])
             if place is None
         )
-        for rank, held in enumerate(map(by_parameter, stored))
+        for rank in range(len(stored))
     )
 
 
@@ -216,88 +158,59 @@ def split_where_cut(span: Span, place: StoredSpan, grid: Grid) -> Iterator[tuple
     """
     held = place.span
     first = min(span.stop, grid.start(grid.row_group_from(max(span.start, held.start))))
-    last = max(first, min(span.stop, grid.start(_whole_before(grid, held))))
+    last = max(first, min(span.stop, grid.start(grid.row_groups_before(held.stop))))
     for start, stop, here in ((span.start, first, None), (first, last, place), (last, span.stop, None)):
         if start < stop:
             yield Span(span.parameter, span.numel, start, stop), here
 
 
-_Run = tuple[int, int, int]  # parameter, first row group, the one after the last
-_Holders = list[tuple[Span, int]]  # what each rank stores of a parameter, in order
-
-
-def _holders(stored: Sequence[Sequence[StoredSpan]], parameters: int) -> list[_Holders]:
-    held: list[_Holders] = [[] for _ in range(parameters)]
-    for rank, places in enumerate(stored):
-        for place in places:
-            if len(place.span):
-                held[place.span.parameter].append((place.span, rank))
-    for holders in held:
-        holders.sort(key=lambda holder: holder[0].start)
-    return held
-
-
-def _whole_before(grid: Grid, span: Span) -> int:
-    """The row group after the last that ends within the span."""
-    last = grid.row_group_from(span.stop)
-    return last if grid.start(last) == span.stop else last - 1
-
-
-def _least_loaded(holders: _Holders, grid: Grid, row_group: int, loads: Sequence[int]) -> int:
-    """Of the ranks that store a part of a row group, the one to own it."""
-    start, stop = grid.start(row_group), grid.start(row_group + 1)
-    first = bisect_right(holders, start, key=lambda holder: holder[0].stop)
-    best = None
-    for span, rank in islice(holders, first, None):
-        if span.start >= stop:
-            break
-        candidate = loads[rank], max(span.start, start) - min(span.stop, stop), rank
-        best = candidate if best is None else min(best, candidate)
-    assert best is not None
-    return best[2]
-
-
-def _joined(runs: Sequence[_Run], grids: Sequence[Grid]) -> Spans:
-    """The spans of these row groups, in order; those that meet as one."""
-    result: list[Span] = []
-    for parameter, first, last in runs:
-        grid = grids[parameter]
-        start, stop = grid.start(first), grid.start(last)
-        if result and result[-1].parameter == parameter and result[-1].stop == start:
-            start = result.pop().start
-        result.append(Span(parameter, grid.numel, start, stop))
-    return tuple(result)
-
-
-def route(stored: Sequence[Sequence[StoredSpan]], owned: Sequence[Spans], rank: int) -> Route:
+def route(stored: Placement, owned: Sequence[Spans], rank: int) -> Route:
     """How `rank` sends what it stores and receives what it owns.
 
     Every element has to be stored on one rank.
     """
-    send = [piece for owner in range(len(owned)) for piece in pieces_of(stored[rank], owned[owner], owner)]
-    receive = [piece for source in range(len(stored)) for piece in pieces_of(stored[source], owned[rank], source)]
+    places = by_parameter(stored[rank])
+    send = [piece for owner, spans in enumerate(owned) for piece in _pieces(places, spans, owner)]
     return Route(
         local=tuple(piece for piece in send if piece.rank == rank),
         send=tuple(piece for piece in send if piece.rank != rank),
-        receive=tuple(piece for piece in receive if piece.rank != rank),
+        receive=tuple(piece for piece in _sources(stored, owned[rank]) if piece.rank != rank),
     )
+
+
+def _sources(stored: Placement, owned: Spans) -> list[TensorPiece]:
+    """Where the elements of a buffer of `owned` are stored, by rank."""
+    pieces, begun = [], 0
+    for span in owned:
+        for source in stored.ranks_of(span):
+            piece = _piece(stored.place(span.parameter, source), span, begun, source)
+            pieces += [piece] if piece is not None else []
+        begun += len(span)
+    return sorted(pieces, key=lambda piece: piece.rank)  # stable: in the buffer's order within a rank
 
 
 def pieces_of(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
     """The stored elements that lie in a buffer of `owned`; `rank` is noted."""
-    places: dict[int, list[StoredSpan]] = {}
-    for place in stored:
-        places.setdefault(place.span.parameter, []).append(place)
+    return _pieces(by_parameter(stored), owned, rank) if owned else []
+
+
+def _pieces(places: Mapping[int, StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
     pieces, begun = [], 0
     for span in owned:
-        for place in places.get(span.parameter, ()):
-            common = span.intersect(place.span)
-            if common is not None:
-                tensor_offset = place.offset + common.start - place.span.start
-                buffer_offset = begun + common.start - span.start
-                pieces.append(TensorPiece(rank, place.tensor, tensor_offset, buffer_offset, len(common)))
+        place = places.get(span.parameter)
+        piece = _piece(place, span, begun, rank) if place is not None else None
+        pieces += [piece] if piece is not None else []
         begun += len(span)
     return pieces
+
+
+def _piece(place: StoredSpan, span: Span, begun: int, rank: int) -> TensorPiece | None:
+    """The stored elements of a span that begins at element `begun` of the buffer."""
+    common = span.intersect(place.span)
+    if common is None:
+        return None
+    in_tensor, in_buffer = common.start - place.span.start, common.start - span.start
+    return TensorPiece(rank, place.tensor, place.offset + in_tensor, begun + in_buffer, len(common))
 
 
 def merged(pieces: Sequence[TensorPiece]) -> tuple[TensorPiece, ...]:

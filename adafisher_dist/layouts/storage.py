@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adafisher_dist.blocks.sharding import StoredSpan
+from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.comm.collectives import Group
 
 
@@ -116,7 +116,7 @@ class Storage:
     group: Group
     tensors: Sequence[Tensor]
     parameters: Sequence[Parameter]
-    stored_spans: Sequence[Sequence[StoredSpan]]
+    stored_spans: Placement
     replicated: bool
 
     @property

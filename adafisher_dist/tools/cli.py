@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from typer import Argument, Option
 
-from adafisher_dist.blocks.estimate import LAYOUTS, forecast_of, shapes_of, transformer_shapes
+from adafisher_dist.blocks.estimate import LAYOUTS, shapes_of, transformer_shapes
+from adafisher_dist.blocks.forecast import Asked, forecast_of
 from adafisher_dist.checkpoint import CheckpointDirectory, CheckpointError, checkpoint_directory
 from adafisher_dist.checkpoint.directory import find
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -30,7 +31,7 @@ from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.tools import plots
 from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.tools.inspection import damage, summarize
-from adafisher_dist.tools.tables import forecast_table, tables_of
+from adafisher_dist.tools.tables import forecast_table, forecast_text, tables_of
 
 app = typer.Typer(
     help="Foretell what AdaFisher costs, draw its metrics, look into its checkpoints and make something of them.",
@@ -119,19 +120,25 @@ def estimate(
     world_size: Annotated[int, Option(help="Data-parallel ranks.")] = 8,
     zero_stage: Annotated[int | None, Option(help="DeepSpeed's, 0 to 3.", show_default=False)] = None,
     layout: Annotated[Layout | None, Option(help="Instead: another layout.", show_default=False)] = None,
-    block_size: Annotated[list[int] | None, Option(help="Repeat for several; by default 16, 32, 64, 128.")] = None,
+    block_size: Annotated[list[int] | None, Option(help="Repeat for several.  [default: 128]")] = None,
     rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
     block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
     exponent: Annotated[float, Option(help="0.5 or 1.0.")] = 0.5,
     inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
     max_blocks: Annotated[int | None, Option(help="Dense blocks a parameter.", show_default=False)] = None,
-    weight_dtype: Annotated[Dtype, Option(help="Of the weights that ranks gather under DDP.")] = Dtype.float32,
+    weight_dtype: Annotated[Dtype, Option(help="Of the model's weights and gradients.")] = Dtype.float32,
+    device_tflops: Annotated[
+        float | None, Option(help="A device's speed, for a time; 10¹² operations a second.", show_default=False)
+    ] = None,
+    network_gbs: Annotated[
+        float | None, Option(help="A rank's bandwidth, for a time; 10⁹ bytes a second.", show_default=False)
+    ] = None,
     memory_budget_gb: Annotated[
         float | None, Option(help="Also tell the largest block size that fits.", show_default=False)
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Tell what AdaFisher needs for a table of settings: bytes a rank, bytes sent, arithmetic."""
+    """Tell what AdaFisher needs beside AdamW: bytes a rank, bytes sent, collectives, arithmetic."""
     try:
         shapes = _shapes(params, model)
         chosen = _layout(zero_stage, layout)
@@ -142,16 +149,16 @@ def estimate(
             "inverse_update_freq": inverse_update_freq,
             "max_blocks": max_blocks,
         }
-        forecast = forecast_of(
-            shapes, chosen, world_size, block_size or [16, 32, 64, 128], settings,
-            getattr(torch, weight_dtype.value), memory_budget_gb,
-        )  # fmt: skip
+        dtype = getattr(torch, weight_dtype.value)
+        asked = Asked(shapes, chosen, world_size, dtype, settings, memory_budget_gb, device_tflops, network_gbs)
+        forecast = forecast_of(asked, block_size or [DEFAULTS["block_size"]])
     except (TypeError, ValueError) as error:
         fail(error, WRONG)
     if as_json:
         print(json.dumps(forecast))
     else:
         _console().print(forecast_table(forecast))
+        _console().print(*forecast_text(forecast), sep="\n")
 
 
 @app.command()

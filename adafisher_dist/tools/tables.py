@@ -24,27 +24,43 @@ def tables_of(summary: Facts, max_parameters: int | None) -> list[Table]:
 
 
 def forecast_table(forecast: Facts) -> Table:
-    """What each setting costs a rank, by `forecast_of`; below, what fits the budget."""
-    columns = ("block", "Fisher", "a rank", "of it F", "factors", "buffers", "sent a step", "GFLOP a step")
+    """What AdamW and AdaFisher cost a rank, by `forecast_of`."""
+    columns = ("", "block", "weights", "gradients", "state", "buffers", "a rank", "sent a step", "collectives", "GFLOP")
     title = (
-        f"{forecast['elements']:,} elements in {forecast['parameters']:,} parameters, {forecast['layout']}"
-        f" on {forecast['world_size']:,} ranks; the rank that has most. The model's own parameters and gradients"
-        " come on top."
+        f"{forecast['elements']:,} elements in {forecast['parameters']:,} parameters, {forecast['weight_dtype']},"
+        f" {forecast['layout']} on {forecast['world_size']:,} ranks; of each the rank that has most."
     )
-    table = _table(title, columns, columns[2:])
+    table = _table(title, columns, columns[1:])
+    adamw = forecast["adamw"]
+    model = [decimal(adamw["weights"] + adamw["masters"]), decimal(adamw["gradients"])]
+    table.add_row("AdamW", "", *model, *map(decimal, (adamw["moments"], 0, adamw["rank_total"], 0)), "0", "")
     for row in forecast["settings"]:
-        table.add_row(
-            str(row["block_size"]),
-            _storage(row),
-            *(decimal(row["memory"][name]) for name in ("total", "fisher", "factors", "buffers")),
-            decimal(row["sent"]),
-            f"{row['flops'] / 1e9:,.4g}",
-        )
-    found = [f"{_storage(row)}: {row['block_size'] or 'none'}" for row in forecast["largest_block_size"]]
-    if found:
-        table.caption = f"Largest block size within {forecast['memory_budget_gb']:g} GB a rank: {', '.join(found)}"
-        table.caption_justify = "left"
+        if _storage(row) != "float32":
+            continue
+        memory = row["memory"]
+        amounts = memory["total"] - memory["buffers"], memory["buffers"], row["rank_total"], row["sent"]
+        counts = f"{row['collectives']:,}", f"{row['flops'] / 1e9:,.4g}"
+        table.add_row("AdaFisher", str(row["block_size"]), *model, *map(decimal, amounts), *counts)
     return table
+
+
+def forecast_text(forecast: Facts) -> list[str]:
+    """Lines below the table: other storages, times, and what fits the budget."""
+    lines = []
+    for size in dict.fromkeys(row["block_size"] for row in forecast["settings"]):
+        first, *others = (row for row in forecast["settings"] if row["block_size"] == size)
+        stored = "; ".join(f"{_storage(row)} {decimal(row['rank_total'])}" for row in others)
+        lines.append(f"Blocks of {size} stored otherwise, a rank: {stored}.")
+        times = [f"about {first['host_ms']:,.0f} ms of the host (docs/host_time.json)"]
+        if "device_ms" in first:
+            times.append(f"{first['device_ms']:.3g} ms at {forecast['device_tflops']:g} TFLOP/s")
+        if "network_ms" in first:
+            times.append(f"sending {first['network_ms']:.3g} ms at {forecast['network_gbs']:g} GB/s")
+        lines.append(f"A step: {'; '.join(times)}.")
+    fits = [f"{_storage(row)} {row['block_size'] or 'none'}" for row in forecast["largest_block_size"]]
+    if fits:
+        lines.append(f"Largest block size within {forecast['memory_budget_gb']:g} GB a rank: {'; '.join(fits)}.")
+    return lines
 
 
 def _storage(row: Facts) -> str:
