@@ -52,14 +52,13 @@ class Points:
         """Come to the next one."""
         while frame is not None and not _is_own(frame):
             frame = frame.f_back
-        self.passed.append(_place(what, frame))
-        if self.when(self.passed):
-            self.act()
+        if frame is not None:  # else it is torch's own, around the step
+            self.passed.append(_place(what, frame))
+            if self.when(self.passed):
+                self.act()
 
 
-def _place(what: str, frame: FrameType | None) -> str:
-    if frame is None:
-        return what
+def _place(what: str, frame: FrameType) -> str:
     if _name(frame).startswith(PURE):
         return f"{what.split()[0]} in {_name(frame)}"
     return f"{what} in {_name(frame)}:{frame.f_lineno}"

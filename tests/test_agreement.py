@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import config, engine_of, masters, train
+from fault_points import Points, watching
 from models import batch, model, weights
 from ranks import run_ranks
 from torch import nn
@@ -118,6 +119,30 @@ def weights_are_gone(rank: int, world: int) -> tuple[str, str]:
 def test_weights_that_cannot_be_sent_are_missed_by_all() -> None:
     for rank, (first, second) in enumerate(run_ranks(weights_are_gone, 3)):
         assert ("was (5, 37)" if rank == FAULTY else f"rank {FAULTY} failed in the middle of a step") in first
+        assert "incomplete" in second
+
+
+def no_room_to_keep_company(rank: int, world: int) -> tuple[int, str, str]:
+    """A rank that has failed cannot copy a weight, which is not contiguous, for the others."""
+    run = Run()
+    weight = run.module.mix.weight
+    weight.data = weight.t().contiguous().t()
+    for _ in range(4):
+        run.step()
+    points = Points(lambda passed: passed[-1].startswith("op aten.clone") and "without_gradients" in passed[-1])
+    if rank == FAULTY:
+        bad_setting(run)
+        with watching(points):
+            run.step()
+    else:
+        run.step()
+    return sum(map(points.when, ([what] for what in points.passed))), raises(run), raises(run)
+
+
+def test_a_rank_that_keeps_company_may_fail_again() -> None:
+    for rank, (failures, first, second) in enumerate(run_ranks(no_room_to_keep_company, 3)):
+        assert failures == (rank == FAULTY)
+        assert ("momentum" if rank == FAULTY else f"rank {FAULTY} failed in the middle of a step") in first
         assert "incomplete" in second
 
 

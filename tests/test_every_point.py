@@ -33,6 +33,7 @@ LAYOUTS = ["ddp", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3"]
 FAULTY = 0  # the rank that fails; it makes the callbacks too
 LOST = 1  # the rank that is killed or stopped
 TIMEOUT = 5.0
+SLACK = 15.0  # where the processors are busy
 
 # The call in which it happens. In the first the state is made; in 1, 2, 4, 8, … hosts ask each
 # other whatever decides. "idle": the rank has failed before, and only keeps the other company.
@@ -81,7 +82,7 @@ class Training(Run):
         elif self.engine is not None and self.engine.zero_optimization_stage() > 0:
             tensors = self.engine.optimizer.single_partition_of_fp32_groups
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-        shards = self.adafisher._registry.shards  # what the device has decided is known by then
+        shards = self.adafisher._registry.stepper.planned
         stacks = [tensor for shard in shards for stack in shard.stacks for tensor in stack.state.values()]
         every = [*local, *stacks, *(shard.counters for shard in shards)]
         return [tensor.detach().clone().numpy() for tensor in every]
@@ -176,6 +177,7 @@ def inject(run: Training, where: str, rank: int, after: dict[str, np.ndarray], b
         dist.all_gather_object(everyones, told[call], beside)
         if any(everyones):
             break
+    _ = run.adafisher.skipped_steps  # asks what the device has decided
     held = run.held()[: len(before)]  # in the first call there was no state before
     lost = any(known.failure is not None for known in timeouts._meetings.values())
     undisturbed = not any(everyones) and not lost and same(list(run.weights().values()), list(after.values()))
@@ -207,11 +209,14 @@ def check(where: str, outcomes: list[Outcome]) -> None:
     if not any(outcome.lost for outcome in outcomes) and not any((*faulty.told, *other.told)):
         assert faulty.undisturbed and other.undisturbed, context  # a metric, or a message, that could not be made
         return
-    assert all(outcome.seconds < TIMEOUT + 8 for outcome in outcomes), context
+    assert all(outcome.seconds < TIMEOUT + SLACK for outcome in outcomes), context
     if any(outcome.lost for outcome in outcomes):
         assert not can_tell(where), context
         assert any(f"Rank {FAULTY} " in told for told in other.told), context
         assert other.incomplete or other.unchanged, context
+        return
+    if any(faulty.told) and not any(other.told):  # after the last collective: it is missed in the next call
+        assert not can_tell(where) and faulty.incomplete, context
         return
     assert all(outcome.incomplete or outcome.unchanged for outcome in outcomes), context
     assert list(map(bool, faulty.told)) == list(map(bool, other.told)), context
@@ -328,7 +333,7 @@ def lose(layout: str, on_device: bool, scene: str, how: str, at: int, begun: boo
     more: dict[str, Any] = {"group_timeout": TIMEOUT, "deepspeed": layout.startswith("zero")}
     seconds, told = run_ranks(lost, 2, layout, on_device, scene, how, at, begun, lost=[LOST], timeout=120, **more)[0]
     context = f"{how} {'after' if begun else 'before'} collective {at}: {seconds:.1f} s, {told}"
-    assert seconds < TIMEOUT + 8, context
+    assert seconds < TIMEOUT + SLACK, context
     assert f"Rank {LOST} " in told or (last and not told), context
 
 

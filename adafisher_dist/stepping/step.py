@@ -273,10 +273,11 @@ class Stepper:
         if inf is None:
             return
         amid = decision.without_weights() if decision.is_idle else errors
-        inf.settle(amid)
         shards = [exchange.shard for exchange, _ in decision.calls]
         counters = [] if decision.is_idle else collected.counters
         error = decision.error or amid.error
-        self._pending.append(Pending(inf, shards, counters, collected.part, decision.alike, error))
+        pending = Pending(inf, shards, counters, collected.part, decision.alike, error)
+        inf.settle(amid)
+        self._pending.append(pending)
         if error is not None:
             logger.error("AdaFisher failed on this rank; all ranks stop at their next step(). %s", error)
