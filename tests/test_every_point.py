@@ -250,12 +250,12 @@ IN_LAYOUTS = pytest.mark.parametrize(
 @IN_LAYOUTS
 @ON
 def test_an_operation_fails(layout: str, on_device: bool) -> None:
-    """Some of them: a layout has about 70 in a step, of which a function's arithmetic is one."""
-    assert fail_everywhere(layout, on_device, "usual", True, 12) > 3
+    """Some of them: a step has 30 to 50, of which a function's arithmetic is one."""
+    assert fail_everywhere(layout, on_device, "usual", True, 8) > 3
 
 
 def test_a_rank_that_keeps_the_others_company_fails() -> None:
-    assert fail_everywhere("ddp", True, "idle", True, 5) > 3
+    assert fail_everywhere("ddp", True, "idle", True, 1) > 1
 
 
 @pytest.mark.slow
