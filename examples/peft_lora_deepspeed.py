@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 examples/peft_lora_deepspeed.py --stage 3 --out runs/more \
         --resume runs/lora/step20
 
-Checkpoints have the adapter and its optimizer's state, not the frozen base. A run may be resumed on
-another number of ranks and at another stage. At the end the adapter alone is saved as PEFT saves
-it, in OUT/adapter.
+Checkpoints have the adapter and its optimizer's state, not the frozen base. A run may be resumed
+on another number of ranks and at another stage. At the end the adapter alone is saved as PEFT
+saves it, in OUT/adapter.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """LoRA by PEFT under FSDP2 (fully_shard).
 
     torchrun --nproc-per-node 2 examples/peft_lora_fsdp2.py --out runs/lora
-    torchrun --nproc-per-node 2 examples/peft_lora_fsdp2.py --out runs/more --resume runs/lora/step20
+    torchrun --nproc-per-node 2 examples/peft_lora_fsdp2.py --out runs/more \
+        --resume runs/lora/step20
 
-Checkpoints have the adapter and its optimizer's state, not the frozen base. A run may be resumed on
-another number of ranks. At the end the adapter alone is saved as PEFT saves it, in OUT/adapter.
+Checkpoints have the adapter and its optimizer's state, not the frozen base. A run may be resumed
+on another number of ranks. At the end the adapter alone is saved as PEFT saves it, in OUT/adapter.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/trl_sft.py --deepspeed configs/huggingface_zero2.json
     torchrun --nproc-per-node 2 examples/trl_sft.py                                 # DDP
-    torchrun --nproc-per-node 2 examples/trl_sft.py --fsdp full_shard --fsdp_config fsdp2.json
+    torchrun --nproc-per-node 2 examples/trl_sft.py --fsdp True --fsdp_config fsdp2.json
     torchrun --nproc-per-node 2 examples/trl_sft.py --resume_from_checkpoint runs/sft/checkpoint-20
 
 All of SFTConfig are arguments. fsdp2.json: {"version": 2, "transformer_layer_cls_to_wrap":
@@ -62,7 +62,7 @@ def main() -> None:
     # The class, not an object: PEFT's factors do not exist before the trainer wraps the model.
     adafisher = (AdaFisher, {"lr": args.learning_rate})
     in_deepspeed = args.deepspeed is not None and "optimizer" in args.hf_deepspeed_config.config
-    in_ddp = args.deepspeed is None and not args.fsdp
+    in_ddp = args.deepspeed is None and not args.fsdp  # on CPUs Trainer takes --fsdp for DDP, without a word
     trainer = SFTTrainer(
         model=LlamaForCausalLM(LLAMA),
         args=args,
@@ -73,10 +73,23 @@ def main() -> None:
         callbacks=[Consolidate()] if in_ddp else [],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()  # the adapter alone
+    save_adapter(trainer)
     trainer.save_state()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def save_adapter(trainer: SFTTrainer) -> None:
+    """The adapter alone, into the output folder.
+
+    With sharded state dicts under FSDP2 `save_model` writes none: all ranks gather it.
+    """
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model()
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.should_save:
+        trainer.model.save_pretrained(trainer.args.output_dir, state_dict=state)
 
 
 def texts() -> list[str]:

@@ -22,7 +22,10 @@ PARAMS = {"lr": 1e-2, "weight_decay": 0.0}
 
 
 class Codes(nn.Module):
-    """A frozen matrix of two 4-bit codes a byte, (elements/2, 1) as bitsandbytes', or float8."""
+    """A frozen matrix: two 4-bit codes a byte, (elements/2, 1) as bitsandbytes', or float8.
+
+    The kind "bytes" holds float8 as uint8.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -31,15 +34,16 @@ class Codes(nn.Module):
             values = torch.randint(0, 256, (WIDTH * WIDTH // 2, 1), generator=generator, dtype=torch.uint8)
         else:
             values = torch.randn(WIDTH, WIDTH, generator=generator).to(torch.float8_e4m3fn)
-        self.weight = nn.Parameter(values, requires_grad=False)
+        self.kind = kind
+        self.weight = nn.Parameter(values.view(torch.uint8) if kind == "bytes" else values, requires_grad=False)
         self.register_buffer("scale", torch.rand(WIDTH, 1, generator=generator) / WIDTH**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         stored = self.weight
-        if stored.dtype == torch.uint8:
+        if self.kind == "uint8":
             codes = torch.stack((stored >> 4, stored & 15), dim=-1).view(WIDTH, WIDTH).float() / 4 - 2
         else:
-            codes = stored.float()
+            codes = stored.view(torch.float8_e4m3fn).float()
         return x @ (codes * self.scale).T
 
 
@@ -71,18 +75,23 @@ class Run:
     def __init__(self, layout: str, kind: str, rank: int, world: int) -> None:
         self.layout, self.rank, self.world = layout, rank, world
         self.module = QLora(kind)
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         if layout == "ddp":
-            self.model: Any = nn.parallel.DistributedDataParallel(self.module)
+            # gloo cannot send float8
+            self.model: Any = nn.parallel.DistributedDataParallel(self.module, init_sync=kind != "float8")
         elif layout == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(self.module.base)
-            self.model = fully_shard(self.module)
+            whole = {self.module.base.weight} if kind == "float8" else None
+            fully_shard(self.module.base, ignored_params=whole)
+            self.model = fully_shard(self.module, ignored_params=whole)
         else:
-            self.model = engine_of(config(int(layout[-1]), world, PARAMS), self.module)
+            # ZeRO-1 and 2 keep gradients in the dtype of the first parameter that they are given.
+            given = {} if layout == "zero3" else {"model_parameters": [p for _, p in trained]}
+            self.model = engine_of(config(int(layout[-1]), world, PARAMS), self.module, **given)
             self.optimizer = self.model.basic_optimizer
             return
-        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]  # as sharded
         self.optimizer = AdaFisher(trained, **PARAMS)
 
     def train(self, first: int, last: int) -> list[float]:
@@ -159,11 +168,24 @@ def test_uint8(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_float8_as_bytes(layout: str, tmp_path: Path) -> None:
+    assert train_somewhere(layout, "bytes", tmp_path) == "torch.uint8"
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2"])
 def test_float8(layout: str, tmp_path: Path) -> None:
+    """Where no rank has to send it: gloo cannot, so at ZeRO-3 it has to be held as bytes."""
     assert train_somewhere(layout, "float8", tmp_path) == "torch.float8_e4m3fn"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitsandbytes(layout: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="the extra 'lora' is not installed")
+    pytest.importorskip("bitsandbytes", reason="it is not installed: pip install bitsandbytes")
     assert train_somewhere(layout, "bitsandbytes", tmp_path) == "torch.uint8"
+
+
+def test_a_trained_parameter_is_real() -> None:
+    codes = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    assert len(AdaFisher([codes, nn.Parameter(torch.ones(3))]).param_groups[0]["params"]) == 2
+    with pytest.raises(TypeError, match="complex64"):
+        AdaFisher([nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False)])

@@ -13,6 +13,7 @@ import copy
 import statistics
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ CONFIG = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2,
 )  # fmt: skip
 BATCH, LENGTH = 16, 64
-RATES = (1e-4, 2e-4, 1e-3)
 
 Kind = Callable[..., torch.optim.Optimizer]
 
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--pretraining", type=int, default=600, help="steps")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16], help="of the adapters")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 1e-3])
+    parser.add_argument("--second-moment", type=float, nargs=2, default=[0.999, 0.97], help="AdamW's β₂, AdaFisher's ρ")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,9 +82,14 @@ def main() -> None:
     headers = text("include", "*.h")
     data, held_out = headers[: len(headers) * 9 // 10], headers[len(headers) * 9 // 10 :]
     print(f"before: {loss(base, held_out):.3f}", flush=True)
+    beta2, rho = args.second_moment
+    kinds = {
+        "AdamW": partial(torch.optim.AdamW, betas=(0.9, beta2)),
+        "AdaFisher": partial(AdaFisher, fisher_decay=rho),
+    }
     for rank in args.ranks:
-        for lr in RATES:
-            for kind in (torch.optim.AdamW, AdaFisher):
+        for lr in args.rates:
+            for name, kind in kinds.items():
                 ends = []
                 for seed in range(args.seeds):
                     model = adapted(base, rank, seed)
@@ -90,7 +97,7 @@ def main() -> None:
                     ends.append(loss(model, held_out))
                 spread = statistics.stdev(ends) if args.seeds > 1 else 0.0
                 told = f"{statistics.mean(ends):.3f} ± {spread:.3f}"
-                print(f"rank {rank} lr {lr:g} {kind.__name__}: {told}", flush=True)
+                print(f"rank {rank} lr {lr:g} {name}: {told}", flush=True)
 
 
 if __name__ == "__main__":
