@@ -1,4 +1,4 @@
-"""For the examples, without downloads: a random two-layer GPT-2, and bytes of Python's source."""
+"""For the examples, without downloads: random two-layer models, and bytes of Python's source."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 CONFIG = GPT2Config(
     vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+
+LLAMA = LlamaConfig(
+    vocab_size=256, max_position_embeddings=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.125, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 
 

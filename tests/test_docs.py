@@ -108,8 +108,10 @@ def test_the_command_line_page_has_all_options_and_defaults() -> None:
 # ---- its code and outputs ----
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "checkpoints.md", "metrics.md", "migrating.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "checkpoints.md", "metrics.md", "migrating.md", "integrations.md"])
 def test_code_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "integrations.md":
+        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
     monkeypatch.chdir(tmp_path)
     found = [code for code in blocks(page, "python") if not code.startswith("# train_")]
     assert found
@@ -119,6 +121,10 @@ def test_code_blocks_run_one_after_the_other(page: str, tmp_path: Path, monkeypa
     if page == "quickstart.md":
         assert names["optimizer"].skipped_steps == 0
         assert names["loss"].item() < 1.2, "labels of four classes are learnt by heart"
+    if page == "integrations.md":
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+        kept = json.loads((tmp_path / "ckpt/step1/manifest.json").read_text())["content"]["tensors"]
+        assert all("lora_" in name for name in kept if name.startswith("weight/"))
 
 
 @pytest.mark.slow

@@ -314,12 +314,13 @@ class ParameterRegistry:
         """Refuse a parameter of a param group that cannot be trained.
 
         Raises:
-            TypeError: it is complex, or not floating-point.
+            TypeError: it is complex. Integers, as the codes of a frozen base, may stand in a param
+                group, as with torch's optimizers: torch never gives them a gradient.
             UnsupportedLayoutError: its layout is not supported.
         """
         for index, tensor in enumerate(self.optimizer.param_groups[group]["params"]):
             name = self.name(group, index)
-            if not tensor.is_floating_point():
+            if tensor.is_complex():
                 raise TypeError(f"AdaFisher needs real floating-point parameters; {name} is {tensor.dtype}.")
             layouts.check_parameter(tensor, name)
 
