@@ -9,17 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import fields
-from adafisher_dist.blocks.grid import BlockRun, Grid
+from adafisher_dist.blocks.grid import Grid
 from adafisher_dist.blocks.placement import Placement
-from adafisher_dist.blocks.sharding import Assignment, Span, Spans
+from adafisher_dist.blocks.sharding import Assignment, Spans
 from adafisher_dist.settings import StateConfig
 
 MEMORY_KINDS = ("fisher", "momentum", "factors", "buffers")
 _KINDS = {"momentum": "momentum", "fisher": "fisher", "square": "fisher", "factor": "factors", "curvature": "factors"}
 TRAFFIC_KINDS = ("weights", "blocks")
+
+
+class BlockCount(NamedTuple):
+    """A rank's blocks, and elements of the workspace that the longest of its chunks takes."""
+
+    total: sharding.Blocks
+    workspace: int
 
 
 @dataclass(frozen=True)
@@ -53,25 +61,45 @@ class PlanSummary:
         return len(self.assignment.owned)
 
     @cached_property
+    def blocks(self) -> list[BlockCount]:
+        """Of each rank."""
+        return [_count(self, rank) for rank in range(self.world)]
+
+    @cached_property
+    def config_of_group(self) -> dict[int, StateConfig]:
+        """The settings of each param group."""
+        return dict(zip(self.groups, self.configs, strict=True))
+
+    @cached_property
     def longest(self) -> list[int]:
         """Of each chunk, the elements of the rank that has most of them."""
         return [max(map(sharding.count, by_rank)) for by_rank in self.assignment.chunks]
 
 
-def memory(plan: PlanSummary, rank: int) -> dict[str, int]:
+def _count(plan: PlanSummary, rank: int) -> BlockCount:
+    total, workspace = sharding.Blocks(), 0
+    for by_rank in plan.assignment.chunks:
+        if by_rank[rank]:
+            blocks = sharding.blocks_of(by_rank[rank], plan.grids, plan.groups)
+            total.update(blocks)
+            workspace = max(workspace, sharding.room(blocks))
+    return BlockCount(total, workspace)
+
+
+def memory(plan: PlanSummary, rank: int, config: StateConfig | None = None) -> dict[str, int]:
     """Bytes of device memory of a rank, by kind, without the model's parameters and gradients.
 
     "buffers" are the workspace of a chunk, what is staged, sent and received, and where F is
-    bfloat16 the seeds.
+    bfloat16 the seeds. `config`: as if all parameters were stored so.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
     wide = _wide(plan)
-    for span, run in _block_runs(plan, rank):
-        config = plan.configs[span.parameter]
-        for field in fields(run.shape, config):
-            sums[_KINDS[field.name]] += run.num_blocks * prod(field.shape) * field.dtype.itemsize
-        if config.fisher_dtype.itemsize < wide:
-            sums["buffers"] += 4 * run.num_blocks
+    for (group, shape), number in plan.blocks[rank].total.items():
+        stored = config or plan.config_of_group[group]
+        for field in fields(shape, stored):
+            sums[_KINDS[field.name]] += number * prod(field.shape) * field.dtype.itemsize
+        if stored.fisher_dtype.itemsize < wide:
+            sums["buffers"] += 4 * number
     sums["buffers"] += _buffers(plan, rank, wide)
     return sums
 
@@ -113,13 +141,13 @@ def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> in
     factor, and 33 products for an exact A^(−1/2).
     """
     total = 0.0
-    for span, run in _block_runs(plan, rank):
-        (r, rows, dense), config = run.shape, plan.configs[span.parameter]
+    for (group, (r, rows, dense)), number in plan.blocks[rank].total.items():
+        config = plan.config_of_group[group]
         small, large = sorted((rows, r))
         polar = 5 * (4 * small**2 * large + 2 * small**3) if config.grafting == "rms" else 0
         factor = r**2 + _factorising(r, config)
         each = (4 * rows + 1) * r**2 + factor / inverse_update_freq + polar if dense else 8
-        total += run.num_blocks * each
+        total += number * each
     return round(total)
 
 
@@ -130,14 +158,6 @@ def _factorising(r: int, config: StateConfig) -> float:
     return (34 if config.grafting == "rms" else 66) * r**3
 
 
-def _block_runs(plan: PlanSummary, rank: int) -> list[tuple[Span, BlockRun]]:
-    return [
-        (span, run)
-        for span in plan.assignment.owned[rank]
-        for run in plan.grids[span.parameter].runs(span.start, span.stop)
-    ]
-
-
 def _wide(plan: PlanSummary) -> int:
     """Bytes of an element of the arithmetic: one for the whole optimizer."""
     return plan.configs[0].compute_dtype.itemsize
@@ -146,7 +166,7 @@ def _wide(plan: PlanSummary) -> int:
 def _buffers(plan: PlanSummary, rank: int, wide: int) -> int:
     """Workspace, staging and communication."""
     chunks = plan.assignment.chunks
-    own = max(sharding.workspace_numel(by_rank[rank], plan.grids, plan.groups) for by_rank in chunks) * wide
+    own = plan.blocks[rank].workspace * wide
     if not plan.replicated:
         return own + (sharding.count(plan.cut[rank]) + sum(_crossing(plan, rank))) * wide
     if plan.world == 1:

@@ -126,9 +126,9 @@ def estimate_of(plan: PlanSummary, inverse_update_freq: int = 1, model: Sequence
     )
 
 
-def memory_of(plan: PlanSummary, model: Sequence[int] = (0,)) -> dict[str, Any]:
-    """`memory`, `least` and `rank_total` of an `Estimate`."""
-    by_rank = [cost.memory(plan, rank) for rank in range(plan.world)]
+def memory_of(plan: PlanSummary, model: Sequence[int] = (0,), config: StateConfig | None = None) -> dict[str, Any]:
+    """`memory`, `least` and `rank_total` of an `Estimate`; see `cost.memory` for `config`."""
+    by_rank = [cost.memory(plan, rank, config) for rank in range(plan.world)]
     totals = [sum(kinds.values()) for kinds in by_rank]
     return {
         "memory": {**by_rank[totals.index(max(totals))], "total": max(totals)},

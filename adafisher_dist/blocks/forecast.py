@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -112,10 +112,7 @@ def _rows(asked: Asked, plan: PlanSummary, size: int, model: Sequence[int]) -> l
     if asked.network_gbs is not None:
         found["network_ms"] = found["sent"] / asked.network_gbs / 1e6
     configs = [asked.config(block_size=size, fisher_dtype=dtype, packed=packed) for dtype, packed in STORAGES]
-    stored_so = [replace(plan, configs=[config] * len(plan.grids)) for config in configs]
-    return [
-        {**found, **_varied(config), **memory_of(plan, model)} for config, plan in zip(configs, stored_so, strict=True)
-    ]
+    return [{**found, **_varied(config), **memory_of(plan, model, config)} for config in configs]
 
 
 def _varied(config: StateConfig) -> dict[str, Any]:

@@ -235,16 +235,26 @@ def count(spans: Spans) -> int:
     return sum(len(span) for span in spans)
 
 
-def workspace_numel(spans: Spans, grids: Sequence[Grid], groups: Sequence[int]) -> int:
-    """Elements that the blocks of a chunk take in the workspace.
+Blocks = Counter[tuple[int, BlockShape]]  # how many of each param group and shape
 
-    Those of each param group and shape begin at a multiple of ALIGNMENT.
-    """
-    numels: Counter[tuple[int, BlockShape]] = Counter()
+
+def blocks_of(spans: Spans, grids: Sequence[Grid], groups: Sequence[int]) -> Blocks:
+    """The blocks of spans; `groups`: the number of each parameter's param group."""
+    blocks: Blocks = Counter()
     for span in spans:
         for run in grids[span.parameter].runs(span.start, span.stop):
-            numels[groups[span.parameter], run.shape] += run.num_blocks * run.shape.rows * run.shape.columns
-    return sum(map(aligned, numels.values()))
+            blocks[groups[span.parameter], run.shape] += run.num_blocks
+    return blocks
+
+
+def workspace_numel(spans: Spans, grids: Sequence[Grid], groups: Sequence[int]) -> int:
+    """Elements that the blocks of a chunk take in the workspace; see `room`."""
+    return room(blocks_of(spans, grids, groups))
+
+
+def room(blocks: Blocks) -> int:
+    """Elements of these blocks, where those of each group and shape begin at an aligned one."""
+    return sum(aligned(number * shape.rows * shape.columns) for (_, shape), number in blocks.items())
 
 
 ALIGNMENT = 64  # elements
