@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/trl_sft.py --deepspeed configs/huggingface_zero2.json
     torchrun --nproc-per-node 2 examples/trl_sft.py                                 # DDP
-    torchrun --nproc-per-node 2 examples/trl_sft.py --fsdp True --fsdp_config fsdp2.json
+    torchrun --nproc-per-node 2 examples/trl_sft.py --fsdp full_shard --fsdp_config fsdp2.json
     torchrun --nproc-per-node 2 examples/trl_sft.py --resume_from_checkpoint runs/sft/checkpoint-20
 
 All of SFTConfig are arguments. fsdp2.json: {"version": 2, "transformer_layer_cls_to_wrap":
@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny import LLAMA, training_set
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -87,7 +88,8 @@ def save_adapter(trainer: SFTTrainer) -> None:
     if not trainer.is_fsdp_enabled:
         trainer.save_model()
         return
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(trainer.model, options=options)
     if trainer.args.should_save:
         trainer.model.save_pretrained(trainer.args.output_dir, state_dict=state)
 

@@ -129,7 +129,7 @@ def sft(layout: str, where: Path) -> tuple[str, list[object]]:
     if layout == "fsdp2":
         (where / "fsdp2.json").write_text(json.dumps(FSDP2))
         shim = f"{ROOT / 'tests/accelerate_on_cpu.py'} trl_sft.py"
-        return shim, ["--fsdp", "True", "--fsdp_config", "fsdp2.json", *STEPS]
+        return shim, ["--fsdp", "full_shard", "--fsdp_config", "fsdp2.json", *STEPS]
     if layout == "ddp":
         return "trl_sft.py", STEPS
     config = trainer_config(where, int(layout[-1]))
@@ -153,12 +153,12 @@ def test_sft_trains_by_adafisher(tuned: tuple[str, Path]) -> None:
     step = where / "a" / "checkpoint-12"
     if layout == "ddp":
         entries = torch.load(step / "optimizer.pt", weights_only=True)["state"].values()
-        assert len(entries) == 28 and all("fisher" in entry for entry in entries)
+        assert len(entries) == 28 and all("fisher_updates" in entry for entry in entries)
     elif layout == "fsdp2":
         from torch.distributed.checkpoint import FileSystemReader
 
         kept = FileSystemReader(step / "optimizer_0").read_metadata().state_dict_metadata
-        assert len([name for name in kept if name.endswith("fisher")]) == 28
+        assert len([name for name in kept if name.endswith("fisher_updates")]) == 28
     else:
         assert (step / "global_step12" / "adafisher_dist" / "manifest.json").is_file()
     from safetensors.torch import load_file
