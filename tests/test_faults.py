@@ -210,7 +210,7 @@ def refused_layout(rank: int, world: int) -> str:
 def test_a_layout_refused_on_one_rank() -> None:
     messages = run_ranks(refused_layout, 3, timeout=60)
     assert all(
-        ("expert parallelism" if rank == FAULTY else "rank 1 failed") in text for rank, text in enumerate(messages)
+        ("marked as an expert's" if rank == FAULTY else "rank 1 failed") in text for rank, text in enumerate(messages)
     )
 
 
