@@ -20,23 +20,14 @@ from typing import Any
 import deepspeed
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LLAMA, held_out_set, training_set
-from transformers import LlamaForCausalLM, set_seed
-
-GLOBAL_BATCH = 16
-
-
-def base() -> LlamaForCausalLM:
-    """The same random weights in each process; in earnest `from_pretrained`."""
-    set_seed(0)
-    return LlamaForCausalLM(LLAMA)
+from tiny import GLOBAL_BATCH, batch, held_out_set, llama
 
 
 def main() -> None:
     args = arguments()
     deepspeed.init_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = get_peft_model(base(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
+    model = get_peft_model(llama(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
     config = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ranks,
         "gradient_clipping": 1.0,
@@ -74,12 +65,6 @@ def save_adapter(model: PeftModel, trained: list[Any], folder: Path, stage: int,
     with deepspeed.zero.GatheredParameters(trained) if stage == 3 else nullcontext():
         if rank == 0:
             model.save_pretrained(folder)
-
-
-def batch(step: int, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's share of a step's sequences, whatever the number of ranks."""
-    data = training_set().sequences
-    return data[(step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH)) % len(data)][rank::ranks]
 
 
 def evaluate(engine: Any, rank: int, ranks: int) -> float:

@@ -18,21 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import LLAMA, held_out_set, training_set
+from tiny import batch, held_out_set, llama
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaForCausalLM, set_seed
 
 from adafisher_dist import AdaFisher, load_checkpoint, save_checkpoint
-
-GLOBAL_BATCH = 16
-
-
-def base() -> LlamaForCausalLM:
-    """The same random weights in each process; in earnest `from_pretrained`."""
-    set_seed(0)
-    return LlamaForCausalLM(LLAMA)
 
 
 def main() -> None:
@@ -42,7 +33,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    model = get_peft_model(base(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
+    model = get_peft_model(llama(), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
     model.to(device)
     mesh = init_device_mesh(device, (ranks,))
     for layer in model.get_base_model().model.layers:
@@ -82,12 +73,6 @@ def save_adapter(model: PeftModel, folder: Path, rank: int) -> None:
     state = get_model_state_dict(model, options=options)
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)
-
-
-def batch(step: int, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's share of a step's sequences, whatever the number of ranks."""
-    data = training_set().sequences
-    return data[(step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH)) % len(data)][rank::ranks]
 
 
 def evaluate(model: Any, rank: int, ranks: int, device: str) -> float:

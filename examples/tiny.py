@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, set_seed
 
 CONFIG = GPT2Config(
     vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
@@ -18,6 +18,15 @@ LLAMA = LlamaConfig(
     vocab_size=256, max_position_embeddings=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, initializer_range=0.125, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
+
+
+GLOBAL_BATCH = 16
+
+
+def llama() -> LlamaForCausalLM:
+    """The same random weights in each process; in earnest `from_pretrained`."""
+    set_seed(0)
+    return LlamaForCausalLM(LLAMA)
 
 
 class Bytes(Dataset[dict[str, torch.Tensor]]):
@@ -43,3 +52,9 @@ def training_set() -> Bytes:
 def held_out_set() -> Bytes:
     """64 others."""
     return Bytes(256, 64)
+
+
+def batch(step: int, rank: int, ranks: int) -> torch.Tensor:
+    """This rank's share of a step's sequences, whatever the number of ranks."""
+    data = training_set().sequences
+    return data[(step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH)) % len(data)][rank::ranks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,3 +105,11 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
         for i, entry in a["state"].items()
         for key, value in entry.items()
     )
+
+
+def same(found: Sequence[Mapping[str, np.ndarray]], wanted: Mapping[str, np.ndarray], bound: float = 1e-4) -> None:
+    """Every rank's weights, of which together they have all, are those that are wanted."""
+    assert set().union(*found) == set(wanted)
+    for of_rank in found:
+        for name, values in of_rank.items():
+            assert np.abs(values - wanted[name]).max() < bound, name

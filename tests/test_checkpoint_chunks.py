@@ -77,7 +77,14 @@ def test_a_table_is_what_it_was(count: int, form: Callable[[Rows], Any]) -> None
     expected = [Chunk(start, n, f"file{file}", offset) for start, n, file, offset in as_list(rows)]
     assert [*table] == expected and len(table) == count
     assert table.dump() == (as_text(rows) if count > 64 else as_list(rows))
-    assert [*collect(expected, table.files)] == expected
+    assert [*collect("key", sum(row[0] for row in rows), expected, table.files)] == expected
+
+
+@pytest.mark.parametrize(("starts", "numel"), [((0, 3), 7), ((0, 5), 9), ((1, 5), 9), ((0, 4), 9)])
+def test_a_save_with_gaps_or_overlaps_is_none(starts: tuple[int, int], numel: int) -> None:
+    chunks = [Chunk(start, 4, "file0", 0) for start in starts]
+    with pytest.raises(ValueError, match=rf"the ranks wrote key up to element \d, and then from \d on, of {numel}"):
+        collect("key", numel, chunks, ("file0",))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import PARAMS, PRECISIONS, UNSCALED, fp16_on_the_cpu, masters
+from models import same
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -98,13 +99,6 @@ def mixture(
         engine = engine_of(stage, degree, precision, world, **(settings or {}))
         train(engine, 0, 8, rank, world)
         return global_names(masters(engine), degree)
-
-
-def same(found: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray], bound: float = 1e-4) -> None:
-    assert set().union(*found) == set(wanted)
-    for of_rank in found:
-        for name, values in of_rank.items():
-            assert np.abs(values - wanted[name]).max() < bound, name
 
 
 @pytest.mark.parametrize(("world", "degree"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import PARAMS, PRECISIONS, fp16_on_the_cpu, masters
-from models import weights
+from models import same, weights
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -107,12 +107,6 @@ def in_parts(
             engine.load_checkpoint(str(folder))
         train(engine, 4, 8, rank, degree, data)
         return masters(engine)
-
-
-def same(found: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray], bound: float = 1e-4) -> None:
-    for of_rank in found:
-        for name, values in wanted.items():
-            assert np.abs(of_rank[name] - values).max() < bound, name
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

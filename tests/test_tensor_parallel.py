@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import weights
+import torch.distributed as dist
+from models import same, weights
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -94,12 +95,6 @@ def trained(
         loss_of(module, step, slice(own * 8 // data, (own + 1) * 8 // data)).backward()
         optimizer.step()
     return {name: p.full_tensor().detach().double().numpy() for name, p in module.named_parameters()}
-
-
-def same(found: list[dict[str, np.ndarray]], wanted: dict[str, np.ndarray], bound: float = 1e-4) -> None:
-    for of_rank in found:
-        for name, values in wanted.items():
-            assert np.abs(of_rank[name] - values).max() < bound, name
 
 
 @pytest.mark.parametrize(("world", "tensor"), [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
@@ -246,3 +241,70 @@ def by_state_dict(rank: int, world: int) -> dict[str, np.ndarray]:
 
 def test_goes_on_from_each_ranks_state_dict() -> None:
     same(run_ranks(by_state_dict, 4), alone(32, SETTINGS))
+
+
+def of_another_part(rank: int, world: int) -> str:
+    """Each rank loads what the other has saved."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    module = parallel(mesh, 32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    loss_of(module, 0).backward()
+    optimizer.step()
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, optimizer.state_dict())
+    with pytest.raises(ValueError, match="part of a sharded state") as told:
+        optimizer.load_state_dict(both[1 - rank])
+    return str(told.value)
+
+
+def test_a_state_dict_of_another_part_is_refused() -> None:
+    for rank, told in enumerate(run_ranks(of_another_part, 2)):
+        assert f"(part {2 - rank} of 2)" in told
+
+
+def thaws(rank: int, world: int, on_device: bool) -> str:
+    """One part of a weight has its first gradient later than the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if on_device:
+        found_inf.is_meant_for = lambda device: True
+    module = parallel(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), 32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for step in range(7):
+        optimizer.zero_grad()
+        loss_of(module, step).backward()
+        if rank % 2 and step < 4:
+            module.up.weight.grad = None
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_parts_that_change_at_different_times_stop_together_where_devices_decide() -> None:
+    """Hosts would have to ask each other, and not all would know that they have to."""
+    assert run_ranks(thaws, 4, False, timeout=60) == [""] * 4
+    told = run_ranks(thaws, 4, True, timeout=60)
+    assert all("Give parameters their first gradient in the same step" in message for message in told)
+
+
+def replicas_differ(rank: int, world: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicas", "dp", "tp"))
+    module = parallel(mesh, 32)
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    loss_of(module, 0).backward()
+    if rank == 3:
+        module.up.weight.grad.to_local().mul_(2)
+    with pytest.raises(RuntimeError) as told:
+        optimizer.step()
+    return str(told.value)
+
+
+def test_replicas_of_a_part_that_differ_are_found() -> None:
+    told = run_ranks(replicas_differ, 4)
+    assert [("replicas of an HSDP mesh" in message) for message in told] == [False, True, False, True]

@@ -116,8 +116,17 @@ class ByFile:
             yield self._keys[tensor], chunks[row - int(self._ends[tensor]) + len(chunks)]
 
 
-def collect(chunks: Sequence[Chunk], files: Sequence[str]) -> Chunks:
-    """The table of these chunks, which are in order and have no gaps."""
+def collect(key: str, numel: int, chunks: Sequence[Chunk], files: Sequence[str]) -> Chunks:
+    """The table of the chunks that the ranks have written of a tensor of so many elements.
+
+    Raises:
+        ValueError: there is a gap, or elements were written twice: no load could read it.
+    """
+    stop = 0
+    for chunk in (*chunks, Chunk(numel, 0, "", 0)):
+        if chunk.start != stop:
+            raise ValueError(f"the ranks wrote {key} up to element {stop}, and then from {chunk.start} on, of {numel}")
+        stop += chunk.numel
     number = {name: index for index, name in enumerate(files)}
     rows = [[c.start + c.numel, number[c.file], c.offset] for c in chunks]
     return Chunks(np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS).T.copy(), files)

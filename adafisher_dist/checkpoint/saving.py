@@ -175,13 +175,26 @@ def save(
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         about["id"] = ids[0]
         if target.first_holders is not None:
-            about.update(targets.merged(hosts.gather({part: about[part] for part in ("model", "optimizer")})))
+            about.update(_merged(hosts.gather({part: about[part] for part in ("model", "optimizer")})))
         if not asynchronous:
             _write(place, about, found, hosts, latest, keep_last, began, in_background=False)
     if asynchronous:
         _pending.append(saving)
         saving.start(lambda: _write(place, about, found, hosts, latest, keep_last, began, in_background=True))
     return saving
+
+
+def _merged(described: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks describe, where they hold different experts or stages, as one."""
+    whole = described[0]
+    for other in described[1:]:
+        for kind, entries in whole["model"].items():
+            entries |= {name: entry for name, entry in other["model"][kind].items() if name not in entries}
+        state = whole["optimizer"]["state"]
+        state |= {name: entry for name, entry in other["optimizer"]["state"].items() if name not in state}
+        for group, more in zip(whole["optimizer"]["groups"], other["optimizer"]["groups"], strict=True):
+            group["names"] += [name for name in more["names"] if name not in group["names"]]
+    return whole
 
 
 def scheduler_state(lr_scheduler: Any) -> dict[str, Any] | None:

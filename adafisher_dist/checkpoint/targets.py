@@ -167,6 +167,8 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
             kind = "weight" if name in target.parameters else "buffer"
             if kind == "buffer" and writing and held[name].replicated and target.hosts.rank != _saver(target, name):
                 continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
+            if writing and not _is_first_to_hold(target, name, held[name].group):
+                continue
             alone = kind == "buffer"
             yield from _range(f"{kind}/{names[name]}", held[name], prod(whole_shape(tensor)), number, writing, alone)
 
@@ -174,6 +176,11 @@ def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -
 def _saver(target: CheckpointTarget, name: str) -> int:
     """The rank that saves a buffer."""
     return 0 if target.first_holders is None else target.first_holders[name]
+
+
+def _is_first_to_hold(target: CheckpointTarget, name: str, group: Group) -> bool:
+    """Whether these ranks save a parameter: the first that hold it, if it is tied over stages."""
+    return target.first_holders is None or group.handle is None or target.first_holders[name] in group.members
 
 
 def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
@@ -219,9 +226,14 @@ def state(target: CheckpointTarget, shards: list[Shard], names: Mapping[str, str
     """The optimizer's state on this rank; arguments as for `weights`."""
     for shard in shards:
         active = {number: target.names[parameter.info.position] for number, parameter in shard.active}
-        chosen = {number: names[name] for number, name in active.items() if name in names}
+        group = shard.storage.group
+        chosen = {
+            number: names[name]
+            for number, name in active.items()
+            if name in names and (not writing or _is_first_to_hold(target, name, group))
+        }
         found = list(ranges.of_state(shard, chosen))
-        yield from _of_this_replica(found, shard.storage.group, 0) if writing else found
+        yield from _of_this_replica(found, group, 0) if writing else found
 
 
 # ---- facts ----
@@ -253,19 +265,6 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
             "state": _counters(target),
         },
     }
-
-
-def merged(described: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks describe, where they hold different experts or stages, as one."""
-    whole = described[0]
-    for other in described[1:]:
-        for kind, entries in whole["model"].items():
-            entries |= {name: entry for name, entry in other["model"][kind].items() if name not in entries}
-        state = whole["optimizer"]["state"]
-        state |= {name: entry for name, entry in other["optimizer"]["state"].items() if name not in state}
-        for group, more in zip(whole["optimizer"]["groups"], other["optimizer"]["groups"], strict=True):
-            group["names"] += [name for name in more["names"] if name not in group["names"]]
-    return whole
 
 
 def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]]:

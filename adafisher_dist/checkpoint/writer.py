@@ -174,7 +174,7 @@ class ShardWriter(StorageWriter):
         names, tensors = tuple(files), {}
         for key, chunks in sorted(places.items()):
             stored: Any = metadata.state_dict_metadata[key]
-            table = collect(sorted(chunks, key=lambda c: c.start), names)
+            table = collect(key, stored.size[0], sorted(chunks, key=lambda c: c.start), names)
             tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], table)
         self._check_files(files)
         manifest = Manifest(self.about, files, tensors)

@@ -239,7 +239,8 @@ def stage_group(module: nn.Module) -> Any:
 
     None where the module is no pipeline of several stages.
     """
-    if getattr(module, "num_stages", 1) == 1 or type(module).__module__ != "deepspeed.runtime.pipe.module":
+    is_pipeline = any(kind.__module__ == "deepspeed.runtime.pipe.module" for kind in type(module).__mro__)
+    if not is_pipeline or module.num_stages == 1:
         return None
     return module._grid.get_data_parallel_group()  # type: ignore[union-attr, operator]
 

@@ -139,8 +139,9 @@ def _storage(members: Sequence[tuple[Tensor, ParameterInfo, _Cut]], mesh: Any, r
         whole = tuple(tensor.shape) if cut.part is not None else None
         parameters.append(Parameter(info, shape, number, whole))
     layout = "FSDP2" if group.replicas is None else "HSDP"
-    if any(parameter.whole is not None for parameter in parameters):
-        layout += " with tensor parallelism"
+    part = next((cut.part for _, _, cut in members if cut.part is not None), None)
+    if part is not None:  # whose number keeps the state dicts of the parts apart
+        layout += f" with tensor parallelism (part {mesh.get_local_rank(part) + 1} of {mesh.size(part)})"
     return Storage(
         layout=layout,
         group=group,

@@ -108,10 +108,12 @@ class ParameterRegistry:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
         if not storages or all(group["block_size"] != "auto" for group in self.groups):
             return
-        if any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters):
+        ranks = self.ranks().total_size
+        has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
+        if has_experts or any(storage.group.total_size < ranks for storage in storages):
             raise ValueError(
-                'block_size="auto" is not for ranks that hold different parameters, as with expert parallelism: give a'
-                " number, and see what it takes by memory_usage()."
+                'block_size="auto" is not for ranks that hold different parameters (experts, stages, tensor-parallel'
+                " parts): give a number, and see what it takes by memory_usage()."
             )
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.items():

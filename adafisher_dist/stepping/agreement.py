@@ -9,7 +9,7 @@ changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +22,14 @@ from adafisher_dist.layouts.storage import UnsupportedLayoutError
 from adafisher_dist.state import statistics
 from adafisher_dist.state.shard import Shard, waits_for_nothing
 from adafisher_dist.stepping import found_inf
-from adafisher_dist.stepping.consistency import Alike, Fingerprints, check_consistency, fingerprints_of, parts_of
+from adafisher_dist.stepping.consistency import (
+    Alike,
+    Fingerprints,
+    check_consistency,
+    fingerprints_of,
+    fingerprints_of_call,
+    parts_of,
+)
 from adafisher_dist.stepping.exchange import Exchange
 from adafisher_dist.stepping.found_inf import FoundInf
 from adafisher_dist.stepping.inputs import Inputs, without_gradients
@@ -170,14 +177,15 @@ class Agreement:
     ) -> Decision:
         parts = parts_of([exchange.shard for exchange in before.exchanges], ranks)
         own = self._found_inf(ranks, device, parts)
-        alike = _alike(collected, ranks, parts, errors)
+        changed = before.exchanges != collected.exchanges
+        alike = _alike(collected, ranks, parts, errors, changed)
         should_step = self._decided(own, collected, alike, errors)
         error = errors.error
-        if errors.none and (before.exchanges, before.metrics) != (collected.exchanges, collected.metrics):
+        if errors.none and (changed or before.metrics != collected.metrics):
             # Whether the others are about to do the same, the host has to know before it does.
             if own.read(settled=False).is_fault:
                 errors = _idle("The ranks differ.")
-            elif before.exchanges != collected.exchanges:
+            elif changed:
                 now = _alike(collected, ranks, parts_of(collected.shards, ranks), errors)
                 _checked(collected, ranks, True, now, errors, compare=True)
         if not errors.none:
@@ -204,31 +212,39 @@ class Agreement:
         return idle
 
 
-FINGERPRINTS = len(fingerprints_of((), (), (), 1, False, None))
+OF_SHARDS = len(fingerprints_of((), ()))
+OF_CALL = len(fingerprints_of_call((), False, 1, False, None))
 
 
-def _alike(collected: Collected, ranks: Group, parts: Sequence[Group], errors: DeferredErrors) -> Alike:
-    """What must be the same on all ranks, and on those of each part; zeros after an error."""
+def _alike(
+    collected: Collected, ranks: Group, parts: Sequence[Group], errors: DeferredErrors, changed: bool = False
+) -> Alike:
+    """What must be the same on all ranks, and on those of each part; zeros after an error.
+
+    See `fingerprints_of_call` for `changed`.
+    """
     if ranks.total_size == 1:
         return Alike()
-    nothing = [(0, "")] * FINGERPRINTS
-    found = [Alike(nothing, [(part, nothing) for part in parts])]
+    nothing = [(0, "")]
+    zeros = Alike(nothing * (OF_SHARDS + OF_CALL), [(part, nothing * OF_SHARDS) for part in parts])
 
-    def look() -> None:
-        everywhere = _fingerprints(collected, lambda group: group not in parts, parts)
-        found.append(Alike(everywhere, [(part, _fingerprints(collected, part.__eq__, ())) for part in parts]))
+    def look() -> Alike:
+        shared = {group: _fingerprints(collected, group, ranks) for group in (ranks, *parts)}
+        on_device = _deciding_device(collected.shards) is not None
+        of_call = fingerprints_of_call(parts, changed, collected.calls, on_device, collected.metrics)
+        return Alike([*shared[ranks], *of_call], [(part, shared[part]) for part in parts])
 
-    errors.attempt(look)
-    return found[-1]
+    return errors.result(look, zeros)
 
 
-def _fingerprints(collected: Collected, chosen: Callable[[Group], bool], parts: Sequence[Group]) -> Fingerprints:
-    """Of the shards of the chosen groups."""
-    pairs = zip(collected.shards, collected.inputs, strict=True)
-    own = [(shard, inputs) for shard, inputs in pairs if chosen(shard.storage.group)]
-    on_device = _deciding_device(collected.shards) is not None
-    shards, inputs = [shard for shard, _ in own], [inputs for _, inputs in own]
-    return fingerprints_of(shards, inputs, parts, collected.calls, on_device, collected.metrics)
+def _fingerprints(collected: Collected, group: Group, ranks: Group) -> Fingerprints:
+    """Of the shards that are a group's; of all `ranks`, those that are no part's."""
+    own = [
+        (shard, inputs)
+        for shard, inputs in zip(collected.shards, collected.inputs, strict=True)
+        if shard.storage.group == group or (group is ranks and shard.storage.group.total_size == ranks.total_size)
+    ]
+    return fingerprints_of([shard for shard, _ in own], [inputs for _, inputs in own])
 
 
 def _idle(why: str) -> DeferredErrors:

@@ -86,7 +86,7 @@ def check_consistency(
         if difference is not None:
             raise RuntimeError(difference)
         if not values[2]:
-            raise RuntimeError("The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE)
+            raise RuntimeError(_REPLICAS_DIFFER)
         if alike.parts:
             _check_parts(group, shards, inputs, alike.parts, compare_copies)
     for shard in shards:
@@ -102,8 +102,9 @@ def _check_parts(
     errors = DeferredErrors()
     for part, fingerprints in parts:
         prints = [*fingerprints, *_of_copies(part, shards, inputs, errors, compare_copies)]
-        lowest = collectives.minimum(part, _with_negatives(prints))
-        difference = _first_difference(lowest, prints)
+        alike = _same_in_replicas(part, shards, inputs, errors, compare_copies) if part.replicas else 1
+        lowest = collectives.minimum(part, [alike, *_with_negatives(prints)])
+        difference = _first_difference(lowest[1:], prints) or (None if lowest[0] else _REPLICAS_DIFFER)
         if difference is not None and errors.none:
             errors.error = RuntimeError(difference)
     raise_if_any_failed(group, errors, "before anything changed")
@@ -137,41 +138,22 @@ _SYNCHRONISE = (
     " Leave gradient synchronisation on in the last backward before step(): under DDP no no_sync(), and no local SGD."
 )
 
+_REPLICAS_DIFFER = "The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE
 
-def fingerprints_of(
-    shards: Sequence[Shard], inputs: Sequence[Inputs], parts: Sequence[Group], calls: int, on_device: bool,
-    metrics: object,
-) -> Fingerprints:  # fmt: skip
+
+def fingerprints_of(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> Fingerprints:
     """What must be the same on ranks that share these shards.
 
     Args:
-        shards: those that take part in the step, and are shared by all of these ranks.
-        inputs: for each shard; after an error some may be missing.
-        parts: groups that have parameters of their own besides.
-        calls: of step() that a wrapper makes in this step.
-        on_device: whether gradients are looked at on the device.
-        metrics: which steps are measured, and which is being; None where none is.
+        shards: those of them that take part in the step.
+        inputs: for each shard.
     """
     active = [bytes(gradient is not None for gradient in own.gradients) for own in inputs]
     return [
         (
-            calls,
-            "The ranks have different numbers of param groups, as stages of a pipeline do of which one lacks the"
-            " parameters of a group: use one param group, or give each stage parameters of all.",
-        ),
-        (
-            sharding.digest([shard.storage.group.size for shard in shards], active, [part.size for part in parts]),
+            sharding.digest([shard.storage.group.size for shard in shards], active),
             "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"
             " the same parameters a gradient on every rank.",
-        ),
-        (
-            int(on_device),
-            "Some ranks keep AdaFisher's state on a GPU and others on the CPU. Use one kind of device on all.",
-        ),
-        (
-            sharding.digest(metrics),
-            "Some ranks report AdaFisher's metrics and others do not, or of other steps. Call"
-            " optimizer.report_metrics(callback, every) alike on all of them; only the first one calls back.",
         ),
         (
             sharding.digest([shard.digest() for shard in shards if not shard.checked]),
@@ -188,6 +170,43 @@ def fingerprints_of(
             sharding.digest([own.settings for own in inputs]),
             "The ranks' param groups have different settings (lr, momentum, damping, …). Change them alike on every"
             " rank; a scheduler that follows a metric, as ReduceLROnPlateau, needs the same metric on all.",
+        ),
+    ]
+
+
+def fingerprints_of_call(
+    parts: Sequence[Group], changed: bool, calls: int, on_device: bool, metrics: object
+) -> Fingerprints:
+    """What must be the same on all ranks, whatever parameters each has.
+
+    Args:
+        parts: the groups with parameters of their own that this rank is in.
+        changed: whether, where devices decide, other shards take part than in the call before: then
+            hosts have to ask each other, all or none.
+        calls: of step() that a wrapper makes in this step.
+        on_device: whether gradients are looked at on the device.
+        metrics: which steps are measured, and which is being; None where none is.
+    """
+    return [
+        (
+            calls,
+            "The ranks have different numbers of param groups, as stages of a pipeline do of which one lacks the"
+            " parameters of a group: use one param group, or give each stage parameters of all.",
+        ),
+        (
+            sharding.digest([part.size for part in parts], changed),
+            "The ranks differ in which parameters have a gradient, or, where they hold different ones (experts, stages,"
+            " tensor-parallel parts), in the step in which some first have one. Give parameters their first gradient in"
+            " the same step on all ranks.",
+        ),
+        (
+            int(on_device),
+            "Some ranks keep AdaFisher's state on a GPU and others on the CPU. Use one kind of device on all.",
+        ),
+        (
+            sharding.digest(metrics),
+            "Some ranks report AdaFisher's metrics and others do not, or of other steps. Call"
+            " optimizer.report_metrics(callback, every) alike on all of them; only the first one calls back.",
         ),
     ]
 
@@ -234,7 +253,7 @@ def _same_in_replicas(
     """
     assert group.replicas is not None
     pairs_of = zip(shards, inputs, strict=False)
-    sharded = [own for shard, own in pairs_of if compare and not shard.storage.replicated]
+    sharded = [own for shard, own in pairs_of if compare and shard.storage.group.members == group.members]
     sums = _checksums(sharded, errors)
     low = collectives.minimum(group.replicas, list(chain.from_iterable((value, -value) for value in sums)))
     return int(low[0] == -low[1] and low[2] == -low[3])
