@@ -53,7 +53,10 @@ def _is_tensor_parallel(wrapper: Any) -> bool:
     """Whether ranks hold parts of layers; those of a pipeline hold layers of their own."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
-    return bool(wrapper.mpu is not None and bwc_tensor_model_parallel_world_size(wrapper.mpu) > 1)
+    # DeepSpeed too knows an mpu of sequence parallelism by this: its other groups are of sequences.
+    if wrapper.mpu is None or hasattr(wrapper.mpu, "initialize_sequence_parallel"):
+        return False
+    return bool(bwc_tensor_model_parallel_world_size(wrapper.mpu) > 1)
 
 
 def _refuse_tied(members: Sequence[Tensor], names: Sequence[str]) -> None:
