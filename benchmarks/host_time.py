@@ -11,8 +11,9 @@ kernels and collectives do nothing, and only the host's own work is left. Its te
 that nobody touches, since on meta tensors every view takes Python's time.
 
 What `python -m adafisher_dist estimate` tells of the host's time (`blocks/host_time.py`) is for
-each layout a line through two cases, the other with a fifth of the parameters; and for chunks one
-through Llama-7B in many and in few.
+each layout a line through two cases, the other with a fifth of the parameters; for what is gathered
+one through Llama-7B in many and in few slices, and one through 8 ranks and 1,024, since a slice
+has a part of each rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import torch
@@ -50,8 +51,16 @@ _LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(40
 LLAMA: list[tuple[int, ...]] = [(32000, 4096), *_LLAMA_LAYER * 32, (4096,), (32000, 4096)]
 
 Build = Callable[[list[nn.Parameter]], Optimizer]
-# Milliseconds of a step; of AdaFisher, how many runs of parameters this rank stores, and chunks.
-Found = tuple[float, int, int]
+
+
+class Found(NamedTuple):
+    """Milliseconds of a step; of AdaFisher, runs of parameters that a rank stores, and slices."""
+
+    milliseconds: float
+    pieces: int
+    slices: int
+
+
 OPTIMIZERS: dict[str, Build] = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
     "AdaFisher": lambda parameters: AdaFisher(parameters, lr=1e-3),
@@ -107,7 +116,7 @@ def measured(optimizer: Optimizer, rounds: int, step: Callable[[], object] | Non
             (step or optimizer.step)()
     shards = optimizer._registry.shards if isinstance(optimizer, AdaFisher) else []
     pieces = sum(len(own.storage.stored_spans[own.storage.group.rank]) for own in shards)
-    return clock.milliseconds, pieces, sum(len(own.assignment.chunks) for own in shards)
+    return Found(clock.milliseconds, pieces, sum(len(own.plan_summary.gathered) for own in shards))
 
 
 def parameters_of(shapes: list[tuple[int, ...]], new: Callable[..., torch.Tensor] = torch.ones) -> list[nn.Parameter]:
@@ -182,12 +191,12 @@ def _zeros_that_nobody_touches(zeros: Callable[..., torch.Tensor]) -> Callable[.
     return made
 
 
-def llama(build: Build, rounds: int, layers: int) -> Found:
-    """Where there are few layers, the same ones in few chunks."""
+def llama(world: int, build: Build, rounds: int, layers: int) -> Found:
+    """Where there are few layers, the same ones in few slices."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.destroy_process_group()
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     for name in dir(torch):
         if name.startswith("_foreach_") and name.endswith("_"):
             setattr(torch, name, lambda *arguments, **more: None)
@@ -211,7 +220,8 @@ def llama(build: Build, rounds: int, layers: int) -> Found:
     return measured(build(parameters_of(LLAMA, torch.empty)), max(6, rounds // 5))
 
 
-LAST = "Llama-7B under DDP at 8 ranks"
+LLAMAS = {f"Llama-7B under DDP at {world:,} ranks": world for world in (8, 1024)}
+FEW, MANY = LLAMAS
 CASES: dict[str, tuple[int, Callable[[Build, int, int], Found]]] = {
     "one process": (1, replicated),
     "DDP": (2, replicated),
@@ -219,7 +229,7 @@ CASES: dict[str, tuple[int, Callable[[Build, int, int], Found]]] = {
     "ZeRO-1": (2, partial(zero, 1)),
     "ZeRO-2": (2, partial(zero, 2)),
     "ZeRO-3": (2, partial(zero, 3)),
-    LAST: (1, llama),
+    **{case: (1, partial(llama, world)) for case, world in LLAMAS.items()},
 }
 
 
@@ -238,27 +248,35 @@ def main(quick: Quick = False) -> None:
     rounds = ROUNDS_QUICK if quick else ROUNDS
     table = Table("milliseconds of the host", *OPTIMIZERS, "ratio")
     cases: dict[str, dict[str, float]] = {}
-    lines: dict[str, dict[str, float]] = {}
+    ours: dict[str, Found] = {}
     for case in CASES:
-        names = [name for name in OPTIMIZERS if case != LAST or name == "AdaFisher"]
+        names = [name for name in OPTIMIZERS if case not in LLAMAS or name == "AdaFisher"]
         found = {name: on_ranks(case, name, rounds) for name in names}
-        own = {name: milliseconds for name, (milliseconds, _, _) in found.items()}
+        own = {name: of.milliseconds for name, of in found.items()}
         ratio = f"{own['AdaFisher'] / own['AdamW']:.2f}" if "AdamW" in own else ""
         table.add_row(case, *(f"{own[n]:.2f}" if n in own else "" for n in OPTIMIZERS), ratio)
-        cases[case] = own
-        lines[case] = line(found["AdaFisher"], on_ranks(case, "AdaFisher", rounds, FEW_LAYERS), case == LAST)
+        cases[case], ours[case] = own, found["AdaFisher"]
     common.show(table)
-    result = {"parameters": len(shapes_of(LAYERS)), "milliseconds": cases, "lines": lines}
+    result = {"parameters": len(shapes_of(LAYERS)), "milliseconds": cases, "lines": lines(ours, rounds)}
     common.save("host_time", quick, common.rounded(result), draw(cases))
 
 
-def line(many: Found, few: Found, of_chunks: bool) -> dict[str, float]:
-    """Through two cases: milliseconds of a step, and microseconds a stored piece, or a chunk."""
-    number = 2 if of_chunks else 1
-    slope = (many[0] - few[0]) / (many[number] - few[number])
-    if of_chunks:
-        return {"us_a_chunk": 1e3 * slope}
-    return {"ms_a_step": many[0] - slope * many[number], "us_a_piece": 1e3 * slope}
+def lines(found: dict[str, Found], rounds: int) -> dict[str, dict[str, float]]:
+    """What the cases tell of a piece, a slice, and a rank's part of a slice."""
+    fewer = {case: on_ranks(case, "AdaFisher", rounds, FEW_LAYERS) for case in CASES if case != MANY}
+    result = {}
+    for case in (case for case in CASES if case not in LLAMAS):
+        us = slope(found[case], fewer[case], found[case].pieces - fewer[case].pieces)
+        result[case] = {"ms_a_step": found[case].milliseconds - us * found[case].pieces / 1e3, "us_a_piece": us}
+    few, many = found[FEW], found[MANY]
+    us_a_part = slope(many, few, many.slices * LLAMAS[MANY] - few.slices * LLAMAS[FEW])
+    us = slope(few, fewer[FEW], few.slices - fewer[FEW].slices)
+    return result | {FEW: {"us_a_slice": us - LLAMAS[FEW] * us_a_part}, MANY: {"us_a_part": us_a_part}}
+
+
+def slope(many: Found, few: Found, more: int) -> float:
+    """Microseconds for each of what the first case has more than the second."""
+    return 1e3 * (many.milliseconds - few.milliseconds) / more
 
 
 def draw(cases: dict[str, dict[str, float]]) -> Any:

@@ -238,6 +238,35 @@ def test_no_rank_of_a_thousand_owns_much_more_than_another(layout: str, world: i
     assert _largest_to_mean(LLAMA_7B, layout, world) <= 1.1
 
 
+@pytest.mark.parametrize("world", [2, 8, pytest.param(64, marks=pytest.mark.ci), 1024])
+def test_replicas_gather_little_more_than_the_weights_in_little_room(world: int) -> None:
+    """A chunk with a row group of each of 1,024 ranks took 5.8 GB, and sent 8 times the weights."""
+    plan = _planned(LLAMA_7B, "ddp", world)
+    numel, sent = sum(map(prod, LLAMA_7B)), cost.traffic(plan, 0)["weights"]
+    assert sent <= 1.3 * 4 * numel * (world - 1) / world
+    gathered = 2 * 4 * sharding.GATHERED_NUMEL
+    assert cost.memory(plan, 0)["buffers"] <= 1.01 * gathered + 2 * 4 * max(plan.longest) + 4 * 2**25
+
+
+@many
+@given(st.integers(0, 1000), st.integers(1, 9), st.integers(1, 300))
+def test_slices_cover_the_longest_part(longest: int, ranks: int, most: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "GATHERED_NUMEL", most)
+        slices = sharding.slices(longest, ranks)
+    assert [element for start, stop in slices for element in range(start, stop)] == list(range(longest))
+    assert all(stop - start == 1 or (stop - start) * ranks <= most + ranks for start, stop in slices)
+
+
+@many
+@given(grids(), st.data())
+def test_elements_of_spans_are_counted_in_a_row(grids: list[Grid], data: st.DataObject) -> None:
+    spans = sharding.cut(sharding.whole(grids), grids, 2)[1]
+    start = data.draw(st.integers(0, sharding.count(spans)))
+    stop = data.draw(st.integers(start, sharding.count(spans) + 5))
+    assert elements(sharding.elements(spans, start, stop)) == elements(spans)[start:stop]
+
+
 @pytest.mark.parametrize("world", [8, 64, 512])
 def test_stacked_experts_are_spread_over_the_ranks_too(world: int) -> None:
     assert _largest_to_mean(EXPERTS, "zero3", world) <= 1.1
@@ -245,9 +274,7 @@ def test_stacked_experts_are_spread_over_the_ranks_too(world: int) -> None:
 
 def _largest_to_mean(shapes: list[tuple[int, ...]], layout: str, world: int) -> float:
     """Of the elements that the ranks own; their bytes are less than 1.5 times an even share."""
-    group: dict[str, Any] = {**DEFAULTS}
-    normalize(group)
-    plan = plan_of(shapes, layout, world, state_config(group), torch.float32)
+    plan = _planned(shapes, layout, world)
     owned = [sharding.count(spans) for spans in plan.assignment.owned]
     assert sum(owned) == sum(map(prod, shapes))
     some = sorted(range(world), key=owned.__getitem__)[:: max(1, world // 8)]
@@ -255,6 +282,12 @@ def _largest_to_mean(shapes: list[tuple[int, ...]], layout: str, world: int) -> 
     total = [sum(cost.memory(plan, rank).values()) for rank in some]
     assert max(total) <= 1.5 * sum(total) / len(total)
     return max(owned) * world / sum(owned)
+
+
+def _planned(shapes: list[tuple[int, ...]], layout: str, world: int) -> cost.PlanSummary:
+    group: dict[str, Any] = {**DEFAULTS}
+    normalize(group)
+    return plan_of(shapes, layout, world, state_config(group), torch.float32)
 
 
 def flat_partitions(grids: list[Grid], world: int, padding: int) -> Placement:

@@ -37,8 +37,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(rank: int, world: int, settings: dict, steps: int = 12, chunk: int | None = None, dtype=torch.float32):
-    """Losses and final weights of a short run."""
+def train(
+    rank: int, world: int, settings: dict, steps: int = 12, chunk: int | None = None, dtype=torch.float32,
+    gathered: int | None = None,
+):  # fmt: skip
+    """Final weights of a short run, and memory."""
+    if gathered:
+        adafisher_dist.blocks.sharding.GATHERED_NUMEL = gathered  # what is gathered in slices
     if chunk:
         adafisher_dist.blocks.sharding.CHUNK_FISHER_NUMEL = chunk  # several chunks: the overlapped path
     module = model(dtype)
@@ -70,6 +75,18 @@ def test_n_ranks_equal_one(name: str, world: int) -> None:
         assert distance(result, alone) < 1e-9
         assert usage["all"]["fisher"] == memory["all"]["fisher"]
     assert sum(usage["rank"]["fisher"] for _, usage in results) == memory["rank"]["fisher"]
+
+
+@pytest.mark.parametrize("gathered", [1, 7, 100, 1000])
+@pytest.mark.parametrize("chunk", [500, None])
+def test_what_is_gathered_in_slices_is_the_same(chunk: int | None, gathered: int) -> None:
+    """Fewer elements at a time than a row group has, a slice over the end of a parameter, …"""
+    whole = run_ranks(train, 3, SMALL, 6, chunk)
+    sliced = run_ranks(train, 3, SMALL, 6, chunk, torch.float32, gathered)
+    for (values, usage), (expected, more) in zip(sliced, whole, strict=True):
+        assert values.keys() == expected.keys()
+        assert all(np.array_equal(values[key], expected[key]) for key in values)
+        assert usage["rank"]["buffers"] <= more["rank"]["buffers"]
 
 
 def test_n_ranks_equal_one_in_float32() -> None:

@@ -75,6 +75,12 @@ class PlanSummary:
         """Of each chunk, the elements of the rank that has most of them."""
         return [max(map(sharding.count, by_rank)) for by_rank in self.assignment.chunks]
 
+    @cached_property
+    def gathered(self) -> list[int]:
+        """Elements of a rank in each all-gather of a step, where everything is replicated."""
+        by_chunk = [sharding.slices(longest, self.world) for longest in self.longest]
+        return [stop - start for slices in by_chunk for start, stop in slices]
+
 
 def _count(plan: PlanSummary, rank: int) -> BlockCount:
     total, workspace = sharding.Blocks(), 0
@@ -89,8 +95,8 @@ def _count(plan: PlanSummary, rank: int) -> BlockCount:
 def memory(plan: PlanSummary, rank: int, config: StateConfig | None = None) -> dict[str, int]:
     """Bytes of device memory of a rank, by kind, without the model's parameters and gradients.
 
-    "buffers" are the workspace of a chunk, what is staged, sent and received, and where F is
-    bfloat16 the seeds. `config`: as if all parameters were stored so.
+    "buffers" are the workspace of a chunk, what is staged, sent, received and gathered, and where F
+    is bfloat16 the seeds. `config`: as if all parameters were stored so.
     """
     sums = dict.fromkeys(MEMORY_KINDS, 0)
     wide = _wide(plan)
@@ -124,11 +130,11 @@ def collectives(plan: PlanSummary) -> int:
     """How many a step has, where every parameter has a gradient.
 
     Two by which the ranks agree, before it and after it (in calls 1, 2, 4, 8, … there may be more);
-    an all-gather for each chunk, or what is cut to its owners and back.
+    the all-gathers of new weights, or what is cut to its owners and back.
     """
     if plan.world == 1:
         return 0
-    return 2 + (len(plan.assignment.chunks) if plan.replicated else 2 * any(plan.cut))
+    return 2 + (len(plan.gathered) if plan.replicated else 2 * any(plan.cut))
 
 
 def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> int:
@@ -165,13 +171,14 @@ def _wide(plan: PlanSummary) -> int:
 
 def _buffers(plan: PlanSummary, rank: int, wide: int) -> int:
     """Workspace, staging and communication."""
-    chunks = plan.assignment.chunks
     own = plan.blocks[rank].workspace * wide
     if not plan.replicated:
         return own + (sharding.count(plan.cut[rank]) + sum(_crossing(plan, rank))) * wide
     if plan.world == 1:
         return own
-    return own + min(2, len(chunks)) * max(plan.longest) * (plan.world + 1) * plan.weight_itemsize
+    made = min(2, len(plan.longest)) * max(plan.longest)
+    gathered = min(2, len(plan.gathered)) * max(plan.gathered, default=0) * plan.world
+    return own + (made + gathered) * plan.weight_itemsize
 
 
 def _crossing(plan: PlanSummary, rank: int) -> tuple[int, int]:

@@ -106,7 +106,8 @@ def forecast_of(asked: Asked, block_sizes: Sequence[int]) -> dict[str, Any]:
 def _rows(asked: Asked, plan: PlanSummary, size: int, model: Sequence[int]) -> list[dict[str, Any]]:
     """Of one block size: all storages have the same blocks and owners, other memory."""
     found = asdict(estimate_of(plan, asked.settings["inverse_update_freq"], model))
-    found["host_ms"] = host_ms(asked.layout, asked.world, plan.stored_spans.most_pieces, found["chunks"])
+    slices = len(plan.gathered) if plan.replicated else found["chunks"]
+    found["host_ms"] = host_ms(asked.layout, asked.world, plan.stored_spans.most_pieces, slices)
     if asked.device_tflops is not None:
         found["device_ms"] = found["flops"] / asked.device_tflops / 1e9
     if asked.network_gbs is not None:

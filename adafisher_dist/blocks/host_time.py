@@ -16,20 +16,22 @@ LINES = {
     "ZeRO-2": (2.397, 4.417),
     "ZeRO-3": (2.727, 11.25),
 }
-US_A_CHUNK = 53.12  # measured under DDP
+US_A_SLICE = 53.12  # that is gathered, or chunk; measured under DDP
+US_A_PART = 1.0  # of a rank, in a slice
 
 _CASES = {"ddp": "DDP", "zero0": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
-def host_ms(layout: str, world: int, pieces: int, chunks: int) -> float:
+def host_ms(layout: str, world: int, pieces: int, slices: int) -> float:
     """Milliseconds of a step, but for what the arithmetic of the blocks takes.
 
     Args:
         layout: one of `estimate.LAYOUTS`.
         world: ranks.
         pieces: parameters, or runs of one, that the rank stores.
-        chunks: of the step.
+        slices: chunks of the step; where weights are gathered, the slices that they come in.
     """
-    alone = world == 1 and layout in ("ddp", "zero0")
-    fixed, us_a_piece = LINES["one process" if alone else _CASES[layout]]
-    return fixed + (us_a_piece * pieces + US_A_CHUNK * (chunks - 1)) / 1e3
+    replicated = layout in ("ddp", "zero0")
+    fixed, us_a_piece = LINES["one process" if replicated and world == 1 else _CASES[layout]]
+    parts = slices * world if replicated else 0
+    return fixed + (us_a_piece * pieces + US_A_SLICE * (slices - 1) + US_A_PART * parts) / 1e3

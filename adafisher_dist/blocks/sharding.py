@@ -46,11 +46,16 @@ class Route:
 
 
 # What a chunk holds at most, about: elements of the Fisher, which bounds temporaries (128 MiB in
-# fp32); elements, which bounds the workspace (64 MiB); of all ranks, where new weights are gathered
-# (256 MiB, twice).
+# fp32); elements, which bounds the workspace (64 MiB).
 CHUNK_FISHER_NUMEL = 2**25
 CHUNK_NUMEL = 2**24
+
+# What is gathered at a time of all ranks' new weights, where all have all weights (256 MiB, twice).
 GATHERED_NUMEL = 2**26
+
+# How many of the longest row groups a rank's part of a chunk has at least, where more chunks are
+# made for the sake of what is gathered. Parts differ by a row group, and the shorter are padded.
+_LEAST_ROW_GROUPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +75,55 @@ class Assignment:
 def assign(grids: Sequence[Grid], stored_spans: Placement, replicated: bool) -> Assignment:
     """Assign every block to a rank.
 
-    Where every rank stores everything, the ranks get equal runs of row groups. Otherwise a row
-    group belongs to a rank that stores a part of it, see `owned_where_stored`.
+    Where every rank stores everything, see `_equal_shares`. Otherwise a row group belongs to a rank
+    that stores a part of it, see `owned_where_stored`.
     """
-    owned = cut(whole(grids), grids, len(stored_spans)) if replicated else owned_where_stored(stored_spans, grids)
+    ranks = len(stored_spans)
+    owned = _equal_shares(grids, ranks) if replicated else owned_where_stored(stored_spans, grids)
     parts = max(1, *(-(-work(spans, grids) // CHUNK_FISHER_NUMEL) for spans in owned))
     parts = max(parts, *(-(-count(spans) // CHUNK_NUMEL) for spans in owned))
-    if replicated and len(owned) > 1:
-        parts = max(parts, -(-sum(map(count, owned)) // GATHERED_NUMEL))
+    if replicated and ranks > 1:
+        gathered = max(GATHERED_NUMEL, ranks * _LEAST_ROW_GROUPS * max(grid.start(1) for grid in grids))
+        parts = max(parts, -(-sum(map(count, owned)) // gathered))
     by_rank = [cut(spans, grids, parts) for spans in owned]
     return Assignment(owned, tuple(zip(*by_rank, strict=True)))
+
+
+def _equal_shares(grids: Sequence[Grid], ranks: int) -> tuple[Spans, ...]:
+    """For each rank an equal run of the parameters with blocks, and one of those without.
+
+    An element of the latter has half the Fisher. If both were shared out together, some ranks had
+    twice the elements of others, and all would send as many as the one that has most.
+    """
+    having = [span for span in whole(grids) if grids[span.parameter].dense_row_groups]
+    without = [span for span in whole(grids) if not grids[span.parameter].dense_row_groups]
+    runs = cut(tuple(having), grids, ranks), cut(tuple(without), grids, ranks)
+    return tuple(own + more for own, more in zip(*runs, strict=True))
+
+
+def slices(longest: int, ranks: int) -> list[tuple[int, int]]:
+    """A rank's part of a chunk, [start, stop) by [start, stop), as it is gathered.
+
+    Each has at most `GATHERED_NUMEL` elements on all ranks together.
+
+    Args:
+        longest: elements of the longest part.
+        ranks: that gather.
+    """
+    number = max(1, -(-longest * ranks // GATHERED_NUMEL))
+    length = max(1, -(-longest // number))
+    return [(start, min(longest, start + length)) for start in range(0, longest, length)]
+
+
+def elements(spans: Spans, start: int, stop: int) -> Spans:
+    """Elements [start, stop) of the elements of the spans, counted in a row."""
+    result, begun = [], 0
+    for span in spans:
+        first, last = max(0, start - begun), min(len(span), stop - begun)
+        if first < last:
+            result.append(Span(span.parameter, span.numel, span.start + first, span.start + last))
+        begun += len(span)
+    return tuple(result)
 
 
 def whole(grids: Sequence[Grid]) -> Spans:
@@ -138,6 +182,9 @@ def cut_by_boundaries(assignment: Assignment, stored: Placement, grids: Sequence
     )
 
 
+Places = Mapping[int, StoredSpan]  # of each parameter of which a rank stores a part
+
+
 def by_parameter(places: Sequence[StoredSpan]) -> dict[int, StoredSpan]:
     """What a rank stores of each parameter: one run of it in every layout."""
     found = {place.span.parameter: place for place in places}
@@ -170,7 +217,7 @@ def route(stored: Placement, owned: Sequence[Spans], rank: int) -> Route:
     Every element has to be stored on one rank.
     """
     places = by_parameter(stored[rank])
-    send = [piece for owner, spans in enumerate(owned) for piece in _pieces(places, spans, owner)]
+    send = [piece for owner, spans in enumerate(owned) for piece in pieces_of(places, spans, owner)]
     return Route(
         local=tuple(piece for piece in send if piece.rank == rank),
         send=tuple(piece for piece in send if piece.rank != rank),
@@ -189,12 +236,8 @@ def _sources(stored: Placement, owned: Spans) -> list[TensorPiece]:
     return sorted(pieces, key=lambda piece: piece.rank)  # stable: in the buffer's order within a rank
 
 
-def pieces_of(stored: Sequence[StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
+def pieces_of(places: Places, owned: Spans, rank: int) -> list[TensorPiece]:
     """The stored elements that lie in a buffer of `owned`; `rank` is noted."""
-    return _pieces(by_parameter(stored), owned, rank) if owned else []
-
-
-def _pieces(places: Mapping[int, StoredSpan], owned: Spans, rank: int) -> list[TensorPiece]:
     pieces, begun = [], 0
     for span in owned:
         place = places.get(span.parameter)

@@ -138,7 +138,7 @@ class Shard:
         shapes = [tuple(parameter.shape) for parameter in self.storage.parameters]
         dtypes = [str(stored.dtype) for stored in self.stored]
         configs = [(*map(str, config),) for config in self.configs]
-        owned = [[(span.parameter, span.start, span.stop) for span in spans] for spans in self.owned]
+        owned = [sorted((span.parameter, span.start, span.stop) for span in spans) for spans in self.owned]
         return sharding.digest(self.storage.layout, shapes, dtypes, list(self.groups), configs, owned)
 
 

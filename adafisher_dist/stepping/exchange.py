@@ -7,8 +7,11 @@ brings back what changes the weights).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -96,60 +99,67 @@ class AllGather(Local):
     """All ranks have all gradients and weights: owners read theirs, and send new weights to all.
 
     Weights travel in their own precision, which loses nothing, and in bfloat16 takes half the bytes
-    of the updates. The all-gather of one chunk runs while the next chunk is computed; two buffers
-    take turns.
+    of the updates. A chunk is gathered while the next one is computed, in slices, of which two are
+    under way at a time: of many ranks a chunk may be more than there is room for.
     """
 
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard)
         group = shard.storage.group
-        self.lengths = [max(sharding.count(spans) for spans in by_rank) for by_rank in shard.assignment.chunks]
-        dtype, longest = gather_dtype(shard), max(self.lengths)
-        turns = range(min(2, len(self.lengths)))
+        plan, dtype = shard.plan_summary, gather_dtype(shard)
 
-        def buffers(numel: int) -> list[CommBuffer]:
-            return [group.comm_buffer(torch.zeros(numel, dtype=dtype, device=shard.device)) for _ in turns]
+        def buffers(turns: int, numel: int) -> list[CommBuffer]:
+            made = (torch.zeros(numel, dtype=dtype, device=shard.device) for _ in range(min(2, turns)))
+            return [group.comm_buffer(buffer) for buffer in made]
 
-        self.mine, self.everyone = buffers(longest), buffers(group.size * longest)
-        plans = [self._plans(number, by_rank) for number, by_rank in enumerate(shard.assignment.chunks)]
-        self.sent_plans, self.received_plans = zip(*plans, strict=True)
+        self.mine = buffers(len(plan.longest), max(plan.longest))
+        self.everyone = buffers(len(plan.gathered), group.size * max(plan.gathered, default=0))
+        places = sharding.by_parameter(shard.storage.stored_spans[group.rank])
+        self.sent_plans = [
+            copy_plan_of(sharding.pieces_of(places, own[group.rank], group.rank), self.mine[number % 2].tensor, shard)
+            for number, own in enumerate(shard.assignment.chunks)
+        ]
+        turns = cycle(self.everyone)
+        self.slices = [
+            [self._slice(by_rank, *bounds, next(turns), places) for bounds in sharding.slices(longest, group.size)]
+            for by_rank, longest in zip(shard.assignment.chunks, plan.longest, strict=True)
+        ]
         self.sent_runs = [
             [[run.of_chunk(self.mine[number % 2].tensor) for run in rows.stored] for rows in chunk]
             for number, chunk in enumerate(shard.blocks.chunks)
         ]
 
-    def _plans(self, number: int, by_rank: Sequence[sharding.Spans]) -> tuple[CopyPlan, CopyPlan]:
-        """Copy plans of a chunk: own part as sent, all parts as received."""
-        shard, group, turn = self.shard, self.shard.storage.group, number % 2
-        pieces = [sharding.pieces_of(shard.storage.stored_spans[r], spans, r) for r, spans in enumerate(by_rank)]
-        received = self.everyone[turn].tensor
-        parts = [received[rank * self.lengths[number] :] for rank in range(group.size)]
-        return (
-            copy_plan_of(pieces[group.rank], self.mine[turn].tensor, shard),
-            CopyPlan(
-                [piece for of_rank in pieces for piece in of_rank],
-                [part_of(part, piece) for of_rank, part in zip(pieces, parts, strict=True) for piece in of_rank],
-                shard.numels,
-            ),
-        )
+    def _slice(
+        self, by_rank: Sequence[sharding.Spans], start: int, stop: int, buffer: CommBuffer, places: sharding.Places
+    ) -> _Slice:
+        pieces, parts = [], []
+        for rank, spans in enumerate(by_rank):
+            part = buffer.tensor[rank * (stop - start) : (rank + 1) * (stop - start)]
+            own = sharding.pieces_of(places, sharding.elements(spans, start, stop), rank)
+            pieces += own
+            parts += [part_of(part, piece) for piece in own]
+        return _Slice(start, stop, buffer, CopyPlan(pieces, parts, self.shard.numels))
 
     def chunks(
         self, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors, observe: Observe | None
     ) -> Iterator[Chunk]:
         """While one chunk is computed, the one before is gathered."""
-        finish: Callable[[], None] | None = None
+        under_way: deque[Callable[[], None]] = deque()
         others = errors.result(partial(self._weights_without_gradient, inputs), None)
         for number, chunk in enumerate(self.shard.blocks.chunks):
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
             if others is not None:
                 errors.attempt(partial(self._send_as_they_are, number, others))
-            wait = self._send(number, inputs, should_step, errors, observe)
-            if finish is not None:
-                finish()
-            finish = partial(self._receive, number, wait, inputs, errors)
-        if finish is not None:
-            finish()
+            self._make(number, inputs, should_step, errors, observe)
+            for part in self.slices[number]:
+                if len(under_way) == 2:
+                    under_way.popleft()()
+                under_way.append(self._gather(number, part, inputs, errors))
+            while len(under_way) > len(self.slices[number]):  # the buffer of the chunk before is free then
+                under_way.popleft()()
+        while under_way:
+            under_way.popleft()()
 
     def _weights_without_gradient(self, inputs: Inputs) -> list[Tensor | None] | None:
         """They are sent as they are: another rank may have a gradient, which shows only later."""
@@ -163,10 +173,10 @@ class AllGather(Local):
         theirs, ours = self.sent_plans[number].of(weights)
         copy_all(ours, theirs)
 
-    def _send(
+    def _make(
         self, number: int, inputs: Inputs, should_step: Tensor | None, errors: DeferredErrors, observe: Observe | None
-    ) -> Callable[[], None]:
-        group, length, turn = self.shard.storage.group, self.lengths[number], number % 2
+    ) -> None:
+        """The chunk's new weights, in the buffer that they leave from."""
 
         def copy() -> None:
             weights, new = self.sent_plans[number].of(inputs.flat_weights)
@@ -186,18 +196,33 @@ class AllGather(Local):
 
         if not errors.attempt(make):
             errors.rescue(copy)
-        # Behind this rank's part stands padding: all ranks' parts are equally long.
-        return collectives.all_gather(
-            group, self.mine[turn].part(0, length), self.everyone[turn].part(0, group.size * length)
-        )
 
-    def _receive(self, number: int, wait: Callable[[], None], inputs: Inputs, errors: DeferredErrors) -> None:
+    def _gather(self, number: int, part: _Slice, inputs: Inputs, errors: DeferredErrors) -> Callable[[], None]:
+        """Start to gather a slice; what is returned waits for it, and copies it to the weights."""
+        group = self.shard.storage.group
+        # Behind this rank's part of a chunk stands padding: all ranks' parts are equally long.
+        mine = self.mine[number % 2].part(part.start, part.stop)
+        wait = collectives.all_gather(group, mine, part.buffer.part(0, group.size * (part.stop - part.start)))
+
         def copy() -> None:
-            weights, new = self.received_plans[number].of(inputs.flat_weights)
+            weights, new = part.received.of(inputs.flat_weights)
             copy_all(weights, new)
 
-        wait()
-        errors.attempt(copy)
+        def receive() -> None:
+            wait()
+            errors.attempt(copy)
+
+        return receive
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    """Elements [start, stop) of each rank's part of a chunk: what is gathered at a time."""
+
+    start: int
+    stop: int
+    buffer: CommBuffer
+    received: CopyPlan
 
 
 class AllToAll:
