@@ -355,3 +355,29 @@ def test_repr_and_add_param_group() -> None:
     assert [int(entry["step"]) for entry in saved["state"].values()] == [4, 2, 2]
     optimizer.load_state_dict(copy.deepcopy(saved))
     assert same_state(optimizer.state_dict(), saved)
+
+
+def test_a_compiled_step_breaks_the_graph_at_one_place() -> None:
+    """While it was traced it broke at ten, and parts of it were compiled."""
+
+    def trained(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+        optimizer = AdaFisher(module.parameters(), lr=1e-2)
+
+        def step(x: torch.Tensor) -> None:
+            module(x).square().mean().backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        for number in range(3):
+            optimizer.zero_grad()
+            run(torch.randn(4, 6, generator=torch.Generator().manual_seed(number)))
+        return [parameter.detach() for parameter in module.parameters()]
+
+    expected = trained(False)
+    counters = torch._dynamo.utils.counters["graph_break"]
+    counters.clear()
+    assert all(map(torch.equal, trained(True), expected))
+    (reason,) = (reason for reason in counters if "Tensor.backward" not in reason)
+    assert "AdaFisher.step" in reason

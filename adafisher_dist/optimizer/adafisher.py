@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translated
@@ -151,6 +152,9 @@ class AdaFisher(ShardedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Called by compiled code the step is one graph break: what the host counts, and what the ranks
+    # agree on, is no graph. As torch.compiler.disable, which would import torch._dynamo here.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameters that have a gradient.
