@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -133,6 +135,24 @@ def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: as `normalize`.
     """
     result = {name: group[name] for name in DEFAULTS}
+    rest = {name: value for name, value in result.items() if name != "lr"}  # which a schedule changes in each step
+    kinds = tuple(map(type, rest.values()))
+    if _UNCHANGING.issuperset(kinds):
+        with suppress(TypeError, ValueError):  # they are raised below, with all that is wrong
+            check_number(result, "lr", low=0.0)
+            return {**_checked(tuple(rest.items()), kinds), "lr": result["lr"]}
+    normalize(result)
+    return result
+
+
+# Of values that cannot be changed in place: those that were checked once are not checked again.
+_UNCHANGING = frozenset({int, float, bool, str, type(None), torch.dtype})
+
+
+@lru_cache(maxsize=64)
+def _checked(settings: tuple[tuple[str, Any], ...], kinds: tuple[type, ...]) -> dict[str, Any]:
+    """All but lr, normalised; `kinds` since 1, 1.0 and True are equal."""
+    result = {"lr": 0.0, **dict(settings)}
     normalize(result)
     return result
 

@@ -18,7 +18,7 @@ from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher
-from adafisher_dist.settings import DEFAULTS
+from adafisher_dist.settings import DEFAULTS, normalized
 
 AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 
@@ -503,3 +503,26 @@ def test_other_names_are_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
     for name in ("NoSuch", "_ada", "AdaBelief", "Adahessian", "FusedAdam"):
         assert getattr(torch.optim, name, None) is None
     assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "messages"),
+    [
+        ({"packed": 0}, TypeError, ["packed"]),
+        ({"momentum": True}, TypeError, ["momentum"]),
+        ({"lr": -1.0}, ValueError, ["lr should be at least 0"]),
+        ({"lr": -1.0, "momentum": 1.5}, ValueError, ["lr should be", "momentum should be"]),
+        ({"damping": torch.tensor(1.0)}, TypeError, ["damping"]),
+    ],
+)
+def test_settings_that_were_right_before_are_checked_again(
+    wrong: dict[str, Any], error: type[Exception], messages: list[str]
+) -> None:
+    """Each step looks at them; 0 is False, and 1.0 True, to whoever keeps what was right."""
+    group = {**DEFAULTS, "momentum": 0.0}
+    for lr in (1e-3, 2e-3):
+        assert normalized({**group, "lr": lr}) == {**group, "lr": lr}
+    with pytest.raises(error) as raised:
+        normalized({**group, **wrong})
+    assert all(message in str(raised.value) for message in messages)
+    assert normalized({**group, "packed": True})["packed"] is True

@@ -222,7 +222,7 @@ def rows_here(value: Tensor, group: Group, what: str) -> Tensor:
 
 def mesh_group(given_parameters: GivenParameters) -> Group | None:
     """The ranks of the device mesh that shards the given parameters; None without DTensors."""
-    if not any(hasattr(tensor, "device_mesh") for tensor in given_parameters):
+    if not any(hasattr(kind, "device_mesh") for kind in set(map(type, given_parameters))):  # looked at in each step
         return None
     from adafisher_dist.layouts import fsdp2
 

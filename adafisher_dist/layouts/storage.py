@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class GivenParameters:
         return standing == self._groups
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (tensor for tensor, _ in self._given.values())
+        return map(itemgetter(0), self._given.values())
 
     def items(self) -> Iterator[tuple[Tensor, ParameterInfo]]:
         """The parameters, and how each was given."""
