@@ -521,7 +521,7 @@ def test_settings_that_were_right_before_are_checked_again(
     """Each step looks at them; 0 is False, and 1.0 True, to whoever keeps what was right."""
     group = {**DEFAULTS, "momentum": 0.0}
     for lr in (1e-3, 2e-3):
-        assert normalized({**group, "lr": lr}) == {**group, "lr": lr}
+        assert normalized({**group, "lr": lr}) == {**group, "lr": lr, "fisher_dtype": "float32"}
     with pytest.raises(error) as raised:
         normalized({**group, **wrong})
     assert all(message in str(raised.value) for message in messages)
