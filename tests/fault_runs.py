@@ -33,6 +33,15 @@ Place = tuple[str, int]
 """A point, and at which time that a rank comes to it."""
 
 
+PARTS = {"zero1": 2, "zero2": 2, "zero3": 2}  # DeepSpeed steps one param group after the other
+
+beside: list[Any] = []  # a process group by which the test keeps the ranks together
+
+
+class Stopped(Exception):
+    """Another rank has raised."""
+
+
 class Training(Run):
     """A training in one of the layouts, call by call."""
 
@@ -41,17 +50,39 @@ class Training(Run):
         base = self.optimizer if self.engine is None else self.engine.basic_optimizer
         assert isinstance(base, AdaFisher)
         self.adafisher, self.scene, self.calls = base, scene, 0
+        self.beside = beside[0]
+        self.parts_left = 0
+        if self.engine is not None:
+            base.step = self.step_of_wrapper  # type: ignore[method-assign, assignment]
         if scene == "measured":
             base.report_metrics(lambda step, metrics: None, every=1)
 
     def call(self) -> str:
         """The next one; the error that it raised, or nothing."""
-        self.calls += 1
+        self.calls, self.parts_left = self.calls + 1, PARTS.get(self.layout, 1)
         try:
             self.train(self.calls - 1, self.calls)
+        except Stopped:
+            return ""
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            told = f"{type(error).__name__}: {error}"
+            if self.engine is not None and self.parts_left:
+                self.tell(told)
+            return told
         return ""
+
+    def step_of_wrapper(self, closure: Any = None) -> None:
+        """A step; where a rank raises at its very end DeepSpeed would wait for half an hour."""
+        type(self.adafisher).step(self.adafisher, closure)
+        self.parts_left -= 1
+        if self.parts_left == 0 and any(self.tell("")):
+            raise Stopped
+
+    def tell(self, told: Any) -> list[Any]:
+        """What each rank tells, without AdaFisher."""
+        everyones: list[Any] = [None] * self.world
+        dist.all_gather_object(everyones, told, self.beside)
+        return everyones
 
     def calls_until(self, number: int) -> None:
         for _ in range(self.calls, number):
@@ -63,8 +94,10 @@ class Training(Run):
         self.adafisher.param_groups[0]["momentum"] = 1.5
 
     def begin_anew(self, state: list[np.ndarray]) -> str:
-        """All ranks do what the error of an incomplete step asks for, with the weights of `held`; what the next call
-        says.
+        """All ranks do what the error of an incomplete step asks for; what the next call says.
+
+        Args:
+            state: from `held`.
         """
         if self.engine is not None:
             return ""  # DeepSpeed's gradients are where its own step was left
@@ -128,6 +161,7 @@ def start(on_device: bool) -> None:
     warnings.simplefilter("ignore")  # DeepSpeed's of torch's new names
     found_inf.is_meant_for = lambda device: on_device
     sharding.CHUNK_FISHER_NUMEL = 2**10
+    beside[:] = [dist.new_group(timeout=timedelta(seconds=300))]
 
 
 def traced(layout: str, scene: str, rank: int, world: int) -> Points:
@@ -160,20 +194,19 @@ def sweep(
         is not used again.
     """
     start(on_device)
-    beside = dist.new_group(timeout=timedelta(seconds=300))  # by which the test keeps the ranks together
     reference = Training(layout, scene, rank, world)
     reference.calls_until(SCENES[scene] + 1)  # makes what is made once in a process, too
     after, found = reference.weights(), []
     for place in places:
         faulthandler.dump_traceback_later(TIMEOUT + 4 * SLACK, exit=True)  # a hang ends the test, and says where
-        found.append((place, inject(Training(layout, scene, rank, world), place, rank, after, beside)))
+        found.append((place, inject(Training(layout, scene, rank, world), place, rank, after)))
         faulthandler.cancel_dump_traceback_later()
         if any(outcome.lost for outcome in found[-1][1]):
             break
     return found
 
 
-def inject(run: Training, place: Place, rank: int, after: dict[str, np.ndarray], beside: Any) -> list[Outcome]:
+def inject(run: Training, place: Place, rank: int, after: dict[str, np.ndarray]) -> list[Outcome]:
     """Let the rank fail when it comes to a place; what each rank saw of it."""
     where, time_ = place
     run.calls_until(SCENES[run.scene] - 1)
@@ -186,20 +219,15 @@ def inject(run: Training, place: Place, rank: int, after: dict[str, np.ndarray],
         with watching(points) if rank == FAULTY and call == 0 else nullcontext():
             told[call] = run.call()
         took = max(took, time.monotonic() - began)
-        everyones: list[Any] = [None, None]
-        dist.all_gather_object(everyones, told[call], beside)
-        if any(everyones):
+        stopped = any(run.tell(told[call]))
+        if stopped:
             break
     _ = run.adafisher.skipped_steps  # asks what the device has decided
     held = run.held()[: len(before)]  # in the first call there was no state before
     lost = any(known.failure is not None for known in timeouts._meetings.values())
-    undisturbed = not any(everyones) and not lost and same(list(run.weights().values()), list(after.values()))
+    undisturbed = not stopped and not lost and same(list(run.weights().values()), list(after.values()))
     incomplete = run.is_incomplete
-    someone_lost: list[Any] = [None, None]
-    dist.all_gather_object(someone_lost, lost, beside)
-    anew = run.begin_anew(before) if any(everyones) and not any(someone_lost) else ""
+    anew = run.begin_anew(before) if stopped and not any(run.tell(lost)) else ""
     own = Outcome((told[0], told[1]), took, same(held, before), undisturbed, incomplete, lost, anew)
     assert rank != FAULTY or points.passed.count(where) >= time_, place
-    outcomes: list[Any] = [None, None]
-    dist.all_gather_object(outcomes, own, beside)
-    return outcomes
+    return run.tell(own)
