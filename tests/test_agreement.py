@@ -146,6 +146,23 @@ def test_a_rank_that_keeps_company_may_fail_again() -> None:
         assert "incomplete" in second
 
 
+def after_the_last_collective(rank: int, world: int) -> list[str]:
+    run = Run()
+    for _ in range(4):
+        run.step()
+    with watching(Points()) as points:
+        run.step()
+    passed = points.passed
+    last = max(index for index, what in enumerate(passed) if what.startswith("op c10d."))
+    return [what.partition(":")[0] for what in passed[last + 1 :] if what.startswith("op ")]
+
+
+def test_little_can_fail_after_the_last_collective() -> None:
+    """A rank that fails there stops alone; what else is needed is made before."""
+    for operations in run_ranks(after_the_last_collective, 2):
+        assert operations == ["op aten.copy_.default in stepping.found_inf._notice"]
+
+
 BEFORE: dict[Callable[[Run], None], tuple[str, str]] = {  # what the rank itself says, what the others say
     sparse: ("sparse", f"rank {FAULTY} failed before anything changed"),
     bad_setting: ("momentum", f"rank {FAULTY} failed before anything changed"),

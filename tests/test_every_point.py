@@ -49,7 +49,7 @@ def points_of(layout: str, on_device: bool, scene: str) -> tuple[str, ...]:
 def places_of(layout: str, on_device: bool, scene: str) -> list[Place]:
     """Where a rank has to fail in a layout that does not in one before it.
 
-    All points of every layout and scene would be 20,000 and take a day. A point that an earlier
+    All points of every layout and scene would be 32,000 and take days. A point that an earlier
     layout has too is the same line, called by the same, between the same collectives. Operations
     can run out of memory: all of them fail, those that are come to more than once, as in each
     chunk, also at the last time. A function that fails as it is entered has a bug, and half of them
