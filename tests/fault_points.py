@@ -1,7 +1,8 @@
 """Every point of a step at which a rank can fail or be lost: found by tracing, not listed by hand.
 
 A point is a call of one of the package's functions in a step, or an operation of torch in it (an
-allocation, a copy, a collective). They are numbered in the order in which a rank comes to them.
+allocation, a copy, a collective). They are numbered in the order in which a rank comes to them. A
+call of `step` that is a part of one (DeepSpeed makes them) has points of its own.
 """
 
 from __future__ import annotations
@@ -42,18 +43,20 @@ class Points:
         when: whether it is at the last one that something happens; by default it never does.
         act: what.
         passed: a description of each.
+        part: the number of calls of `step` so far.
     """
 
     when: Callable[[list[str]], bool] = lambda passed: False
     act: Callable[[], None] = fail
     passed: list[str] = field(default_factory=list)
+    part: int = 0
 
     def reach(self, what: str, frame: FrameType | None) -> None:
         """Come to the next one."""
         while frame is not None and not _is_own(frame):
             frame = frame.f_back
         if frame is not None:  # else it is torch's own, around the step
-            self.passed.append(_place(what, frame))
+            self.passed.append(_place(what, frame) + (f", part {self.part}" if self.part > 1 else ""))
             if self.when(self.passed):
                 self.act()
 
@@ -95,6 +98,7 @@ def watching(points: Points) -> Iterator[Points]:
             points.reach(f"call {_name(frame)}", frame.f_back)
 
     def step(self: AdaFisher, closure: Any = None) -> Any:
+        points.part += 1
         with _Operations(points):
             sys.setprofile(see)
             try:

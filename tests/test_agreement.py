@@ -146,6 +146,23 @@ def test_a_rank_that_keeps_company_may_fail_again() -> None:
         assert "incomplete" in second
 
 
+def after_the_last_collective(rank: int, world: int) -> list[str]:
+    run = Run()
+    for _ in range(4):
+        run.step()
+    with watching(Points()) as points:
+        run.step()
+    passed = points.passed
+    last = max(index for index, what in enumerate(passed) if what.startswith("op c10d."))
+    return [what.partition(":")[0] for what in passed[last + 1 :] if what.startswith("op ")]
+
+
+def test_little_can_fail_after_the_last_collective() -> None:
+    """A rank that fails there stops alone; what else is needed is made before."""
+    for operations in run_ranks(after_the_last_collective, 2):
+        assert operations == ["op aten.copy_.default in stepping.found_inf._notice"]
+
+
 BEFORE: dict[Callable[[Run], None], tuple[str, str]] = {  # what the rank itself says, what the others say
     sparse: ("sparse", f"rank {FAULTY} failed before anything changed"),
     bad_setting: ("momentum", f"rank {FAULTY} failed before anything changed"),
@@ -178,8 +195,12 @@ def test_ranks_that_fail_or_differ_change_nothing(fault: Callable[[Run], None], 
         assert BEFORE[fault][0 if rank == FAULTY else 1] in told
 
 
-def goes_on(rank: int, world: int) -> bool:
+def goes_on(rank: int, world: int, every: int | None) -> bool:
     run, twin = Run(), Run()
+    measured: list[list[Any]] = [[], []]
+    for one, told in zip((run, twin), measured, strict=True):
+        if every is not None:
+            one.optimizer.report_metrics(lambda step, metrics, told=told: told.append((step, dict(metrics))), every)
     for _ in range(4):
         run.step()
         twin.step()
@@ -191,11 +212,15 @@ def goes_on(rank: int, world: int) -> bool:
     for _ in range(3):
         run.step()
         twin.step()
-    return all(map(np.array_equal, run.everything(), twin.everything()))
+    for metrics in (metrics for told in measured for _, metrics in told):
+        metrics.pop("communication_ms")
+    assert [step for step, _ in measured[0]] == ([5] if every is not None and rank == 0 else [])
+    return measured[0] == measured[1] and all(map(np.array_equal, run.everything(), twin.everything()))
 
 
-def test_training_goes_on_after_a_fault_that_changed_nothing() -> None:
-    assert all(run_ranks(goes_on, 2))
+@pytest.mark.parametrize("every", [None, 5], ids=["", "in a measured step"])
+def test_training_goes_on_after_a_fault_that_changed_nothing(every: int | None) -> None:
+    assert all(run_ranks(goes_on, 2, every))
 
 
 def amid(rank: int, world: int, place: str) -> tuple[str, str, str]:

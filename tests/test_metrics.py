@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.numerics.factors import condition_number
 from adafisher_dist.numerics.packing import pack, unpack
-from adafisher_dist.stepping import metrics
+from adafisher_dist.stepping import metrics, updating
 from adafisher_dist.stepping.metrics import NAMES, CsvLog
 from adafisher_dist.tools.cli import app
 
@@ -228,6 +230,48 @@ def test_a_callback_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -
     assert len(history) == 8
     assert [record.getMessage() for record in caplog.records] == [
         "AdaFisher's metrics of step 4 are left out; the callback failed: OSError: no network."
+    ]
+
+
+@pytest.mark.parametrize("begin", ["reset", "load"])
+def test_a_step_that_failed_is_not_told_of(begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it put together with the step of the same number that is taken in its place."""
+    undisturbed, _ = train(0, 1, SETTINGS, steps=3, every=1)
+    module, told = model(torch.float64), []
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    optimizer.report_metrics(lambda step, found: told.append((step, found)), 1)
+
+    def step(number: int) -> None:
+        x, y = batch(number, 0, 1, dtype=torch.float64)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+
+    add_all, calls = updating.add_all, count()
+
+    def out_of_memory(*given: Any) -> None:
+        if next(calls) > 0:  # when some of the step has been measured
+            raise RuntimeError("says the test")
+        add_all(*given)
+
+    step(0)
+    before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="says the test"):
+        patched.setattr(updating, "add_all", out_of_memory)
+        step(1)
+    if begin == "reset":
+        module.load_state_dict(model(torch.float64).state_dict())
+        optimizer.reset_state()
+        step(0)
+    else:
+        module.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+    step(1)
+    step(2)
+    optimizer.flush_metrics()
+    assert [number for number, _ in told] == ([1, 1, 2, 3] if begin == "reset" else [1, 2, 3])
+    assert [{**found, "communication_ms": 0.0} for _, found in told[-2:]] == [
+        {**found, "communication_ms": 0.0} for _, found in undisturbed[-2:]
     ]
 
 

@@ -54,7 +54,9 @@ class ParameterRegistry:
         self.forget_shards()
 
     def forget_shards(self, meter: Meter | None = None) -> None:
-        """Begin without any; `meter` goes on measuring."""
+        """Begin without any; `meter` goes on, without a step that it has not told of."""
+        if meter is not None:
+            meter.forget()
         self.stepper = Stepper(meter)
         self.prebuilt: list[Shard] = []
 

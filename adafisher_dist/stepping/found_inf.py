@@ -69,6 +69,8 @@ class FoundInf:
         self._should_step = torch.ones(1, dtype=torch.int32, device=device)
         on_accelerator = device.type != "cpu"
         self._seen = torch.zeros(6, dtype=torch.int64, pin_memory=on_accelerator)
+        # Made here, since a rank that failed after the last collective of a step would stop alone.
+        self._seen_votes, self._seen_amid = self._seen[:5], self._seen[5:]
         self._arrivals = [torch.Event(device) for _ in range(2)] if on_accelerator else []
 
     def is_for(self, group: Group, device: torch.device, parts: Sequence[Group]) -> bool:
@@ -107,14 +109,14 @@ class FoundInf:
             votes[4:].add_(buffer.tensor.sum())
         collectives.minimum_on_device(self._group, self._votes)
         self._should_step.copy_(votes.sum() == 0)
-        self._notice(self._seen[:5], votes, 0)
+        self._notice(self._seen_votes, votes, 0)
         return self._should_step.squeeze(0)
 
     def settle(self, errors: DeferredErrors) -> None:
         """Tell all ranks whether this one has done its part. A collective, as `decide`."""
         self._amid.tensor.fill_(failed(errors))
         collectives.minimum_on_device(self._group, self._amid)
-        self._notice(self._seen[5:], self._amid.tensor, 1)
+        self._notice(self._seen_amid, self._amid.tensor, 1)
 
     def _notice(self, seen: Tensor, of_device: Tensor, number: int) -> None:
         seen.copy_(of_device, non_blocking=True)

@@ -163,7 +163,7 @@ class Meter:
             return
         self._attempt(self._read)
         step, measured = self._step, self._measured
-        self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
+        self.forget()
         ranks = host_group(sorted(group.members), group.handle).gather(measured) if group.size > 1 else [measured]
         if not group.is_first:
             return
@@ -176,6 +176,11 @@ class Meter:
         if problems and not self._warned:
             self._warned = True
             logger.warning("AdaFisher's metrics of step %d are left out; %s.", step, "; ".join(problems))
+
+    def forget(self) -> None:
+        """Do not tell of what has been measured, as of a step that failed. All ranks call it."""
+        self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
+        collectives.measure_waits(None)
 
     def _attempt(self, work: Callable[[], object]) -> None:
         """Do it; an error goes to the other ranks with what was measured."""

@@ -142,6 +142,8 @@ class Stepper:
             if any(shard in shards for shard in fault[0].shards):
                 self._faults.remove(fault)
                 self._forget_unchecked()
+                if self.meter is not None:  # the ranks that had not failed have begun to measure
+                    self.meter.forget()
                 self._stop(*fault, ranks)
 
     def _stop(self, pending: Pending, verdict: Verdict, ranks: Group | None) -> None:
