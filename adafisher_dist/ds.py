@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adafisher_dist.adamw_keys import translate
+from adafisher_dist.layouts.deepspeed_modes import refuse_config
 from adafisher_dist.layouts.deepspeed_wrappers import engine_that_builds, left_idle
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.settings import preset
@@ -175,17 +176,25 @@ def adopt_engine() -> None:
     Other optimizers save and load as before, but cannot load AdaFisher's state. Called when an
     AdaFisher and DeepSpeed are both there. Libraries that know only DeepSpeed's functions (Hugging
     Face's Trainer, Accelerate) then resume at another world size and stage too. An engine that is
-    built with another optimizer in the place of an AdaFisher gets a warning.
+    built with another optimizer in the place of an AdaFisher gets a warning; one whose config asks
+    for what AdaFisher does not do is refused.
     """
     engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
     if engine_class is None or hasattr(engine_class.save_checkpoint, "without_adafisher"):
         return
     build, save, load = engine_class.__init__, engine_class.save_checkpoint, engine_class.load_checkpoint
+    choose = engine_class._do_optimizer_sanity_check
 
     @wraps(build)
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         build(self, *arguments, **options)
         _warn_of_another_optimizer(self)
+
+    @wraps(choose)
+    def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
+        if isinstance(basic_optimizer, AdaFisher):
+            refuse_config(self)
+        return choose(self, basic_optimizer)
 
     @wraps(save)
     def save_checkpoint(
@@ -221,7 +230,7 @@ def adopt_engine() -> None:
         return load_with_deepspeed(load, self, load_dir, tag, flags)
 
     save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]
-    engine_class.__init__ = __init__
+    engine_class.__init__, engine_class._do_optimizer_sanity_check = __init__, _do_optimizer_sanity_check
     engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
 
 

@@ -20,6 +20,7 @@ from adafisher_dist.layouts.deepspeed_wrappers import (
     unexpected,
 )
 from adafisher_dist.layouts.storage import GivenParameters, LocalShard, ParameterInfo, Storage, UnsupportedLayoutError
+from adafisher_dist.layouts.uneven_inputs import JoinContexts as JoinContexts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +64,10 @@ _REPLICATED_WRAPPER = "FP16_UnfusedOptimizer"
 
 # What marks a tensor as a part of a parameter, set by the library that cut it.
 _MARKS = {
-    "_fsdp_flattened": ("FSDP1 (FullyShardedDataParallel)", "FSDP2 (fully_shard)"),
+    "_fsdp_flattened": (
+        "FSDP1 (FullyShardedDataParallel)",
+        "FSDP2 (fully_shard; with Accelerate `fsdp_version: 2`, with Lightning ModelParallelStrategy)",
+    ),
     "tensor_model_parallel": ("tensor parallelism (Megatron, or DeepSpeed's AutoTP)", "data parallelism"),
 }
 

@@ -170,7 +170,8 @@ class AdaFisher(ShardedOptimizer):
                 differ; a structural setting (block_size, …), or a parameter's shape or device, was
                 changed after the first step; another rank failed; an earlier step failed half-way;
                 a CUDA graph is being captured.
-            UnsupportedLayoutError: the layout is not supported.
+            UnsupportedLayoutError: the layout is not supported; it is called in DDP's `join()`, in
+                which ranks may run out of batches.
         """
         loss = None
         if closure is not None:
@@ -184,6 +185,7 @@ class AdaFisher(ShardedOptimizer):
             errors.attempt(registry.init_missing_shards)
             return loss
         groups, new = registry.begin_step(errors)
+        registry.join_contexts.refuse(new)  # no collective: a rank may have run out of batches already
         if not groups:
             self._notices.no_gradients()
         if new and layouts.is_state_init_call(self):

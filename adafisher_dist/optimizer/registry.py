@@ -51,6 +51,7 @@ class ParameterRegistry:
         self.process_group = process_group
         self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
+        self.join_contexts = layouts.JoinContexts()
         self.forget_shards()
 
     def forget_shards(self, meter: Meter | None = None) -> None:
