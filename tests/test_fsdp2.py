@@ -146,6 +146,88 @@ def test_hsdp(world: int, replicas: int, policy: str) -> None:
     follow(world, replicas=replicas, policy=policy)
 
 
+def scaled(rank: int, world: int, replicas: int, reduce: str) -> tuple[list[Any], float, int]:
+    """fp16 with a loss scale: weights after each step; in the third the last rank alone overflows.
+
+    In the sixth the scale, which grows every fourth step, has changed.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=getattr(torch, reduce))
+    module = shard_model(Odd, replicas, world, mp_policy=policy)
+    optimizer = AdaFisher(param_groups(module), **PARAMS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+    rows = []
+    for step in range(8):
+        x, y = batch(step, rank, world)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(x).float(), y) * (1e9 if step == 2 and rank == world - 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        rows.append({name: full(p) for name, p in module.named_parameters()})
+    return rows, scaler.get_scale(), optimizer.skipped_steps
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("reduce", ["float16", "float32"])
+def test_fp16_with_a_loss_scale(world: int, replicas: int, reduce: str) -> None:
+    """Like one process in fp32, but for fp16's rounding; an overflow leaves no trace on a rank."""
+    single = model()
+    optimizer = AdaFisher(param_groups(single), **PARAMS)
+    results = run_ranks(scaled, world, replicas, reduce)
+    for number in range(8):
+        before = weights(single)
+        if number != 2:
+            x, y = batch(number, 0, 1)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(single(x), y).backward()
+            optimizer.step()
+        moved = distance(weights(single), before)
+        for rows, _, _ in results:
+            assert all(np.array_equal(rows[number][name], results[0][0][number][name]) for name in rows[number])
+            assert distance(rows[number], weights(single)) < 0.02, number
+            if number == 2:
+                assert all(np.array_equal(rows[2][name], rows[1][name]) for name in rows[2])
+            else:
+                assert moved > 0.02, "the bound tells nothing"
+    assert {scale for _, scale, _ in results} == {2.0**8}  # halved once, doubled once
+    assert {skipped for *_, skipped in results} == {0}  # GradScaler itself leaves the step out
+
+
+def bfloat16(rank: int, world: int) -> tuple[list[Any], list[Any]]:
+    """Parameters that are bf16 themselves: full gradients and weights by step."""
+    module = fully_shard(model(torch.bfloat16))
+    optimizer = AdaFisher(module.named_parameters(), **PARAMS)
+    grads, after = [], []
+    for step in range(6):
+        x, y = batch(step, rank, world, dtype=torch.bfloat16)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x).float(), y.float()).backward()
+        grads.append({name: full(p.grad) for name, p in module.named_parameters() if p.grad is not None})
+        optimizer.step()
+        after.append({name: full(p) for name, p in module.named_parameters()})
+    return grads, after
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_parameters_in_bf16(world: int) -> None:
+    """On the same gradients one process comes to the same weights, bit for bit but for ties."""
+    single = model(torch.bfloat16)
+    named = dict(single.named_parameters())
+    optimizer = AdaFisher(single.named_parameters(), **PARAMS)
+    results = run_ranks(bfloat16, world)
+    grads, after = results[0]
+    for own, rows in zip(grads, after, strict=True):
+        for name, p in named.items():
+            p.grad = torch.from_numpy(own[name]).to(torch.bfloat16) if name in own else None
+        optimizer.step()
+        same = np.concatenate([(rows[name] == alone).ravel() for name, alone in weights(single).items()])
+        assert same.mean() > 0.97
+        for name, alone in weights(single).items():
+            assert np.allclose(rows[name], alone, rtol=2e-2, atol=1e-3), name
+    for _, other in results[1:]:
+        assert all(np.array_equal(other[-1][name], after[-1][name]) for name in other[-1])
+
+
 def test_clipping_accumulation_tied_and_unused_weights() -> None:
     follow(2, accumulate=3, clip=0.05)
     follow(2, kind=Tied)
@@ -250,6 +332,47 @@ def fsdp1(rank: int, world: int) -> str:
 
 def test_fsdp1_is_refused() -> None:
     run_ranks(fsdp1, 2)
+
+
+def wrapped_by_accelerate(rank: int, world: int, version: int) -> Any:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate_on_cpu import with_fsdp
+
+    AcceleratorState.__init__ = with_fsdp
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    module = model()
+    module.frozen.requires_grad_(True)  # FSDP1 wants parameters that are alike
+    before = AdaFisher(module.parameters(), **PARAMS)
+    try:
+        module, optimizer = accelerator.prepare(module, before)
+        for step in range(4):
+            x, y = batch(step, rank, world)
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.mse_loss(module(x), y))
+            optimizer.step()
+    except UnsupportedLayoutError as error:
+        return str(error)
+    return {name: full(p) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_accelerates_fsdp1_is_refused_with_a_remedy_that_trains(version: int) -> None:
+    pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
+    single = model()
+    single.frozen.requires_grad_(True)
+    optimizer = AdaFisher(single.parameters(), **PARAMS)
+    for step in range(4):
+        x, y = batch(step, 0, 1)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(single(x), y).backward()
+        optimizer.step()
+    for result in run_ranks(wrapped_by_accelerate, 2, version):
+        if version == 1:
+            assert "FSDP1" in result and "use FSDP2" in result and "`fsdp_version: 2`" in result
+        else:
+            assert distance(result, weights(single)) < 1e-4
 
 
 def one_replica_fails(rank: int, world: int) -> str:

@@ -6,6 +6,8 @@ The remedy that each message names is applied, and the training is then that of 
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,7 +61,8 @@ CASES: dict[str, Case] = {
     ),
     "bf16-masters": (
         2, CPU, {"bf16": {**BF16, "bf16_master_weights_and_grads": True}},
-        ("bf16.bf16_master_weights_and_grads is true", "Leave it out"), CPU, {"bf16": BF16},
+        ("bf16.bf16_master_weights_and_grads is true", '"bf16_optimizer_states": true', "leave both out"),
+        CPU, {"bf16": BF16},
     ),
     "fp16-masters": (
         3, CPU, {"fp16": {**FP16, "fp16_master_weights_and_grads": True}},
@@ -147,3 +150,33 @@ def mics(rank: int, world: int) -> str:
 def test_deepspeed_itself_refuses_mics() -> None:
     """Its remedy for users is hpZ, which trains: see test_zero.py::test_hierarchical_partitions."""
     assert all("mics_shard_size" in message for message in run_ranks(mics, 2, deepspeed=True))
+
+
+# ---- node-local checkpoints ----
+
+
+def node_local(rank: int, world: int, nodes: int, folder: str) -> str:
+    """With as many nodes as ranks have the local rank 0, as launchers number them."""
+    os.environ["LOCAL_RANK"] = str(rank % (world // nodes))
+    ds_config = config(2, world, checkpoint={"use_node_local_storage": True})
+    if nodes > 1:
+        with pytest.raises(UnsupportedLayoutError) as caught:
+            engine_of(ds_config)
+        ds_config = config(2, world)  # the remedy
+    engine = engine_of(ds_config)
+    train(engine, 0, 3, rank, world)
+    engine.save_checkpoint(folder)
+    train(engine, 3, 6, rank, world)
+    again = engine_of(ds_config)
+    again.load_checkpoint(folder)
+    train(again, 3, 6, rank, world)
+    assert distance(full_weights(again), full_weights(engine)) == 0
+    return str(caught.value) if nodes > 1 else ""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_node_local_checkpoints_are_refused_before_training_on_several_nodes(nodes: int, tmp_path: Path) -> None:
+    for message in run_ranks(node_local, 2, nodes, str(tmp_path), deepspeed=True):
+        if nodes > 1:
+            assert "checkpoint.use_node_local_storage is true on 2 nodes" in message
+            assert "a folder on a file system that all nodes share" in message

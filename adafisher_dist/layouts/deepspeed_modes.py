@@ -34,8 +34,8 @@ class _Mode(NamedTuple):
 
 
 _OFFLOAD = "zero_optimization.offload_optimizer"
-_MASTERS = "DeepSpeed keeps fp32 copies of the weights for all optimizers but its own CPU Adam and AdamW"
-_WITHOUT_MASTERS = "Leave it out: with {bits} the weights are trained in fp32 copies, which are sharded over the ranks"
+_MASTERS = "DeepSpeed keeps weights in 16 bits alone for its own CPU Adam"
+_COPIES = "weights are trained in fp32 copies, which are sharded over the ranks"
 
 
 def _is_nvme(device: Any) -> bool:
@@ -77,12 +77,8 @@ _MODES = (
         "Leave it out: AdaFisher's checkpoints load at any number of ranks",
     ),
     _Mode(
-        "bf16.bf16_master_weights_and_grads", "bfloat16_config.bf16_master_weights_and_grads", bool,
-        _MASTERS, _WITHOUT_MASTERS.format(bits="bf16"),
-    ),
-    _Mode(
         "fp16.fp16_master_weights_and_grads", "float16_config.fp16_master_weights_and_grads", bool,
-        _MASTERS, _WITHOUT_MASTERS.format(bits="fp16"),
+        _MASTERS, f"Leave it out: then the {_COPIES}",
     ),
     _Mode(
         "compile.deepcompile", "compile_config.deepcompile", bool,
@@ -109,7 +105,7 @@ def refuse_config(engine: Any) -> None:
         value = _at(engine._config, mode.attribute)
         if value is not None and (not mode.stages or stage in mode.stages) and mode.refused(value):
             problems.append(f"{mode.key} is {_as_written(value)}: {mode.why}. {mode.remedy}.")
-    problems += _node_local_storage(engine)
+    problems += [*_bf16_masters(engine), *_node_local_storage(engine)]
     if problems:
         raise UnsupportedLayoutError(f"AdaFisher does not support this DeepSpeed config. {' '.join(problems)}")
 
@@ -129,6 +125,19 @@ def _as_written(value: Any) -> str:
         return repr(value)
     written = getattr(value, "value", value)
     return f'"{written}"' if isinstance(written, str) else "set"
+
+
+def _bf16_masters(engine: Any) -> list[str]:
+    """What is wrong where weights in bf16 alone are asked for as DeepSpeed has them for its Adam."""
+    own = engine._config.bfloat16_config
+    if not getattr(own, "bf16_master_weights_and_grads", False):
+        return []
+    if getattr(own, "bf16_optimizer_states", False) and not engine.zero_use_cpu_optimizer():
+        return []
+    return [
+        f"bf16.bf16_master_weights_and_grads is true: {_MASTERS} if the optimizer is offloaded, and for others with"
+        f' "bf16_optimizer_states": true. Add that without offload_optimizer, or leave both out: then the {_COPIES}.'
+    ]
 
 
 def _node_local_storage(engine: Any) -> list[str]:

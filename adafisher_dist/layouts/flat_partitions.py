@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import placement
@@ -39,7 +40,7 @@ def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -
             "ZenFlow": wrapper.zenflow,
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "tensor parallelism": _is_tensor_parallel(wrapper),
-            "16-bit master weights": wrapper.low_precision_master_weights_and_grads,
+            "fp16 master weights": wrapper.master_weights_and_grads_dtype == torch.float16,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
         },
     )

@@ -39,7 +39,7 @@ def storage(wrapper: Any, flat: Tensor, given_parameters: GivenParameters) -> St
             "ZenFlow": wrapper.zenflow,
             "elastic_checkpoint (its files cannot be loaded)": wrapper.elastic_checkpoint,
             "model parallelism": wrapper.model_parallel_group is not None,
-            "16-bit master weights": wrapper.master_weights_and_grads_dtype != torch.float32,
+            "fp16 master weights": wrapper.master_weights_and_grads_dtype == torch.float16,
             "torch_autocast with fp16": wrapper.torch_autocast_gradscaler is not None,
             "expert parallelism (AutoEP)": wrapper._zero3_partition_group_metadata() is not None,
         },
