@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -339,9 +340,11 @@ def wrapped_by_accelerate(rank: int, world: int, version: int) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate_on_cpu import with_fsdp
 
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": str(world)}
     AcceleratorState.__init__ = with_fsdp
     plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.device = torch.device("cpu")  # as FSDP1 calls it; Accelerate has cpu:0
     module = model()
     module.frozen.requires_grad_(True)  # FSDP1 wants parameters that are alike
     before = AdaFisher(module.parameters(), **PARAMS)

@@ -7,7 +7,6 @@ precision's rounding of the gradient is in both, and every step is compared with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -463,7 +462,7 @@ class Even(nn.Module):
 
 
 class Quantizer:
-    """What DeepSpeed's CUDA kernel does, in torch: symmetric codes of 8 bits with a scale a group."""
+    """DeepSpeed's CUDA kernel in torch: symmetric codes of 8 bits, and a scale a group."""
 
     Symmetric = 0
     called = 0
@@ -494,7 +493,7 @@ def record_quantised(*arguments: Any) -> Any:
     QuantizerBuilder.load = lambda self, verbose=True: Quantizer
     stage3.all_to_all_quant_reduce = reduced
     result = record(*arguments)
-    assert Quantizer.called > 10
+    assert Quantizer.called >= 5  # in each step
     return result
 
 
@@ -505,7 +504,7 @@ def test_quantised_communication(what: str) -> None:
     results = follow(config(3, 2, zero=zero), 2, groups=False, kind=Even, recorder=record_quantised)  # type: ignore[arg-type]
     exact = follow(config(3, 2), 2, groups=False, kind=Even)  # type: ignore[arg-type]
     last, unrounded = results[0][0][-1][2], exact[0][0][-1][2]
-    assert 0 < distance(last, unrounded) < 0.05 and not math.isnan(distance(last, unrounded))
+    assert 1e-6 < distance(last, unrounded) < 0.2, "not rounded, or not the same training"
 
 
 # ---- all of a step, or none of it ----

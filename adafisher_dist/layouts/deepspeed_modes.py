@@ -128,7 +128,7 @@ def _as_written(value: Any) -> str:
 
 
 def _bf16_masters(engine: Any) -> list[str]:
-    """What is wrong where weights in bf16 alone are asked for as DeepSpeed has them for its Adam."""
+    """What is wrong where weights in bf16 alone are asked for as for DeepSpeed's own CPU Adam."""
     own = engine._config.bfloat16_config
     if not getattr(own, "bf16_master_weights_and_grads", False):
         return []
