@@ -39,7 +39,7 @@ _COPIES = "weights are trained in fp32 copies, which are sharded over the ranks"
 
 
 def _is_nvme(device: Any) -> bool:
-    return getattr(device, "value", device) == "nvme"
+    return bool(getattr(device, "value", device) == "nvme")
 
 
 _MODES = (
