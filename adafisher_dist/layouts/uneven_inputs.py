@@ -22,26 +22,28 @@ class JoinContexts:
     def __init__(self) -> None:
         self._modules: WeakSet[nn.Module] = WeakSet()
 
-    def refuse(self, new: Sequence[Tensor]) -> None:
-        """Refuse to step in a `join()` in which ranks may run out of batches. No collective.
+    def problem(self, new: Sequence[Tensor]) -> UnsupportedLayoutError | None:
+        """The error to raise in a `join()` in which ranks may run out of batches, at once.
+
+        It cannot wait for the collectives of the step, since a rank may have run out already. All
+        ranks that step are in it, so all of them raise. Returned and not raised, so that what else
+        goes wrong here can be told to the other ranks.
 
         Args:
             new: tensors that are stepped for the first time.
-
-        Raises:
-            UnsupportedLayoutError: all ranks that step are in it, so all of them raise.
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._find([tensor for tensor in new if type(tensor) is nn.Parameter])
         for module in self._modules:
             config = getattr(module, "_join_config", None)
             if config is not None and config.enable and not config.throw_on_early_termination:
-                raise UnsupportedLayoutError(
+                return UnsupportedLayoutError(
                     "AdaFisher cannot step within join() of DistributedDataParallel: a rank that has run out of"
                     " batches takes no step, and the others would wait for it. Use"
                     " join(throw_on_early_termination=True), which stops all ranks when the first has no more, or give"
                     " all ranks equally many batches (DistributedSampler)."
                 )
+        return None
 
     def _find(self, parameters: Sequence[Tensor]) -> None:
         """Look for the DDP modules that hold some of these parameters, among all live objects.

@@ -185,7 +185,9 @@ class AdaFisher(ShardedOptimizer):
             errors.attempt(registry.init_missing_shards)
             return loss
         groups, new = registry.begin_step(errors)
-        registry.join_contexts.refuse(new)  # no collective: a rank may have run out of batches already
+        uneven = errors.result(lambda: registry.join_contexts.problem(new), None)
+        if uneven is not None:
+            raise uneven
         if not groups:
             self._notices.no_gradients()
         if new and layouts.is_state_init_call(self):
