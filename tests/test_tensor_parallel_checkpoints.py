@@ -202,7 +202,7 @@ def test_goes_on_from_other_layouts(layout: str, to: str, saved: Saved, tmp_path
 )
 def test_other_settings_and_dtypes(more: dict[str, Any], saved: Saved, tmp_path: Path) -> None:
     """By way of one process, and back."""
-    path = saved["2x2", *more.items()]
+    path = saved[("2x2", *more.items())]
     layouts = ["2x2"] if "block_grid" in more else ["1x4", "alone", "2x2"]  # flat blocks go over the edges
     for layout in layouts:
         again = tmp_path / layout
