@@ -30,6 +30,11 @@ pytestmark = pytest.mark.dist
 
 BEFORE, AFTER = 4, 8  # steps
 
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Ranks, and for tensor parallelism replicas, data-parallel ranks and parts.
 LAYOUTS: dict[str, tuple[int, tuple[int, int, int] | None]] = {
     "alone": (1, None),
@@ -173,7 +178,7 @@ def assert_same_contents(one: Path, other: Path) -> None:
         assert values.dtype == found[key].dtype and torch.equal(values, found[key]), key
 
 
-@pytest.mark.parametrize("to", ["2x2", "1x2", "fsdp2", "alone", "1x4", "2x1", "hsdp", "ddp", "zero3"])
+@pytest.mark.parametrize("to", ["2x2", "1x2", "fsdp2", "alone", "1x4", slow("2x1"), "hsdp", slow("ddp"), "zero3"])
 def test_goes_on_at_any_degree_and_layout(to: str, saved: Saved, tmp_path: Path) -> None:
     """Half of the training before a checkpoint, half after it; its state is carried bit for bit."""
     path, again = saved["2x2",], tmp_path / "again"
@@ -182,7 +187,7 @@ def test_goes_on_at_any_degree_and_layout(to: str, saved: Saved, tmp_path: Path)
         assert_same_contents(again, path)
 
 
-@pytest.mark.parametrize(("layout", "to"), [("alone", "2x2"), ("fsdp2", "1x2"), ("hsdp", "2x2"), ("1x4", "hsdp")])
+@pytest.mark.parametrize(("layout", "to"), [("alone", "2x2"), ("fsdp2", "1x2"), ("hsdp", "2x2"), slow("1x4", "hsdp")])
 def test_goes_on_from_other_layouts(layout: str, to: str, saved: Saved, tmp_path: Path) -> None:
     path, again = saved[layout,], tmp_path / "again"
     same(on_ranks(goes_on, to, str(path), str(again), {}), alone(32, SETTINGS))
@@ -193,9 +198,9 @@ def test_goes_on_from_other_layouts(layout: str, to: str, saved: Saved, tmp_path
     "more",
     [
         {"exponent": 1.0, "inverse_update_freq": 2},
-        {"packed": True, "fisher_dtype": torch.bfloat16},
+        slow({"packed": True, "fisher_dtype": torch.bfloat16}),
         {"block_grid": "flat"},
-        {"max_blocks": 0},
+        slow({"max_blocks": 0}),
         {"dtype": torch.bfloat16},
     ],
     ids=lambda more: next(iter(more)),
