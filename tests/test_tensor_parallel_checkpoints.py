@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from models import same
+from models import same, same_state
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tensor_parallel_runs import SETTINGS, Block, alone, alone_in_parts, loss_of, parallel
@@ -228,6 +228,21 @@ def exactly(rank: int, world: int, path: str) -> bool:
 
 def test_the_same_ranks_go_on_bit_for_bit(saved: Saved) -> None:
     assert all(run_ranks(exactly, 4, str(saved["2x2",])))
+
+
+def reads_apart(rank: int, world: int, path: str) -> bool:
+    """Whether a load is the same where runs are read one by one, with nothing between them."""
+    runs = []
+    for gap in (orders._GAP, 0):
+        orders._GAP = gap
+        runs.append(Run("2x1", rank))
+        runs[-1].load(path)
+    one, other = (run.optimizer.state_dict() for run in runs)
+    return same_state(one, other) and all(np.array_equal(w, runs[1].weights()[n]) for n, w in runs[0].weights().items())
+
+
+def test_runs_that_are_far_apart_are_read_apart(saved: Saved) -> None:
+    assert all(run_ranks(reads_apart, 2, str(saved["1x4",])))
 
 
 # ---- edges that are not on the grid ----
