@@ -36,7 +36,7 @@ from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint.directory import CheckpointDirectory
-from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, MANIFEST
+from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, MANIFEST, WITH_PARTS
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
 # ---- damage ----
@@ -209,14 +209,12 @@ def test_another_format(damaged: Path) -> None:
     content = json.loads((damaged / MANIFEST).read_bytes())["content"]
     (damaged / MANIFEST).write_bytes(with_checksum({**content, "format": 1}))
     message = Bystander().refuses(damaged)
-    assert "has format 1" in message and f"reads {CHECKPOINT_FORMAT}: load it with the version that saved it" in message
-    for newer in (
-        {**content, "format": CHECKPOINT_FORMAT + 1},
-        {"format": CHECKPOINT_FORMAT + 1, "everything": "else"},
-    ):
+    own = f"reads {CHECKPOINT_FORMAT} and {WITH_PARTS}"
+    assert "has format 1" in message and f"{own}: load it with the version that saved it" in message
+    for newer in ({**content, "format": WITH_PARTS + 1}, {"format": WITH_PARTS + 1, "everything": "else"}):
         (damaged / MANIFEST).write_bytes(with_checksum(newer))
         message = Bystander().refuses(damaged)
-        assert f"has format {CHECKPOINT_FORMAT + 1}" in message and "update adafisher_dist" in message
+        assert f"has format {WITH_PARTS + 1}" in message and "update adafisher_dist" in message
 
 
 LATEST = {"empty": b"", "a tag that is gone": b"step7", "not UTF-8": b"\xff\xfe", "outside": b"../here",

@@ -266,8 +266,16 @@ REFUSED: dict[str, tuple[Steps, Any, str]] = {
     "a scheduler's state": (("values", "lr_scheduler", "state", "last_epoch"), "x", "'last_epoch' should be a number"),
     "rates": (("values", "lr_scheduler", "state", "base_lrs"), [0.1], "'base_lrs' should be 2 finite numbers"),
     "extra state": (("model", "extra_state", "counted"), {"seen": 1}, "extra state of counted cannot be restored"),
+    "a dimension to be cut": (
+        ("model", "parameters", "first.weight", "parts"), {"dim": 2, "count": 2}, "below its 2 dimensions"
+    ),
+    "more parts than files": (
+        ("model", "parameters", "first.weight", "parts"), {"dim": 0, "count": 2}, "at most 1, as there are files"
+    ),
+    "one part": (("model", "parameters", "first.weight", "parts"), {"dim": 0, "count": 1}, "a whole number from 2 on"),
+    "parts that are none": (("model", "parameters", "first.weight", "parts"), [0, 2], "parts of parameter first.wei"),
     "a tensor before the first": (("values", "extra", "t"), {"$tensor": -1}, "A value is tensor -1"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED.values(), ids=REFUSED)

@@ -21,6 +21,9 @@ LARGEST_RATIO = 8
 LARGEST_RATIO_OF_VOCABULARIES = 4
 LEAST_VOCABULARY = 30_000
 
+# The settings that tell how a parameter is cut: arguments of `make_grid`.
+GRID_SETTINGS = ("block_size", "rows_per_block", "block_grid", "max_blocks")
+
 
 class BlockShape(NamedTuple):
     """Shape of a block: elements of a row, rows that share a Fisher, whether that is a matrix."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint import dry_run, random_state, targets
+from adafisher_dist.checkpoint import dry_run, local_ranges, random_state, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match
@@ -99,14 +99,14 @@ def _tensors(target: CheckpointTarget) -> list[tuple[Tensor, list[str]]]:
 
 def _ranges(target: CheckpointTarget, manifest: Manifest, matched: Match, shards: list[Shard]) -> list[Range]:
     """What this rank reads."""
-    wanted = list(targets.weights(target, matched.weights, writing=False))
+    wanted = list(local_ranges.weights(target, matched.weights, writing=False))
     for shard in shards:
         with_factors = {
             old
             for number, old in _restored(target, shard, matched).items()
             if _has_factors(manifest, old, shard.configs[shard.groups[shard.storage.parameters[number].tensor]])
         }
-        for range_ in targets.state(target, [shard], matched.states, writing=False):
+        for range_ in local_ranges.state(target, [shard], matched.states, writing=False):
             kind, _, old = range_.key.partition("/")
             if kind not in ("factor", "curvature") or old in with_factors:
                 wanted.append(range_)

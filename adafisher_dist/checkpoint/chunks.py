@@ -70,9 +70,14 @@ class Chunks:
         """Those that hold any of the elements [start, stop), whole."""
         return self._made(self._rows(start, stop))
 
-    def files_of(self, start: int, stop: int) -> set[str]:
-        """The files that the elements [start, stop) lie in."""
-        return {self.files[number] for number in np.unique(self.table[1, self._rows(start, stop)]).tolist()}
+    def files_of(self, start: int | NDArray[np.int64], stop: int | NDArray[np.int64]) -> set[str]:
+        """The files that the elements [start, stop) lie in; of several such runs, where arrays."""
+        starts, ends = np.atleast_1d(start), np.atleast_1d(stop)
+        some = starts < ends
+        marks = np.zeros(len(self) + 1, dtype=np.int64)  # of a chunk where runs begin, and after where they end
+        np.add.at(marks, np.searchsorted(self.table[0], starts[some], side="right"), 1)
+        np.add.at(marks, np.minimum(len(self), np.searchsorted(self.table[0], ends[some]) + 1), -1)
+        return {self.files[number] for number in np.unique(self.table[1, np.cumsum(marks)[:-1] > 0]).tolist()}
 
     def dump(self) -> list[list[int]] | str:
         """What manifest.json has of them."""

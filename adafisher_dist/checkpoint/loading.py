@@ -14,7 +14,7 @@ import torch
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import SAVED, saved_offset
 from adafisher_dist.blocks.grid import grid_of
-from adafisher_dist.checkpoint import dry_run, encoding, random_state, targets
+from adafisher_dist.checkpoint import dry_run, encoding, local_ranges, orders, random_state, targets
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
 from adafisher_dist.checkpoint.applying import apply, chosen_tensors
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
@@ -23,6 +23,7 @@ from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.options import IGNORED, Checked, Loaded, Options
+from adafisher_dist.checkpoint.ranges import Range, among_parts
 from adafisher_dist.checkpoint.targets import CheckpointTarget
 from adafisher_dist.settings import state_config
 
@@ -118,30 +119,33 @@ def _needed_files(opened: OpenCheckpoint, target: CheckpointTarget, options: Opt
     files = opened.files_of(f"value/{number}" for number in range(len(manifest.about["value_tensors"])))
     if options.random:
         files |= opened.files_of([f"random/{target.hosts.rank}"])
-    spans = [(r.key, r.start, r.start + r.numel) for r in targets.weights(target, matched.weights, writing=False)]
+    wanted = [*local_ranges.weights(target, matched.weights, writing=False)]
     if options.states:
-        spans += _spans_of_state(target, matched)
-    for key, start, stop in spans:
-        if key in manifest.tensors:
-            files |= manifest.tensors[key].chunks.files_of(start, stop)
+        wanted += _ranges_of_state(target, matched)
+    for range_ in wanted:
+        if range_.key in manifest.tensors:
+            files |= manifest.tensors[range_.key].chunks.files_of(*orders.bounds_of(range_, manifest))
     return files
 
 
-def _spans_of_state(target: CheckpointTarget, matched: Match) -> Iterator[tuple[str, int, int]]:
+def _ranges_of_state(target: CheckpointTarget, matched: Match) -> Iterator[Range]:
     """The ranges of state tensors that this rank will own, planned without allocating them."""
     groups = [{**group} for group in target.optimizer.param_groups]
     for number, size in matched.block_sizes.items():
         groups[number]["block_size"] = size
     names, tensors = target.names, [tensor for tensor, _ in chosen_tensors(target, matched)]
     for storage in target.access.storages_of(tensors, target.wrapper):
-        grids = [grid_of(p.shape, state_config(groups[p.info.group]), p.whole) for p in storage.parameters]
+        configs = [state_config(groups[parameter.info.group]) for parameter in storage.parameters]
+        grids = [grid_of(p.shape, config, p.whole) for p, config in zip(storage.parameters, configs, strict=True)]
         for span in sharding.assign(grids, storage.stored_spans, storage.replicated).owned[storage.group.rank]:
-            old = matched.states.get(names[storage.parameters[span.parameter].info.position])
-            grid = grids[span.parameter]
-            ends = grid.row_group_from(span.start), grid.row_group_from(span.stop)
+            number = span.parameter
+            parameter, grid = storage.parameters[number], grids[number]
+            old = matched.states.get(names[parameter.info.position])
+            row_groups = grid.row_group_from(span.start), grid.row_group_from(span.stop), grid.row_groups
             for kind in SAVED if old is not None else ():
-                start, stop = (saved_offset(kind, grid, row_group) for row_group in ends)
-                yield f"{kind}/{old}", start, stop
+                start, stop, total = (saved_offset(kind, grid, row_group) for row_group in row_groups)
+                found = Range(f"{kind}/{old}", start, stop - start, total, configs[number].compute_dtype, ())
+                yield among_parts(found, parameter, configs[number])
 
 
 def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -> None:

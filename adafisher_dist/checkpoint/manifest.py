@@ -25,9 +25,14 @@ READ = os.O_RDONLY | os.O_NONBLOCK
 
 CHECKPOINT_FORMAT = 4
 
+# The same, where tensor parallelism cut parameters: their tensors lie part by part, which earlier
+# versions would not know.
+WITH_PARTS = 5
+
 # The earlier format whose weights can be read, and not its optimizer's state: F was of rows that
 # were not weighed, and blocks were cut by other rules.
 WEIGHTS_ONLY = 3
+_READ = (WEIGHTS_ONLY, CHECKPOINT_FORMAT, WITH_PARTS)
 MANIFEST = "manifest.json"
 
 # What is said of a parameter whose values are not in the checkpoint: they stay what they are in the
@@ -94,7 +99,7 @@ class Manifest:
             groups, values.
         files: by name.
         tensors: by key.
-        format: `CHECKPOINT_FORMAT`, or `WEIGHTS_ONLY`.
+        format: `CHECKPOINT_FORMAT`, `WITH_PARTS` or `WEIGHTS_ONLY`.
     """
 
     about: Mapping[str, Any]
@@ -156,15 +161,15 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
         raise CheckpointError(f"{path} is damaged: its checksum is {summed}, and it says {crc32}.")
     try:
         own = schema.whole_number_in(content, "format", "the manifest", low=1)
-        if own in (CHECKPOINT_FORMAT, WEIGHTS_ONLY):
-            schema.check(content, DTYPES, old=own != CHECKPOINT_FORMAT)
+        if own in _READ:
+            schema.check(content, DTYPES, old=own == WEIGHTS_ONLY)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
-    if own not in (CHECKPOINT_FORMAT, WEIGHTS_ONLY):
-        remedy = "update" if own > CHECKPOINT_FORMAT else "load it with the version that saved it, an older"
+    if own not in _READ:
+        remedy = "update" if own > WITH_PARTS else "load it with the version that saved it, an older"
         raise CheckpointError(
-            f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT}: {remedy}"
-            " adafisher_dist."
+            f"{folder} has format {own}, and this version of adafisher_dist reads {CHECKPOINT_FORMAT} and"
+            f" {WITH_PARTS}: {remedy} adafisher_dist."
         )
     try:
         return _parse(content)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from adafisher_dist.blocks.fields import saved_offset
-from adafisher_dist.blocks.grid import Grid, make_grid
-from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, CheckpointError, Manifest
+from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
+from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
+from adafisher_dist.checkpoint import orders
+from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, CheckpointError, Manifest
 from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
 from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.settings import state_config
 
 _SHOWN = 20
-_OF_GRID = ("block_size", "rows_per_block", "block_grid", "max_blocks")
 _EXTRA = "_extra_state"  # what torch calls it in a state dict
 
 
@@ -70,7 +70,7 @@ def match(
         CheckpointError: `rename` names what the checkpoint does not have, or gives one name twice;
             the optimizer's state is asked for, and is of an earlier version's kind.
     """
-    if states and manifest.format != CHECKPOINT_FORMAT:
+    if states and manifest.format == WEIGHTS_ONLY:
         raise CheckpointError(
             f"The checkpoint's optimizer state is of adafisher_dist {manifest.about['versions'].get('adafisher_dist')}"
             f" (format {manifest.format}; this version's is {CHECKPOINT_FORMAT}), whose Fisher blocks are cut and"
@@ -156,10 +156,10 @@ def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Itera
         yield f"{kind}/{old}", prod(whole_shape(tensors[name]))
     for name, old in found.states.items():
         settings = manifest.about["optimizer"]["state"][old]["structure"]
-        grid = _grid(settings, whole_shape(target.parameters[name]))
+        grids = _grids(settings, whole_shape(target.parameters[name]), _saved_parts(manifest, old))
         kept = ("factor", "curvature") if settings["keeps_factors"] else ()
         for kind in ("momentum", "fisher", "square", *kept):
-            yield f"{kind}/{old}", saved_offset(kind, grid, grid.row_groups)
+            yield f"{kind}/{old}", saved_offsets(kind, grids)[-1]
 
 
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
@@ -211,35 +211,65 @@ def _match_states(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
             if old not in managed:
                 found.problems.append(f"the optimizer had no {old}, so it has no state for {name}")
             elif old in saved["state"]:
-                there, shape = saved["state"][old]["structure"], whole_shape(target.parameters[name])
-                if there["grafting"] != own["grafting"]:
-                    found.problems.append(
-                        f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}:"
-                        " it is of other vectors"
-                    )
-                elif _alike(_grid(own, shape), _grid(there, shape)):
+                problem = _problem_of_state(manifest, target, name, old, own)
+                if problem is None:
                     found.states[name] = old
                 else:
-                    changed = [key for key in _OF_GRID if own[key] != there[key]]
-                    settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
-                    found.problems.append(f"the Fisher blocks of {name} were made with {settings}")
+                    found.problems.append(problem)
     given = {name for names in members for name in names}
     for name, old in fitting.items():
         if name not in given and old in saved["state"]:
             found.problems.append(f"the state of {old} is in the checkpoint, and the optimizer was not given {name}")
 
 
-def _grid(settings: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """The blocks of a parameter.
+def _problem_of_state(
+    manifest: Manifest, target: CheckpointTarget, name: str, old: str, own: Mapping[str, Any]
+) -> str | None:
+    """Why the state of a parameter does not fit one whose settings are `own`; None: it does."""
+    there, shape = manifest.about["optimizer"]["state"][old]["structure"], whole_shape(target.parameters[name])
+    parts, cut = target.parts.get(name), _saved_parts(manifest, old)
+    if there["grafting"] != own["grafting"]:
+        return (
+            f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}: it is of"
+            " other vectors"
+        )
+    if not _alike(_grids(own, shape, parts), _grids(there, shape, parts)):
+        changed = [key for key in GRID_SETTINGS if own[key] != there[key]]
+        settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
+        return f"the Fisher blocks of {name} were made with {settings}"
+    if parts != cut and None in [orders.of_field("fisher", shape, both, there) for both in (parts, cut)]:
+        return _of_other_parts(name, shape, parts, cut)
+    return None
+
+
+def _saved_parts(manifest: Manifest, old: str) -> Parts | None:
+    return saved_parts(manifest.about["model"]["parameters"][old])
+
+
+def _of_other_parts(name: str, shape: tuple[int, ...], parts: Parts | None, cut: Parts | None) -> str:
+    """What is told of blocks that end at the edges of parts that are not there any more, or new."""
+    told = ["is whole" if own is None else f"is cut into parts of {own.shapes[0]}" for own in (parts, cut)]
+    return (
+        f"the Fisher blocks of {name}, whose shape is {shape}, end at the edges of tensor-parallel parts, and those are"
+        f" not on the grid of the whole: here it {told[0]}, and where it was saved it {told[1]}. Load at the"
+        " tensor-parallel degree that it was saved at; or with strict=False, which restores the weights, and begins the"
+        " state of such parameters anew"
+    )
+
+
+def _grids(settings: Mapping[str, Any], shape: Sequence[int], parts: Parts | None) -> list[Grid]:
+    """The blocks of a parameter, part by part.
 
     Other settings may make the same blocks, as block sizes above the length of its rows do.
     """
-    return make_grid(shape, **{key: settings[key] for key in _OF_GRID})
+    if parts is not None:
+        return parts.grids(settings)
+    return [make_grid(shape, **{key: settings[key] for key in GRID_SETTINGS})]
 
 
-def _alike(own: Grid, there: Grid) -> bool:
+def _alike(own: Sequence[Grid], there: Sequence[Grid]) -> bool:
     """Whether the state of one grid fits the other: the same blocks, or no dense ones in either."""
-    return own == there or not (own.dense_row_groups or there.dense_row_groups)
+    return own == there or not any(grid.dense_row_groups for grid in (*own, *there))
 
 
 def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping[str, str]) -> int | None:

@@ -10,7 +10,7 @@ A dense block of the Fisher is its lower triangle there, whether the optimizer s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 
@@ -20,9 +20,12 @@ from torch import Tensor
 from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.fields import SAVED, saved_numel, saved_offset, triangle
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
+from adafisher_dist.blocks.parts import Parts, saved_offsets
 from adafisher_dist.blocks.sharding import Span
+from adafisher_dist.layouts.storage import Parameter
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.packing import pack, unpack
+from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
 # Elements a range holds at most, but for one block: what is packed at a time (64 MiB in fp32).
@@ -79,7 +82,10 @@ class RangePiece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
-    """Elements [start, start + numel) of the 1-d tensor `key` of `total` elements."""
+    """Elements [start, start + numel) of the 1-d tensor `key` of `total` elements.
+
+    Where tensor parallelism cuts the parameter, `parts` tells how: the tensor goes part by part.
+    """
 
     key: str
     start: int
@@ -87,6 +93,7 @@ class Range:
     total: int
     dtype: torch.dtype
     pieces: Sequence[RangePiece]
+    parts: Parts | None = None
 
     def in_place(self) -> Tensor | None:
         """The elements as a 1-d view of this rank's memory, where they lie in a row there."""
@@ -155,7 +162,19 @@ def of_state(shard: Shard, names: Mapping[int, str]) -> Iterator[Range]:
             grid = shard.grids[span.parameter]
             parts = -(-sharding.work((span,), shard.grids) // RANGE_NUMEL)
             for part in chain.from_iterable(sharding.cut((span,), shard.grids, parts)):
-                yield from _of_blocks(names[span.parameter], grid, span, part, places[span.parameter])
+                for range_ in _of_blocks(names[span.parameter], grid, span, part, places[span.parameter]):
+                    parameter = shard.storage.parameters[span.parameter]
+                    yield among_parts(range_, parameter, shard.configs[shard.groups[parameter.tensor]])
+
+
+def among_parts(range_: Range, parameter: Parameter, config: StateConfig) -> Range:
+    """A range of this rank's part of a parameter's state, as one of the tensor of all parts."""
+    parts = parameter.parts
+    if parts is None or parts.count == 1:
+        return range_
+    grids = parts.grids(config._asdict())
+    offsets = saved_offsets(range_.key.partition("/")[0], grids)
+    return replace(range_, start=range_.start + offsets[parameter.part], total=offsets[-1], parts=parts)
 
 
 def _of_blocks(

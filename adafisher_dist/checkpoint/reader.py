@@ -1,4 +1,4 @@
-"""Reads ranges, whatever ranges and dtypes were written."""
+"""Reads ranges, whatever ranges, dtypes and tensor-parallel parts were written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adafisher_dist.checkpoint import orders
 from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress
+from adafisher_dist.comm.host_groups import beat
 
 
 @torch.no_grad()
@@ -31,15 +33,35 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     for range_ in wanted:
         here = range_.in_place()
         packed = range_.room() if here is None else here
-        _read(opened, range_, packed, progress)
+        runs = orders.runs_of(range_, opened.manifest)
+        if runs is None:
+            _read(opened, range_.key, range_.start, packed)
+        else:
+            packed.copy_(_gathered(opened, range_, runs))
+        progress.add(packed.numel() * tensors[range_.key].dtype.itemsize)
         if here is None:
             range_.unpack(packed)
 
 
-def _read(opened: OpenCheckpoint, range_: Range, packed: Tensor, progress: Progress) -> None:
-    stored, start, stop = opened.manifest.tensors[range_.key], range_.start, range_.start + range_.numel
+def _gathered(opened: OpenCheckpoint, range_: Range, runs: orders.Ints) -> Tensor:
+    """A range whose elements lie in runs; what is between short gaps is read with them."""
+    dtype = opened.manifest.tensors[range_.key].dtype
+    gathered = torch.empty(range_.numel, dtype=dtype)
+    for group in orders.read_together(runs):
+        begin, (_, last, numel) = group[0][1], group[-1]
+        values = torch.empty(last + numel - begin, dtype=dtype)
+        _read(opened, range_.key, begin, values)
+        for place, at, numel in group:
+            place, at = place - range_.start, at - begin
+            gathered[place : place + numel] = values[at : at + numel]
+    return gathered
+
+
+def _read(opened: OpenCheckpoint, key: str, start: int, packed: Tensor) -> None:
+    """Read as many elements from `start` on as `packed` has."""
+    stored, stop = opened.manifest.tensors[key], start + packed.numel()
     if stop > stored.numel:
-        raise CheckpointError(f"elements {start} to {stop} of {range_.key} were wanted, and it has {stored.numel}")
+        raise CheckpointError(f"elements {start} to {stop} of {key} were wanted, and it has {stored.numel}")
     direct = packed.dtype == stored.dtype and packed.device.type == "cpu"
     for chunk in stored.chunks.overlapping(start, stop):
         low, high = max(start, chunk.start), min(stop, chunk.start + chunk.numel)
@@ -48,4 +70,4 @@ def _read(opened: OpenCheckpoint, range_: Range, packed: Tensor, progress: Progr
         opened.read_at(chunk.file, chunk.offset + (low - chunk.start) * stored.dtype.itemsize, read)
         if not direct:
             target.copy_(read)
-        progress.add(read.nbytes)
+        beat()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist.checkpoint import encoding, random_state, ranges, targets
+from adafisher_dist.checkpoint import encoding, local_ranges, random_state, ranges, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.manifest import CheckpointError
@@ -157,7 +157,7 @@ def save(
     about: dict[str, Any] = {}
     found: list[Range] = []
 
-    def collect() -> tuple[str, int | None]:
+    def collect() -> tuple[str, int | None, dict[str, tuple[int, ...]]]:
         kept = _checked_number(keep_last)
         target.access.check_complete()
         target.access.gather_state()
@@ -166,13 +166,14 @@ def save(
         found.extend(_ranges(target, tensors))
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
-        return about["id"], kept
+        return about["id"], kept, targets.steps_of_parts(target)
 
     saving = Saving(place.folder)
     with targets.partitioned(target.wrapper):
-        ids, kept = zip(*run_on_all_ranks(hosts, collect), strict=True)
+        ids, kept, steps = zip(*run_on_all_ranks(hosts, collect), strict=True)
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
+        _compare_steps(steps)
         about["id"] = ids[0]
         if target.first_holders is not None:
             about.update(_merged(hosts.gather({part: about[part] for part in ("model", "optimizer")})))
@@ -182,6 +183,21 @@ def save(
         _pending.append(saving)
         saving.start(lambda: _write(place, about, found, hosts, latest, keep_last, began, in_background=True))
     return saving
+
+
+def _compare_steps(by_rank: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+    """Refuse to save parts of a parameter that were not stepped alike: they have one step count.
+
+    Raises:
+        CheckpointError: on all ranks alike: names one.
+    """
+    for name in sorted({name for steps in by_rank for name in steps}):
+        found = [steps.get(name, (0, 0)) for steps in by_rank]
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"The tensor-parallel parts of {name} were not stepped equally often: by rank its (steps, Fisher"
+                f" updates) are {found}. Give all parts of a parameter gradients in the same steps. Nothing was saved."
+            )
 
 
 def _merged(described: list[dict[str, Any]]) -> dict[str, Any]:
@@ -240,8 +256,8 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     names = {name: name for name in [*target.parameters, *target.buffers]}
     stored = {name: name for name in names if name not in target.left_out}
     rank = target.hosts.rank
-    found = list(targets.weights(target, stored, writing=True))
-    found += targets.state(target, target.access.shards, names, writing=True)
+    found = list(local_ranges.weights(target, stored, writing=True))
+    found += local_ranges.state(target, target.access.shards, names, writing=True)
     small = {f"random/{rank}": random_state.capture()}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}

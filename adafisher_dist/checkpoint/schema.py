@@ -12,7 +12,8 @@ from reprlib import repr as short
 from typing import Any
 
 from adafisher_dist.blocks.fields import SAVED
-from adafisher_dist.blocks.grid import make_grid
+from adafisher_dist.blocks.grid import GRID_SETTINGS, make_grid
+from adafisher_dist.blocks.parts import PARTS, saved_parts
 from adafisher_dist.checkpoint.encoding import dtype_of
 
 # Counters are int64, and have to have room to go on.
@@ -44,8 +45,8 @@ def check(content: Mapping[str, Any], dtypes: Mapping[str, Any], old: bool) -> N
         _check_tensor(key, tensor, dtypes)
     about = _object(content, "about", "the manifest")
     _check_origin(about)
-    names = _check_model(about)
-    _check_optimizer(_object(about, "optimizer", "about"), names, old)
+    facts = _check_model(about, len(files))
+    _check_optimizer(_object(about, "optimizer", "about"), facts, old)
     _check_values(about, tensors, dtypes)
     _check_keys(about, tensors)
 
@@ -95,8 +96,8 @@ def _check_origin(about: Mapping[str, Any]) -> None:
         text_in(about, "precision", "about")
 
 
-def _check_model(about: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
-    """The shape of each parameter."""
+def _check_model(about: Mapping[str, Any], most_parts: int) -> Mapping[str, Any]:
+    """What is said of each parameter; each part was written by a rank of its own, into a file."""
     model = _object(about, "model", "about")
     kinds = {kind: _object(model, f"{kind}s", "model") for kind in ("parameter", "buffer")}
     for kind, members in kinds.items():
@@ -106,29 +107,39 @@ def _check_model(about: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     for name, entry in kinds["parameter"].items():
         if type(_entry(entry, "trainable", f"parameter {name}")) is not bool:
             raise _wrong(f"trainable of parameter {name}", "true or false", entry["trainable"])
+        if PARTS in entry:
+            _check_parts(_object(entry, PARTS, f"parameter {name}"), name, len(entry["shape"]), most_parts)
     named = {**kinds["parameter"], **kinds["buffer"]}
     for alias, first in _object(model, "aliases", "model").items():
         if not isinstance(first, str) or first not in named or alias in named:
             raise _wrong(f"what {alias} is tied to", "another parameter or buffer", first)
     _object(model, "extra_state", "model")
-    return {name: entry["shape"] for name, entry in kinds["parameter"].items()}
+    return kinds["parameter"]
 
 
-def _check_optimizer(optimizer: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], old: bool) -> None:
+def _check_parts(parts: Mapping[str, Any], name: str, dims: int, most: int) -> None:
+    where = f"{PARTS} of parameter {name}"
+    if whole_number_in(parts, "dim", where) >= dims:
+        raise _wrong(f"dim of {where}", f"below its {dims} dimensions", parts["dim"])
+    if whole_number_in(parts, "count", where, low=2) > most:
+        raise _wrong(f"count of {where}", f"at most {most}, as there are files", parts["count"])
+
+
+def _check_optimizer(optimizer: Mapping[str, Any], facts: Mapping[str, Any], old: bool) -> None:
     whole_number_in(optimizer, "skipped_steps", "optimizer")
     managed: set[str] = set()
     for number, group in enumerate(_list(optimizer, "groups", "optimizer")):
         where = f"param group {number}"
         _object(group, "settings", where)
         for name in _list(group, "names", where):
-            if not isinstance(name, str) or name not in shapes or name in managed:
+            if not isinstance(name, str) or name not in facts or name in managed:
                 raise _wrong(f"a name in {where}", "a parameter's, once", name)
             managed.add(name)
     for name, entry in _object(optimizer, "state", "optimizer").items():
         if name not in managed:
             raise _wrong("a name in the optimizer's state", "a parameter's of a param group", name)
         _check_counters(entry, name)
-        _check_structure(entry, name, None if old else shapes[name])
+        _check_structure(entry, name, None if old else facts[name])
 
 
 def _check_counters(entry: Any, name: str) -> None:
@@ -138,13 +149,13 @@ def _check_counters(entry: Any, name: str) -> None:
         raise _wrong(f"fisher_updates of {where}", f"between {min(step, 1)} and its {step} steps", updates)
 
 
-def _check_structure(entry: Any, name: str, shape: Sequence[int] | None) -> None:
-    """Check a state's structure for this shape; without one (old version), only keeps_factors."""
+def _check_structure(entry: Any, name: str, fact: Mapping[str, Any] | None) -> None:
+    """Check a state's structure for its parameter; without (old version), only keeps_factors."""
     where, inner = f"the state of {name}", f"structure of {name}"
     structure = _object(entry, "structure", where)
     if type(_entry(structure, "keeps_factors", inner)) is not bool:
         raise _wrong(f"keeps_factors of {inner}", "true or false", structure["keeps_factors"])
-    if shape is None:
+    if fact is None:
         return
     for key in ("block_size", "rows_per_block"):
         whole_number_in(structure, key, inner, low=1)
@@ -157,9 +168,11 @@ def _check_structure(entry: Any, name: str, shape: Sequence[int] | None) -> None
         raise _wrong(f"exponent of {inner}", "1.0 or 0.5", exponent)
     if _entry(structure, "grafting", inner) not in ("rms", "none"):
         raise _wrong(f"grafting of {inner}", "'rms' or 'none'", structure["grafting"])
-    settings = {key: structure[key] for key in ("block_size", "rows_per_block", "block_grid", "max_blocks")}
-    grid = make_grid(shape, **settings)
-    for key, count in (("blocks", grid.num_blocks), ("dense_blocks", grid.dense_blocks)):
+    whole = make_grid(fact["shape"], **{key: structure[key] for key in GRID_SETTINGS})
+    parts = saved_parts(fact)
+    grids = [whole] if parts is None else parts.grids(structure)
+    counts = {"blocks": sum(g.num_blocks for g in grids), "dense_blocks": sum(g.dense_blocks for g in grids)}
+    for key, count in counts.items():
         if whole_number_in(entry, key, where) != count:
             raise _wrong(f"{key} of {where}", f"{count}, as its structure has it", entry[key])
 

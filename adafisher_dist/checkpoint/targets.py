@@ -1,28 +1,24 @@
-"""A model and optimizer as a checkpoint sees them: named tensors, this rank's ranges, and facts."""
+"""A model and optimizer as a checkpoint sees them: named tensors, and facts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adafisher_dist import layouts
-from adafisher_dist.checkpoint import encoding, ranges
+from adafisher_dist.blocks.parts import Parts
+from adafisher_dist.checkpoint import encoding
 from adafisher_dist.checkpoint.manifest import LEFT_OUT
-from adafisher_dist.checkpoint.ranges import Range
-from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts.deepspeed_wrappers import expert_names
-from adafisher_dist.layouts.storage import LocalShard, Storage, whole_shape
+from adafisher_dist.layouts.storage import Storage, whole_shape
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.settings import StateConfig
-from adafisher_dist.state.shard import Shard
 
 # What an optimizer keeps of its own when it loads: settings that shape the state, and its memory
 # budget.
@@ -54,6 +50,7 @@ class CheckpointTarget:
         elsewhere: where ranks hold different experts or stages, the names that other ranks hold and
             this one does not.
         first_holders: there, by name, the first rank that holds it.
+        parts: by name, how tensor parallelism cuts a parameter, where it is in several parts.
     """
 
     module: nn.Module
@@ -68,6 +65,7 @@ class CheckpointTarget:
     left_out: frozenset[str] = frozenset()
     elsewhere: frozenset[str] = frozenset()
     first_holders: Mapping[str, int] | None = None
+    parts: Mapping[str, Parts] = field(default_factory=dict)
 
     def storages(self) -> list[Storage]:
         """Of the fp32 tensors of DeepSpeed's wrapper; none where the parameters are their own."""
@@ -99,7 +97,10 @@ def collect_target(
             " model that it was built for (after fully_shard, where that is used)."
         )
     names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
-    target = CheckpointTarget(module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases)
+    target = CheckpointTarget(
+        module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases,
+        parts={name: parts for name, tensor in parameters.items() if (parts := layouts.parts_of(tensor)) is not None},
+    )  # fmt: skip
     return _with_others(target) if experts or layouts.group_of_stage(module) is not None else target
 
 
@@ -148,94 +149,6 @@ def clean(name: str) -> str:
     return name
 
 
-# ---- ranges ----
-
-
-def weights(target: CheckpointTarget, names: Mapping[str, str], writing: bool) -> Iterator[Range]:
-    """The weights and buffers that this rank holds, or of those that several hold, what it writes.
-
-    Keys are weight/NAME, with DeepSpeed's fp32 values where it keeps some, and buffer/NAME.
-
-    Args:
-        target: the model.
-        names: for each parameter and buffer that takes part, its name in the checkpoint.
-        writing: leave out what other ranks write.
-    """
-    held = _held(target)
-    for number, (name, tensor) in enumerate([*target.parameters.items(), *target.buffers.items()]):
-        if name in names:
-            kind = "weight" if name in target.parameters else "buffer"
-            if kind == "buffer" and writing and held[name].replicated and target.hosts.rank != _saver(target, name):
-                continue  # nobody keeps buffers alike on all ranks, so one rank's are saved, as DDP and DeepSpeed do
-            if writing and not _is_first_to_hold(target, name, held[name].group):
-                continue
-            alone = kind == "buffer"
-            yield from _range(f"{kind}/{names[name]}", held[name], prod(whole_shape(tensor)), number, writing, alone)
-
-
-def _saver(target: CheckpointTarget, name: str) -> int:
-    """The rank that saves a buffer."""
-    return 0 if target.first_holders is None else target.first_holders[name]
-
-
-def _is_first_to_hold(target: CheckpointTarget, name: str, group: Group) -> bool:
-    """Whether these ranks save a parameter: the first that hold it, if it is tied over stages."""
-    return target.first_holders is None or group.handle is None or target.first_holders[name] in group.members
-
-
-def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
-    """This rank's part of each parameter and buffer: in a wrapper's fp32 tensors, or the model."""
-    names, held = target.names, {}
-    for storage in target.storages():
-        group = storage.group
-        for place in storage.stored_spans[group.rank]:
-            span, values_ = place.span, storage.values(place.tensor)
-            if not storage.replicated:
-                values_ = values_.view(-1)[place.offset : place.offset + len(span)]
-            name = names[storage.parameters[span.parameter].info.position]
-            held[name] = LocalShard(values_, span.start, span.stop, group, storage.replicated)
-        for parameter in storage.parameters:
-            nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
-            held.setdefault(names[parameter.info.position], nothing)
-    # The ranks that plain tensors are the same on.
-    everyone = layouts.group_of_stage(target.module) or Group(None, target.hosts.rank, target.hosts.size)
-    for name, tensor in [*target.parameters.items(), *target.buffers.items()]:
-        if name not in held:
-            held[name] = layouts.locate(tensor, layouts.group_of_expert(tensor) or everyone)
-    return held
-
-
-def _range(key: str, held: LocalShard, total: int, number: int, writing: bool, alone: bool) -> Iterator[Range]:
-    start, stop, values_ = held.start, held.stop, held.values
-    if writing and held.replicated and not alone:
-        start, stop = ranges.share(values_, number, held.group.rank, held.group.size)
-        values_ = values_.view(-1)[start:stop] if values_.is_contiguous() else values_
-    found = list(ranges.of_tensor(key, values_, start, stop, total))
-    yield from _of_this_replica(found, held.group, number) if writing else found
-
-
-def _of_this_replica(found: list[Range], group: Group, number: int) -> list[Range]:
-    """Of what all replicas hold, a part."""
-    if group.replicas is None:
-        return found
-    count, own = group.replicas.size, group.replicas.rank
-    return [range_ for index, range_ in enumerate(found) if (index + number) % count == own]
-
-
-def state(target: CheckpointTarget, shards: list[Shard], names: Mapping[str, str], writing: bool) -> Iterator[Range]:
-    """The optimizer's state on this rank; arguments as for `weights`."""
-    for shard in shards:
-        active = {number: target.names[parameter.info.position] for number, parameter in shard.active}
-        group = shard.storage.group
-        chosen = {
-            number: names[name]
-            for number, name in active.items()
-            if name in names and (not writing or _is_first_to_hold(target, name, group))
-        }
-        found = list(ranges.of_state(shard, chosen))
-        yield from _of_this_replica(found, group, 0) if writing else found
-
-
 # ---- facts ----
 
 
@@ -248,6 +161,7 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
                     "shape": whole_shape(p),
                     "dtype": str(p.dtype),
                     "trainable": p.requires_grad,
+                    **(target.parts[name].facts() if name in target.parts else {}),
                     **({LEFT_OUT: True} if name in target.left_out else {}),
                 }
                 for name, p in target.parameters.items()
@@ -301,16 +215,28 @@ def _counters(target: CheckpointTarget) -> dict[str, dict[str, Any]]:
     names, found = target.names, {}
     for shard in target.access.shards:
         for number, parameter in shard.active:
-            grid, (step, updates) = shard.grids[number], shard.counters[number].tolist()
+            step, updates = shard.counters[number].tolist()
             config = shard.configs[shard.groups[parameter.tensor]]
+            grids = [shard.grids[number]] if parameter.parts is None else parameter.parts.grids(config._asdict())
             found[names[parameter.info.position]] = {
                 "step": step,
                 "fisher_updates": updates,
-                "blocks": grid.num_blocks,
-                "dense_blocks": grid.dense_blocks,
+                "blocks": sum(grid.num_blocks for grid in grids),
+                "dense_blocks": sum(grid.dense_blocks for grid in grids),
                 "structure": config_facts(config),
             }
     return found
+
+
+def steps_of_parts(target: CheckpointTarget) -> dict[str, tuple[int, ...]]:
+    """With tensor parallelism, how often each parameter was stepped, for ranks to compare."""
+    names = target.names
+    return {
+        names[parameter.info.position]: tuple(shard.counters[number].tolist())
+        for shard in target.access.shards
+        for number, parameter in shard.active
+        if target.parts
+    }
 
 
 def config_facts(config: StateConfig) -> dict[str, Any]:
@@ -325,7 +251,8 @@ def layout_of(target: CheckpointTarget) -> str:
     shards = target.access.shards
     storages = [shard.storage for shard in shards] or target.storages()
     if storages:
-        return storages[0].layout
+        chosen = next((storage for storage in storages if storage.tensor_parallel), storages[0])
+        return chosen.layout.partition(" (part")[0]
     return "replicated" if target.hosts.size > 1 else "one process"
 
 

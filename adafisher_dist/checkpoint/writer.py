@@ -24,9 +24,19 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from adafisher_dist.blocks.parts import PARTS
 from adafisher_dist.checkpoint.chunks import MOST_CHUNKS, Chunk, collect
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
-from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError, File, Manifest, StoredTensor, dtype_name
+from adafisher_dist.checkpoint.manifest import (
+    CHECKPOINT_FORMAT,
+    MANIFEST,
+    WITH_PARTS,
+    CheckpointError,
+    File,
+    Manifest,
+    StoredTensor,
+    dtype_name,
+)
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.comm.host_groups import HostGroup, beat
 
@@ -177,7 +187,8 @@ class ShardWriter(StorageWriter):
             table = collect(key, stored.size[0], sorted(chunks, key=lambda c: c.start), names)
             tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], table)
         self._check_files(files)
-        manifest = Manifest(self.about, files, tensors)
+        cut = any(PARTS in fact for fact in self.about["model"]["parameters"].values())
+        manifest = Manifest(self.about, files, tensors, WITH_PARTS if cut else CHECKPOINT_FORMAT)
         with (self.place.saving / MANIFEST).open("xb") as file:
             file.write(manifest.dump())
             file.flush()

@@ -40,6 +40,11 @@ class HostGroup:
     purpose: str = STEP
     error: type[Exception] = RuntimeError
 
+    @property
+    def first(self) -> int:
+        """The global number of the first of these ranks."""
+        return 0 if self.handle is None else int(dist.get_process_group_ranks(self.handle)[0])
+
     def gather(self, value: T) -> list[T]:
         """What each rank gives, in the order of the ranks.
 

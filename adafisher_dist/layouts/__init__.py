@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from adafisher_dist.blocks.parts import Parts
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.comm.host_groups import HostGroup, host_group
 from adafisher_dist.layouts import deepspeed_wrappers, flat_partitions, replicated, zero3
@@ -163,10 +164,28 @@ def locate(tensor: Tensor, group: Group) -> LocalShard:
     if hasattr(tensor, "device_mesh"):
         from adafisher_dist.layouts import fsdp2
 
-        return fsdp2.locate(tensor)
+        return fsdp2.locate(tensor, group)
     if hasattr(tensor, "ds_id"):
         return zero3.locate(tensor)
     return LocalShard(tensor.detach(), 0, tensor.numel(), group, replicated=True)
+
+
+def parts_of(tensor: Tensor) -> Parts | None:
+    """How tensor parallelism cuts a parameter; None where it is in one part."""
+    if not hasattr(tensor, "device_mesh"):
+        return None
+    from adafisher_dist.layouts import fsdp2
+
+    return fsdp2.parts_of(tensor)
+
+
+def is_spare(tensor: Tensor, first: int) -> bool:
+    """See `fsdp2.is_spare`; False of what is no DTensor."""
+    if not hasattr(tensor, "device_mesh"):
+        return False
+    from adafisher_dist.layouts import fsdp2
+
+    return fsdp2.is_spare(tensor, first)
 
 
 def group_of_expert(tensor: Tensor) -> Group | None:

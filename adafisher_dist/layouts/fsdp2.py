@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from adafisher_dist.blocks import placement
+from adafisher_dist.blocks.parts import Parts
 from adafisher_dist.comm.collectives import Group, join
 from adafisher_dist.layouts.storage import (
     GivenParameters,
@@ -63,7 +64,8 @@ def _cut(parameter: Tensor, name: str) -> _Cut:
         strided = isinstance(outer, _StridedShard)  # its rows are those of a tensor-parallel rank's part
         part, dim = (parts[0][0], parts[0][1].dim % parameter.dim()) if parts else (None, 0)  # type: ignore[attr-defined]
         by_rows = (strided or type(outer) is Shard) and outer.dim == 0  # type: ignore[attr-defined]
-        if by_rows and strided == (part is not None and dim == 0):
+        in_parts = part is not None and dim == 0 and parameter.device_mesh.size(part) > 1
+        if by_rows and strided == in_parts:
             return _Cut(rows, part, dim)
     raise UnsupportedLayoutError(
         f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard, (Shard(0),) on"
@@ -105,13 +107,26 @@ def ranks_of(given_parameters: GivenParameters) -> Group | None:
     return everyone
 
 
-def _part_of(parameter: Tensor, mesh: Any, cut: _Cut) -> tuple[int, ...]:
-    """The shape of the part that this tensor-parallel rank has."""
-    shape = list(parameter.shape)
-    if cut.part is not None:
-        start, stop = placement.rows_of([shape[cut.dim]], mesh.get_local_rank(cut.part), mesh.size(cut.part))
-        shape[cut.dim] = stop - start
-    return tuple(shape)
+def _part_of(parameter: Tensor, mesh: Any, cut: _Cut) -> tuple[Parts | None, int]:
+    """How tensor parallelism cuts a parameter, if it does; the number of this rank's part."""
+    if cut.part is None:
+        return None, 0
+    return Parts(tuple(parameter.shape), cut.dim, mesh.size(cut.part)), mesh.get_local_rank(cut.part)
+
+
+def is_spare(parameter: Tensor, first: int) -> bool:
+    """Whether ranks of another tensor-parallel number hold the same elements, and save them.
+
+    Replicas of an HSDP mesh are not meant: they share the work.
+
+    Args:
+        parameter: a DTensor.
+        first: the first of the ranks that save together.
+    """
+    assert isinstance(parameter, DTensor)
+    mesh, cut = parameter.device_mesh, _cut(parameter, "a parameter")
+    copies = [own for i, own in enumerate(mesh.get_coordinate() or ()) if i > cut.rows and i != cut.part]
+    return any(copies) or first not in mesh.mesh.flatten().tolist()
 
 
 def storages(members: Sequence[tuple[Tensor, ParameterInfo]]) -> list[Storage]:
@@ -133,15 +148,15 @@ def _storage(members: Sequence[tuple[Tensor, ParameterInfo, _Cut]], mesh: Any, r
     group = group_of(mesh, rows)
     parameters = []
     for number, (tensor, info, cut) in enumerate(members):
-        shape = _part_of(tensor, mesh, cut)
+        parts, part = _part_of(tensor, mesh, cut)
+        shape = tuple(tensor.shape) if parts is None else parts.shapes[part]
         start, stop = placement.rows_of(shape, group.rank, group.size)
         _check_shard(tensor, info.name, stop - start)
-        whole = tuple(tensor.shape) if cut.part is not None else None
-        parameters.append(Parameter(info, shape, number, whole))
+        parameters.append(Parameter(info, shape, number, parts, part))
     layout = "FSDP2" if group.replicas is None else "HSDP"
-    part = next((cut.part for _, _, cut in members if cut.part is not None), None)
-    if part is not None:  # whose number keeps the state dicts of the parts apart
-        layout += f" with tensor parallelism (part {mesh.get_local_rank(part) + 1} of {mesh.size(part)})"
+    cut_by = next((cut.part for _, _, cut in members if cut.part is not None), None)
+    if cut_by is not None:  # the part's number keeps the state dicts of the parts apart
+        layout += f" with tensor parallelism (part {mesh.get_local_rank(cut_by) + 1} of {mesh.size(cut_by)})"
     return Storage(
         layout=layout,
         group=group,
@@ -152,23 +167,41 @@ def _storage(members: Sequence[tuple[Tensor, ParameterInfo, _Cut]], mesh: Any, r
     )
 
 
-def locate(parameter: Tensor) -> LocalShard:
+def parts_of(parameter: Tensor) -> Parts | None:
+    """How tensor parallelism cuts a DTensor; None where it is in one part."""
+    assert isinstance(parameter, DTensor)
+    if _is_whole(parameter):
+        return None
+    parts, _ = _part_of(parameter, parameter.device_mesh, _cut(parameter, "a parameter"))
+    return parts if parts is not None and parts.count > 1 else None
+
+
+def _is_whole(tensor: DTensor) -> bool:
+    """Whether each rank has all of it, as of buffers of modules that were parallelized."""
+    return all(isinstance(own, Replicate) for own in tensor.placements)
+
+
+def locate(tensor: Tensor, everyone: Group) -> LocalShard:
     """What this rank holds of a DTensor.
 
+    Args:
+        tensor: a parameter or buffer.
+        everyone: the ranks that save together.
+
     Raises:
-        UnsupportedLayoutError: it is not sharded by rows alone, as fully_shard does by default.
+        UnsupportedLayoutError: it is cut in an unknown way.
     """
-    assert isinstance(parameter, DTensor)
-    cut = _cut(parameter, "a parameter")
-    if cut.part is not None:
-        raise UnsupportedLayoutError(
-            "AdaFisher's sharded checkpoints do not know tensor parallelism yet. Save the model by"
-            " torch.distributed.checkpoint, and optimizer.state_dict() of each rank by torch.save."
-        )
-    group = group_of(parameter.device_mesh, cut.rows)
-    start, stop = placement.rows_of(parameter.shape, group.rank, group.size)
-    _check_shard(parameter, "a parameter", stop - start)
-    return LocalShard(parameter.to_local().detach(), start, stop, group, replicated=False)
+    assert isinstance(tensor, DTensor)
+    if _is_whole(tensor):
+        return LocalShard(tensor.to_local().detach(), 0, tensor.numel(), everyone, replicated=True)
+    cut = _cut(tensor, "a parameter")
+    group = group_of(tensor.device_mesh, cut.rows)
+    parts, part = _part_of(tensor, tensor.device_mesh, cut)
+    shape: Sequence[int] = tensor.shape if parts is None else parts.shapes[part]
+    before = 0 if parts is None else parts.offset(part)
+    start, stop = placement.rows_of(shape, group.rank, group.size)
+    _check_shard(tensor, "a parameter", stop - start)
+    return LocalShard(tensor.to_local().detach(), before + start, before + stop, group, replicated=False)
 
 
 def _check_shard(tensor: Tensor, name: str, numel: int) -> None:

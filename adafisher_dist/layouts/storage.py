@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adafisher_dist.blocks.parts import Parts
 from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.comm.collectives import Group
 
@@ -31,14 +32,20 @@ class ParameterInfo:
 class Parameter:
     """A model parameter: how it was given, its shape, and which stored tensor holds it.
 
-    Where tensor-parallel ranks each have a part of it, `shape` is of this rank's part, and `whole`
-    of the parameter.
+    Where tensor-parallel ranks each have a part of it, `shape` is of this rank's part, `part` the
+    number of that, and `parts` tells of all.
     """
 
     info: ParameterInfo
     shape: tuple[int, ...]
     tensor: int
-    whole: tuple[int, ...] | None = None
+    parts: Parts | None = None
+    part: int = 0
+
+    @property
+    def whole(self) -> tuple[int, ...] | None:
+        """The shape of the parameter, where this rank has a part of it."""
+        return None if self.parts is None else self.parts.whole
 
     @property
     def name(self) -> str:
@@ -133,7 +140,7 @@ class Storage:
     @property
     def tensor_parallel(self) -> bool:
         """Whether other ranks have other parts of a parameter, whose blocks they hold."""
-        return any(parameter.whole is not None for parameter in self.parameters)
+        return any(parameter.parts is not None for parameter in self.parameters)
 
     @property
     def on_ranks(self) -> bool:
@@ -152,6 +159,8 @@ class Storage:
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalShard:
     """What this rank holds of a parameter or buffer: elements [start, stop), flattened row-major.
+
+    Where tensor parallelism cuts it, elements are counted in the order of `blocks.parts`.
 
     Attributes:
         values: they, in any shape; padding may follow.

@@ -133,6 +133,7 @@ def _check_one_each(shards: list[Shard]) -> None:
             )
         if shard.storage.tensor_parallel:
             raise RuntimeError(
-                "torch.distributed.checkpoint cannot carry AdaFisher's state under tensor parallelism yet: save"
-                " optimizer.state_dict() of each rank by torch.save, and load it at the same layout."
+                "torch.distributed.checkpoint cannot carry AdaFisher's state under tensor parallelism. Use"
+                " adafisher_dist.save_checkpoint and load_checkpoint; or save optimizer.state_dict() of each rank by"
+                " torch.save, and load it in the same layout."
             )

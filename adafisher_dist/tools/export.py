@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adafisher_dist.blocks.parts import Parts, saved_parts
 from adafisher_dist.checkpoint.directory import sync
 from adafisher_dist.checkpoint.encoding import dtype_of
 from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
@@ -37,11 +38,15 @@ _SAVING = ".saving"
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """A tensor to write: its key in the checkpoint, and its shape and dtype in the file."""
+    """A tensor to write: its key in the checkpoint, and its shape and dtype in the file.
+
+    `parts`: how tensor parallelism cut it, if it did.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: Parts | None
 
     @property
     def numel(self) -> int:
@@ -150,7 +155,7 @@ def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
                 continue
             own = dtype_of(fact["dtype"])
             override = dtype if kind == "weight" and own.is_floating_point else None
-            found[name] = _Output(f"{kind}/{name}", tuple(fact["shape"]), override or own)
+            found[name] = _Output(f"{kind}/{name}", tuple(fact["shape"]), override or own, saved_parts(fact))
     for name, output in found.items():
         stored = manifest.tensors.get(output.key)
         held = 0 if stored is None else stored.numel  # a tensor without elements is not stored
@@ -210,7 +215,7 @@ def _tensor(opened: OpenCheckpoint, name: str, output: _Output) -> Tensor:
     """
     if not output.numel:
         return torch.empty(output.shape, dtype=output.dtype)
-    stored = opened.read_tensor(output.key)
+    stored = _in_one(opened.read_tensor(output.key), output.parts)
     values = stored.to(output.dtype)
     if values.dtype != stored.dtype and values.is_floating_point() and values.dtype.itemsize > 1:  # float8 has no inf
         lost = int((stored.isfinite() & values.isinf()).sum())
@@ -220,6 +225,14 @@ def _tensor(opened: OpenCheckpoint, name: str, output: _Output) -> Tensor:
                 f" {torch.finfo(values.dtype).max:g}: export as float32 or bfloat16 (--dtype). Nothing was written."
             )
     return values.view(output.shape)
+
+
+def _in_one(stored: Tensor, parts: Parts | None) -> Tensor:
+    """The elements in the parameter's own order, of parts that lie one after the other."""
+    if parts is None:
+        return stored
+    cut = torch.split(stored, [prod(shape) for shape in parts.shapes])
+    return torch.cat([own.view(shape) for own, shape in zip(cut, parts.shapes, strict=True)], dim=parts.dim).view(-1)
 
 
 def _publish(files: Sequence[Path], standing: Sequence[Path]) -> None:
