@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from adafisher_dist.numerics.block_stack import BlockStack, Numbers
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.stacking import Chunk, ChunkRows, Segment, Stacks, stack_blocks
+
+if TYPE_CHECKING:
+    from adafisher_dist.state.offload import Offloaded
 
 
 class TensorSpec(NamedTuple):
@@ -55,6 +58,7 @@ class Shard:
         removed: the numbers of the stored tensors that the user has taken out of the param groups,
             or replaced by others that do not fit in their places. Nobody gives them a gradient, or
             sees their state, any more.
+        offloaded: the state, while it is on the host; None while it is on its device.
         tensor_of_parameter: for each parameter, the number of the stored tensor that holds it.
     """
 
@@ -70,6 +74,7 @@ class Shard:
     views: list[dict[str, Tensor]]
     checked: bool = False
     removed: set[int] = field(default_factory=set)
+    offloaded: Offloaded | None = None
     tensor_of_parameter: Numbers = field(init=False)
 
     def __post_init__(self) -> None:

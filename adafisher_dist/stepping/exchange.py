@@ -43,6 +43,10 @@ class Exchange(Protocol):
 
     shard: Shard
 
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """What travels is in these; no step needs what one before has left there."""
+
     def collect(self, inputs: Inputs) -> Tensor:
         """Bring this rank's gradients to where they leave from. Local.
 
@@ -80,6 +84,11 @@ class Local:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self._stored = stored_stretches(shard)
+
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Nothing travels."""
+        return []
 
     def collect(self, inputs: Inputs) -> Tensor:
         """Gradients are read when their chunk's turn comes."""
@@ -128,6 +137,11 @@ class AllGather(Local):
             [[run.of_chunk(self.mine[number % 2].tensor) for run in rows.stored] for rows in chunk]
             for number, chunk in enumerate(shard.blocks.chunks)
         ]
+
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Own part and all parts of chunks."""
+        return [*self.mine, *self.everyone]
 
     def _slice(
         self, by_rank: Sequence[sharding.Spans], start: int, stop: int, buffer: CommBuffer, places: sharding.Places
@@ -251,6 +265,11 @@ class AllToAll:
         self.owned_elsewhere = PiecesByGroup(route.send, in_a_row(self.send_buffer.tensor, route.send), shard)
         self.ready = [chunk for chunk in shard.blocks.chunks if not any(rows.staged for rows in chunk)]
         self.late = [chunk for chunk in shard.blocks.chunks if any(rows.staged for rows in chunk)]
+
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Elements that are owned elsewhere, and those that are stored elsewhere."""
+        return [self.send_buffer, self.receive_buffer]
 
     def collect(self, inputs: Inputs) -> Tensor:
         """Of row groups that are cut, own parts are staged, others' go into the send buffer."""
