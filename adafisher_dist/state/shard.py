@@ -60,6 +60,8 @@ class Shard:
             sees their state, any more.
         offloaded: the state, while it is on the host; None while it is on its device.
         tensor_of_parameter: for each parameter, the number of the stored tensor that holds it.
+        first_elements: by stored tensor, where each holds one parameter: that one's number, and the
+            first element that is here.
     """
 
     storage: Storage
@@ -76,9 +78,12 @@ class Shard:
     removed: set[int] = field(default_factory=set)
     offloaded: Offloaded | None = None
     tensor_of_parameter: Numbers = field(init=False)
+    first_elements: dict[int, tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tensor_of_parameter = np.array([parameter.tensor for parameter in self.storage.parameters], dtype=np.int64)
+        here = self.storage.stored_spans[self.storage.group.rank]
+        self.first_elements = {p.tensor: (p.span.parameter, p.span.start - p.offset) for p in here}
 
     @property
     def stacks(self) -> list[BlockStack]:

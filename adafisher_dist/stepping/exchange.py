@@ -28,7 +28,7 @@ from adafisher_dist.stepping.inputs import Inputs, largest_gradient, stored_stre
 from adafisher_dist.stepping.updating import (
     Observe,
     PiecesByGroup,
-    apply,
+    apply_runs,
     change_stored,
     copy_all,
     copy_plan_of,
@@ -101,7 +101,7 @@ class Local:
         for chunk in self.shard.blocks.chunks:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
 
 
 class AllGather(Local):
@@ -204,9 +204,8 @@ class AllGather(Local):
                     for run, view in zip(rows.stored, in_mine, strict=True)
                     if inputs.weights[run.tensor] is not None
                 ]
-                changes = [run.in_work for run, _ in active]
-                sent = [view for _, view in active]
-                apply(sent, changes, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
+                sent, runs = [view for _, view in active], [run for run, _ in active]
+                apply_runs(self.shard, sent, runs, rows, inputs, should_step, observe)
 
         if not errors.attempt(make):
             errors.rescue(copy)
@@ -285,13 +284,13 @@ class AllToAll:
         for chunk in self.ready:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
         wait()
         errors.attempt(lambda: copy_all(self.received, self.stored_elsewhere))
         for chunk in self.late:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
         if not errors.attempt(lambda: copy_all(self.stored_elsewhere, self.received)):
             errors.rescue(self.receive_buffer.tensor.zero_)
         wait = self._exchange(self.receive_buffer, self.receive_counts, self.send_buffer, self.send_counts)
