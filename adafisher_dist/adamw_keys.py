@@ -38,7 +38,11 @@ _BY_REMEDY: tuple[tuple[tuple[str, ...], tuple[bool | int, ...], str], ...] = (
     (("correct_bias",), (True,), "Write bias_correction=False in its place."),
     (("max_grad_norm",), (0,), "Leave it out; DeepSpeed's gradient_clipping or torch's clip_grad_norm_ clips."),
     (("percentile_clipping",), (100,), "Leave it out; DeepSpeed's gradient_clipping or torch's clip_grad_norm_ clips."),
-    (("use_kahan_summation", "kahan_sum"), (False,), "Weights are updated in the precision they have: leave it out."),
+    (
+        ("use_kahan_summation", "kahan_sum"),
+        (False,),
+        "Leave it out; stochastic_rounding=True is for weights in bfloat16.",
+    ),
     # how much memory it takes
     (("fp32_optimizer_states",), (True,), 'Leave it out; fisher_dtype="bfloat16" halves the Fisher.'),
     (("optim_bits",), (32,), 'Leave it out; fisher_dtype="bfloat16" halves the Fisher.'),
@@ -63,6 +67,7 @@ _BY_SETTING = {
         "inv_update_freq",
     ),
     "fisher_update_freq": ("factor_update_steps", "factor_update_freq"),
+    "stochastic_rounding": ("bf16_stochastic_round", "use_stochastic_rounding"),
 }
 _CALLED_ELSEWHERE = {other: own for own, others in _BY_SETTING.items() for other in others}
 

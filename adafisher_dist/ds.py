@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adafisher_dist import engine_state
 from adafisher_dist.adamw_keys import translate
 from adafisher_dist.layouts.deepspeed_modes import refuse_config
 from adafisher_dist.layouts.deepspeed_wrappers import engine_that_builds, left_idle
@@ -230,6 +231,7 @@ def adopt_engine() -> None:
         return load_with_deepspeed(load, self, load_dir, tag, flags)
 
     save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]
+    engine_state.adopt(engine_class)
     engine_class.__init__, engine_class._do_optimizer_sanity_check = __init__, _do_optimizer_sanity_check
     engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
 

@@ -30,11 +30,12 @@ DEFAULTS: dict[str, Any] = {
     "grafting": "rms",
     "fisher_dtype": torch.float32,
     "packed": False,
+    "stochastic_rounding": False,
     "memory_budget_gb": None,
 }
 
 # Settings that checkpoints of earlier versions do not have: a load leaves the optimizer's own.
-ADDED_LATER: tuple[str, ...] = ()
+ADDED_LATER: tuple[str, ...] = ("stochastic_rounding",)
 
 # Settings that are one for the whole optimizer.
 OF_ALL_GROUPS = ("fisher_dtype", "memory_budget_gb")
@@ -93,6 +94,7 @@ class StepSettings(NamedTuple):
     bias_correction: bool
     fisher_update_freq: int
     inverse_update_freq: int
+    stochastic_rounding: bool
 
     def updates_fisher(self, step: int) -> bool:
         """Whether F is updated at step t of a parameter."""
@@ -180,7 +182,7 @@ def problems_of(group: dict[str, Any]) -> list[Exception]:
     check(_integer, "inverse_update_freq", low=1)
     if group["max_blocks"] is not None:
         check(_integer, "max_blocks", low=0)
-    for name in ("nesterov", "bias_correction", "packed"):
+    for name in ("nesterov", "bias_correction", "packed", "stochastic_rounding"):
         check(_switch, name)
     check(_choice, "block_grid", ("rows", "flat"))
     check(_choice, "grafting", ("rms", "none"))

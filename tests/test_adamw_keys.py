@@ -210,7 +210,7 @@ IMPOSSIBLE = [
     ("is_paged", True, ValueError, "offload_optimizer"),
     ("percentile_clipping", 5, ValueError, "gradient_clipping"),
     ("max_grad_norm", 1.0, ValueError, "clip_grad_norm_"),
-    ("use_kahan_summation", True, ValueError, "the precision they have"),
+    ("use_kahan_summation", True, ValueError, "stochastic_rounding=True is for weights in bfloat16"),
     ("fused", "true", TypeError, "fused should be True or False, got 'true'"),
     ("torch_adam", "auto", TypeError, "torch_adam should be True or False, got 'auto'"),
     ("amsgrad", 1, TypeError, "amsgrad should be True or False, got 1"),

@@ -34,8 +34,10 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(found_inf, "is_meant_for", lambda device: True)
 
 
-def gradients(module: nn.Module, step: int, bad: float | None = None) -> None:
-    x, y = batch(step, 0, 1)
+def gradients(
+    module: nn.Module, step: int, bad: float | None = None, dtype: torch.dtype = torch.float32
+) -> None:  # fmt: skip
+    x, y = batch(step, 0, 1, dtype=dtype)
     module.zero_grad()
     nn.functional.mse_loss(module(x), y).backward()
     if bad is not None:
@@ -111,11 +113,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(**settings: Any) -> list[str]:
-    module = model()
+def waits(dtype: torch.dtype = torch.float32, **settings: Any) -> list[str]:
+    module = model(dtype)
     optimizer = AdaFisher(param_groups(module), **{**SETTINGS, **settings}, max_blocks=3)
     for step in range(3):
-        gradients(module, step)
+        gradients(module, step, dtype=dtype)
         with Waits() as noted:
             optimizer.step()
     return noted.seen
@@ -124,6 +126,7 @@ def waits(**settings: Any) -> list[str]:
 def test_no_step_waits_for_the_device() -> None:
     assert waits() == waits(grafting="none") == []
     assert waits(packed=True, fisher_dtype="bfloat16", fisher_update_freq=2) == []
+    assert waits(torch.bfloat16, stochastic_rounding=True) == []
     assert waits(exponent=1.0)  # whether a factorisation failed; and the test can see it
 
 

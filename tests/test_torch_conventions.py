@@ -42,7 +42,7 @@ def test_signature_is_the_documented_one() -> None:
     expected = {**DEFAULTS, "process_group": None}
     assert list(expected.values()) == [
         *(1e-3, 0.9, True, 0.97, 0.01, 1e-8, 128, 64, "rows", 0.01, True, None, 1, 1, 0.5, "rms", torch.float32),
-        *(False, None, None),
+        *(False, False, None, None),
     ]
     parameters = list(inspect.signature(AdaFisher).parameters.values())
     assert parameters[0].name == "params"

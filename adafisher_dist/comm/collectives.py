@@ -178,6 +178,20 @@ def minimum_on_device(group: Group, value: CommBuffer) -> None:
         minimum_on_device(group.replicas, value)
 
 
+def total(group: Group, values: CommBuffer, purpose: str) -> Tensor:
+    """The elementwise sum of all ranks' 1-d tensors, in place.
+
+    Raises:
+        RuntimeError: names the ranks that did not come to `purpose`.
+    """
+    if group.size > 1:
+        mine = values.load()
+        meetings(group.handle).begin()
+        work = dist.all_reduce(mine, dist.ReduceOp.SUM, group.handle, async_op=True)
+        _wait(work, mine.device, group.handle, purpose)
+    return values.unload()
+
+
 def all_gather(group: Group, mine: CommBuffer, out: CommBuffer) -> Callable[[], None]:
     """Start an all-gather of equally long 1-d tensors into `out`; the result waits for it.
 

@@ -111,6 +111,9 @@ def engine_that_builds() -> Any:
 _built: WeakSet[Optimizer] = WeakSet()
 _classes: list[type] = []
 
+registered: WeakSet[Optimizer] = WeakSet()
+"""All AdaFishers, copies too: DeepSpeed's functions on a parameter do not say whose it is."""
+
 
 def register_with_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
     """Make an optimizer known to DeepSpeed, whether that is loaded already or will be.
@@ -121,6 +124,7 @@ def register_with_deepspeed(optimizer: Optimizer, built: bool = True) -> None:
     """
     if type(optimizer) not in _classes:
         _classes.append(type(optimizer))
+    registered.add(optimizer)
     if built:
         _built.add(optimizer)
     if not any(isinstance(finder, _Watch) for finder in sys.meta_path):

@@ -70,8 +70,8 @@ def _cut(parameter: Tensor, name: str) -> _Cut:
     raise UnsupportedLayoutError(
         f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard, (Shard(0),) on"
         " a 1-D mesh and (Replicate(), Shard(0)) on a 2-D mesh (HSDP), and those of fully_shard after"
-        " parallelize_module, as (_StridedShard(0), Shard(0)) and (Shard(0), Shard(1)). A shard_placement_fn with"
-        " another dimension, and tensor parallelism without fully_shard, are not supported."
+        " parallelize_module, as (_StridedShard(0), Shard(0)) and (Shard(0), Shard(1)). Another dimension is not"
+        " supported: leave shard_placement_fn out. Neither is tensor parallelism without fully_shard."
     )
 
 

@@ -1,6 +1,8 @@
-"""Stochastic rounding to bfloat16, alike on every rank, and how much noise it leaves."""
+"""Stochastic rounding to bfloat16, of F and of weights, alike on every rank."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +27,40 @@ def seeds_of_elements(seed_N: Tensor, size: int) -> Tensor:
     index_B = torch.arange(size, dtype=torch.int32, device=seed_N.device)
     low_BB, high_BB = torch.minimum(index_B[:, None], index_B), torch.maximum(index_B[:, None], index_B)
     return _scramble((low_BB << 16) + high_BB) ^ seed_N[:, None, None]
+
+
+def seeds_of_weights(
+    sizes: Sequence[int], strides: Sequence[int], first: int, position: int, step: int, device: torch.device
+) -> Tensor:
+    """A seed for each element of a view of a parameter, in the view's shape, int32.
+
+    It depends on the element, the parameter and its step, and on no rank.
+
+    Args:
+        sizes: of the view.
+        strides: from one element to the next in the flattened parameter.
+        first: the first element's number there.
+        position: of the parameter among those that the optimizer was given.
+        step: t.
+        device: of the result.
+    """
+    number = torch.full((), (first + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)  # wraps, as products do
+    for size, stride in zip(sizes, strides, strict=True):
+        number = number[..., None] + torch.arange(size, dtype=torch.int32, device=device) * stride
+    return _scramble(number) ^ seeds(torch.tensor(position, dtype=torch.int32), step)  # a number of the host
+
+
+def add_stochastically(weight: Tensor, update: Tensor, seed: Tensor) -> None:
+    """θ ← θ + u in float32, rounded to bfloat16's values so that the mean is kept; in place.
+
+    Args:
+        weight: θ, values of bfloat16.
+        update: u.
+        seed: int32, for each element.
+    """
+    wide = weight.float().add_(update)
+    round_stochastically(wide, seed)
+    weight.copy_(wide)
 
 
 def round_stochastically(x: Tensor, seed: Tensor) -> None:

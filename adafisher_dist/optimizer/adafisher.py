@@ -85,6 +85,8 @@ class AdaFisher(ShardedOptimizer):
             "bfloat16".
         packed: store a block of F as its lower triangle: half the memory, the same results to the
             last bit, somewhat more time.
+        stochastic_rounding: round new weights in bfloat16 up or down by chance, so that their mean
+            is exact and small updates are not lost; all of a group must be in bfloat16.
         memory_budget_gb: GB (10⁹ bytes) that a rank may use for state and buffers; for
             block_size="auto".
         process_group: the ranks on which the parameters are replicated; all by default. Under ZeRO,
@@ -125,6 +127,7 @@ class AdaFisher(ShardedOptimizer):
         grafting: str = "rms",
         fisher_dtype: torch.dtype | str = torch.float32,
         packed: bool = False,
+        stochastic_rounding: bool = False,
         memory_budget_gb: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:

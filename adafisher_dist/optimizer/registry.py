@@ -18,6 +18,7 @@ from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.settings import normalized, state_config
+from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, build
 from adafisher_dist.stepping.metrics import Meter
 from adafisher_dist.stepping.step import Stepper
@@ -195,8 +196,9 @@ class ParameterRegistry:
         """Take over what the user put into `state`: copy replaced entries, reset removed ones.
 
         Libraries move or reset an optimizer's state by replacing what is in there, and the shards
-        hold the original.
+        hold the original. It is an error where these are offloaded.
         """
+        offload.refuse(shards)
         changed = []
         for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):

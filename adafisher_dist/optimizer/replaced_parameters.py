@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.layouts.storage import GivenParameters
+from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, TensorSpec
 
 # A stored tensor that has left the param groups: its shard, its number there, and a fitting
@@ -39,7 +40,11 @@ def find_replacements(
         given_parameters: what stood in the param groups before.
         groups: the param groups.
         state: of the optimizer.
+
+    Raises:
+        RuntimeError: the state is offloaded.
     """
+    offload.refuse(shards)
     standing = {id(tensor) for group in groups for tensor in group["params"]}
     new = {id(t): t for group in groups for t in group["params"] if given_parameters.find(t) is None}
     vacant = [

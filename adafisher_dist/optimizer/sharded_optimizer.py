@@ -11,7 +11,7 @@ from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translate_group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts.deepspeed_wrappers import register_with_deepspeed
-from adafisher_dist.optimizer import state_dicts
+from adafisher_dist.optimizer import offloading, state_dicts
 from adafisher_dist.optimizer.consolidated import Consolidated, consolidate, for_torch_checkpoint
 from adafisher_dist.optimizer.notices import Notices
 from adafisher_dist.optimizer.registry import ParameterRegistry
@@ -205,6 +205,30 @@ class ShardedOptimizer(Optimizer):
         """
         self._registry.stepper.resolve_pending()
         return self._registry.stepper.skipped
+
+    def offload_state(self, pin_memory: bool = True) -> None:
+        """Move this rank's state to the host, and free it and all buffers on the device.
+
+        For phases that do not train, as generation in RLHF. Call it on all ranks, and
+        `reload_state` before the next step, save or state dict, which are errors until then.
+        Training goes on bit for bit. `state` shows the copies meanwhile.
+
+        Args:
+            pin_memory: page-lock the copies of what is on an accelerator: faster, and the host
+                cannot swap them out.
+
+        Raises:
+            RuntimeError: a step or a load failed half-way.
+        """
+        self._registry.stepper.check_complete()
+        offloading.to_host(self._registry, pin_memory)
+
+    def reload_state(self) -> None:
+        """Bring back what `offload_state` moved; does nothing where it did not.
+
+        What was written into `state` meanwhile is dropped.
+        """
+        offloading.to_device(self._registry)
 
     def reset_state(self) -> None:
         """Forget momentum, Fisher blocks and counters, not settings. Call it on all ranks."""

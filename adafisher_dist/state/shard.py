@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from adafisher_dist.numerics.block_stack import BlockStack, Numbers
 from adafisher_dist.numerics.block_step import StepContext, update_blocks
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.stacking import Chunk, ChunkRows, Segment, Stacks, stack_blocks
+
+if TYPE_CHECKING:
+    from adafisher_dist.state.offload import Offloaded
 
 
 class TensorSpec(NamedTuple):
@@ -55,7 +58,10 @@ class Shard:
         removed: the numbers of the stored tensors that the user has taken out of the param groups,
             or replaced by others that do not fit in their places. Nobody gives them a gradient, or
             sees their state, any more.
+        offloaded: the state, while it is on the host; None while it is on its device.
         tensor_of_parameter: for each parameter, the number of the stored tensor that holds it.
+        first_elements: by stored tensor, where each holds one parameter: that one's number, and the
+            first element that is here.
     """
 
     storage: Storage
@@ -70,10 +76,14 @@ class Shard:
     views: list[dict[str, Tensor]]
     checked: bool = False
     removed: set[int] = field(default_factory=set)
+    offloaded: Offloaded | None = None
     tensor_of_parameter: Numbers = field(init=False)
+    first_elements: dict[int, tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tensor_of_parameter = np.array([parameter.tensor for parameter in self.storage.parameters], dtype=np.int64)
+        here = self.storage.stored_spans[self.storage.group.rank]
+        self.first_elements = {p.tensor: (p.span.parameter, p.span.start - p.offset) for p in here}
 
     @property
     def stacks(self) -> list[BlockStack]:

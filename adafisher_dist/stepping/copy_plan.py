@@ -58,6 +58,10 @@ class CopyPlan:
         theirs = [view for cut, flat in present for view in cut.pieces(flat)]
         return theirs, [part for cut, _ in present for part in cut.parts]
 
+    def places(self, flats: Flats) -> list[tuple[int, int, int]]:
+        """Of the views of `of`: the stored tensor, the first element, the one after the last."""
+        return [(cut.tensor, *bounds) for cut in self._cuts if flats[cut.tensor] is not None for bounds in cut.bounds]
+
     def missing(self, flats: Flats) -> list[Tensor]:
         """The buffer's views of the tensors that take no part."""
         return [part for cut in self._cuts if flats[cut.tensor] is None for part in cut.parts]

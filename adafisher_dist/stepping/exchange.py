@@ -28,7 +28,7 @@ from adafisher_dist.stepping.inputs import Inputs, largest_gradient, stored_stre
 from adafisher_dist.stepping.updating import (
     Observe,
     PiecesByGroup,
-    apply,
+    apply_runs,
     change_stored,
     copy_all,
     copy_plan_of,
@@ -42,6 +42,10 @@ class Exchange(Protocol):
     """What a step needs of a layout."""
 
     shard: Shard
+
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """What travels is in these; no step needs what one before has left there."""
 
     def collect(self, inputs: Inputs) -> Tensor:
         """Bring this rank's gradients to where they leave from. Local.
@@ -81,6 +85,11 @@ class Local:
         self.shard = shard
         self._stored = stored_stretches(shard)
 
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Nothing travels."""
+        return []
+
     def collect(self, inputs: Inputs) -> Tensor:
         """Gradients are read when their chunk's turn comes."""
         return largest_gradient(inputs, self._stored, self.shard)
@@ -92,7 +101,7 @@ class Local:
         for chunk in self.shard.blocks.chunks:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
 
 
 class AllGather(Local):
@@ -128,6 +137,11 @@ class AllGather(Local):
             [[run.of_chunk(self.mine[number % 2].tensor) for run in rows.stored] for rows in chunk]
             for number, chunk in enumerate(shard.blocks.chunks)
         ]
+
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Own part and all parts of chunks."""
+        return [*self.mine, *self.everyone]
 
     def _slice(
         self, by_rank: Sequence[sharding.Spans], start: int, stop: int, buffer: CommBuffer, places: sharding.Places
@@ -190,9 +204,8 @@ class AllGather(Local):
                     for run, view in zip(rows.stored, in_mine, strict=True)
                     if inputs.weights[run.tensor] is not None
                 ]
-                changes = [run.in_work for run, _ in active]
-                sent = [view for _, view in active]
-                apply(sent, changes, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
+                sent, runs = [view for _, view in active], [run for run, _ in active]
+                apply_runs(self.shard, sent, runs, rows, inputs, should_step, observe)
 
         if not errors.attempt(make):
             errors.rescue(copy)
@@ -252,6 +265,11 @@ class AllToAll:
         self.ready = [chunk for chunk in shard.blocks.chunks if not any(rows.staged for rows in chunk)]
         self.late = [chunk for chunk in shard.blocks.chunks if any(rows.staged for rows in chunk)]
 
+    @property
+    def buffers(self) -> list[CommBuffer]:
+        """Elements that are owned elsewhere, and those that are stored elsewhere."""
+        return [self.send_buffer, self.receive_buffer]
+
     def collect(self, inputs: Inputs) -> Tensor:
         """Of row groups that are cut, own parts are staged, others' go into the send buffer."""
         self.staged.read(inputs.gradients)
@@ -266,13 +284,13 @@ class AllToAll:
         for chunk in self.ready:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
         wait()
         errors.attempt(lambda: copy_all(self.received, self.stored_elsewhere))
         for chunk in self.late:
             errors.attempt(partial(read_gradients, chunk, inputs))
             yield chunk
-            errors.attempt(partial(change_stored, chunk, inputs, should_step, observe))
+            errors.attempt(partial(change_stored, self.shard, chunk, inputs, should_step, observe))
         if not errors.attempt(lambda: copy_all(self.stored_elsewhere, self.received)):
             errors.rescue(self.receive_buffer.tensor.zero_)
         wait = self._exchange(self.receive_buffer, self.receive_counts, self.send_buffer, self.send_counts)

@@ -66,7 +66,8 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
 
     Raises:
         RuntimeError: a gradient cannot be used, or a tensor has been given another shape, device or
-            dtype since the plan was made; or a setting that shapes the state was changed.
+            dtype since the plan was made; or a setting that shapes the state was changed, or one
+            asks for what these weights cannot have.
     """
     inputs = Inputs(settings=_settings(shard, groups))
     for index, (tensor, before) in enumerate(zip(shard.storage.tensors, shard.stored, strict=True)):
@@ -85,6 +86,13 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
             or gradient.is_complex()
         ):
             _refuse(shard, index, weight, gradient)
+        own = inputs.settings[shard.groups[index]]
+        if own is not None and own.stochastic_rounding and weight.dtype != torch.bfloat16:
+            raise RuntimeError(
+                f"stochastic_rounding is for weights in bfloat16, and {shard.storage.name_of(index)} is stepped in"
+                f" {weight.dtype} (under {shard.storage.layout}): it would do nothing there. Leave it out, or give such"
+                " parameters a param group without it."
+            )
         inputs.add(weight, gradient)
     return inputs
 

@@ -98,6 +98,11 @@ class Stepper:
         self._exchanges = [exchange for exchange in self._exchanges if exchange.shard not in shards]
         self._where = {tensor: place for tensor, place in self._where.items() if place[0] not in shards}
 
+    def buffers_of(self, shard: Shard) -> list[Tensor]:
+        """The memory of what travels in a shard's steps."""
+        own = next(exchange.buffers for exchange in self._exchanges if exchange.shard is shard)
+        return [tensor for buffer in own for tensor in (buffer.tensor, buffer.sent)]
+
     # ---- what a failure, or the device, has left undone ----
 
     def resolve_pending(self, shards: Sequence[Shard] | None = None) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks.sharding import TensorPiece
+from adafisher_dist.numerics.rounding import add_stochastically, seeds_of_weights
 from adafisher_dist.settings import StepSettings
 from adafisher_dist.state.shard import Shard
-from adafisher_dist.state.stacking import Chunk
+from adafisher_dist.state.stacking import Chunk, ChunkRows, Run
 from adafisher_dist.stepping.copy_plan import CopyPlan
 from adafisher_dist.stepping.inputs import Inputs, flattened
 
@@ -21,11 +22,15 @@ Observe = Callable[[list[Tensor], list[Tensor]], None]
 Of all chunks and all ranks together these are all weights that have a gradient, each once.
 """
 
+Seeds = Callable[[int], Tensor]
+"""By the number of a weight in such a list: an int32 seed for each of its elements."""
+
 
 class PiecesByGroup:
     """Pieces of stored tensors and their places in a buffer, by param group."""
 
     def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], shard: Shard) -> None:
+        self._shard = shard
         self._plans: dict[int, CopyPlan] = {}
         for group in sorted({shard.groups[piece.tensor] for piece in pieces}):
             own = [(p, part) for p, part in zip(pieces, parts, strict=True) if shard.groups[p.tensor] == group]
@@ -45,7 +50,13 @@ class PiecesByGroup:
         """Apply the buffer's updates."""
         for group, copies in self._plans.items():
             weights, updates = copies.of(inputs.flat_weights)
-            apply(weights, updates, None, inputs.settings[group], should_step, observe)
+            places = copies.places(inputs.flat_weights)
+
+            def seeds(number: int, places: list[tuple[int, int, int]] = places) -> Tensor:
+                tensor, start, stop = places[number]
+                return _seeds(self._shard, tensor, (stop - start,), (1,), start)
+
+            apply(weights, updates, None, inputs.settings[group], should_step, observe, seeds)
 
 
 def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
@@ -61,25 +72,48 @@ def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
         copy_all(rows.staged, rows.in_staging)
 
 
-def change_stored(chunk: Chunk, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
+def change_stored(
+    shard: Shard, chunk: Chunk, inputs: Inputs, should_step: Tensor | None, observe: Observe | None
+) -> None:
     """Apply a chunk's updates; 16-bit weights are rounded once, at the end.
 
     Updates of row groups that are cut go to the staging buffer.
     """
     for rows in chunk:
         copy_all(rows.in_staging, rows.staged)
-        weights, updates = [], []
+        weights, runs = [], []
         for run in rows.stored:
             weight = inputs.weights[run.tensor]
             if weight is not None:
                 weights.append(run.of(weight))
-                updates.append(run.in_work)
-        apply(weights, updates, rows.gradient_NRB, inputs.settings[rows.blocks.group], should_step, observe)
+                runs.append(run)
+        apply_runs(shard, weights, runs, rows, inputs, should_step, observe)
+
+
+def apply_runs(
+    shard: Shard, weights: list[Tensor], runs: list[Run], rows: ChunkRows, inputs: Inputs,
+    should_step: Tensor | None, observe: Observe | None,
+) -> None:  # fmt: skip
+    """`apply` the updates of some runs of a chunk to weights that lie as these do."""
+
+    def seeds(number: int) -> Tensor:
+        run = runs[number]
+        return _seeds(shard, run.tensor, run.shape, run.strides, run.offset)
+
+    updates, settings = [run.in_work for run in runs], inputs.settings[rows.blocks.group]
+    apply(weights, updates, rows.gradient_NRB, settings, should_step, observe, seeds)
+
+
+def _seeds(shard: Shard, tensor: int, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    """The seeds of a view of a stored tensor, which is a parameter or rows of one."""
+    number, first = shard.first_elements[tensor]
+    step, position = int(shard.counters.numpy()[number, 0]), shard.storage.parameters[number].info.position
+    return seeds_of_weights(sizes, strides, first + offset, position, step, shard.device)
 
 
 def apply(
     weights: list[Tensor], updates: list[Tensor], together: Tensor | None, settings: StepSettings | None,
-    should_step: Tensor | None, observe: Observe | None,
+    should_step: Tensor | None, observe: Observe | None, seeds: Seeds,
 ) -> None:  # fmt: skip
     """In place: u ← −lr·(u + λ·θ), θ ← θ + u.
 
@@ -90,6 +124,7 @@ def apply(
         settings: of their param group.
         should_step: see `Exchange.chunks`.
         observe: likewise.
+        seeds: of the weights, where they are rounded stochastically.
     """
     if settings is None or not updates:
         return
@@ -100,7 +135,11 @@ def apply(
         together.mul_(-lr)
     else:
         torch._foreach_mul_(updates, -lr)
-    add_all(weights, updates)
+    if settings.stochastic_rounding:
+        for number, (weight, update) in enumerate(zip(weights, updates, strict=True)):
+            add_stochastically(weight, update, seeds(number))
+    else:
+        add_all(weights, updates)
     if observe is not None:
         observe(weights, updates)
 

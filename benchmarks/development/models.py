@@ -66,4 +66,4 @@ class GPT(nn.Module):
         x = self.embedding(tokens_BT[:, :-1])
         for layer in self.layers:
             x = layer(x, self.turn[:, : x.shape[1]])
-        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), tokens_BT[:, 1:].flatten())
+        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), tokens_BT[:, 1:].flatten())

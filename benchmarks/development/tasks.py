@@ -3,6 +3,7 @@
 gpt64x20        the GPT of width 64 on code, 20 bytes a parameter; any width and number
 gpt64s2000      the same for 2,000 steps of a quarter of the batch, to compare rates over widths
 cnn, vit        digits, to the end of their training
+gpt64x20-bf16   any of these with weights, and so all arithmetic of the model, in bfloat16
 tune64, lora64  a GPT that AdamW trained on Python, on C++ headers: whole, or adapters of rank 8
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import digits
 import text
@@ -29,6 +31,9 @@ def task_of(name: str) -> Task:
     Raises:
         ValueError: there is none.
     """
+    if name.startswith("gpt") and name.endswith("-bf16"):
+        task = task_of(name.removesuffix("-bf16"))
+        return replace(task, build=lambda seed: task.build(seed).bfloat16())
     if found := re.fullmatch(r"gpt(\d+)x(\d+)", name):
         width, budget = int(found[1]), int(found[2])
         numel = sum(p.numel() for p in GPT(width, 1).parameters())
