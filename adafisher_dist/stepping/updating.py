@@ -11,8 +11,9 @@ from torch import Tensor
 from adafisher_dist.blocks.sharding import TensorPiece
 from adafisher_dist.numerics.rounding import add_stochastically, seeds_of_weights
 from adafisher_dist.settings import StepSettings
+from adafisher_dist.state.runs import Run
 from adafisher_dist.state.shard import Shard
-from adafisher_dist.state.stacking import Chunk, ChunkRows, Run
+from adafisher_dist.state.stacking import Chunk, ChunkRows
 from adafisher_dist.stepping.copy_plan import CopyPlan
 from adafisher_dist.stepping.inputs import Inputs, flattened
 
