@@ -51,13 +51,15 @@ class PiecesByGroup:
         """Apply the buffer's updates."""
         for group, copies in self._plans.items():
             weights, updates = copies.of(inputs.flat_weights)
-            places = copies.places(inputs.flat_weights)
+            settings = inputs.settings[group]
+            rounded = settings is not None and settings.stochastic_rounding
+            places = copies.places(inputs.flat_weights) if rounded else []
 
             def seeds(number: int, places: list[tuple[int, int, int]] = places) -> Tensor:
                 tensor, start, stop = places[number]
                 return _seeds(self._shard, tensor, (stop - start,), (1,), start)
 
-            apply(weights, updates, None, inputs.settings[group], should_step, observe, seeds)
+            apply(weights, updates, None, settings, should_step, observe, seeds)
 
 
 def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
