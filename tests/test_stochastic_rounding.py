@@ -264,6 +264,23 @@ def refused(rank: int, world: int, stage: int) -> None:
     assert "stochastic_rounding" in str(error.value)
 
 
+def refused_in_bf16(rank: int, world: int, stage: int) -> None:
+    from engines import config, engine_of
+    from engines import train as train_engine
+
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    engine = engine_of(config(stage, world, SETTINGS, precision="bf16", bf16=bf16))
+    with pytest.raises(RuntimeError, match=f"not supported under ZeRO-{stage}") as error:
+        train_engine(engine, 0, 1, rank, world)
+    assert "bf16_master_weights_and_grads" in str(error.value)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_masters_in_bfloat16_are_refused(stage: int) -> None:
+    run_ranks(refused_in_bf16, 2, stage, deepspeed=True)
+
+
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeeds_masters_in_float32_are_refused(stage: int) -> None:

@@ -87,12 +87,8 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
         ):
             _refuse(shard, index, weight, gradient)
         own = inputs.settings[shard.groups[index]]
-        if own is not None and own.stochastic_rounding and weight.dtype != torch.bfloat16:
-            raise RuntimeError(
-                f"stochastic_rounding is for weights in bfloat16, and {shard.storage.name_of(index)} is stepped in"
-                f" {weight.dtype} (under {shard.storage.layout}): it would do nothing there. Leave it out, or give such"
-                " parameters a param group without it."
-            )
+        if own is not None and own.stochastic_rounding:
+            _check_rounding(shard, index, weight.dtype)
         inputs.add(weight, gradient)
     return inputs
 
@@ -113,6 +109,27 @@ def without_gradients(shard: Shard) -> Inputs:
         inputs.weights.append(weight)
         inputs.gradients.append(None)
     return inputs
+
+
+def _check_rounding(shard: Shard, index: int, dtype: torch.dtype) -> None:
+    """Refuse stochastic rounding of weights that have, or could have, none.
+
+    Raises:
+        RuntimeError: they are not in bfloat16, or a tensor holds several parameters, whose elements
+            would have to be told apart.
+    """
+    name, layout = shard.storage.name_of(index), shard.storage.layout
+    if dtype != torch.bfloat16:
+        raise RuntimeError(
+            f"stochastic_rounding is for weights in bfloat16, and {name} is stepped in {dtype} (under {layout}): it"
+            " would do nothing there. Leave it out, or give such parameters a param group without it."
+        )
+    if not shard.storage.one_each:
+        raise RuntimeError(
+            f"stochastic_rounding is not supported under {layout}, whose tensors hold several parameters each (as"
+            f" that of {name}). Leave it out, and bf16_master_weights_and_grads too, so that DeepSpeed keeps float32"
+            " copies; or use DDP or FSDP2."
+        )
 
 
 def _refuse(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:
