@@ -423,7 +423,7 @@ def test_modes_that_are_not_supported(stage: int, precision: str, attribute: str
 
 def test_parts_of_parallel_layers_are_refused() -> None:
     for mark, value, words in (
-        ("tensor_model_parallel", True, "tensor parallelism"),
+        ("tensor_model_parallel", True, "parallelize_module with FSDP2"),
         ("allreduce", False, "marked as an expert.s"),
         ("_fsdp_flattened", True, "FSDP1"),
     ):

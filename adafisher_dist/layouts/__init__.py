@@ -69,7 +69,10 @@ _MARKS = {
         "FSDP1 (FullyShardedDataParallel)",
         "FSDP2 (fully_shard; with Accelerate `fsdp_version: 2`, with Lightning ModelParallelStrategy)",
     ),
-    "tensor_model_parallel": ("tensor parallelism (Megatron, or DeepSpeed's AutoTP)", "data parallelism"),
+    "tensor_model_parallel": (
+        "tensor parallelism (Megatron's, or DeepSpeed's AutoTP)",
+        "data parallelism, or torch's parallelize_module with FSDP2",
+    ),
 }
 
 
