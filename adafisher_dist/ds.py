@@ -279,8 +279,8 @@ def _warn_of_another_optimizer(engine: Any) -> None:
     if idle and not isinstance(used, AdaFisher) and engine.global_rank == 0:
         logger.warning(
             "This DeepSpeed engine trains with %s, and an AdaFisher that was built for its parameters is not used. Name"
-            ' it in DeepSpeed\'s config instead: "optimizer": {"type": "AdaFisher", "params": {…}}; or give Hugging'
-            " Face's Trainer the class, optimizer_cls_and_kwargs=(AdaFisher, {…}); or, where Accelerate replaces it for"
-            ' CPU offload, set "zero_force_ds_cpu_optimizer": false there.',
+            ' it in DeepSpeed\'s config instead: "optimizer": {"type": "AdaFisher", "params": {…}}. Or, with CPU'
+            ' offload, for which Accelerate replaces object and class alike, set "zero_force_ds_cpu_optimizer": false'
+            " there; without it, give Hugging Face's Trainer the class, optimizer_cls_and_kwargs=(AdaFisher, {…}).",
             type(used).__name__,
         )

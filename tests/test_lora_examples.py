@@ -187,6 +187,15 @@ from trl import SFTConfig, SFTTrainer
 from trl_sft import texts, tokenizer
 from adafisher_dist import AdaFisher
 way, config = sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None
+
+
+class DeepSpeedCPUAdam(torch.optim.AdamW):  # for what Accelerate takes with CPU offload, which has to be compiled
+    def __init__(self, params, adamw_mode=True, **settings):
+        super().__init__(params, **settings)
+
+
+import deepspeed.ops.adam
+deepspeed.ops.adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
 args = SFTConfig(
     "out", max_steps=2, deepspeed=config, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
     gradient_checkpointing=False, learning_rate=1e-2,
@@ -211,30 +220,32 @@ used = trainer.model_wrapped.basic_optimizer if config else trainer.optimizer.op
 moved = any(not torch.equal(p, old) for p, old in zip(factors, before))
 print("END", type(used).__name__, moved)
 """
-ADAMW = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+NOT_USED = "an AdaFisher that was built for its parameters is not used"
 
 
 @pytest.mark.parametrize(
-    ("way", "optimizer", "ends", "warning"),
+    ("way", "more", "ends", "warning"),
     [
-        ("class", "none", "AdaFisher True", None),
-        ("object", "none", "AdamW True", "an AdaFisher that was built for its parameters is not used"),
+        ("class", {}, "AdaFisher True", None),
+        ("class", OFFLOAD, "DeepSpeedCPUAdam True", NOT_USED),
+        ("class", OFFLOAD | {"zero_force_ds_cpu_optimizer": False}, "AdaFisher True", None),
+        ("object", {}, "AdamW True", NOT_USED),
         ("class", ADAMW, "AdamW True", None),
         ("object", None, "AdaFisher True", None),
         ("object before the adapters", None, "AdaFisher False", "found no gradient on any parameter"),
     ],
 )
 def test_ways_to_hand_over_the_optimizer(
-    way: str, optimizer: Any, ends: str, warning: str | None, tmp_path: Path
+    way: str, more: dict[str, Any] | None, ends: str, warning: str | None, tmp_path: Path
 ) -> None:
-    """The table in docs/integrations.md; without DeepSpeed where `optimizer` is None."""
-    config = {key: value for key, value in CONFIG.items() if key != "optimizer"}
-    if isinstance(optimizer, dict):
-        config["optimizer"] = optimizer
+    """The table in docs/integrations.md. `more` goes into DeepSpeed's config; None is DDP."""
+    config = {key: value for key, value in CONFIG.items() if key != "optimizer"} | (more or {})
     (tmp_path / "ds.json").write_text(json.dumps(config))
     (tmp_path / "ways.py").write_text(WAYS)
-    more = [] if optimizer is None else ["ds.json"]
-    told = succeed(1, str(tmp_path / "ways.py"), EXAMPLES, way, *more, cwd=tmp_path)
+    files = [] if more is None else ["ds.json"]
+    told = succeed(1, str(tmp_path / "ways.py"), EXAMPLES, way, *files, cwd=tmp_path)
     assert f"END {ends}" in told
     assert ("AdaFisher" in told.replace(f"END {ends}", "")) == (warning is not None)
     assert warning is None or warning in told

@@ -42,7 +42,8 @@ class OptimizerState:
         """Settings, and the state of every trainable parameter. A collective: all ranks call it.
 
         Raises:
-            RuntimeError: on all ranks: one of them has no room for its part.
+            RuntimeError: on all ranks: one of them has no room for its part; or parameters are
+                cut by tensor parallelism.
             TypeError: the optimizer is not AdaFisher; or a param group holds what cannot be saved
                 without pickling.
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.
