@@ -211,7 +211,8 @@ class ShardedOptimizer(Optimizer):
 
         For phases that do not train, as generation in RLHF. Call it on all ranks, and
         `reload_state` before the next step, save or state dict, which are errors until then.
-        Training goes on bit for bit. `state` shows the copies meanwhile.
+        Training goes on bit for bit. `state`, and state dicts that were made before, show the copies
+        meanwhile. What a numpy array shares stays where it is, as a CPU's state after a checkpoint.
 
         Args:
             pin_memory: page-lock the copies of what is on an accelerator: faster, and the host
@@ -226,7 +227,7 @@ class ShardedOptimizer(Optimizer):
     def reload_state(self) -> None:
         """Bring back what `offload_state` moved; does nothing where it did not.
 
-        What was written into `state` meanwhile is dropped.
+        What was put into `state` meanwhile is taken over by the next step, as always.
         """
         offloading.to_device(self._registry)
 
