@@ -95,3 +95,20 @@ def test_what_is_put_into_the_state_meanwhile_is_taken_over() -> None:
     optimizer.state_dict()
     assert (optimizer.state[weight][key] == 0.5).all()
     assert not any(value.any() for value in optimizer.state[bias].values())
+
+
+def test_compiled_code_offloads_as_other_code() -> None:
+    """Called by it, they are graph breaks: the compiler traces no memory that is taken away."""
+    one, _ = trained(5)
+    module, optimizer = trained()
+
+    @torch.compile(backend="eager")
+    def around(x: torch.Tensor) -> torch.Tensor:
+        optimizer.offload_state()
+        y = x + 1
+        optimizer.reload_state()
+        return y
+
+    assert around(torch.ones(1)).item() == 2
+    train_steps(module, optimizer, 3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), module.parameters(), strict=True))

@@ -21,9 +21,9 @@ class Offloaded:
     """What a shard has on the host instead.
 
     Attributes:
-        state: tensors without memory, whole allocations, and for each its copy. What cannot be freed
-            is not in it: a numpy array shares its memory, as after a save or a load, so that it is
-            on the host as it is.
+        state: tensors without memory, whole allocations, and for each its copy. What cannot be
+            freed is not in it: a numpy array shares its memory, as after a save or a load, so that
+            it is on the host as it is.
         buffers: tensors without memory whose values no step needs, and its bytes.
         shown: what users see of the state, which shows the copies, and what it shows otherwise.
     """
