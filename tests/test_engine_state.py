@@ -250,7 +250,9 @@ def checkpoints_meanwhile(rank: int, world: int, stage: int, precision: str, fol
             np.testing.assert_array_equal(masters(engine)[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [pytest.param(2, "bf16", marks=pytest.mark.slow), (3, "fp32")], ids=str
+)
 def test_checkpoints_of_what_is_offloaded_are_refused(stage: int, precision: str, tmp_path: Path) -> None:
     run_ranks(checkpoints_meanwhile, 2, stage, precision, str(tmp_path), deepspeed=True)
 
