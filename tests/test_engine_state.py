@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from models import Odd, batch, model, param_groups
 from ranks import run_ranks
 from torch import nn
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, ds
 from adafisher_dist.ds import from_config
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.dist]
@@ -214,6 +215,46 @@ def offloaded(rank: int, world: int, stage: int, precision: str, states: list[st
 )
 def test_offloaded_states_train_on_bit_for_bit(stage: int, precision: str, states: list[str] | None) -> None:
     run_ranks(offloaded, 2, stage, precision, states, deepspeed=True)
+
+
+def checkpoints_meanwhile(rank: int, world: int, stage: int, precision: str, folder: str) -> None:
+    """They are refused before anything is gathered, and training goes on as if nobody had tried."""
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    ds_config = config(stage, world, KEPT, precision=precision)
+    straight = engine_of(ds_config, model(kind=Trainable), groups=True)
+    train(straight, 0, 4, rank, world)
+    engine = engine_of(ds_config, model(kind=Trainable), groups=True)  # in another order than the model's
+    train(engine, 0, 2, rank, world)
+    ds.save_checkpoint(engine, folder, "before")
+    for moved in (None, ["lp_params"], ["hp_params"]):
+        engine.offload_states(include=None if moved is None else [OffloadStateTypeEnum(state) for state in moved])
+        for call in (
+            lambda: ds.save_checkpoint(engine, folder, "meanwhile"),
+            lambda: ds.load_checkpoint(engine, folder, "before"),
+            lambda: engine.save_checkpoint(folder, "meanwhile"),
+            lambda: engine.load_checkpoint(folder, "before"),
+        ):
+            with told(RuntimeError, r"p_params.*reload_states\(\)"):
+                call()
+        engine.reload_states()
+    train(engine, 2, 4, rank, world)
+    for name, value in masters(straight).items():
+        np.testing.assert_array_equal(masters(engine)[name], value, err_msg=name)
+    if stage < 3:  # of the state alone the rest is where it was, and a load brings another
+        engine.offload_states(include=[OffloadStateTypeEnum.optim_states])
+        ds.load_checkpoint(engine, folder, "before")
+        engine.reload_states()
+        train(engine, 2, 4, rank, world)
+        for name, value in masters(straight).items():
+            np.testing.assert_array_equal(masters(engine)[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [pytest.param(2, "bf16", marks=pytest.mark.slow), (3, "fp32")], ids=str
+)
+def test_checkpoints_of_what_is_offloaded_are_refused(stage: int, precision: str, tmp_path: Path) -> None:
+    run_ranks(checkpoints_meanwhile, 2, stage, precision, str(tmp_path), deepspeed=True)
 
 
 def without_offload(rank: int, world: int, stage: int, precision: str) -> None:

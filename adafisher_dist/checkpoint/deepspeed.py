@@ -154,6 +154,7 @@ def _training(engine: Any, exclude_frozen_parameters: bool = False) -> Checkpoin
 
     Raises:
         TypeError: the optimizer is not AdaFisher.
+        RuntimeError: `engine.offload_states` has moved some of it; on all ranks.
     """
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, AdaFisher):
@@ -163,7 +164,22 @@ def _training(engine: Any, exclude_frozen_parameters: bool = False) -> Checkpoin
         )
     wrapper = None if engine.optimizer is optimizer else engine.optimizer  # none at stage 0 in fp32
     target = target_of(engine.module, optimizer, wrapper)
+    run_on_all_ranks(target.hosts, lambda: _refuse_offloaded(wrapper))
     return without_frozen(target) if exclude_frozen_parameters else target
+
+
+def _refuse_offloaded(wrapper: Any) -> None:
+    """Refuse what DeepSpeed has moved to the host.
+
+    Its 16-bit partitions are in another order there, where param groups are not in the model's. A
+    checkpoint gathers small ones, and the next step would take the wrong ones for weights.
+    """
+    moved = sorted(str(state.value) for state in getattr(wrapper, "offloaded_states", ()))
+    if moved:
+        raise RuntimeError(
+            f"engine.offload_states() has moved {', '.join(moved)} to the host. Call engine.reload_states() on all"
+            " ranks before a checkpoint is saved or loaded."
+        )
 
 
 def _same_tag(target: CheckpointTarget, tag: Any, engine: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from adafisher_dist import layouts
@@ -206,12 +207,15 @@ class ShardedOptimizer(Optimizer):
         self._registry.stepper.resolve_pending()
         return self._registry.stepper.skipped
 
+    @_disable_dynamo  # which traces no memory that is taken from under a tensor
     def offload_state(self, pin_memory: bool = True) -> None:
         """Move this rank's state to the host, and free it and all buffers on the device.
 
         For phases that do not train, as generation in RLHF. Call it on all ranks, and
         `reload_state` before the next step, save or state dict, which are errors until then.
-        Training goes on bit for bit. `state` shows the copies meanwhile.
+        Training goes on bit for bit. `state`, and state dicts that were made before, show the
+        copies meanwhile. What a numpy array shares stays where it is, as a CPU's state after a
+        checkpoint.
 
         Args:
             pin_memory: page-lock the copies of what is on an accelerator: faster, and the host
@@ -223,10 +227,11 @@ class ShardedOptimizer(Optimizer):
         self._registry.stepper.check_complete()
         offloading.to_host(self._registry, pin_memory)
 
+    @_disable_dynamo
     def reload_state(self) -> None:
         """Bring back what `offload_state` moved; does nothing where it did not.
 
-        What was written into `state` meanwhile is dropped.
+        What was put into `state` meanwhile is taken over by the next step, as always.
         """
         offloading.to_device(self._registry)
 
