@@ -246,8 +246,10 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
             ranks that see the same files; on others DeepSpeed fails as it would have, since no
             rank's file of its own has such a state.
     """
-    from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER
-    from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+    from adafisher_dist.checkpoint.directory import SUBFOLDER
+    from adafisher_dist.checkpoint.errors import CheckpointError
+    from adafisher_dist.checkpoint.latest import read_latest
+    from adafisher_dist.checkpoint.manifest import MANIFEST
 
     if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
         return
@@ -255,10 +257,10 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
         return
     root = Path(load_dir)
     try:
-        name = str(tag) if tag is not None else (root / LATEST).read_text().strip()
-    except (OSError, ValueError):  # DeepSpeed tells what is wrong with it
+        name = str(tag) if tag is not None else read_latest(root)
+    except CheckpointError:  # DeepSpeed tells what is wrong with it
         return
-    if (root / name / SUBFOLDER / MANIFEST).is_file():
+    if name is not None and (root / name / SUBFOLDER / MANIFEST).is_file():
         raise CheckpointError(
             f"{root / name} was saved by AdaFisher, whose state {type(engine.basic_optimizer).__name__} cannot"
             " take over. Load with load_optimizer_states=False: weights, learning rate schedule and counters. Nothing"

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.manifest import read
 from adafisher_dist.checkpoint.ranges import RANGE_NUMEL
 
@@ -216,7 +217,7 @@ def own_checkpoints_of_deepspeed(rank: int, world: int, folder: str) -> None:
     assert not bare.basic_optimizer.fisher_stats() and distance(masters(bare), masters(again)) < 1e-6
     # Positional arguments, a tag that is a path, and what ds.save_checkpoint wrote.
     engine.save_checkpoint(folder, "epoch1/step3", {"epoch": 1}, True)
-    assert (Path(folder) / "latest").read_text() == "epoch1/step3"
+    assert read_latest(Path(folder)) == "epoch1/step3"
     assert engine_of(config(1, world)).load_checkpoint(folder)[1] == {"epoch": 1}
     ds.save_checkpoint(engine, f"{folder}/ours", "here", {"epoch": 2})
     assert engine_of(config(2, world)).load_checkpoint(f"{folder}/ours")[1] == {"epoch": 2}
@@ -407,7 +408,7 @@ def background_failure(rank: int, world: int, folder: str) -> None:
         run.save(folder, "b")
     shutil.disk_usage = usage
     run.save(folder, "c")
-    assert (Path(folder) / "latest").read_text() == "c"
+    assert read_latest(Path(folder)) == "c"
 
 
 def test_a_background_failure_that_one_rank_knows_of(tmp_path: Path) -> None:

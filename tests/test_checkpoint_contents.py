@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, __version__, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import CheckpointDirectory, encoding, save, target_of
+from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import _checksum, read
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
@@ -633,7 +634,7 @@ def test_asynchronous_saves_hold_the_moment_of_the_call(tmp_path: Path) -> None:
     assert saving.wait() == tmp_path / "a" and saving.done()
     save_checkpoint(tmp_path / "b", module, optimizer, asynchronous=True)
     save_checkpoint(tmp_path / "c", module, optimizer)  # waits for b
-    assert (tmp_path / "b" / "manifest.json").exists() and (tmp_path / "latest").read_text() == "c"
+    assert (tmp_path / "b" / "manifest.json").exists() and read_latest(tmp_path) == "c"
     load_checkpoint(tmp_path / "a", module, optimizer)
     assert distance(weights(module), at_call) == 0 and same(state(optimizer), of_state)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import adafisher_dist
+from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.settings import DEFAULTS, PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def test_the_scripts_for_several_ranks_run(script: str, tmp_path: Path) -> None:
         command, capture_output=True, text=True, cwd=tmp_path, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "ckpt" / "latest").read_text() == "step20"
+    assert read_latest(tmp_path / "ckpt") == "step20"
 
 
 def test_the_deepspeed_config_is_accepted() -> None:

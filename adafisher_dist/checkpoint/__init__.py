@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, checkpoint_directory, latest_tag
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.loading import load
-from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.options import IGNORED, Loaded, Options
 from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_for, target_of
 from adafisher_dist.checkpoint.stateful import OptimizerState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError, os_problem
 from adafisher_dist.comm.host_groups import HostGroup
 
 T = TypeVar("T")
@@ -15,12 +15,14 @@ def run_on_all_ranks(hosts: HostGroup, work: Callable[[], T]) -> list[T]:
     """What `work` returns on each rank, in the order of the ranks; it may not call a collective.
 
     Raises:
-        Exception: what `work` raised here.
+        Exception: what `work` raised here; a CheckpointError in the place of an OSError.
         CheckpointError: what it raised elsewhere, with the number of the rank; or which ranks did
             not come, or no further, within the timeout of the process group.
     """
     with hosts.at_work():
         value, error = attempt(work)
+    if isinstance(error, OSError):
+        error = _as_ours(error)
     answers = hosts.gather((value, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
@@ -38,8 +40,16 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
+def _as_ours(error: OSError) -> CheckpointError:
+    ours = CheckpointError(os_problem(error))
+    ours.__cause__ = error
+    return ours
+
+
 def told(error: BaseException) -> str:
-    """An error for the other ranks: its text, with its type where it is none of ours."""
+    """An error for the other ranks: its text, with its type where it is not told of as ours."""
+    if isinstance(error, OSError):
+        return os_problem(error)
     return f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 

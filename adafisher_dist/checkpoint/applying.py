@@ -8,7 +8,8 @@ from torch import Tensor
 from adafisher_dist import layouts
 from adafisher_dist.checkpoint import dry_run, local_ranges, random_state, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import Manifest
 from adafisher_dist.checkpoint.matching import Match
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.options import Checked, Options

@@ -12,10 +12,11 @@ from typing import Any
 
 from adafisher_dist.checkpoint import foreign
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
-from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, CheckpointDirectory, read_latest
+from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory
 from adafisher_dist.checkpoint.dry_run import Part
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.latest import LATEST, read_latest
 from adafisher_dist.checkpoint.loading import load
-from adafisher_dist.checkpoint.manifest import CheckpointError
 from adafisher_dist.checkpoint.options import IGNORED, Options
 from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_of
 from adafisher_dist.checkpoint.schema import whole_numbers

@@ -18,17 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError, os_problem
+from adafisher_dist.checkpoint.latest import LATEST, prepare_latest, read_latest
+from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.comm.host_groups import beat
 
 logger = logging.getLogger("adafisher_dist")
-
-LATEST = "latest"
 
 # The folder with our checkpoint, in DeepSpeed's own of a tag.
 SUBFOLDER = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 _REPLACED = ".replaced"
+
+# Bytes of a name in a folder, and of what a tag gets around it while a checkpoint is replaced.
+_LONGEST_NAME = 255
+_AROUND_A_TAG = len(f".{_REPLACED}")
 
 
 class PublishedError(CheckpointError):
@@ -74,7 +78,11 @@ class CheckpointDirectory:
             if (folder / MANIFEST).is_file():
                 return folder
         if any(self.folder.glob("*.safetensors")):
-            raise CheckpointError(f"{self.folder / MANIFEST} is missing: the checkpoint is damaged.")
+            found = os.path.lexists(self.folder / MANIFEST)
+            raise CheckpointError(
+                f"{self.folder / MANIFEST} is {'no file' if found else 'missing'}: the checkpoint is damaged. Copy it"
+                f" again, or load another. {_those_in(self.root)}"
+            )
         root = self.folder if tags(self.folder) else self.root
         raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist. {_those_in(root)}")
 
@@ -82,8 +90,15 @@ class CheckpointDirectory:
         """Make the folder to write into, and clear away what killed saves have left.
 
         Raises:
-            CheckpointError: something else has the name.
+            CheckpointError: something else has the name, or it is too long.
         """
+        if (length := len(os.fsencode(self._replaced.name))) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"the tag {self.tag[:20]}… has {length - _AROUND_A_TAG} bytes, and may have"
+                f" {_LONGEST_NAME - _AROUND_A_TAG}: so long, it could not be replaced"
+            )
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise CheckpointError(f"{self.folder} is a link that leads nowhere; remove it, or choose another name.")
         if self.folder.exists() and not (self.folder / MANIFEST).is_file() and not _is_empty(self.folder):
             raise CheckpointError(f"{self.folder} exists and is no checkpoint of adafisher_dist; choose another name.")
         self.root.mkdir(parents=True, exist_ok=True)
@@ -103,7 +118,7 @@ class CheckpointDirectory:
         """
         sync(self.saving)
         if latest:
-            _prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
+            prepare_latest(self.root, self.tag)  # all that may fail for want of room is done before anything is seen
         if (self.folder / MANIFEST).is_file():
             if self._replaced.exists():
                 _remove(self._replaced)
@@ -119,7 +134,7 @@ class CheckpointDirectory:
             try:
                 self.folder.rename(self.saving)
             except OSError:
-                raise PublishedError(f"`{LATEST}` could not be changed: {error}") from error
+                raise PublishedError(f"`{LATEST}` could not be changed: {os_problem(error)}") from error
             raise
 
     def clear_away(self, keep_last: int | None) -> None:
@@ -155,36 +170,16 @@ class CheckpointDirectory:
                 shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _prepare_latest(root: Path, tag: str) -> None:
-    """Write what `latest` will say."""
-    with (root / f".{LATEST}.saving").open("w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_latest(root: Path) -> str | None:
-    """What `latest` says, if there is one; DeepSpeed also writes paths into it.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = root / LATEST
-    try:
-        return path.read_text(encoding="utf-8").rstrip("\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {_those_in(root)}") from error
-
-
 def latest_tag(root: Path) -> str | None:
     """The tag that `latest` names, if there is one.
 
     Raises:
         CheckpointError: the file cannot be read, or is damaged.
     """
-    tag = read_latest(root)
+    try:
+        tag = read_latest(root)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_those_in(root)}") from error
     if tag is not None:
         try:
             CheckpointDirectory(root, tag)
@@ -255,7 +250,7 @@ def find(where: Callable[[], CheckpointDirectory]) -> tuple[CheckpointDirectory,
         place = where()
         return place, place.find()
     except OSError as error:
-        raise CheckpointError(f"The checkpoint cannot be looked for: {error}") from error
+        raise CheckpointError(f"The checkpoint cannot be looked for: {os_problem(error)}") from error
 
 
 def _is_empty(folder: Path) -> bool:

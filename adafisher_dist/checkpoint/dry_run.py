@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adafisher_dist.checkpoint import targets
-from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.matching import Match
 from adafisher_dist.checkpoint.targets import OWN_SETTINGS, CheckpointTarget
 from adafisher_dist.settings import ADDED_LATER, DEFAULTS, normalize

@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import base64
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path, PurePath
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Of values that are nested in each other, as JSON: `decode` calls itself for each.
+MOST_LEVELS = 200
 
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -41,9 +45,25 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
             do.
     """
     try:
-        return _encode(value, where, tensors)
+        encoded = _encode(value, where, tensors)
     except RecursionError:
         raise TypeError(f"{where} holds itself, or is nested too deep to be saved. Save it flat.") from None
+    if (levels := depth(encoded)) > MOST_LEVELS:
+        raise TypeError(f"{where} is nested too deep to be saved: {levels} levels of {MOST_LEVELS}. Save it flat.")
+    return encoded
+
+
+def depth(value: Any) -> int:
+    """How deep JSON is nested; without recursion, and not much further than `MOST_LEVELS`."""
+    levels, inner = 0, [value]
+    while inner and levels <= MOST_LEVELS:
+        inner = [item for holder in inner if isinstance(holder, dict | list) for item in _items(holder)]
+        levels += 1
+    return levels
+
+
+def _items(holder: Mapping[str, Any] | Sequence[Any]) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, Mapping) else holder
 
 
 def _encode(value: object, where: str, tensors: list[Tensor]) -> Any:
@@ -95,7 +115,10 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
     if name == "$array":
         return _set_aside(content, tensors).numpy().copy()
     if name == "$numpy":
-        return np.dtype(content[0]).type(decode(content[1], tensors))
+        kind, item = np.dtype(content[0]), decode(content[1], tensors)
+        if kind.kind in "VS" and not isinstance(item, bytes):  # of a number n they would make n bytes
+            raise ValueError(f"A numpy value of {kind} should be bytes, and is {short(item)}.")
+        return kind.type(item)
     if name == "$bounded_deque":
         return deque(decode(content[1], tensors), content[0])
     if name == "$dict":

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
-from adafisher_dist.checkpoint.directory import LATEST, SUBFOLDER, read_latest
-from adafisher_dist.checkpoint.manifest import MANIFEST, CheckpointError
+from adafisher_dist.checkpoint.directory import SUBFOLDER
+from adafisher_dist.checkpoint.errors import CheckpointError, reason
+from adafisher_dist.checkpoint.files import check_regular
+from adafisher_dist.checkpoint.latest import LATEST, read_latest
+from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.comm.host_groups import HostGroup
 
 # Plain classes of DeepSpeed's own that its files hold besides tensors and Python's values.
@@ -102,8 +105,11 @@ def _check_file(path: Path) -> None:
         CheckpointError: it cannot.
     """
     try:
+        check_regular(path.stat().st_mode, path.name)
         with _plain_data():
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}. Nothing was changed.") from error
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {found[1]}" if found else f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -19,7 +19,8 @@ from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
 from adafisher_dist.checkpoint.applying import apply, chosen_tensors
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
 from adafisher_dist.checkpoint.dry_run import Tried
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.options import IGNORED, Checked, Loaded, Options

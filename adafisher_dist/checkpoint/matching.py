@@ -13,7 +13,8 @@ from typing import Any
 from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
 from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
 from adafisher_dist.checkpoint import orders
-from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, CheckpointError, Manifest
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, Manifest
 from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
 from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.settings import state_config

@@ -15,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from stat import S_ISREG
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from adafisher_dist.checkpoint.chunks import ByFile, Chunk
 from adafisher_dist.checkpoint.directory import is_in_place
-from adafisher_dist.checkpoint.manifest import READ, CheckpointError, File, Manifest, dtype_name, read
+from adafisher_dist.checkpoint.errors import CheckpointError, reason
+from adafisher_dist.checkpoint.files import open_file
+from adafisher_dist.checkpoint.manifest import File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
 from adafisher_dist.comm.host_groups import beat
 
@@ -66,7 +67,7 @@ class OpenCheckpoint:
         except (FileNotFoundError, NotADirectoryError):
             raise vanished(folder) from None
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be opened: {error.strerror or error}.") from error
+            raise CheckpointError(f"{folder} cannot be opened: {reason(error)}.") from error
         try:
             self.manifest = read(folder, self._directory)
         except CheckpointError:
@@ -105,7 +106,7 @@ class OpenCheckpoint:
         _allow(len(self._handles) + len(wanted))
         for name in wanted:
             try:
-                self._handles[name] = os.open(name, READ, dir_fd=self._directory)
+                self._handles[name] = open_file(name, self._directory)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     raise CheckpointError(
@@ -115,7 +116,7 @@ class OpenCheckpoint:
                     ) from error
                 if not is_in_place(self.folder, self._directory):
                     raise vanished(self.folder) from None
-                self._unreadable[name] = error.strerror or str(error)
+                self._unreadable[name] = reason(error)
 
     @property
     def held(self) -> set[str]:
@@ -157,7 +158,7 @@ class OpenCheckpoint:
             try:
                 self.read_at(chunk.file, chunk.offset, out[chunk.start : chunk.start + chunk.numel])
             except OSError as error:
-                raise CheckpointError(f"{chunk.file} cannot be read ({error.strerror or error})") from error
+                raise CheckpointError(f"{chunk.file} cannot be read ({reason(error)})") from error
         self.keep(self._handles.keys() - set(missing))
         return out
 
@@ -174,8 +175,6 @@ class OpenCheckpoint:
         expected, handle = self.manifest.files[name], self._handles[name]
         try:
             status = os.fstat(handle)
-            if not S_ISREG(status.st_mode):
-                return f"{name} cannot be read (it is no file)"
             if status.st_size != expected.nbytes:
                 return f"{name} has {status.st_size} bytes, and should have {expected.nbytes}"
             if checksum and (crc32 := _sum(handle)) != expected.crc32:
@@ -185,7 +184,7 @@ class OpenCheckpoint:
                 return f"{name} has checksum {crc32:08x}, and {f'holds what {other} should hold' if other else should}"
             return self._problem_of_header(name, handle, expected.nbytes)
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
+            return f"{name} cannot be read ({reason(error)})"
 
     def _problem_of_header(self, name: str, handle: int, nbytes: int) -> str | None:
         """Where a shard's header contradicts the manifest: the checkpoint's id, or its tensors."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.checkpoint import orders
-from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.writer import Progress

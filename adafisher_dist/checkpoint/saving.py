@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adafisher_dist.checkpoint import encoding, local_ranges, random_state, ranges, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
-from adafisher_dist.checkpoint.manifest import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
 from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter

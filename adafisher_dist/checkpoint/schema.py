@@ -14,10 +14,13 @@ from typing import Any
 from adafisher_dist.blocks.fields import SAVED
 from adafisher_dist.blocks.grid import GRID_SETTINGS, make_grid
 from adafisher_dist.blocks.parts import PARTS, saved_parts
-from adafisher_dist.checkpoint.encoding import dtype_of
+from adafisher_dist.checkpoint.encoding import MOST_LEVELS, depth, dtype_of
 
 # Counters are int64, and have to have room to go on.
 _LARGEST = 2**62
+
+# numpy's bound, and more than torch's kernels take.
+_MOST_DIMENSIONS = 64
 
 
 def check(content: Mapping[str, Any], dtypes: Mapping[str, Any], old: bool) -> None:
@@ -47,6 +50,7 @@ def check(content: Mapping[str, Any], dtypes: Mapping[str, Any], old: bool) -> N
     _check_origin(about)
     facts = _check_model(about, len(files))
     _check_optimizer(_object(about, "optimizer", "about"), facts, old)
+    _check_depth(about)
     _check_values(about, tensors, dtypes)
     _check_keys(about, tensors)
 
@@ -177,6 +181,15 @@ def _check_structure(entry: Any, name: str, fact: Mapping[str, Any] | None) -> N
             raise _wrong(f"{key} of {where}", f"{count}, as its structure has it", entry[key])
 
 
+def _check_depth(about: Mapping[str, Any]) -> None:
+    """Of what is decoded."""
+    groups = [group["settings"] for group in about["optimizer"]["groups"]]
+    encoded = {"values": about.get("values"), "extra_state": about["model"]["extra_state"], "settings": groups}
+    for name, value in encoded.items():
+        if depth(value) > MOST_LEVELS + 2:  # the objects that hold them
+            raise ValueError(f"{name} are nested deeper than {MOST_LEVELS} levels")
+
+
 def _check_values(about: Mapping[str, Any], tensors: Mapping[str, Any], dtypes: Mapping[str, Any]) -> None:
     _object(about, "values", "about")
     for number, entry in enumerate(_list(about, "value_tensors", "about")):
@@ -235,9 +248,13 @@ def _whole_number(value: Any, where: str, low: int = 0) -> int:
 
 
 def _check_shape(entry: Any, where: str) -> Sequence[int]:
-    for size in _list(entry, "shape", where):
+    shape = _list(entry, "shape", where)
+    if len(shape) > _MOST_DIMENSIONS:
+        raise _wrong(f"shape of {where}", f"of at most {_MOST_DIMENSIONS} dimensions", f"{len(shape)} of them")
+    for size in shape:
         _whole_number(size, f"a size in the shape of {where}")
-    shape: Sequence[int] = entry["shape"]
+    if prod(shape) >= _LARGEST:
+        raise _wrong(f"shape of {where}", "one of fewer than 2**62 elements", shape)
     return shape
 
 

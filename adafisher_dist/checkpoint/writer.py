@@ -27,11 +27,11 @@ from torch.futures import Future
 from adafisher_dist.blocks.parts import PARTS
 from adafisher_dist.checkpoint.chunks import MOST_CHUNKS, Chunk, collect
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.manifest import (
     CHECKPOINT_FORMAT,
     MANIFEST,
     WITH_PARTS,
-    CheckpointError,
     File,
     Manifest,
     StoredTensor,

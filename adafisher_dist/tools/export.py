@@ -22,7 +22,8 @@ from torch import Tensor
 from adafisher_dist.blocks.parts import Parts, saved_parts
 from adafisher_dist.checkpoint.directory import sync
 from adafisher_dist.checkpoint.encoding import dtype_of
-from adafisher_dist.checkpoint.manifest import LEFT_OUT, CheckpointError, Manifest
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import LEFT_OUT, Manifest
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.tools.inspection import Bar, damage, no_bar, short
 

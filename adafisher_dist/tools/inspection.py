@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from adafisher_dist.checkpoint.manifest import CheckpointError, Manifest
+from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import Manifest
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 
 # Shows how far a long piece of work is: given its name and its bytes, a context with what takes the
