@@ -26,7 +26,9 @@ from adafisher_dist.blocks.estimate import LAYOUTS, shapes_of, transformer_shape
 from adafisher_dist.blocks.forecast import Asked, forecast_of
 from adafisher_dist.checkpoint import CheckpointDirectory, CheckpointError, checkpoint_directory
 from adafisher_dist.checkpoint.directory import find
+from adafisher_dist.checkpoint.errors import os_problem
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
+from adafisher_dist.printable import printable
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.tools import plots
 from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
@@ -223,7 +225,8 @@ def _console() -> Console:
 
 def fail(problem: object, code: int) -> NoReturn:
     """Say what is wrong on stderr, and end."""
-    typer.echo(str(problem), err=True)
+    told = os_problem(problem) if isinstance(problem, OSError) else str(problem)
+    typer.echo(printable(told), err=True)
     raise typer.Exit(code)
 
 

@@ -9,6 +9,8 @@ from rich.box import SIMPLE
 from rich.filesize import decimal
 from rich.table import Table
 
+from adafisher_dist.printable import printable
+
 Facts = Mapping[str, Any]
 
 
@@ -67,9 +69,17 @@ def _storage(row: Facts) -> str:
     return str(row["fisher_dtype"]) + (", packed" if row["packed"] else "")
 
 
+class _Table(Table):
+    """Whose cells no terminal takes for commands."""
+
+    def add_row(self, *cells: Any, **more: Any) -> None:
+        """See Table."""
+        super().add_row(*map(printable, cells), **more)
+
+
 def _table(title: str, columns: Iterable[str], numbers: Sequence[str] = ()) -> Table:
     """An empty table; the columns in `numbers` are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
+    table = _Table(title=printable(title), title_justify="left", title_style="bold", box=SIMPLE)
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table
