@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("adafisher_dist")
 
 
-def from_config(params: ParamsT, **config: Any) -> AdaFisher:
+def from_config(params: ParamsT, /, **config: Any) -> AdaFisher:
     """Build AdaFisher from the `params` of a JSON config.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from numbers import Integral, Real
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import torch
@@ -113,8 +114,8 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in PRESETS:
-        raise ValueError(f"AdaFisher has no preset {name!r}; the presets are: {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"AdaFisher has no preset {short(name)}; the presets are: {', '.join(PRESETS)}.")
     return dict(PRESETS[name])
 
 
@@ -136,6 +137,9 @@ def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: as `normalize`.
         ValueError: as `normalize`.
     """
+    missing = [name for name in DEFAULTS if name not in group]
+    if missing:
+        raise ValueError(f"A param group has lost {', '.join(missing)}: set it again.")
     result = {name: group[name] for name in DEFAULTS}
     rest = {name: value for name, value in result.items() if name != "lr"}  # which a schedule changes in each step
     kinds = tuple(map(type, rest.values()))
@@ -175,7 +179,7 @@ def problems_of(group: dict[str, Any]) -> list[Exception]:
     check(check_number, "momentum", low=0.0, below=1.0)
     check(check_number, "fisher_decay", low=0.0, below=1.0)
     check(_budget)
-    if group["block_size"] != "auto":
+    if not is_auto(group["block_size"]):
         check(_integer, "block_size", low=1)
     check(_integer, "rows_per_block", low=1)
     check(_integer, "fisher_update_freq", low=1)
@@ -211,25 +215,29 @@ def fisher_dtype(value: object) -> torch.dtype:
         ValueError: it is none of those that AdaFisher keeps a Fisher in.
     """
     dtype = FISHER_DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if dtype not in FISHER_DTYPES.values():
+    if not isinstance(dtype, torch.dtype) or dtype not in FISHER_DTYPES.values():
         raise ValueError(
-            f"fisher_dtype should be torch.float32, torch.bfloat16 or torch.float64 (or its name), got {value!r}."
+            f"fisher_dtype should be torch.float32, torch.bfloat16 or torch.float64 (or its name), got {short(value)}."
             " float16 is not offered: squares of gradients leave its range."
         )
-    assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def is_auto(block_size: object) -> bool:
+    """Whether the block size is to be chosen."""
+    return isinstance(block_size, str) and block_size == "auto"
 
 
 def _budget(group: dict[str, Any]) -> None:
     if group["memory_budget_gb"] is not None:
         check_number(group, "memory_budget_gb", low=0.0)
-    elif group["block_size"] == "auto":
+    elif is_auto(group["block_size"]):
         raise ValueError('block_size="auto" needs memory_budget_gb, the GB (10⁹ bytes) that a rank may use for it.')
 
 
 def _switch(group: dict[str, Any], name: str) -> None:
     if not isinstance(group[name], bool):
-        raise TypeError(f"{name} should be True or False, got {group[name]!r}.")
+        raise TypeError(f"{name} should be True or False, got {short(group[name])}.")
 
 
 def _exponent(group: dict[str, Any]) -> None:
@@ -260,37 +268,49 @@ def hint_of(value: object) -> str:
     return _AUTO if value == "auto" else _QUOTED + (_YAML if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else "")
 
 
+# Of a setting that is no share: the product of two still is a float32.
+LARGEST = 1e18
+
+
 def check_number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
     """Check a number, and make it a float in place, unless it is a tensor lr.
 
     Raises:
         TypeError: it is none.
-        ValueError: it is below `low`, not below `below`, or not finite.
+        ValueError: it is below `low`, not below `below`, or, without `below`, above `LARGEST`.
     """
     value = group[name]
     if isinstance(value, torch.Tensor):
-        if name != "lr" or value.numel() != 1:
-            raise TypeError(f"{name} should be a number, got a tensor of shape {tuple(value.shape)}.")
+        if name != "lr" or value.numel() != 1 or value.is_complex():
+            kind = f"{value.dtype} tensor" if value.is_complex() else "tensor"
+            raise TypeError(f"{name} should be a number, got a {kind} of shape {tuple(value.shape)}.")
         number = float(value)  # as in torch.optim, a tensor lr may be changed in place by the user
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} should be a number, got {value!r} of type {type(value).__name__}.{hint_of(value)}")
+        raise TypeError(
+            f"{name} should be a number, got {short(value)} of type {type(value).__name__}.{hint_of(value)}"
+        )
     else:
-        number = group[name] = float(value)
-    if not (low <= number < (float("inf") if below is None else below)):
-        bound = f"at least {low:g}" + (f" and below {below:g}" if below is not None else " and finite")
-        raise ValueError(f"{name} should be {bound}, got {value!r}.{' Reason: ' + why + '.' if why else ''}")
+        with suppress(OverflowError):  # it is too large, and is told of below
+            value = float(value)
+        group[name] = number = value
+    if not (low <= number < below if below is not None else low <= number <= LARGEST):
+        bound = f"at least {low:g} and " + (f"below {below:g}" if below is not None else f"at most {LARGEST:g}")
+        raise ValueError(f"{name} should be {bound}, got {short(value)}.{' Reason: ' + why + '.' if why else ''}")
 
 
 def _integer(group: dict[str, Any], name: str, low: int) -> None:
     value = group[name]
     if isinstance(value, bool) or not isinstance(value, Integral):
         hint = hint_of(value)
-        raise TypeError(f"{name} should be an integer, got {value!r} of type {type(value).__name__}.{hint}")
-    if value < low:
-        raise ValueError(f"{name} should be at least {low}, got {value}.")
-    group[name] = int(value)
+        raise TypeError(f"{name} should be an integer, got {short(value)} of type {type(value).__name__}.{hint}")
+    number = int(value)
+    if not low <= number < 2**62:
+        bound = f"at least {low}" if number < low else "below 2**62"
+        raise ValueError(f"{name} should be {bound}, got {short(number)}.")
+    group[name] = number
 
 
 def _choice(group: dict[str, Any], name: str, choices: tuple[object, ...]) -> None:
-    if group[name] not in choices:
-        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {group[name]!r}.")
+    value = group[name]
+    if not isinstance(value, str | float) or value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {short(value)}.")

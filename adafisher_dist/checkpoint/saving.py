@@ -157,7 +157,7 @@ def save(
     about: dict[str, Any] = {}
     found: list[Range] = []
 
-    def collect() -> tuple[str, int | None, dict[str, tuple[int, ...]]]:
+    def collect() -> tuple[str, int | None, dict[str, tuple[int, ...]], str]:
         kept = _checked_number(keep_last)
         target.access.check_complete()
         target.access.gather_state()
@@ -166,11 +166,16 @@ def save(
         found.extend(_ranges(target, tensors))
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
-        return about["id"], kept, targets.steps_of_parts(target)
+        return about["id"], kept, targets.steps_of_parts(target), __version__
 
     saving = Saving(place.folder)
     with targets.partitioned(target.wrapper):
-        ids, kept, steps = zip(*run_on_all_ranks(hosts, collect), strict=True)
+        ids, kept, steps, versions = zip(*run_on_all_ranks(hosts, collect), strict=True)
+        if len(set(versions)) > 1:
+            raise CheckpointError(
+                f"The ranks run different versions of adafisher_dist, by rank {', '.join(versions)}: install the same"
+                " everywhere. Nothing was saved."
+            )
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         _compare_steps(steps)

@@ -17,7 +17,7 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
-from adafisher_dist.settings import normalized, state_config
+from adafisher_dist.settings import is_auto, normalized, state_config
 from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, build
 from adafisher_dist.stepping.metrics import Meter
@@ -110,11 +110,11 @@ class ParameterRegistry:
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
-        if not storages or all(group["block_size"] != "auto" for group in self.groups):
+        checked = [normalized(group) for group in self.groups]  # a user may have written anything into them
+        if not storages or all(group["block_size"] != "auto" for group in checked):
             return
-        ranks = self.ranks().total_size
         has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
-        if has_experts or any(storage.group.total_size < ranks for storage in storages):
+        if has_experts or any(storage.group.total_size < self.ranks().total_size for storage in storages):
             raise ValueError(
                 'block_size="auto" is not for ranks that hold different parameters (experts, stages, tensor-parallel'
                 " parts): give a number, and see what it takes by memory_usage()."
@@ -122,8 +122,8 @@ class ParameterRegistry:
         shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
         for parameter, info in self.given_parameters.items():
             shapes[info.group].append(whole_shape(parameter))
-        by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, self.groups, strict=True)]
-        storage, budget = storages[0], self.groups[0]["memory_budget_gb"]
+        by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, checked, strict=True)]
+        storage, budget = storages[0], checked[0]["memory_budget_gb"]
         kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
         size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
         for group in self.groups:
@@ -300,7 +300,7 @@ class ParameterRegistry:
 
     def gradient_limit(self) -> float:
         """The largest gradient element that blocks of all param groups can square and sum up."""
-        own = [state_config(normalized(group)) for group in self.groups if group["block_size"] != "auto"]
+        own = [state_config(normalized(group)) for group in self.groups if not is_auto(group["block_size"])]
         return min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in own), default=math.inf)
 
     def ranks(self) -> collectives.Group:

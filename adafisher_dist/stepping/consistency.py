@@ -22,6 +22,7 @@ from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.comm.host_groups import STEP
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.inputs import Inputs
+from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -156,10 +157,11 @@ def fingerprints_of(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> Finger
             " the same parameters a gradient on every rank.",
         ),
         (
-            sharding.digest([shard.digest() for shard in shards if not shard.checked]),
+            sharding.digest([(__version__, shard.digest()) for shard in shards if not shard.checked]),
             "The ranks planned different blocks: their parameters' shapes, order, or block settings differ (or one of"
             " them has begun anew, by reset_state() or load_state_dict()). Build, reset and load the same model and"
-            " optimizer on every rank.",
+            f" optimizer on every rank. Or they run different versions of adafisher_dist, this one {__version__}:"
+            " install the same everywhere.",
         ),
         (
             sharding.digest([shard.counters.numpy().tobytes() for shard in shards]),
