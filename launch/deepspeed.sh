@@ -9,7 +9,7 @@
 #                     password, and this node pdsh
 #   --port N          where the ranks meet on the first node (default: 29500)
 #   --interface NAME  network interface (default: as gloo and NCCL choose)
-#   --dry-run         only tell what would be run
+#   --dry-run         only tell what would be run, and whether the script's DeepSpeed config is there
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -62,6 +62,23 @@ need_script() {
     [ -f "$1" ] || die "$1: no such file in $(pwd)." "Give the script's path from there, or the whole path."
 }
 
+# check_config ARGUMENT…: a DeepSpeed config that the script is given is there.
+check_config() {
+    local before="" word
+    for word in "$@"; do
+        case $word in
+            --config=* | --deepspeed=* | --deepspeed_config=*) before=${word%%=*} word=${word#*=} ;;
+        esac
+        case $before in
+            --config | --deepspeed | --deepspeed_config)
+                [[ $word != *.json ]] || [ -f "$word" ] ||
+                    die "$before $word: no such file in $(pwd)." "Give the DeepSpeed config's path from there, or the whole path."
+                ;;
+        esac
+        before=$word
+    done
+}
+
 # Ranks for this machine, if not told: as many as GPUs, or one.
 ranks_here() {
     local gpus=0
@@ -109,6 +126,7 @@ tell_of_locks() {
 launch() {
     set_threads
     tell_of_locks
+    [ -z "$dry_run" ] || check_config "$@"
     local name
     {
         printf '%s:' "$launcher"

@@ -7,7 +7,7 @@
 #   --ranks N         ranks on all nodes (default: the slots of the hostfile, or this node's GPUs, or 1)
 #   --hostfile FILE   a line a node: HOST slots=N. All need the project and its Python at the same paths
 #   --interface NAME  network interface (default: as gloo and NCCL choose)
-#   --dry-run         only tell what would be run
+#   --dry-run         only tell what would be run, and whether the script's DeepSpeed config is there
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -14,7 +14,7 @@
 #   --wait SECONDS    with MIN:MAX, for more nodes once MIN are there (default: 15)
 #   --restarts N      how often all ranks are started again after one has failed (default: 0). The script has to go on from
 #                     its last checkpoint then, as launch/train.py does with --restartable
-#   --dry-run         only tell what would be run
+#   --dry-run         only tell what would be run, and whether the script's DeepSpeed config is there
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

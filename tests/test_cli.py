@@ -114,7 +114,7 @@ def checkpoint(module: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_inspect_shows_tables(checkpoint: Path) -> None:
     out = run("inspect", checkpoint).stdout
-    assert run("inspect", checkpoint.parent).stdout == out  # by `latest`
+    assert run("inspect", checkpoint.parent).stdout.endswith(out)  # by `latest`
     lines = [line.split() for line in out.splitlines()]
     assert ["step", "2"] in lines
     assert ["by", "adafisher_dist", f"{adafisher_dist.__version__},", "torch", torch.__version__] in lines
@@ -140,6 +140,44 @@ def test_inspect_shows_tables(checkpoint: Path) -> None:
     ]
     file = manifest.files[SHARD]
     assert [SHARD, f"{file.nbytes:,}", f"{file.crc32:08x}"] in lines
+
+
+def test_inspect_lists_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    """The oldest first, a damaged one too, and those in DeepSpeed's folders; then the newest."""
+    for name in ("old", "deep/adafisher_dist", "damaged", "new"):
+        saved(tmp_path / name, model(), steps=1)
+    (tmp_path / "damaged" / "manifest.json").write_text("{}")
+    (tmp_path / "deep" / "latest").unlink()
+    result = run("inspect", tmp_path)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    rows = [line for line in lines if len(line) > 3 and line[0] in ("old", "deep", "new")]
+    assert [row[0] for row in rows] == ["old", "deep", "new"]
+    assert all(row[1] == "1" and row[3] == "1" for row in rows)
+    assert rows[2][4:] == ["latest:", "the", "one", "below"] and len(rows[0]) == 4
+    assert any(line[:4] == ["damaged", "–", "–", "–"] for line in lines)
+    assert run("inspect", tmp_path / "new").stdout in result.stdout
+    facts = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert [(own["tag"], own["latest"]) for own in facts["checkpoints"] if own["tag"] != "damaged"] == [
+        ("old", False), ("deep", False), ("new", True)
+    ]  # fmt: skip
+    assert json.loads(run("inspect", tmp_path / "old", "--json").stdout)["checkpoints"] == []
+
+
+def test_the_version() -> None:
+    assert run("--version").stdout.startswith(f"adafisher_dist {adafisher_dist.__version__}, torch")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["--memory-budget-gb", "--device-tflops", "--network-gbs", "--exponent"])
+def test_numbers_that_are_none(option: str, value: str) -> None:
+    result = run("estimate", "--params", "1e6", "--zero-stage", "1", f"{option}={value}", code=2)
+    assert option in result.output and "finite number" in result.output
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_shard_of_no_size(value: str, checkpoint: Path, tmp_path: Path) -> None:
+    words = ("export", checkpoint, "--to", "safetensors", "--out", tmp_path / "out", f"--max-shard-gb={value}")
+    assert "finite number" in run(*words, code=2).output and not (tmp_path / "out").exists()
 
 
 def test_inspect_as_json(checkpoint: Path) -> None:

@@ -152,6 +152,8 @@ def test_a_hostfile_gives_the_ranks(tmp_path: Path, fakes: Path) -> None:
         ("torchrun.sh", "--nodes 3:2 launch/train.py", "N or MIN:MAX, and is '3:2'"),
         ("torchrun.sh", "--nodes 2 launch/train.py", "--nodes 2 needs --host"),
         ("torchrun.sh", "--nodes 2 --host no.such.invalid launch/train.py", "the host 'no.such.invalid' cannot be"),
+        ("torchrun.sh", "--dry-run launch/train.py --config no.json", "--config no.json: no such file in"),
+        ("deepspeed.sh", "--dry-run launch/train.py --deepspeed_config=no.json", "--deepspeed_config no.json: no such"),
         ("mpirun.sh", "--hostfile nowhere launch/train.py", "--hostfile nowhere: no such file"),
         ("mpirun.sh", "--hostfile README.md launch/train.py", "Each line should be HOST slots=N"),
         ("deepspeed.sh", "--hostfile /dev/null launch/train.py", "--hostfile /dev/null: no such file"),

@@ -7,11 +7,19 @@ import errno
 from adafisher_dist.printable import printable
 
 
+_LONGEST_LINE = 3000
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 500]} … {line[-400:]}"
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, is damaged, or does not fit. Raised on all ranks alike."""
 
     def __init__(self, problem: object = "") -> None:
-        super().__init__(printable(problem))  # names in it may come from a file
+        # Names in it may come from a file.
+        super().__init__("\n".join(map(_shortened, printable(problem).split("\n"))))
 
 
 # What helps, by the operating system's number of the error.

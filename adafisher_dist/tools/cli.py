@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -33,7 +35,9 @@ from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.tools import plots
 from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.tools.inspection import damage, summarize
-from adafisher_dist.tools.tables import forecast_table, forecast_text, tables_of
+from adafisher_dist.tools.listing import Listed, checkpoints_in
+from adafisher_dist.tools.tables import forecast_table, forecast_text, list_table, tables_of
+from adafisher_dist.version import __version__
 
 app = typer.Typer(
     help="Foretell what AdaFisher costs, draw its metrics, look into its checkpoints and make something of them.",
@@ -41,6 +45,30 @@ app = typer.Typer(
 )  # fmt: skip
 
 DAMAGED, WRONG = 1, 2  # exit codes
+
+
+def _finite(value: float | None) -> float | None:
+    """Refuse the NaN and inf that `float` takes."""
+    if value is not None and not isfinite(value):
+        raise typer.BadParameter(f"it should be a finite number, got {value}.")
+    return value
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"adafisher_dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, Option("--version", callback=_tell_version, is_eager=True, help="Tell the version.")
+    ] = False,
+) -> None:
+    """See `app`; what is asked for of no command."""
+
+
 _MAX_PARAMETERS = 40
 _MAX_SHARD_GB = MAX_SHARD_BYTES / 1e9
 _WIDTH_OF_A_FILE = 120  # columns, where stdout is no terminal
@@ -68,13 +96,16 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")] = False,
     every: Annotated[bool, Option("--all", help=f"List all parameters, not the first {_MAX_PARAMETERS}.")] = False,
 ) -> None:
-    """Tell what is in a checkpoint."""
+    """Tell what is in a checkpoint; in a folder of them, list them, and tell of the newest."""
+    listed = _listed(checkpoint)
+    if listed and not as_json:
+        _console().print(list_table(str(checkpoint), listed))
     with _open(checkpoint, verify) as opened:
         folder = opened.folder
         problems = damage(opened, bar) if verify else None
         summary = summarize(opened)
     if as_json:
-        print(json.dumps({**summary, "damage": problems}))
+        print(json.dumps({**summary, "damage": problems, "checkpoints": [asdict(own) for own in listed]}))
     else:
         _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
     if problems:
@@ -89,7 +120,9 @@ def export(
     to: Annotated[Format, Option(help="The format.")],
     out: Annotated[Path | None, Option(help="The folder to write to; by default CHECKPOINT-safetensors.")] = None,
     dtype: Annotated[Dtype | None, Option(help="Of the parameters; by default what they had in the model.")] = None,
-    max_shard_gb: Annotated[float, Option(help="What a file holds at most, in GB (10⁹ bytes).")] = _MAX_SHARD_GB,
+    max_shard_gb: Annotated[
+        float, Option(callback=_finite, help="What a file holds at most, in GB (10⁹ bytes).")
+    ] = _MAX_SHARD_GB,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier export.")] = False,
     verify: Annotated[bool, Option(help="Check every file's checksum first.")] = True,
 ) -> None:
@@ -125,18 +158,20 @@ def estimate(
     block_size: Annotated[list[int] | None, Option(help="Repeat for several.  [default: 128]")] = None,
     rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
     block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
-    exponent: Annotated[float, Option(help="0.5 or 1.0.")] = 0.5,
+    exponent: Annotated[float, Option(callback=_finite, help="0.5 or 1.0.")] = 0.5,
     inverse_update_freq: Annotated[int, Option(help="Steps between refreshes of a factor.")] = 1,
     max_blocks: Annotated[int | None, Option(help="Dense blocks a parameter.", show_default=False)] = None,
     weight_dtype: Annotated[Dtype, Option(help="Of the model's weights and gradients.")] = Dtype.float32,
     device_tflops: Annotated[
-        float | None, Option(help="A device's speed, for a time; 10¹² operations a second.", show_default=False)
+        float | None,
+        Option(callback=_finite, help="A device's speed, for a time; 10¹² operations a second.", show_default=False),
     ] = None,
     network_gbs: Annotated[
-        float | None, Option(help="A rank's bandwidth, for a time; 10⁹ bytes a second.", show_default=False)
+        float | None,
+        Option(callback=_finite, help="A rank's bandwidth, for a time; 10⁹ bytes a second.", show_default=False),
     ] = None,
     memory_budget_gb: Annotated[
-        float | None, Option(help="Also tell the largest block size that fits.", show_default=False)
+        float | None, Option(callback=_finite, help="Also tell the largest block size that fits.", show_default=False)
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -248,6 +283,14 @@ def _find(checkpoint: Path) -> tuple[CheckpointDirectory, Path]:
         return find(lambda: checkpoint_directory(path))
     except (CheckpointError, ValueError) as error:
         fail(error, WRONG)
+
+
+def _listed(checkpoint: Path) -> list[Listed]:
+    """The checkpoints in a folder; none where it is one itself."""
+    try:
+        return checkpoints_in(Path(os.path.abspath(checkpoint)))
+    except OSError as error:
+        fail(error, DAMAGED)
 
 
 def _open(checkpoint: Path, verify: bool) -> OpenCheckpoint:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -204,7 +205,8 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, {"format": "pt"})  # libraries that read the file ask for that word
         path.chmod(mode)  # safetensors would leave it to its owner alone
     except SafetensorError as error:  # the disk is full, say
-        raise OSError(f"{path} could not be written: {error}") from error
+        told = re.sub(r" \(os error \d+\)", "", str(error))
+        raise OSError(f"{path} could not be written: {told}") from error
     sync(path)
 
 

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from adafisher_dist.printable import printable
+from adafisher_dist.tools.listing import Listed
 
 Facts = Mapping[str, Any]
 
@@ -23,6 +24,15 @@ def tables_of(summary: Facts, max_parameters: int | None) -> list[Table]:
         _kinds(summary["kinds"]),
         _files(summary),
     ]
+
+
+def list_table(folder: str, listed: Sequence[Listed]) -> Table:
+    """The checkpoints in a folder, by `checkpoints_in`."""
+    table = _table(f"Checkpoints in {folder}", ("tag", "step", "saved", "ranks", ""), ("step", "ranks"))
+    for own in listed:
+        what = own.problem or ("latest: the one below" if own.latest else "")
+        table.add_row(own.tag, *map(_or_dash, (own.step, own.created, own.world_size)), what)
+    return table
 
 
 def forecast_table(forecast: Facts) -> Table:
