@@ -6,7 +6,6 @@ import errno
 
 from adafisher_dist.printable import printable
 
-
 _LONGEST_LINE = 3000
 
 
