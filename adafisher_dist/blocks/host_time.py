@@ -9,15 +9,15 @@ from __future__ import annotations
 # By case of the benchmark: milliseconds of a step, and microseconds for each parameter, or run of
 # one, that the rank stores.
 LINES = {
-    "one process": (0.2012, 20.42),
-    "DDP": (2.974, 21.09),
-    "FSDP2": (4.106, 38.45),
-    "ZeRO-1": (2.212, 11.72),
-    "ZeRO-2": (2.397, 4.417),
-    "ZeRO-3": (2.727, 11.25),
+    "one process": (0.1709, 21.69),
+    "DDP": (1.971, 26.19),
+    "FSDP2": (0.4638, 51.39),
+    "ZeRO-1": (2.039, 14.29),
+    "ZeRO-2": (2.034, 15.76),
+    "ZeRO-3": (2.633, 15.48),
 }
-US_A_SLICE = 53.12  # that is gathered, or chunk; measured under DDP
-US_A_PART = 1.0  # of a rank, in a slice
+US_A_SLICE = 61.25  # that is gathered, or chunk; measured under DDP
+US_A_PART = 1.938  # of a rank, in a slice
 
 _CASES = {"ddp": "DDP", "zero0": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
