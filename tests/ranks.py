@@ -31,7 +31,7 @@ def run_ranks(
     context = mp.get_context("forkserver")
     _start_server(context)
     with tempfile.TemporaryDirectory() as folder:
-        where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
+        where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{free_port()}"
         processes, ends = [], []
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
@@ -66,7 +66,8 @@ def _start_server(context: Any) -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One on which nobody listens now: a number written into a test may be another program's."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

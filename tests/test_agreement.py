@@ -23,6 +23,7 @@ from torch import nn
 from adafisher_dist import AdaFisher
 from adafisher_dist.comm import collectives
 from adafisher_dist.numerics import block_step
+from adafisher_dist.optimizer import adafisher
 from adafisher_dist.stepping import found_inf, updating
 
 pytestmark = pytest.mark.dist
@@ -100,6 +101,15 @@ def bad_setting(run: Run) -> None:
     run.optimizer.param_groups[0]["momentum"] = 1.5
 
 
+def captured(run: Run) -> None:
+    """What fails before anything else is looked at."""
+
+    def fails() -> None:
+        raise RuntimeError("CUDA graph")
+
+    adafisher._refuse_capture = fails  # type: ignore[assignment]
+
+
 def other_shape(run: Run) -> None:
     """What the others wait for is not there any more."""
     run.module.mix.weight.data = torch.zeros(3, 2)
@@ -166,6 +176,7 @@ def test_little_can_fail_after_the_last_collective() -> None:
 BEFORE: dict[Callable[[Run], None], tuple[str, str]] = {  # what the rank itself says, what the others say
     sparse: ("sparse", f"rank {FAULTY} failed before anything changed"),
     bad_setting: ("momentum", f"rank {FAULTY} failed before anything changed"),
+    captured: ("CUDA graph", f"rank {FAULTY} failed before anything changed"),
     other_rate: ("different settings", "different settings"),
     other_gradients: ("which parameters have a gradient", "which parameters have a gradient"),
     other_counts: ("different numbers of steps", "different numbers of steps"),

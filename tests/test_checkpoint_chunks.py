@@ -205,7 +205,7 @@ def fails_on_one_rank(rank: int, world: int, folder: str) -> tuple[str, list[Any
 def test_a_read_that_fails_on_one_rank(saved: Path) -> None:
     """All are told of it alike, and load afterwards, on more ranks than have saved it."""
     (first, weights), (second, others) = run_ranks(fails_on_one_rank, 2, str(saved), timeout=60)
-    assert first == second and "Rank 1: OSError: the disk is gone" in first and "Rank 0" not in first
+    assert first == second and "Rank 1: the disk is gone" in first and "Rank 0" not in first
     assert weights == others == [parameter.tolist() for parameter in trained().module.parameters()]
 
 

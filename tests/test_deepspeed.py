@@ -206,8 +206,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_a_script_that_never_imports_us() -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29617"}
-    script = SCRIPT.replace('MASTER_PORT="0"', 'MASTER_PORT="29617"')
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=180)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "adafisher_dist.optimizer.adafisher 1" in done.stdout

@@ -340,7 +340,7 @@ def wrapped_by_accelerate(rank: int, world: int, version: int) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate_on_cpu import with_fsdp
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": str(world)}
     AcceleratorState.__init__ = with_fsdp
     plugin = FullyShardedDataParallelPlugin(fsdp_version=version, use_orig_params=True if version == 1 else None)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 
 pytestmark = pytest.mark.ci
 
@@ -209,8 +210,8 @@ def test_trainings_by_each_launcher_on_this_machine(tmp_path: Path) -> None:
         "torchrun": call(LAUNCH / "torchrun.sh", "--ranks", "2", *training, "--out", tmp_path / "torchrun"),
         "mpirun": call(LAUNCH / "mpirun.sh", "--ranks", "2", *training, "--out", tmp_path / "mpirun"),
         "deepspeed": call(
-            LAUNCH / "deepspeed.sh", "--ranks", "2", "--port", "29617", *training, "--out", tmp_path / "deepspeed",
-            DS_ACCELERATOR="cpu",
+            LAUNCH / "deepspeed.sh", "--ranks", "2", "--port", str(free_port()), *training,
+            "--out", tmp_path / "deepspeed", DS_ACCELERATOR="cpu",
         ),
         "slurm": call("bash", spool, *training, "--out", tmp_path / "slurm", **slurm),
     }  # fmt: skip

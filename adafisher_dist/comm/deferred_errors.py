@@ -49,6 +49,13 @@ class DeferredErrors:
                 work()
         return self.error is None
 
+    def insist(self, work: Callable[[], object]) -> None:
+        """Do it even after an error, which then is the one that is remembered."""
+        first = self.error
+        with self:
+            work()
+        self.error = first or self.error
+
     def result(self, work: Callable[[], T], otherwise: T) -> T:
         """What it returns; after an error, something else."""
         if self.error is None:

@@ -110,8 +110,10 @@ class ParameterRegistry:
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
+        if not storages:
+            return
         checked = [normalized(group) for group in self.groups]  # a user may have written anything into them
-        if not storages or all(group["block_size"] != "auto" for group in checked):
+        if all(group["block_size"] != "auto" for group in checked):
             return
         has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
         if has_experts or any(storage.group.total_size < self.ranks().total_size for storage in storages):

@@ -234,7 +234,7 @@ class Stepper:
         plan = None if self.meter is None else self.meter.plan
         collected = Collected(self._exchanges_of(groups), number, calls, plan)
         concerned = [*collected.shards, *self._agreement.expected(number)]
-        errors.attempt(lambda: self.resolve_pending(concerned))
+        errors.insist(lambda: self.resolve_pending(concerned))  # or this rank alone would not stop at a fault
         self._stop_at_faults(concerned, ranks)
         self._refuse_incomplete()
         if errors.none:
