@@ -72,7 +72,12 @@ def places_of(layout: str, on_device: bool, scene: str) -> list[Place]:
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("layout", LIKE)
 def test_points_of_layouts_that_are_like_others(layout: str, on_device: bool, scene: str) -> None:
-    assert points_of(layout, on_device, scene) == points_of(LIKE[layout], on_device, scene)
+    """But that the search for a DDP, which may be in a `join()`, finds one or none."""
+
+    def without_search(name: str) -> list[str]:
+        return [point for point in points_of(name, on_device, scene) if "uneven_inputs._find" not in point]
+
+    assert without_search(layout) == without_search(LIKE[layout])
 
 
 # ---- a rank fails ----

@@ -260,8 +260,9 @@ class AllToAll:
         self.stored_elsewhere = in_a_row(self.receive_buffer.tensor, route.receive)
         self.received = [part_of(staging, piece) for piece in route.receive]
         local = sharding.merged(route.local)
-        self.staged = PiecesByGroup(local, [part_of(staging, piece) for piece in local], shard)
-        self.owned_elsewhere = PiecesByGroup(route.send, in_a_row(self.send_buffer.tensor, route.send), shard)
+        self.staged = PiecesByGroup(local, [part_of(staging, piece) for piece in local], staging, shard)
+        sent = self.send_buffer.tensor
+        self.owned_elsewhere = PiecesByGroup(route.send, in_a_row(sent, route.send), sent, shard)
         self.ready = [chunk for chunk in shard.blocks.chunks if not any(rows.staged for rows in chunk)]
         self.late = [chunk for chunk in shard.blocks.chunks if any(rows.staged for rows in chunk)]
 

@@ -30,8 +30,9 @@ Seeds = Callable[[int], Tensor]
 class PiecesByGroup:
     """Pieces of stored tensors and their places in a buffer, by param group."""
 
-    def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], shard: Shard) -> None:
+    def __init__(self, pieces: Sequence[TensorPiece], parts: Sequence[Tensor], buffer: Tensor, shard: Shard) -> None:
         self._shard = shard
+        self._buffer = buffer
         self._plans: dict[int, CopyPlan] = {}
         for group in sorted({shard.groups[piece.tensor] for piece in pieces}):
             own = [(p, part) for p, part in zip(pieces, parts, strict=True) if shard.groups[p.tensor] == group]
@@ -48,7 +49,8 @@ class PiecesByGroup:
                 torch._foreach_zero_(missing)
 
     def change(self, inputs: Inputs, should_step: Tensor | None, observe: Observe | None) -> None:
-        """Apply the buffer's updates."""
+        """Apply the buffer's updates, and leave nothing of use in it."""
+        together = self._buffer if len(self._plans) == 1 else None
         for group, copies in self._plans.items():
             weights, updates = copies.of(inputs.flat_weights)
             settings = inputs.settings[group]
@@ -59,7 +61,7 @@ class PiecesByGroup:
                 tensor, start, stop = places[number]
                 return _seeds(self._shard, tensor, (stop - start,), (1,), start)
 
-            apply(weights, updates, None, settings, should_step, observe, seeds)
+            apply(weights, updates, together, settings, should_step, observe, seeds)
 
 
 def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
