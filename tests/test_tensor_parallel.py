@@ -13,7 +13,7 @@ from models import same
 from ranks import run_ranks
 from tensor_parallel_runs import SETTINGS, alone, alone_in_parts, loss_of, parallel
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, OptimizerState
 from adafisher_dist.blocks.grid import grid_of
 from adafisher_dist.settings import DEFAULTS, normalized, state_config
 from adafisher_dist.stepping import found_inf
@@ -127,6 +127,8 @@ def not_carried(rank: int, world: int) -> str:
     optimizer.step()
     with pytest.raises(Exception, match="save_checkpoint") as error:
         get_optimizer_state_dict(module, optimizer)
+    with pytest.raises(RuntimeError, match="under tensor parallelism"):
+        OptimizerState(module, optimizer)
     return str(error.value)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafisher_dist.checkpoint.checksums import checksum_of
 from adafisher_dist.checkpoint.chunks import ByFile, Chunk
 from adafisher_dist.checkpoint.directory import is_in_place
 from adafisher_dist.checkpoint.errors import CheckpointError, reason
 from adafisher_dist.checkpoint.files import open_file
 from adafisher_dist.checkpoint.manifest import File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
-from adafisher_dist.comm.host_groups import beat
 
 PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
 """Seconds before each further try to open a checkpoint that was replaced meanwhile."""
@@ -177,7 +176,7 @@ class OpenCheckpoint:
             status = os.fstat(handle)
             if status.st_size != expected.nbytes:
                 return f"{name} has {status.st_size} bytes, and should have {expected.nbytes}"
-            if checksum and (crc32 := _sum(handle)) != expected.crc32:
+            if checksum and (crc32 := checksum_of(handle, expected.nbytes)) != expected.crc32:
                 own = File(expected.nbytes, crc32)
                 other = next((n for n, file in self.manifest.files.items() if file == own), None)
                 should = f"should have {expected.crc32:08x}: it is damaged"
@@ -278,12 +277,3 @@ def _allow(files: int) -> None:
     if soft != resource.RLIM_INFINITY and needed > soft:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _sum(handle: int) -> int:
-    crc32, offset = 0, 0
-    buffer = memoryview(bytearray(1 << 22))
-    while count := os.preadv(handle, [buffer], offset):
-        beat()
-        crc32, offset = zlib.crc32(buffer[:count], crc32), offset + count
-    return crc32

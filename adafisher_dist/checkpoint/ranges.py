@@ -24,7 +24,7 @@ from adafisher_dist.blocks.parts import Parts, saved_offsets
 from adafisher_dist.blocks.sharding import Span
 from adafisher_dist.layouts.storage import Parameter
 from adafisher_dist.numerics.block_stack import BlockStack
-from adafisher_dist.numerics.packing import pack, unpack
+from adafisher_dist.numerics.packing import pack, unpack, unpack_into
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
@@ -63,10 +63,15 @@ class RangePiece:
     def unpack_from(self, packed: Tensor) -> None:
         """The inverse of `pack_into`."""
         window = self._window(packed)
-        if self.symmetric:
-            size = self.memory.shape[-1]
-            window = unpack(window.reshape(-1, triangle(size)), size).view(self.memory.shape)
-        self.memory.copy_(window)
+        if not self.symmetric:
+            self.memory.copy_(window)
+            return
+        size = self.memory.shape[-1]
+        triangles = window.reshape(-1, triangle(size))
+        if self.memory.is_contiguous() and self.memory.dtype == packed.dtype:
+            unpack_into(triangles, self.memory.view(-1, size, size))
+        else:
+            self.memory.copy_(unpack(triangles, size).view(self.memory.shape))
 
     def _window(self, packed: Tensor) -> Tensor:
         """The places, in the shape of the memory, or of its triangles."""

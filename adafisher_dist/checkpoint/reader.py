@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from adafisher_dist.checkpoint import orders
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
+from adafisher_dist.checkpoint.read_ahead import ReadAhead
 from adafisher_dist.checkpoint.writer import Progress
-from adafisher_dist.comm.host_groups import beat
 
 
 @torch.no_grad()
 def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
-    """Read these ranges into this rank's memory, one at a time, converting dtypes that differ.
+    """Read these ranges into this rank's memory, converting dtypes that differ.
+
+    While one is brought to its place, the next one is read.
 
     Args:
         opened: the checkpoint, with all files held that the ranges lie in.
@@ -30,34 +33,41 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     tensors = opened.manifest.tensors
     total = sum(range_.numel * tensors[range_.key].dtype.itemsize for range_ in wanted)
     progress = Progress(f"reading {opened.folder}", total)
-    for range_ in wanted:
-        here = range_.in_place()
-        packed = range_.room() if here is None else here
-        runs = orders.runs_of(range_, opened.manifest)
-        if runs is None:
-            _read(opened, range_.key, range_.start, packed)
-        else:
-            packed.copy_(_gathered(opened, range_, runs))
-        progress.add(packed.numel() * tensors[range_.key].dtype.itemsize)
-        if here is None:
-            range_.unpack(packed)
+    with ReadAhead() as ahead:
+        for range_, packed in ahead.in_order(partial(_packed, opened, ahead), wanted):
+            if range_.in_place() is None:
+                range_.unpack(packed)
+            progress.add(packed.numel() * tensors[range_.key].dtype.itemsize)
 
 
-def _gathered(opened: OpenCheckpoint, range_: Range, runs: orders.Ints) -> Tensor:
+@torch.no_grad()
+def _packed(opened: OpenCheckpoint, ahead: ReadAhead, range_: Range) -> Tensor:
+    """A range's elements: in their place, where they lie in a row there."""
+    here = range_.in_place()
+    packed = range_.room() if here is None else here
+    runs = orders.runs_of(range_, opened.manifest)
+    if runs is None:
+        _read(opened, ahead, range_.key, range_.start, packed)
+    else:
+        packed.copy_(_gathered(opened, ahead, range_, runs))
+    return packed
+
+
+def _gathered(opened: OpenCheckpoint, ahead: ReadAhead, range_: Range, runs: orders.Ints) -> Tensor:
     """A range whose elements lie in runs; what is between short gaps is read with them."""
     dtype = opened.manifest.tensors[range_.key].dtype
     gathered = torch.empty(range_.numel, dtype=dtype)
     for group in orders.read_together(runs):
         begin, (_, last, numel) = group[0][1], group[-1]
         values = torch.empty(last + numel - begin, dtype=dtype)
-        _read(opened, range_.key, begin, values)
+        _read(opened, ahead, range_.key, begin, values)
         for place, at, numel in group:
             place, at = place - range_.start, at - begin
             gathered[place : place + numel] = values[at : at + numel]
     return gathered
 
 
-def _read(opened: OpenCheckpoint, key: str, start: int, packed: Tensor) -> None:
+def _read(opened: OpenCheckpoint, ahead: ReadAhead, key: str, start: int, packed: Tensor) -> None:
     """Read as many elements from `start` on as `packed` has."""
     stored, stop = opened.manifest.tensors[key], start + packed.numel()
     if stop > stored.numel:
@@ -70,4 +80,4 @@ def _read(opened: OpenCheckpoint, key: str, start: int, packed: Tensor) -> None:
         opened.read_at(chunk.file, chunk.offset + (low - chunk.start) * stored.dtype.itemsize, read)
         if not direct:
             target.copy_(read)
-        beat()
+        ahead.tick()

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adafisher_dist import layouts
 from adafisher_dist.checkpoint import encoding
 from adafisher_dist.checkpoint.saving import target_for
 from adafisher_dist.checkpoint.targets import CheckpointTarget, members_of_groups
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.adafisher import AdaFisher
+from adafisher_dist.optimizer.consolidated import UNDER_TENSOR_PARALLELISM
 
 
 class OptimizerState:
@@ -32,9 +34,14 @@ class OptimizerState:
     Args:
         model: plain, in DistributedDataParallel, or sharded by fully_shard.
         optimizer: AdaFisher, with parameters of that model.
+
+    Raises:
+        RuntimeError: tensor parallelism cuts parameters: better now than at the first save.
     """
 
     def __init__(self, model: nn.Module, optimizer: AdaFisher) -> None:
+        if any(layouts.parts_of(parameter) is not None for parameter in model.parameters()):
+            raise RuntimeError(UNDER_TENSOR_PARALLELISM)
         self._model = model
         self._optimizer = optimizer
 
@@ -43,7 +50,7 @@ class OptimizerState:
 
         Raises:
             RuntimeError: on all ranks: one of them has no room for its part; or parameters are
-                cut by tensor parallelism.
+                cut by tensor parallelism, after the constructor.
             TypeError: the optimizer is not AdaFisher; or a param group holds what cannot be saved
                 without pickling.
             ValueError: the model is DeepSpeed's, or lacks a parameter of the optimizer.

@@ -15,6 +15,12 @@ from adafisher_dist.stepping.consistency import raise_if_any_failed
 
 Entries = dict[int, dict[str, Tensor]]  # by the id of the stored tensor
 
+UNDER_TENSOR_PARALLELISM = (
+    "torch.distributed.checkpoint cannot carry AdaFisher's state under tensor parallelism. Use"
+    " adafisher_dist.save_checkpoint and load_checkpoint; or save optimizer.state_dict() of each rank by torch.save,"
+    " and load it in the same layout."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Consolidated:
@@ -132,8 +138,4 @@ def _check_one_each(shards: list[Shard]) -> None:
                 " save one rank's part for all. Use adafisher_dist.ds.save_checkpoint and load_checkpoint."
             )
         if shard.storage.tensor_parallel:
-            raise RuntimeError(
-                "torch.distributed.checkpoint cannot carry AdaFisher's state under tensor parallelism. Use"
-                " adafisher_dist.save_checkpoint and load_checkpoint; or save optimizer.state_dict() of each rank by"
-                " torch.save, and load it in the same layout."
-            )
+            raise RuntimeError(UNDER_TENSOR_PARALLELISM)
