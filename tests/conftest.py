@@ -16,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: sums have the same bits
 
 
 @pytest.fixture
