@@ -157,10 +157,11 @@ class Outcome(NamedTuple):
 
 
 def start(on_device: bool) -> None:
-    """As on an accelerator, where a device decides; in several chunks, as large models are."""
+    """As on an accelerator, where a device decides; in several chunks and slices, as large models."""
     warnings.simplefilter("ignore")  # DeepSpeed's of torch's new names
     found_inf.is_meant_for = lambda device: on_device
     sharding.CHUNK_FISHER_NUMEL = 2**10
+    sharding.GATHERED_NUMEL = 2**7
     beside[:] = [dist.new_group(timeout=timedelta(seconds=300))]
 
 

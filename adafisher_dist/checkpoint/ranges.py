@@ -23,8 +23,8 @@ from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
 from adafisher_dist.blocks.parts import Parts, saved_offsets
 from adafisher_dist.blocks.sharding import Span
 from adafisher_dist.layouts.storage import Parameter
+from adafisher_dist.numerics import packing
 from adafisher_dist.numerics.block_stack import BlockStack
-from adafisher_dist.numerics.packing import pack, unpack, unpack_into
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
@@ -58,7 +58,16 @@ class RangePiece:
 
     def pack_into(self, packed: Tensor) -> None:
         """Copy the elements to their places in the packed range."""
-        self._window(packed).copy_(self._triangles() if self.symmetric else self.memory)
+        window = self._window(packed)
+        if not self.symmetric:
+            window.copy_(self.memory)
+            return
+        size = self.memory.shape[-1]
+        blocks = self.memory.view(-1, size, size)
+        if window.is_contiguous() and window.dtype == blocks.dtype:
+            packing.pack_into(blocks, window.view(-1, triangle(size)))
+        else:
+            window.copy_(packing.pack(blocks).view(window.shape))
 
     def unpack_from(self, packed: Tensor) -> None:
         """The inverse of `pack_into`."""
@@ -68,10 +77,10 @@ class RangePiece:
             return
         size = self.memory.shape[-1]
         triangles = window.reshape(-1, triangle(size))
-        if self.memory.is_contiguous() and self.memory.dtype == packed.dtype:
-            unpack_into(triangles, self.memory.view(-1, size, size))
+        if self.memory.is_contiguous() and self.memory.dtype == window.dtype:
+            packing.unpack_into(triangles, self.memory.view(-1, size, size))
         else:
-            self.memory.copy_(unpack(triangles, size).view(self.memory.shape))
+            self.memory.copy_(packing.unpack(triangles, size).view(self.memory.shape))
 
     def _window(self, packed: Tensor) -> Tensor:
         """The places, in the shape of the memory, or of its triangles."""
@@ -79,10 +88,6 @@ class RangePiece:
         if self.symmetric:
             shape = torch.Size([*shape[:-2], triangle(shape[-1])])
         return packed.as_strided(shape, self.strides, packed.storage_offset() + self.offset)
-
-    def _triangles(self) -> Tensor:
-        *lead, size, _ = self.memory.shape
-        return pack(self.memory.view(-1, size, size)).view(*lead, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,10 +16,16 @@ def pack(fisher_NBB: Tensor) -> Tensor:
 
     Element (i, j), i ≥ j, is at i (i + 1) / 2 + j.
     """
+    size = fisher_NBB.shape[1]
+    fisher_NT = fisher_NBB.new_empty(len(fisher_NBB), size * (size + 1) // 2)
+    pack_into(fisher_NBB, fisher_NT)
+    return fisher_NT
+
+
+def pack_into(fisher_NBB: Tensor, fisher_NT: Tensor) -> None:
+    """The same, written into these, which are contiguous."""
     lower_T, _ = _places(fisher_NBB.shape[1], fisher_NBB.device)
-    packed_NT = fisher_NBB.new_empty(len(fisher_NBB), len(lower_T))
-    _columns(fisher_NBB.flatten(1), lower_T, packed_NT)
-    return packed_NT
+    _columns(fisher_NBB.flatten(1), lower_T, fisher_NT)
 
 
 def unpack(fisher_NT: Tensor, size: int) -> Tensor:
@@ -30,7 +36,7 @@ def unpack(fisher_NT: Tensor, size: int) -> Tensor:
 
 
 def unpack_into(fisher_NT: Tensor, fisher_NBB: Tensor) -> None:
-    """Write them into these, which are contiguous."""
+    """The same, written into these, which are contiguous."""
     size = fisher_NBB.shape[1]
     _, full = _places(size, fisher_NT.device)
     _columns(fisher_NT, full, fisher_NBB.view(-1, size * size))
