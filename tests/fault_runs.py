@@ -157,7 +157,7 @@ class Outcome(NamedTuple):
 
 
 def start(on_device: bool) -> None:
-    """As on an accelerator, where a device decides; in several chunks and slices, as large models."""
+    """As on an accelerator, where a device decides; in chunks and slices, as of large models."""
     warnings.simplefilter("ignore")  # DeepSpeed's of torch's new names
     found_inf.is_meant_for = lambda device: on_device
     sharding.CHUNK_FISHER_NUMEL = 2**10

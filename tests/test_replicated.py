@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from layout_runs import Run
 from models import batch, distance, model, weights
 from ranks import run_ranks
 from torch import nn
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import adafisher_dist.blocks.sharding
 import adafisher_dist.state.shard
 from adafisher_dist import AdaFisher
+from adafisher_dist.stepping import found_inf
 
 pytestmark = pytest.mark.dist
 
@@ -454,3 +457,22 @@ def torch_functions(rank: int, world: int):
 def test_torch_s_checkpoint_functions_in_one_process() -> None:
     for straight, resumed in run_ranks(torch_functions, 1):
         assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def compiled(rank: int, world: int, layout: str, on_device: bool) -> bool:
+    """Whether steps that compiled code calls end with the same bits as those of plain code."""
+    found_inf.is_meant_for = lambda device: on_device
+    trained = []
+    for make in (lambda call: call, partial(torch.compile, backend="eager")):
+        run = Run(layout, rank, world, SMALL)
+        step = run.optimizer.step
+        run.optimizer.step = make(lambda step=step: step())
+        run.train(0, 4)
+        trained.append(run.weights())
+    return all(np.array_equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_compiled_steps_of_several_ranks(layout: str, on_device: bool) -> None:
+    assert run_ranks(compiled, 2, layout, on_device) == [True, True]
