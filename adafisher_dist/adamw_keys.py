@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
+from reprlib import repr as short
 from typing import Any, ParamSpec, cast
 
 from adafisher_dist.settings import DEFAULTS, check_number, hint_of, problems_of, raise_all
@@ -169,7 +170,7 @@ def _hint(key: str, valid: Sequence[str], near: float) -> str:
 def _momentum_of(betas: object) -> float:
     """Adam's β₁; β₂ is checked as well, since a slip there may be one in both."""
     if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
-        raise TypeError(f"betas should be two numbers, got {betas!r}.{hint_of(betas)}")
+        raise TypeError(f"betas should be two numbers, got {short(betas)}.{hint_of(betas)}")
     pair = {"betas[0]": betas[0], "betas[1]": betas[1]}
     for name in pair:
         check_number(pair, name, low=0.0, below=1.0)
@@ -181,8 +182,8 @@ def _problem_of_foreign(key: str, value: object) -> Exception | None:
     if value is None or not accepted or (isinstance(value, Real) and value in accepted):
         return None
     if isinstance(accepted[0], bool) and not isinstance(value, bool):
-        return TypeError(f"{key} should be True or False, got {value!r}.")
-    return ValueError(f"AdaFisher has no setting {key!r} (got {value!r}). {remedy}")
+        return TypeError(f"{key} should be True or False, got {short(value)}.")
+    return ValueError(f"AdaFisher has no setting {key!r} (got {short(value)}). {remedy}")
 
 
 def translated(init: Callable[P, None]) -> Callable[P, None]:

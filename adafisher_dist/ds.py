@@ -82,8 +82,8 @@ def report_metrics(engine: Any, every: int = 100) -> None:
 def _to_monitor(engine: Any) -> Callback:
     if not engine.monitor.enabled:
         raise ValueError(
-            "AdaFisher's metrics are asked for, and DeepSpeed has no monitor on. Switch one on in its config:"
-            ' "csv_monitor", "tensorboard", "wandb" or "comet".'
+            "AdaFisher's metrics are asked for (metrics_every), and DeepSpeed has no monitor on. Switch one on in its"
+            ' config: "csv_monitor", "tensorboard", "wandb" or "comet".'
         )
     held = weakref.ref(engine)  # the engine holds the optimizer
 

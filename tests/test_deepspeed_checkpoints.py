@@ -124,6 +124,44 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     run_ranks(what_cannot_be_saved, 2, str(tmp_path), deepspeed=True)
 
 
+def interrupted(rank: int, world: int, stage: int, folder: str) -> str:
+    """DeepSpeed's own files cannot be written: `latest`, which a rename changes, names the last."""
+    import torch.distributed as dist
+
+    engine, latest = engine_of(config(stage, world)), Path(folder, "latest")
+    train(engine, 0, 1, rank, world)
+    engine.save_checkpoint(folder, "a")
+    dist.barrier()
+    first = latest.stat().st_ino
+    dist.barrier()
+    engine.save_checkpoint(folder, "b")
+    assert latest.read_text() == "b" and latest.stat().st_ino != first  # never in place, where a kill would cut it
+    train(engine, 1, 2, rank, world)
+    wanted = masters(engine)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    engine.checkpoint_engine.save = fail
+    engine._save_checkpoint = fail
+    with pytest.raises(CheckpointError) as caught:
+        engine.save_checkpoint(folder, "c")
+    assert latest.read_text() == "b"
+    other = engine_of(config(stage, world))
+    other.load_checkpoint(folder)
+    assert other.global_steps == 1
+    other.load_checkpoint(folder, "c")
+    assert all(np.array_equal(value, wanted[name]) for name, value in masters(other).items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeeds_own_files_cannot_be_written(stage: int, tmp_path: Path) -> None:
+    for told in run_ranks(interrupted, 2, stage, str(tmp_path), deepspeed=True):
+        assert f"could not write its own files of {tmp_path / 'c'}: " in told and "Input/output error" in told
+        assert "complete" in told and "the tag 'c'" in told and "latest" in told
+
+
 # ---- what another optimizer saved ----
 
 

@@ -15,7 +15,7 @@ from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
 from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.errors import CheckpointError
-from adafisher_dist.checkpoint.latest import LATEST, read_latest
+from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.options import IGNORED, Options
 from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_of
@@ -95,17 +95,33 @@ def save_with_deepspeed(
     Ours holds AdaFisher's state, and all that a load at another world size needs. DeepSpeed alone
     would save only rank 0's optimizer state at stage 0, and at other stages parts that fit no other
     world size. A load reads only our files, so a client state that only a pickle could hold is
-    refused.
+    refused. DeepSpeed writes `latest` in place, and a kill would leave a part of the tag in it: we
+    write it instead, by a rename, when all else is there.
     """
     target = _training(engine, exclude_frozen_parameters)
     tag = _same_tag(target, tag, engine)
     place = CheckpointDirectory(Path(save_dir).absolute() / tag, SUBFOLDER)
     save(place, target, _facts(engine), partial(_values, engine, client_state), latest=False)
+    later = engine.checkpoint_engine.is_decoupled()  # it writes all of its files, and `latest`, in the background
     target.optimizer._state_is_elsewhere = True
     try:
-        return original(engine, save_dir, tag, client_state, save_latest, exclude_frozen_parameters, **more)
+        done = original(engine, save_dir, tag, client_state, save_latest and later, exclude_frozen_parameters, **more)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"DeepSpeed could not write its own files of {place.root}: {error}. AdaFisher's checkpoint, in"
+            f" {SUBFOLDER}/ there, is complete, and is all that load_checkpoint needs: give it the tag {tag!r}, since"
+            f" `{LATEST}` still names the one before."
+        ) from error
     finally:
         target.optimizer._state_is_elsewhere = False
+    if save_latest and not later:
+        run_on_all_ranks(target.hosts, lambda: _name_latest(engine, Path(save_dir).absolute(), tag))
+    return done
+
+
+def _name_latest(engine: Any, root: Path, tag: str) -> None:
+    if engine.global_rank == 0:
+        prepare_latest(root, tag, checked=False).rename(root / LATEST)
 
 
 def load_with_deepspeed(
@@ -222,7 +238,7 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
         try:
             return named if named is None else _inside(named)
         except ValueError as error:
-            raise CheckpointError(f"{root / LATEST} is damaged: {error} Nothing was loaded.") from error
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} {ANOTHER_TAG} Nothing was loaded.") from error
 
     tags = run_on_all_ranks(target.hosts, find)
     if len(set(tags)) > 1:

@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from adafisher_dist.checkpoint.errors import CheckpointError, os_problem
-from adafisher_dist.checkpoint.latest import LATEST, prepare_latest, read_latest
+from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.comm.host_groups import beat
 
@@ -29,6 +29,7 @@ logger = logging.getLogger("adafisher_dist")
 SUBFOLDER = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 _REPLACED = ".replaced"
+_NONE_IN = "Checkpoints in {}: none; give the folder that was saved to."
 
 # Bytes of a name in a folder, and of what a tag gets around it while a checkpoint is replaced.
 _LONGEST_NAME = 255
@@ -84,7 +85,13 @@ class CheckpointDirectory:
                 f" again, or load another. {_those_in(self.root)}"
             )
         root = self.folder if tags(self.folder) else self.root
-        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist. {_those_in(root)}")
+        named = f", and {self.root / LATEST} names it" if self._is_latest() else ""
+        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist{named}. {_those_in(root)}")
+
+    def _is_latest(self) -> bool:
+        with suppress(CheckpointError):
+            return read_latest(self.root) == self.tag
+        return False
 
     def prepare(self) -> None:
         """Make the folder to write into, and clear away what killed saves have left.
@@ -184,7 +191,7 @@ def latest_tag(root: Path) -> str | None:
         try:
             CheckpointDirectory(root, tag)
         except ValueError as error:
-            raise CheckpointError(f"{root / LATEST} is damaged: {error} {_those_in(root)}") from error
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} {ANOTHER_TAG} {_those_in(root)}") from error
     return tag
 
 
@@ -203,7 +210,8 @@ def tags(root: Path) -> list[str]:
 
 
 def _those_in(root: Path) -> str:
-    return f"Checkpoints in {root}: {', '.join(tags(root)) or 'none'}."
+    found = tags(root)
+    return f"Checkpoints in {root}: {', '.join(found)}; load one by its name." if found else _NONE_IN.format(root)
 
 
 def checkpoint_directory(path: Path) -> CheckpointDirectory:

@@ -8,6 +8,9 @@ from adafisher_dist.printable import printable
 
 _LONGEST_LINE = 3000
 
+# What to do about a damaged checkpoint.
+ANOTHER = "Load another checkpoint of its folder, by its name, or copy this one again from where it is whole."
+
 
 def _shortened(line: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 500]} … {line[-400:]}"
@@ -19,6 +22,17 @@ class CheckpointError(RuntimeError):
     def __init__(self, problem: object = "") -> None:
         # Names in it may come from a file.
         super().__init__("\n".join(map(_shortened, printable(problem).split("\n"))))
+
+
+def damaged(what: object, why: object, then: str = "") -> CheckpointError:
+    """The error for a file or folder that is not what a save wrote.
+
+    Args:
+        what: its path.
+        why: what is wrong with it.
+        then: what was not done, a sentence.
+    """
+    return CheckpointError(f"{what} is damaged: {why}. {then}{' ' if then else ''}{ANOTHER}")
 
 
 # What helps, by the operating system's number of the error.
@@ -44,6 +58,10 @@ def reason(error: OSError) -> str:
 def os_problem(error: OSError) -> str:
     """What went wrong, with the path and what to do: "PATH: No space left on device. Free …"."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    told = ": ".join([*([" → ".join(names)] if names else []), reason(error)])
+    return ": ".join([*([" → ".join(names)] if names else []), reason_and_remedy(error)])
+
+
+def reason_and_remedy(error: OSError) -> str:
+    """The same without the path."""
     remedy = _REMEDIES.get(error.errno or 0)
-    return told if remedy is None else f"{told}. {remedy}"
+    return reason(error) if remedy is None else f"{reason(error)}. {remedy}"

@@ -19,7 +19,7 @@ from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
 from adafisher_dist.checkpoint.applying import apply, chosen_tensors
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
 from adafisher_dist.checkpoint.dry_run import Tried
-from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import Manifest
 from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
@@ -162,7 +162,7 @@ def _verify(opened: OpenCheckpoint, target: CheckpointTarget, checksums: bool) -
 
     problems = sorted({problem for answer in run_on_all_ranks(target.hosts, look) for problem in answer})
     if problems:
-        raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was changed.")
+        raise damaged(opened.folder, "; ".join(problems), "Nothing was changed.")
 
 
 def _check_together(
@@ -224,7 +224,10 @@ def _or_refuse(folder: Path, work: Callable[[], T]) -> T:
         return work()
     except Exception as error:
         told = f"{error}" if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder} cannot be loaded: {told.removesuffix('.')}. Nothing was changed.") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {told.removesuffix('.')}. Nothing was changed. Load it into a training like"
+            " the one that saved it, or load another checkpoint."
+        ) from error
 
 
 def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 
 from adafisher_dist.checkpoint import chunks, schema
 from adafisher_dist.checkpoint.chunks import Chunks, Shards
-from adafisher_dist.checkpoint.errors import CheckpointError, reason
+from adafisher_dist.checkpoint.errors import CheckpointError, damaged, reason_and_remedy
 from adafisher_dist.checkpoint.files import open_file
 
 # Bytes of a manifest that is read, or written. Of Llama-7B at 1,024 ranks it has 2 million; as
@@ -161,17 +161,17 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of adafisher_dist: it has no {MANIFEST}.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}.") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_and_remedy(error).removesuffix('.')}.") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it cannot be parsed ({error}).") from error
+        raise damaged(path, f"it cannot be parsed ({error})") from error
     if crc32 != summed:
-        raise CheckpointError(f"{path} is damaged: its checksum is {summed}, and it says {crc32}.")
+        raise damaged(path, f"its checksum is {summed}, and it says {crc32}")
     try:
         own = schema.whole_number_in(content, "format", "the manifest", low=1)
         if own in _READ:
             schema.check(content, DTYPES, old=own == WEIGHTS_ONLY)
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+        raise damaged(path, error) from error
     if own not in _READ:
         remedy = "update" if own > WITH_PARTS else "load it with the version that saved it, an older"
         raise CheckpointError(
@@ -181,7 +181,7 @@ def read(folder: Path, directory: int | None = None) -> Manifest:
     try:
         return _parse(content)
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
+        raise damaged(path, error) from error
 
 
 def _content(folder: Path, directory: int | None) -> bytes:

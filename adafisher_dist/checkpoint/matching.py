@@ -13,7 +13,7 @@ from typing import Any
 from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
 from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
 from adafisher_dist.checkpoint import orders
-from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, Manifest
 from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
 from adafisher_dist.layouts.storage import whole_shape
@@ -145,9 +145,7 @@ def check_stored(manifest: Manifest, target: CheckpointTarget, found: Match, wha
         stored = manifest.tensors.get(key)
         if numel and (stored is None or stored.numel != numel):
             there = 0 if stored is None else stored.numel
-            raise CheckpointError(
-                f"{what} is damaged: it has {there} elements of {key}, and should have {numel}. Nothing was changed."
-            )
+            raise damaged(what, f"it has {there} elements of {key}, and should have {numel}", "Nothing was changed.")
 
 
 def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Iterator[tuple[str, int]]:

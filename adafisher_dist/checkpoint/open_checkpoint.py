@@ -23,7 +23,7 @@ from torch import Tensor
 from adafisher_dist.checkpoint.checksums import checksum_of
 from adafisher_dist.checkpoint.chunks import ByFile, Chunk
 from adafisher_dist.checkpoint.directory import is_in_place
-from adafisher_dist.checkpoint.errors import CheckpointError, reason
+from adafisher_dist.checkpoint.errors import CheckpointError, reason, reason_and_remedy
 from adafisher_dist.checkpoint.files import open_file
 from adafisher_dist.checkpoint.manifest import File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
@@ -66,7 +66,9 @@ class OpenCheckpoint:
         except (FileNotFoundError, NotADirectoryError):
             raise vanished(folder) from None
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be opened: {reason(error)}.") from error
+            raise CheckpointError(
+                f"{folder} cannot be opened: {reason_and_remedy(error).removesuffix('.')}."
+            ) from error
         try:
             self.manifest = read(folder, self._directory)
         except CheckpointError:

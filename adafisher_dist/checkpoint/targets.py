@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adafisher_dist import layouts
 from adafisher_dist.blocks.parts import Parts
 from adafisher_dist.checkpoint import encoding
+from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts.deepspeed_wrappers import expert_names
@@ -258,11 +259,28 @@ def layout_of(target: CheckpointTarget) -> str:
 
 @contextmanager
 def partitioned(wrapper: Any) -> Iterator[None]:
-    """Keep ZeRO-3 parameters partitioned, as DeepSpeed's checkpoints need. A collective there."""
+    """Keep ZeRO-3 parameters partitioned, as DeepSpeed's checkpoints need. A collective there.
+
+    Raises:
+        CheckpointError: DeepSpeed could not gather those again that it keeps whole.
+    """
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
     try:
         yield
-    finally:
-        if hasattr(wrapper, "checkpoint_event_epilogue"):
-            wrapper.checkpoint_event_epilogue()
+    except BaseException:
+        with suppress(Exception):  # of a rank that is lost: it would hide what has failed before
+            _gather_again(wrapper)
+        raise
+    try:
+        _gather_again(wrapper)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint was saved or loaded, and then DeepSpeed could not gather its parameters again: {error}."
+            " Start all ranks again, and load the last checkpoint."
+        ) from error
+
+
+def _gather_again(wrapper: Any) -> None:
+    if hasattr(wrapper, "checkpoint_event_epilogue"):
+        wrapper.checkpoint_event_epilogue()

@@ -135,7 +135,9 @@ class AdaFisher(ShardedOptimizer):
         defaults = {name: arguments[name] for name in DEFAULTS}
         normalize(defaults)
         if memory_budget_gb is not None and block_size != "auto":
-            raise ValueError(f'memory_budget_gb is for block_size="auto", and block_size is {block_size}.')
+            raise ValueError(
+                f'memory_budget_gb is for block_size="auto", and block_size is {block_size}. Set that, or leave it out.'
+            )
         super().__init__(params, defaults, process_group)
         register_with_deepspeed(self)
 
@@ -170,9 +172,10 @@ class AdaFisher(ShardedOptimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; the ranks' parameters, gradients, settings or plans
-                differ; a structural setting (block_size, …), or a parameter's shape or device, was
-                changed after the first step; another rank failed; an earlier step failed half-way;
-                a CUDA graph is being captured.
+                differ; a parameter's shape or device was changed after the first step; another
+                rank failed; an earlier step failed half-way; a CUDA graph is being captured.
+            TypeError, ValueError: a setting of a param group is wrong, or a structural one
+                (block_size, …) was changed after the first step.
             UnsupportedLayoutError: the layout is not supported; it is called in DDP's `join()`, in
                 which ranks may run out of batches.
         """

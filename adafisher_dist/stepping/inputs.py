@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist.layouts.storage import local
+from adafisher_dist.layouts.storage import UnsupportedLayoutError, local
 from adafisher_dist.settings import StepSettings, normalized, state_config, step_settings
 from adafisher_dist.state.shard import Shard
 
@@ -115,17 +115,18 @@ def _check_rounding(shard: Shard, index: int, dtype: torch.dtype) -> None:
     """Refuse stochastic rounding of weights that have, or could have, none.
 
     Raises:
-        RuntimeError: they are not in bfloat16, or a tensor holds several parameters, whose elements
-            would have to be told apart.
+        ValueError: they are not in bfloat16.
+        UnsupportedLayoutError: a tensor holds several parameters, whose elements would have to be
+            told apart.
     """
     name, layout = shard.storage.name_of(index), shard.storage.layout
     if dtype != torch.bfloat16:
-        raise RuntimeError(
+        raise ValueError(
             f"stochastic_rounding is for weights in bfloat16, and {name} is stepped in {dtype} (under {layout}): it"
             " would do nothing there. Leave it out, or give such parameters a param group without it."
         )
     if not shard.storage.one_each:
-        raise RuntimeError(
+        raise UnsupportedLayoutError(
             f"stochastic_rounding is not supported under {layout}, whose tensors hold several parameters each (as"
             f" that of {name}). Leave it out, and bf16_master_weights_and_grads too, so that DeepSpeed keeps float32"
             " copies; or use DDP or FSDP2."
@@ -167,7 +168,7 @@ def _settings(shard: Shard, groups: Groups) -> list[StepSettings | None]:
         now, before = state_config(checked), shard.configs[number]
         if now != before:
             names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
-            raise RuntimeError(
+            raise ValueError(
                 f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
                 " shape. Call reset_state() first, or build a new optimizer."
             )

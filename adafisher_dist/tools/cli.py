@@ -28,7 +28,7 @@ from adafisher_dist.blocks.estimate import LAYOUTS, shapes_of, transformer_shape
 from adafisher_dist.blocks.forecast import Asked, forecast_of
 from adafisher_dist.checkpoint import CheckpointDirectory, CheckpointError, checkpoint_directory
 from adafisher_dist.checkpoint.directory import find
-from adafisher_dist.checkpoint.errors import os_problem
+from adafisher_dist.checkpoint.errors import damaged, os_problem
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.printable import printable
 from adafisher_dist.settings import DEFAULTS
@@ -109,7 +109,7 @@ def inspect(
     else:
         _console().print(*tables_of(summary, None if every else _MAX_PARAMETERS))
     if problems:
-        fail(f"{folder} is damaged: {'; '.join(problems)}.", DAMAGED)
+        fail(damaged(folder, "; ".join(problems)), DAMAGED)
     if verify and not as_json:
         print("All files have the right checksum.")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from adafisher_dist.blocks.parts import Parts, saved_parts
 from adafisher_dist.checkpoint.directory import sync
 from adafisher_dist.checkpoint.encoding import dtype_of
-from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import LEFT_OUT, Manifest
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.tools.inspection import Bar, damage, no_bar, short
@@ -140,7 +140,7 @@ def _exported(out: Path) -> list[Path]:
 def _check(opened: OpenCheckpoint, checksums: bool, bar: Bar) -> None:
     problems = damage(opened, bar) if checksums else opened.problems(opened.manifest.files, checksums=False)
     if problems:
-        raise CheckpointError(f"{opened.folder} is damaged: {'; '.join(problems)}. Nothing was written.")
+        raise damaged(opened.folder, "; ".join(problems), "Nothing was written.")
 
 
 def _outputs(manifest: Manifest, dtype: torch.dtype | None) -> _Outputs:
