@@ -5,12 +5,14 @@ STAMP := $(VENV)/.stamp
 PYTEST ?=
 WORKERS ?= 2
 QUICK ?=
+MINUTES ?= 10
+FUZZ ?=
 RELEASE ?=
 REHEARSE ?=
 PARTS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv demo test test-ci test-all release-check bench bench-convergence gpu gpu-wheels docs docs-serve lint format type clean
+.PHONY: help venv demo test test-ci test-all fuzz release-check bench bench-convergence gpu gpu-wheels docs docs-serve lint format type clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -33,6 +35,9 @@ test-ci: $(STAMP)  ## CI's: all but the slow ones
 
 test-all: $(STAMP)  ## all tests: hours
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+
+fuzz: $(STAMP)  ## hostile inputs, flipped bits, kills, loads beside saves, in turn for MINUTES=10; a summary
+	@$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(FUZZ)
 
 release-check: $(STAMP)  ## build the wheel; try it with the oldest and newest torch and DeepSpeed (network, 15 GB)
 	@$(BIN)/python tests/release.py $(RELEASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from models import batch, model
+from tally import Foreign, Hung, Lost
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
@@ -127,7 +129,7 @@ def _tell(event: str) -> None:
 
 def _watch() -> None:
     _watched.append(True)
-    fsync, opened = os.fsync, Path.open
+    fsync, opened, plain = os.fsync, Path.open, builtins.open
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
@@ -139,7 +141,12 @@ def _watch() -> None:
 
     os.fsync = told
     Path.open = lambda path, *arguments, **more: Torn(opened(path, *arguments, **more))
+    builtins.open = lambda *arguments, **more: _torn(plain(*arguments, **more))  # DeepSpeed's
     sys.addaudithook(hook)
+
+
+def _torn(file: Any) -> Any:
+    return Torn(file) if file.writable() and "b" not in file.mode else file
 
 
 class Torn:
@@ -218,14 +225,14 @@ class Child:
         while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
             if time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError(f"hung for {timeout} s")
+                raise Hung(f"hung for {timeout} s")
             time.sleep(0.001)
         status = os.waitpid(self.pid, 0)[1]
         with self._told:
             told = self._told.read().splitlines()
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if not killed and status != 0:
-            raise AssertionError("\n".join(told))
+            raise Foreign("\n".join(told))
         return killed, told
 
 
@@ -284,7 +291,8 @@ def check(root: Path, digests: dict[int, str], least: int | None) -> int | None:
     run = Run()
     step = run.load(root)
     assert run.digest() == digests[step], f"latest does not lead to what was saved at step {step}"
-    assert least is None or step >= least, f"latest leads back to step {step}; step {least} was completed"
+    if least is not None and step < least:
+        raise Lost(f"latest leads back to step {step}; step {least} was completed")
     return step
 
 

@@ -112,3 +112,21 @@ def watching(points: Points) -> Iterator[Points]:
         yield points
     finally:
         AdaFisher.step = real  # type: ignore[method-assign]
+
+
+def count_of(passed: list[str]) -> int:
+    return sum(map(is_collective, passed))
+
+
+def is_collective(what: str) -> bool:
+    return what.startswith("op c10d.")
+
+
+def at_collective(number: int, begun: bool) -> Callable[[list[str]], bool]:
+    """Whether a rank is right before its n-th collective, or at the first point after it began."""
+
+    def is_there(passed: list[str]) -> bool:
+        now, last = count_of(passed), passed[-2 if begun and len(passed) > 1 else -1]
+        return now == number and is_collective(last) and not (begun and is_collective(passed[-1]))
+
+    return is_there

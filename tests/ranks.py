@@ -13,10 +13,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from tally import Hung
+
 
 def run_ranks(
     fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, deepspeed: bool = False,
     group_timeout: float | None = None, store: str = "file", lost: Collection[int] = (),
+    killed: Collection[int] = (),
 ) -> list[Any]:  # fmt: skip
     """Call `fn(rank, world, *args)` on `world` processes of a gloo group; returns all results.
 
@@ -26,7 +29,7 @@ def run_ranks(
 
     `group_timeout` goes to init_process_group, in seconds. `store` is "file", or "tcp", which rank
     0's process keeps. Nobody waits for the ranks in `lost`, which a test kills, stops or keeps
-    away: None stands for what they return.
+    away: None stands for what they return. Those in `killed` may be killed, and are waited for.
     """
     context = mp.get_context("forkserver")
     _start_server(context)
@@ -37,7 +40,7 @@ def run_ranks(
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_main,
-                args=(fn, rank, world, (deepspeed, group_timeout, where, bool(lost)), theirs, args),
+                args=(fn, rank, world, (deepspeed, group_timeout, where, bool(lost or killed)), theirs, args),
                 daemon=True,
             )
             process.start()
@@ -45,7 +48,7 @@ def run_ranks(
             processes.append(process)
             ends.append(mine)
         try:
-            return _collect(processes, ends, timeout, lost)
+            return _collect(processes, ends, timeout, lost, killed)
         finally:
             for process in processes:
                 process.kill()
@@ -73,7 +76,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _collect(processes: list[Any], ends: list[Any], timeout: float, lost: Collection[int]) -> list[Any]:
+def _collect(
+    processes: list[Any], ends: list[Any], timeout: float, lost: Collection[int], killed: Collection[int]
+) -> list[Any]:
     from multiprocessing.connection import wait
     from time import monotonic
 
@@ -93,14 +98,16 @@ def _collect(processes: list[Any], ends: list[Any], timeout: float, lost: Collec
                 ok, value = end.recv()
             except EOFError:
                 processes[rank].join(5)
-                ok, value = False, f"died without a word, exit code {processes[rank].exitcode}"
+                ok, value = rank in killed, None
+                if not ok:
+                    value = f"died without a word, exit code {processes[rank].exitcode}"
             (results if ok else failures)[rank] = value
     if failures:
         raise AssertionError(
             "\n".join(f"--- rank {rank} of {len(ends)} ---\n{text}" for rank, text in sorted(failures.items()))
         )
     if pending:
-        raise AssertionError(f"hung for {timeout} s: ranks {sorted(pending.values())} of {len(ends)}")
+        raise Hung(f"hung for {timeout} s: ranks {sorted(pending.values())} of {len(ends)}")
     return [results.get(rank) for rank in range(len(ends))]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -38,9 +37,9 @@ from checkpoint_runs import (
     visible,
 )
 from ranks import run_ranks
+from save_loops import killed_at
 
 from adafisher_dist import CheckpointError
-from adafisher_dist.checkpoint.directory import latest_tag
 
 # ---- killed at a change of the disk ----
 
@@ -60,16 +59,6 @@ def roots(scene: str, two: Path, folder: Path) -> Iterator[tuple[int, Path]]:
         yield number, folder / "none" if scene == "first" else Path(shutil.copytree(two, folder / "root"))
         for path in folder.iterdir():
             shutil.rmtree(path)
-
-
-def killed_at(number: int, save: Callable[[], Any]) -> tuple[bool, list[str]]:
-    """Save in a process, killed before its n-th disk change; returns (killed, changes begun)."""
-
-    def work(tell: Tell) -> None:
-        before_each_change(tell, nth(number, kill))
-        save().wait()
-
-    return Child(work).end()
 
 
 @pytest.mark.parametrize("scene", slow_but("first", "same", "new in the background", of=SCENES))
@@ -117,102 +106,6 @@ def test_killed_again_after_a_kill_between_two_renames(tag: str, made: bool, two
             raise AssertionError(f"{number} ({events[-1]})") from error
         if not killed:
             break
-
-
-def killed_again_and_again(rounds: int, seed: int, two: Path, folder: Path) -> None:
-    """Kill saves in one folder, each amid what the last ones left; now and then one completes."""
-    draw, run, least, tag, digests = random.Random(seed), trained(2), 2, "step2", Digests()
-    root = Path(shutil.copytree(two, folder / "root"))
-    for step in range(3, 3 + rounds):
-        digests[step] = run.train(step).digest()
-        number, tag = draw.randrange(1, 50), draw.choice([tag, tag, f"step{step}"])
-        more = {"keep_last": draw.choice([None, 1, 2]), "asynchronous": draw.random() < 0.5}
-        killed, events = killed_at(number, lambda tag=tag, step=step, more=more: run.save(root / tag, step, **more))
-        try:
-            least = check(root, digests, least if killed else step)
-        except Exception as error:
-            raise AssertionError(f"at step {step}, kill {number} ({events[-1]}) of {tag}, {more}: {error}") from error
-    check_that_saves_go_on(root, "another")
-
-
-def test_killed_again_and_again(two: Path, folder: Path) -> None:
-    killed_again_and_again(30, 1, two, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_killed_very_often(seed: int, two: Path, folder: Path) -> None:
-    killed_again_and_again(150, seed, two, folder)
-
-
-# ---- killed at any time ----
-
-
-def tag_of(tags: str, step: int) -> str:
-    return "only" if tags == "same" else f"step{step}"
-
-
-def train_and_save(root: Path, tags: str, asynchronous: bool, tell: Tell) -> None:
-    """Resume from the last checkpoint and save after every step; `tell` gets a journal of saves."""
-    run, saving, step = Run(), None, 0
-    if latest_tag(root) is not None:
-        step = run.load(root)
-    while True:
-        step += 1
-        digest = run.train(step).digest()  # while the last step is being saved
-        if saving is not None:
-            saving.wait()
-            tell(f"ended {step - 1}")
-        tell(f"began {step} {digest}")
-        saving = run.save(root / tag_of(tags, step), step, keep_last=2, asynchronous=asynchronous)
-        if not asynchronous:
-            tell(f"ended {step}")
-            saving = None
-
-
-def journal(lines: list[str], digests: dict[int, str], least: int | None) -> int | None:
-    """Note digests, equal to those before a kill; returns the last step whose save completed."""
-    for line in lines:
-        what, step, *digest = line.split()
-        if what == "began":
-            assert digests.setdefault(int(step), *digest) == digest[0], f"step {step} went otherwise after a kill"
-        else:
-            least = int(step)
-    return least
-
-
-def killed_at_any_time(world: int, tags: str, asynchronous: bool, rounds: int, seed: int, folder: Path) -> None:
-    draw, root, least, digests = random.Random(seed), folder / "root", None, {}
-    for _ in range(rounds):
-        ranks = children(world, folder, lambda _, tell: train_and_save(root, tags, asynchronous, tell))
-        lines = [ranks[0].line() for _ in range(draw.randint(1, 5))]  # so many saves have begun or ended
-        time.sleep(draw.uniform(0, 0.03))
-        for child in draw.sample(ranks, world):
-            child.kill()
-        ends = [child.end() for child in ranks]
-        assert all(killed for killed, _ in ends)
-        least = check(root, digests, journal([*lines, *ends[0][1]], digests, least))
-    assert least is not None, "no save was completed"
-    run, step = Run(), 10**6
-    run.load(root)
-    digests[step] = run.train(step).digest()
-    run.save(root / tag_of(tags, step), step, keep_last=2)
-    assert check(root, digests, step) == step and leftovers(root) == []
-    assert len(visible(root)) == (1 if tags == "same" else 2)
-
-
-LOOPS = list(itertools.product([1, 2], ["new", "same"], [False, True]))
-
-
-@pytest.mark.parametrize(("world", "tags", "asynchronous"), [*LOOPS[:4], LOOPS[4]])
-def test_killed_at_any_time(world: int, tags: str, asynchronous: bool, folder: Path) -> None:
-    killed_at_any_time(world, tags, asynchronous, 8 if world == 1 else 3, 3, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "tags", "asynchronous"), LOOPS)
-def test_killed_at_any_time_often(world: int, tags: str, asynchronous: bool, folder: Path) -> None:
-    killed_at_any_time(world, tags, asynchronous, 40, 4, folder)
 
 
 # A rank, and at which change of its disk it is killed while the other one lives on.

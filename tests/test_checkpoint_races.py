@@ -20,7 +20,6 @@ from checkpoint_runs import (
     Digests,
     Run,
     Tell,
-    children,
     trained,
 )  # fmt: skip
 from ranks import run_ranks
@@ -96,47 +95,6 @@ def test_the_checkpoint_is_deleted_beside_a_load(verify: bool, two: Path, folder
     outcomes = loads_beside(rotate, verify, two, folder)
     assert sum(" is no checkpoint of " in outcome for outcome in outcomes) <= 1, "but where it was gone from the start"
     assert outcomes["step 2"] and outcomes["refused"] and len(outcomes) <= 3, outcomes
-
-
-def saves_for_ever(root: Path, tell: Tell) -> None:
-    """A saver that fills the weights with its step's number, and replaces the tag."""
-    run, step = Run(), 0
-    while True:
-        step += 1
-        for parameter in run.module.parameters():
-            parameter.data.fill_(float(step))
-        run.save(root / "tag", step)
-        if step == 1:
-            tell("there")
-        time.sleep(0.01)
-
-
-def loads_of(root: Path, seconds: float) -> Counter[str]:
-    """What loads beside it give, by turns with and without checksums."""
-    run, outcomes, end, number = Run(), Counter[str](), time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        number += 1
-        try:
-            step = run.load(root / "tag", verify=number % 2 == 0)
-            weights = {float(value) for p in run.module.parameters() for value in p.flatten()}
-            outcomes["right" if weights == {float(step)} else f"extra of {step}, weights of {weights}"] += 1
-        except CheckpointError as error:
-            outcomes["refused" if "load again" in str(error) else f"refused: {error}"] += 1
-    return outcomes
-
-
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.dist)])
-def test_loads_beside_a_saver_that_replaces_the_tag(world: int, folder: Path) -> None:
-    savers = children(world, folder, lambda rank, tell: saves_for_ever(folder / "root", tell))
-    try:
-        assert savers[0].line() == "there"
-        outcomes = loads_of(folder / "root", 4.0)
-    finally:
-        for child in savers:
-            child.kill()
-    for child in savers:
-        child.end()
-    assert outcomes["right"] > 20 and outcomes.keys() <= {"right", "refused"}, outcomes
 
 
 def ranks_hold_different_ones(rank: int, world: int, root: str, source: str) -> int:

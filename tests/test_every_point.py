@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from fault_points import Points, watching
+from fault_points import Points, at_collective, count_of, watching
 from fault_runs import FAULTY, PARTS, SCENES, SLACK, TIMEOUT, Outcome, Place, Training, passed, start, sweep, traced
 from ranks import run_ranks
 
@@ -186,14 +186,6 @@ def collectives_of(rank: int, world: int, layout: str, on_device: bool, scene: s
     return count_of(traced(layout, scene, rank, world).passed)
 
 
-def count_of(passed: list[str]) -> int:
-    return sum(map(is_collective, passed))
-
-
-def is_collective(what: str) -> bool:
-    return what.startswith("op c10d.")
-
-
 def lost(
     rank: int, world: int, layout: str, on_device: bool, scene: str, how: str, at: int, begun: bool
 ) -> tuple[float, str]:
@@ -206,12 +198,7 @@ def lost(
     run = Training(layout, scene, rank, world)
     run.calls_until(SCENES[scene] - 1)
     if rank == LOST:
-
-        def is_there(passed: list[str]) -> bool:
-            now, last = count_of(passed), passed[-2 if begun and len(passed) > 1 else -1]
-            return now == at and is_collective(last) and not (begun and is_collective(passed[-1]))
-
-        with watching(Points(is_there, lambda: os.kill(os.getpid(), SIGNALS[how]))):
+        with watching(Points(at_collective(at, begun), lambda: os.kill(os.getpid(), SIGNALS[how]))):
             run.call()
     # What a wrapper does after the optimizer's step is its own; and each part is a call of its own.
     real, began, answers = AdaFisher.step, time.monotonic(), []

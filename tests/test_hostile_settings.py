@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import trained
 from ranks import run_ranks
+from strange_settings import VALUES, WHEN, set_to, stepped
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError
@@ -22,44 +21,12 @@ from adafisher_dist.ds import from_config
 from adafisher_dist.settings import DEFAULTS
 from adafisher_dist.stepping import consistency
 
-VALUES: list[Any] = [
-    *("8", "auto", "", "x" * 10_000, b"x", [], {}, [1], None, len, object(), True, 0, -1, 0.5, 1e-320),
-    *(10**400, -(10**400), 10**30, 2**63, 1e308, -1e308, float("nan"), float("inf"), 1j, Fraction(10**400, 3)),
-    *(torch.tensor(1.0), torch.tensor([1.0, 2.0]), torch.tensor(1j), torch.tensor(float("nan")), torch.float16),
-    *(np.float64(1e308), np.array([1, 2]), np.array(1.0), Decimal(1)),
-]
 
-
-def stepped(optimizer: AdaFisher, parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-
-
-@pytest.mark.parametrize("when", ["constructor", "param group", "before the first step", "after it"])
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_any_value_of_any_setting(name: str, when: str) -> None:
-    """It is taken, or the error names the setting, says little else, and nothing has changed."""
     for value in VALUES:
-        parameters = [nn.Parameter(torch.ones(6, 5)), nn.Parameter(torch.ones(4))]
-        before = [parameter.clone() for parameter in parameters]
-        try:
-            if when == "constructor":
-                AdaFisher(parameters, **{name: value})
-                continue
-            optimizer = AdaFisher(parameters, block_size=4)
-            if when == "param group":
-                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
-                continue
-            if when == "after it":
-                stepped(optimizer, parameters)
-                before = [parameter.clone() for parameter in parameters]
-            optimizer.param_groups[0][name] = value
-            stepped(optimizer, parameters)
-        except (TypeError, ValueError, RuntimeError) as error:
-            assert name in str(error) or "keeps_factors" in str(error), (value, error)
-            assert len(str(error)) < 900, value
-            assert all(map(torch.equal, parameters, before)), value
+        set_to(name, value, when)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +68,8 @@ def test_a_setting_that_is_lost() -> None:
         ({"params": [1]}, "AdaFisher has no parameter 'params'"),
         ({"lr": 10**400}, "lr should be at least 0 and at most"),
         ({"betas": [10**400, 0.9]}, r"betas\[0\] should be"),
+        ({"betas": "x" * 10_000}, "betas should be two numbers, got 'x{12}...x{13}'"),
+        ({"amsgrad": "x" * 10_000}, "amsgrad should be True or False, got 'x{12}...x{13}'"),
     ],
 )
 def test_a_config(config: dict[str, Any], words: str) -> None:
