@@ -169,7 +169,7 @@ def save(
         return about["id"], kept, targets.steps_of_parts(target), __version__
 
     saving = Saving(place.folder)
-    with targets.partitioned(target.wrapper):
+    with targets.partitioned(target.wrapper, f"{place.folder} was {'copied' if asynchronous else 'saved'}"):
         ids, kept, steps, versions = zip(*run_on_all_ranks(hosts, collect), strict=True)
         if len(set(versions)) > 1:
             raise CheckpointError(

@@ -258,8 +258,12 @@ def layout_of(target: CheckpointTarget) -> str:
 
 
 @contextmanager
-def partitioned(wrapper: Any) -> Iterator[None]:
+def partitioned(wrapper: Any, done: str) -> Iterator[None]:
     """Keep ZeRO-3 parameters partitioned, as DeepSpeed's checkpoints need. A collective there.
+
+    Args:
+        wrapper: DeepSpeed's of the optimizer, if there is one.
+        done: what was done when the block has ended, for the error.
 
     Raises:
         CheckpointError: DeepSpeed could not gather those again that it keeps whole.
@@ -276,7 +280,7 @@ def partitioned(wrapper: Any) -> Iterator[None]:
         _gather_again(wrapper)
     except RuntimeError as error:
         raise CheckpointError(
-            f"The checkpoint was saved or loaded, and then DeepSpeed could not gather its parameters again: {error}."
+            f"{done}, and then DeepSpeed could not gather its parameters again: {error}."
             " Start all ranks again, and load the last checkpoint."
         ) from error
 
