@@ -9,15 +9,15 @@ from __future__ import annotations
 # By case of the benchmark: milliseconds of a step, and microseconds for each parameter, or run of
 # one, that the rank stores.
 LINES = {
-    "one process": (0.1709, 21.69),
-    "DDP": (1.971, 26.19),
-    "FSDP2": (0.4638, 51.39),
-    "ZeRO-1": (2.039, 14.29),
-    "ZeRO-2": (2.034, 15.76),
-    "ZeRO-3": (2.633, 15.48),
+    "one process": (1.43, 9.212),
+    "DDP": (2.242, 23.93),
+    "FSDP2": (2.523, 35.31),
+    "ZeRO-1": (2.201, 18.13),
+    "ZeRO-2": (3.02, 5.629),
+    "ZeRO-3": (2.842, 16.04),
 }
-US_A_SLICE = 61.25  # that is gathered, or chunk; measured under DDP
-US_A_PART = 1.938  # of a rank, in a slice
+US_A_SLICE = 12.28  # that is gathered, or chunk; measured under DDP
+US_A_PART = 2.1  # of a rank, in a slice
 
 _CASES = {"ddp": "DDP", "zero0": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
