@@ -187,16 +187,16 @@ def test_a_checkpoint_of_many_chunks_loads(lists: bool, saved: Path, tmp_path: P
 
 
 def fails_on_one_rank(rank: int, world: int, folder: str) -> tuple[str, list[Any]]:
-    real, run = reader._read, Run(1)
+    real, run = reader._Reads._read, Run(1)
 
     def fail(*_: Any) -> None:
         raise OSError("the disk is gone")
 
     if rank == 1:
-        reader._read = fail
+        reader._Reads._read = fail
     with pytest.raises(CheckpointError, match="incomplete") as caught:
         load_checkpoint(folder, run.module, run.optimizer)
-    reader._read = real
+    reader._Reads._read = real
     load_checkpoint(folder, run.module, run.optimizer)
     return str(caught.value), [parameter.tolist() for parameter in run.module.parameters()]
 

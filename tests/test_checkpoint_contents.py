@@ -480,7 +480,7 @@ def test_a_load_completes_what_a_failed_one_left(first: str, tmp_path: Path, mon
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adafisher_dist.checkpoint.reader._read", fail)
+        patch.setattr("adafisher_dist.checkpoint.reader._Reads._read", fail)
         with pytest.raises(CheckpointError, match="incomplete"):
             restore(states=first == "everything")
     with pytest.raises(RuntimeError, match="incomplete"):
