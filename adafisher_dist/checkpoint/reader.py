@@ -19,7 +19,8 @@ from adafisher_dist.checkpoint.writer import Progress
 def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     """Read these ranges into this rank's memory, converting dtypes that differ.
 
-    While one is brought to its place, the next one is read.
+    Threads read on the host alone; while one range is brought to its place, on this thread and its
+    stream of a device, the next one is read.
 
     Args:
         opened: the checkpoint, with all files held that the ranges lie in.
@@ -34,11 +35,25 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     progress = Progress(f"reading {opened.folder}", total)
     with ReadAhead() as ahead:
         reads = _Reads(opened, ahead)
-        for range_, packed in ahead.in_order(reads.packed, wanted):
-            if range_.in_place() is None:
-                range_.unpack(packed)
-                reads.rooms.give_back(packed)
-            progress.add(packed.numel() * tensors[range_.key].dtype.itemsize)
+        for range_, values in ahead.in_order(reads.values, wanted):
+            if _on_host(range_, values.dtype) is None:
+                _bring(values, range_)
+                reads.rooms.give_back(values)
+            progress.add(values.nbytes)
+
+
+def _on_host(range_: Range, dtype: torch.dtype) -> Tensor | None:
+    """The place of a range, where what is saved can be read straight into it."""
+    here = range_.in_place()
+    return here if here is not None and here.device.type == "cpu" and here.dtype == dtype else None
+
+
+def _bring(values: Tensor, range_: Range) -> None:
+    here = range_.in_place()
+    if here is None:
+        range_.unpack(values.to(range_.pieces[0].memory.device, range_.dtype))
+    else:
+        here.copy_(values)
 
 
 class _Rooms:
@@ -60,8 +75,7 @@ class _Rooms:
 
     def give_back(self, taken: Tensor) -> None:
         """It is not needed any more."""
-        if taken.device.type == "cpu":
-            self._free.append(torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage()))
+        self._free.append(torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage()))
 
 
 class _Reads:
@@ -71,47 +85,36 @@ class _Reads:
         self._opened, self._ahead = opened, ahead
         self.rooms = _Rooms()
 
-    @torch.no_grad()
-    def packed(self, range_: Range) -> Tensor:
-        """A range's elements: in their place, where they lie in a row there."""
-        here = range_.in_place()
-        packed = self._room(range_) if here is None else here
+    def values(self, range_: Range) -> Tensor:
+        """A range's elements as they were saved, in its place or in a room."""
+        dtype = self._opened.manifest.tensors[range_.key].dtype
+        here = _on_host(range_, dtype)
+        values = self.rooms.take(range_.numel, dtype) if here is None else here.detach()
         runs = orders.runs_of(range_, self._opened.manifest)
         if runs is None:
-            self._read(range_.key, range_.start, packed)
+            self._read(range_.key, range_.start, values)
         else:
-            packed.copy_(self._gathered(range_, runs))
-        return packed
+            self._gather(range_, runs, values)
+        return values
 
-    def _room(self, range_: Range) -> Tensor:
-        on_host = range_.pieces[0].memory.device.type == "cpu"
-        return self.rooms.take(range_.numel, range_.dtype) if on_host else range_.room()
-
-    def _gathered(self, range_: Range, runs: orders.Ints) -> Tensor:
+    def _gather(self, range_: Range, runs: orders.Ints, into: Tensor) -> None:
         """A range whose elements lie in runs; what is between short gaps is read with them."""
-        dtype = self._opened.manifest.tensors[range_.key].dtype
-        gathered = torch.empty(range_.numel, dtype=dtype)
         for group in orders.read_together(runs):
             begin, (_, last, numel) = group[0][1], group[-1]
-            values = torch.empty(last + numel - begin, dtype=dtype)
+            values = self.rooms.take(last + numel - begin, into.dtype)
             self._read(range_.key, begin, values)
             for place, at, numel in group:
                 place, at = place - range_.start, at - begin
-                gathered[place : place + numel] = values[at : at + numel]
-        return gathered
+                into[place : place + numel] = values[at : at + numel]
+            self.rooms.give_back(values)
 
-    def _read(self, key: str, start: int, packed: Tensor) -> None:
-        """Read as many elements from `start` on as `packed` has."""
-        stored, stop = self._opened.manifest.tensors[key], start + packed.numel()
+    def _read(self, key: str, start: int, into: Tensor) -> None:
+        """Read as many elements from `start` on as there is room for."""
+        stored, stop = self._opened.manifest.tensors[key], start + into.numel()
         if stop > stored.numel:
             raise CheckpointError(f"elements {start} to {stop} of {key} were wanted, and it has {stored.numel}")
-        direct = packed.dtype == stored.dtype and packed.device.type == "cpu"
         for chunk in stored.chunks.overlapping(start, stop):
             low, high = max(start, chunk.start), min(stop, chunk.start + chunk.numel)
-            target = packed[low - start : high - start]
-            read = target if direct else self.rooms.take(high - low, stored.dtype)
-            self._opened.read_at(chunk.file, chunk.offset + (low - chunk.start) * stored.dtype.itemsize, read)
-            if not direct:
-                target.copy_(read)
-                self.rooms.give_back(read)
+            offset = chunk.offset + (low - chunk.start) * stored.dtype.itemsize
+            self._opened.read_at(chunk.file, offset, into[low - start : high - start])
             self._ahead.tick()
