@@ -235,7 +235,7 @@ def in_a_load(rank: int, world: int, folder: str, how: str, where: str) -> Any:
     if rank == LOST and where == "before":
         disappear(how)
     if rank == LOST:
-        owner, name = {"verify": (open_checkpoint, "_sum"), "read": (reader, "_read")}[where]
+        owner, name = {"verify": (open_checkpoint, "checksum_of"), "read": (reader._Reads, "_read")}[where]
         disappear_in(owner, name, how)
     return caught(lambda: run.load(Path(folder)))
 
