@@ -110,9 +110,7 @@ class ParameterRegistry:
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
-        if not storages:
-            return
-        checked = [normalized(group) for group in self.groups]  # a user may have written anything into them
+        checked = [normalized(group) for group in self.groups if storages]  # users may have written anything there
         if all(group["block_size"] != "auto" for group in checked):
             return
         has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
