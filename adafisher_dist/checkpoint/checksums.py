@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from adafisher_dist.checkpoint.read_ahead import ReadAhead
 
 # Bytes that a thread sums up, and those that it reads at a time: they stay in the cache.
-_PART, _BUFFER = 1 << 24, 1 << 18
+_PART, _BUFFER = 1 << 24, 1 << 20
 
 # The polynomial of crc32, the coefficient of x⁰ in the highest bit, as everywhere below.
 _POLYNOMIAL = 0xEDB88320

@@ -28,8 +28,8 @@ from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.shard import Shard
 
-# Elements a range holds at most, but for one block: what is packed at a time (64 MiB in fp32).
-RANGE_NUMEL = 2**24
+# Elements a range holds at most, but for one block: what is packed at a time (32 MiB in fp32).
+RANGE_NUMEL = 2**23
 
 # A replicated tensor is written in parts of at least so many elements, so that small ones are not
 # cut.
@@ -110,19 +110,24 @@ class Range:
         first = self.pieces[0]
         return first.memory.view(-1) if len(self.pieces) == 1 and first.in_order else None
 
-    def room(self) -> Tensor:
-        """An uninitialised 1-d tensor to pack into."""
-        return torch.empty(self.numel, dtype=self.dtype, device=self.pieces[0].memory.device)
+    @property
+    def device(self) -> torch.device:
+        """Where the elements are."""
+        return self.pieces[0].memory.device
 
     def pack(self) -> Tensor:
         """The elements as one contiguous 1-d tensor: a copy, where they do not lie in a row."""
         lying = self.in_place()
         if lying is not None:
             return lying
-        packed = self.room()
+        packed = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        self.pack_into(packed)
+        return packed
+
+    def pack_into(self, packed: Tensor) -> None:
+        """The same, into a contiguous 1-d tensor on the device of the elements."""
         for piece in self.pieces:
             piece.pack_into(packed)
-        return packed
 
     def unpack(self, packed: Tensor) -> None:
         """The inverse of `pack`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event
 from types import TracebackType
 from typing import TypeVar
@@ -14,8 +14,12 @@ from adafisher_dist.comm.host_groups import beat
 T = TypeVar("T")
 R = TypeVar("R")
 
-# What is read at a time: so many results may be waiting, or in use.
-_THREADS = 2
+# What is read at a time; and so many results at most are being made, wait or are in use: with as
+# many as there are threads, one would wait for the other.
+_THREADS, _BEGUN = 2, 4
+
+# Seconds after which the other ranks are told again: to be woken by each read slows the threads.
+_TELL = 0.1
 
 
 class ReadAhead:
@@ -38,17 +42,15 @@ class ReadAhead:
     def in_order(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """Each item, and what `work` makes of it on a thread.
 
-        The next one begins when the caller is done with the one before the last.
+        At most four are begun that the caller is not done with.
 
         Raises:
             Exception: what `work` raises, when its item's turn comes; or another rank was lost.
         """
         begun: deque[tuple[T, Future[R]]] = deque()
         for item in items:
-            future = self._pool.submit(work, item)
-            future.add_done_callback(lambda _: self.tick())
-            begun.append((item, future))
-            if len(begun) == _THREADS:
+            begun.append((item, self._pool.submit(work, item)))
+            if len(begun) == _BEGUN:
                 yield self._first(begun)
         while begun:
             yield self._first(begun)
@@ -56,7 +58,8 @@ class ReadAhead:
     def _first(self, begun: deque[tuple[T, Future[R]]]) -> tuple[T, R]:
         item, future = begun.popleft()
         while not future.done():
-            self._moved.wait()
-            self._moved.clear()
-            beat()
+            wait([future], _TELL)
+            if future.done() or self._moved.is_set():
+                self._moved.clear()
+                beat()
         return item, future.result()

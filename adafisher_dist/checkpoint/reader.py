@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adafisher_dist.checkpoint import orders
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.host_buffers import HostBuffers
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
 from adafisher_dist.checkpoint.ranges import Range
 from adafisher_dist.checkpoint.read_ahead import ReadAhead
@@ -19,8 +20,8 @@ from adafisher_dist.checkpoint.writer import Progress
 def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     """Read these ranges into this rank's memory, converting dtypes that differ.
 
-    Threads read on the host alone; while one range is brought to its place, on this thread and its
-    stream of a device, the next one is read.
+    Threads read, and do what is to be done on the host; what is brought to a device is, meanwhile,
+    on this thread and its stream.
 
     Args:
         opened: the checkpoint, with all files held that the ranges lie in.
@@ -35,47 +36,10 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
     progress = Progress(f"reading {opened.folder}", total)
     with ReadAhead() as ahead:
         reads = _Reads(opened, ahead)
-        for range_, values in ahead.in_order(reads.values, wanted):
-            if _on_host(range_, values.dtype) is None:
-                _bring(values, range_)
-                reads.rooms.give_back(values)
-            progress.add(values.nbytes)
-
-
-def _on_host(range_: Range, dtype: torch.dtype) -> Tensor | None:
-    """The place of a range, where what is saved can be read straight into it."""
-    here = range_.in_place()
-    return here if here is not None and here.device.type == "cpu" and here.dtype == dtype else None
-
-
-def _bring(values: Tensor, range_: Range) -> None:
-    here = range_.in_place()
-    if here is None:
-        range_.unpack(values.to(range_.pieces[0].memory.device, range_.dtype))
-    else:
-        here.copy_(values)
-
-
-class _Rooms:
-    """Memory of the host that is used again: to get new pages costs more than to read into them."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised 1-d tensor."""
-        nbytes = numel * dtype.itemsize
-        try:
-            room = self._free.pop()
-        except IndexError:  # which is another thread's answer too
-            room = torch.empty(0, dtype=torch.uint8)
-        if room.numel() < nbytes:
-            room = torch.empty(nbytes, dtype=torch.uint8)
-        return room[:nbytes].view(dtype)
-
-    def give_back(self, taken: Tensor) -> None:
-        """It is not needed any more."""
-        self._free.append(torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage()))
+        for range_, values in ahead.in_order(reads.read, wanted):
+            if values is not None:
+                reads.bring(values, range_)
+            progress.add(range_.numel * tensors[range_.key].dtype.itemsize)
 
 
 class _Reads:
@@ -83,30 +47,49 @@ class _Reads:
 
     def __init__(self, opened: OpenCheckpoint, ahead: ReadAhead) -> None:
         self._opened, self._ahead = opened, ahead
-        self.rooms = _Rooms()
+        self._buffers = HostBuffers()
 
-    def values(self, range_: Range) -> Tensor:
-        """A range's elements as they were saved, in its place or in a room."""
-        dtype = self._opened.manifest.tensors[range_.key].dtype
-        here = _on_host(range_, dtype)
-        values = self.rooms.take(range_.numel, dtype) if here is None else here.detach()
+    @torch.no_grad()  # which is a thread's own
+    def read(self, range_: Range) -> Tensor | None:
+        """Read a range to its place on the host; for a device, into a buffer, which is returned."""
+        dtype, here = self._opened.manifest.tensors[range_.key].dtype, range_.in_place()
+        on_host = range_.device.type == "cpu"
+        if here is not None and on_host and here.dtype == dtype:
+            self._read_into(range_, here)
+            return None
+        buffer = self._buffers.take(range_.numel, dtype)
+        self._read_into(range_, buffer)
+        if not on_host:
+            return buffer
+        self.bring(buffer, range_)
+        return None
+
+    def bring(self, buffer: Tensor, range_: Range) -> None:
+        """Copy what was read to its place, and give the buffer back."""
+        here = range_.in_place()
+        if here is None:
+            range_.unpack(buffer.to(range_.device, range_.dtype))
+        else:
+            here.copy_(buffer)
+        self._buffers.give_back(buffer)
+
+    def _read_into(self, range_: Range, values: Tensor) -> None:
         runs = orders.runs_of(range_, self._opened.manifest)
         if runs is None:
             self._read(range_.key, range_.start, values)
         else:
             self._gather(range_, runs, values)
-        return values
 
     def _gather(self, range_: Range, runs: orders.Ints, into: Tensor) -> None:
         """A range whose elements lie in runs; what is between short gaps is read with them."""
         for group in orders.read_together(runs):
             begin, (_, last, numel) = group[0][1], group[-1]
-            values = self.rooms.take(last + numel - begin, into.dtype)
+            values = self._buffers.take(last + numel - begin, into.dtype)
             self._read(range_.key, begin, values)
             for place, at, numel in group:
                 place, at = place - range_.start, at - begin
                 into[place : place + numel] = values[at : at + numel]
-            self.rooms.give_back(values)
+            self._buffers.give_back(values)
 
     def _read(self, key: str, start: int, into: Tensor) -> None:
         """Read as many elements from `start` on as there is room for."""

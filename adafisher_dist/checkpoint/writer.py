@@ -9,6 +9,7 @@ import shutil
 import struct
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as Waiting
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from adafisher_dist.blocks.parts import PARTS
 from adafisher_dist.checkpoint.chunks import MOST_CHUNKS, Chunk, collect
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.host_buffers import HostBuffers
 from adafisher_dist.checkpoint.manifest import (
     CHECKPOINT_FORMAT,
     MANIFEST,
@@ -64,6 +66,7 @@ class RangeSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         # Wide dtypes first, so that all are aligned in the file.
         self._ranges = {(r.key, r.start): r for r in sorted(ranges, key=lambda r: -r.dtype.itemsize)}
+        self._buffers, self._taken = HostBuffers(), deque[Tensor]()
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """See SavePlanner; the ranges take the place of a state dict."""
@@ -74,10 +77,23 @@ class RangeSavePlanner(DefaultSavePlanner):
         self.plan = SavePlan([_write_item(range_) for range_ in self._ranges.values()])
         return self.plan
 
+    @torch.no_grad()
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The elements of a range, on any device."""
+        """The elements of a range on the host; what was returned before the last may be gone."""
         assert write_item.index.offset is not None
-        return self._ranges[write_item.index.fqn, write_item.index.offset[0]].pack()
+        range_ = self._ranges[write_item.index.fqn, write_item.index.offset[0]]
+        lying, on_host = range_.in_place(), range_.device.type == "cpu"
+        if lying is not None and on_host:
+            return lying
+        if len(self._taken) == 2:
+            self._buffers.give_back(self._taken.popleft())
+        buffer = self._buffers.take(range_.numel, range_.dtype)
+        self._taken.append(buffer)
+        if on_host:
+            range_.pack_into(buffer)
+        else:
+            buffer.copy_(range_.pack())
+        return buffer
 
 
 def _write_item(range_: Range) -> WriteItem:
@@ -283,8 +299,8 @@ def _nbytes(item: WriteItem) -> int:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous 1-d tensor; on the CPU they are the tensor's own."""
-    return memoryview(tensor.detach().cpu().view(torch.uint8).numpy())
+    """The bytes of a contiguous 1-d tensor on the host, which are its own."""
+    return memoryview(tensor.detach().view(torch.uint8).numpy())
 
 
 class Progress:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adafisher_dist.blocks.fields import fields
 from adafisher_dist.blocks.grid import BlockShape
-from adafisher_dist.numerics import fused_step
+from adafisher_dist.numerics import fused_step, huge_pages
 from adafisher_dist.numerics.packing import unpack
 from adafisher_dist.settings import StateConfig
 
@@ -131,7 +131,7 @@ def allocate(
 
     With `zeroed` off the state is not initialised: all of it will be read from elsewhere.
     """
-    count, new = len(number), torch.zeros if zeroed else torch.empty
+    count, new = len(number), huge_pages.zeros if zeroed else huge_pages.empty
     rounded = config.fisher_dtype == torch.bfloat16
     return BlockStack(
         group,

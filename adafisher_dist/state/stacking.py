@@ -19,6 +19,7 @@ from adafisher_dist.blocks import sharding
 from adafisher_dist.blocks.grid import BlockRun, BlockShape, Grid
 from adafisher_dist.blocks.sharding import Spans, StoredSpan
 from adafisher_dist.layouts.storage import Parameter
+from adafisher_dist.numerics import huge_pages
 from adafisher_dist.numerics.block_stack import BlockStack, Numbers, allocate
 from adafisher_dist.settings import StateConfig
 from adafisher_dist.state.runs import Lattice, Run, merged, run_of
@@ -162,8 +163,8 @@ def stack_blocks(
     dtype = configs[0].compute_dtype
     of_parameter = [groups[parameter.tensor] for parameter in parameters]
     longest = max((sharding.workspace_numel(spans, grids, of_parameter) for spans in chunks), default=0)
-    work = torch.zeros(longest, dtype=dtype, device=device)
-    staging = torch.zeros(staged, dtype=dtype, device=device)
+    work = huge_pages.zeros(longest, dtype=dtype, device=device)
+    staging = huge_pages.zeros(staged, dtype=dtype, device=device)
     return Stacks(
         list(stacks.values()),
         [_segments(entries[key]) for key in stacks],

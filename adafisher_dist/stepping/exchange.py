@@ -14,13 +14,13 @@ from functools import partial
 from itertools import cycle
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import sharding
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.collectives import CommBuffer
 from adafisher_dist.comm.deferred_errors import DeferredErrors
+from adafisher_dist.numerics import huge_pages
 from adafisher_dist.state.shard import Shard, gather_dtype
 from adafisher_dist.state.stacking import Chunk
 from adafisher_dist.stepping.copy_plan import CopyPlan
@@ -118,7 +118,7 @@ class AllGather(Local):
         plan, dtype = shard.plan_summary, gather_dtype(shard)
 
         def buffers(turns: int, numel: int) -> list[CommBuffer]:
-            made = (torch.zeros(numel, dtype=dtype, device=shard.device) for _ in range(min(2, turns)))
+            made = (huge_pages.zeros(numel, dtype=dtype, device=shard.device) for _ in range(min(2, turns)))
             return [group.comm_buffer(buffer) for buffer in made]
 
         self.mine = buffers(len(plan.longest), max(plan.longest))
@@ -255,8 +255,10 @@ class AllToAll:
         ranks = range(storage.group.size)
         self.send_counts = [sum(p.numel for p in route.send if p.rank == rank) for rank in ranks]
         self.receive_counts = [sum(p.numel for p in route.receive if p.rank == rank) for rank in ranks]
-        self.send_buffer = storage.group.comm_buffer(staging.new_zeros(sum(self.send_counts)))
-        self.receive_buffer = storage.group.comm_buffer(staging.new_zeros(sum(self.receive_counts)))
+        self.send_buffer, self.receive_buffer = (
+            storage.group.comm_buffer(huge_pages.zeros(sum(counts), dtype=staging.dtype, device=staging.device))
+            for counts in (self.send_counts, self.receive_counts)
+        )
         self.stored_elsewhere = in_a_row(self.receive_buffer.tensor, route.receive)
         self.received = [part_of(staging, piece) for piece in route.receive]
         local = sharding.merged(route.local)
