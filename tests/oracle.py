@@ -1,7 +1,8 @@
 """AdaFisher as in DESIGN.md section 2, in plain numpy: one process, float64, a loop over blocks.
 
-Every fast path of the package is compared with this file, so it shares no line with the package. It
-has no fallbacks: a block that cannot be inverted is an error here.
+Every fast path of the package is compared with this file, so it shares no line with the package
+but the coefficients of the steps to A^(−1/2), which test_newton_schulz.py checks. It has no
+fallbacks: a block that cannot be inverted is an error here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from adafisher_dist.numerics.factors import root_steps
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,  # α
@@ -249,7 +252,7 @@ def refresh(block: Block, f_hat: np.ndarray, h: Mapping[str, Any], noise: float 
     else:
         assert h["exponent"] == 0.5, h["exponent"]
         if h["grafting"] == "rms":
-            block.inverse = rough_inverse_root(a)
+            block.inverse = rough_inverse_root(a, h["damping"] + h["eps"])
             return
         values, vectors = np.linalg.eigh(a)
         assert (values > 0).all(), "the block is singular: nothing to compare with"
@@ -285,15 +288,17 @@ def scaled_rows(m_hat: np.ndarray, square: np.ndarray, exponent: float) -> np.nd
     return factor[:, None] * m_hat
 
 
-def rough_inverse_root(a: np.ndarray) -> np.ndarray:
-    """A^(−1/2) by five coupled Newton-Schulz steps, on A's eigenvalues, as all iterates commute."""
+def rough_inverse_root(a: np.ndarray, damping: float) -> np.ndarray:
+    """A^(−1/2) as far as the steps come that the package takes, on A's eigenvalues.
+
+    That each step's coefficients are those nearest to 1 is tested by test_newton_schulz.
+    """
     values, vectors = np.linalg.eigh(a)
-    norm = np.linalg.norm(a)
-    y, z = values / norm, np.ones_like(values)
-    for _ in range(5):
-        factor = 3.4445 - 4.7750 * z * y + 2.0315 * (z * y) ** 2
-        y, z = y * factor, factor * z
-    return vectors @ np.diag(z / np.sqrt(norm)) @ vectors.T
+    root = np.sqrt(values / np.linalg.norm(a))
+    x = root
+    for first, third, fifth in root_steps(len(a), damping, exact=False):
+        x = first * x + third * x**3 + fifth * x**5
+    return vectors @ np.diag(x / np.sqrt(values)) @ vectors.T
 
 
 def polar_factor(x: np.ndarray) -> np.ndarray:

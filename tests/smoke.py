@@ -183,32 +183,30 @@ def numpy_steps(folder: Path) -> str:
         fisher = rho * fisher + (1 - rho) * weighed.T @ weighed / rows
         f_hat = fisher / (1 - rho**t)
         d = np.trace(f_hat) / length
-        s = m_hat / np.sqrt(w_hat) @ inverse_root(f_hat / d + (delta + eps) * np.eye(length))
+        s = m_hat / np.sqrt(w_hat) @ inverse_root(f_hat / d + (delta + eps) * np.eye(length), delta + eps)
         u, a = polar_factor(s), m_hat / (np.sqrt(w_hat * np.diag(f_hat) / d) + eps)
         theta = theta - lr * decay * theta - lr * u * np.linalg.norm(a) / np.linalg.norm(u)
     return expect_equal("8 steps and numpy", {"p": p.detach().numpy()}, {"p": theta}, 1e-10)
 
 
-def inverse_root(a: np.ndarray) -> np.ndarray:
-    """A^(−1/2), as far as five steps of Newton and Schulz's coupled iteration make it."""
-    y, z = a / np.linalg.norm(a), np.eye(len(a))
-    for _ in range(5):
-        polynomial = schulz(z @ y)
-        y, z = y @ polynomial, polynomial @ z
-    return z / np.sqrt(np.linalg.norm(a))
+def inverse_root(a: np.ndarray, damping: float) -> np.ndarray:
+    """A^(−1/2), as far as the package's steps of Newton and Schulz make it, by A's eigenvalues."""
+    from adafisher_dist.numerics.factors import root_steps
+
+    values, vectors = np.linalg.eigh(a)
+    x = np.sqrt(values / np.linalg.norm(a))
+    for first, third, fifth in root_steps(len(a), damping, exact=False):
+        x = first * x + third * x**3 + fifth * x**5
+    return vectors * (x / np.sqrt(values)) @ vectors.T
 
 
 def polar_factor(x: np.ndarray) -> np.ndarray:
-    """The same for the polar factor."""
+    """The polar factor, as far as five steps with Jordan's coefficients make it."""
     x = x / np.linalg.norm(x)
     for _ in range(5):
-        x = schulz(x @ x.T) @ x
+        gram = x @ x.T
+        x = (3.4445 * np.eye(len(x)) - 4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
-
-
-def schulz(x: np.ndarray) -> np.ndarray:
-    """A step's polynomial."""
-    return 3.4445 * np.eye(len(x)) - 4.7750 * x + 2.0315 * x @ x
 
 
 def adamw(folder: Path) -> str:

@@ -264,7 +264,7 @@ from adafisher_dist.numerics.fused_kernel import step_kernel
 
 names = step_kernel.arg_names
 consts = dict(R=16, B=16, SQUARES=True, PACKED=False, ROUNDED=True, UPDATES=True, GATED=True, TINY=1.2e-38)
-consts |= dict(PA=3.4445, PB=-4.775, PC=2.0315)
+consts |= dict(STEPS=3, PA=3.4445, PB=-4.775, PC=2.0315)
 kinds = {name: "*fp32" for name in names if name.endswith("_ptr")} | {"rows": "i32", "columns": "i32"}
 kinds |= {"fisher_ptr": "*bf16", "seed_ptr": "*i32", "should_step_ptr": "*i32"}
 signature = {name: "constexpr" if name in consts else kinds.get(name, "fp32") for name in names}

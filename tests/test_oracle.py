@@ -226,8 +226,8 @@ def test_oracle_of_two_rows_that_share_a_block_by_hand() -> None:
     oracle = Oracle([np.zeros((2, 2))], eps=0.0, weight_decay=0.0, lr=1.0, damping=0.1, grafting="none", exponent=1.0)
     oracle.step([g])
     np.testing.assert_allclose(oracle.params[0], -np.array([[3 / 0.82, 0], [0, 4 / 1.38]]) / 6.25, rtol=1e-13)
-    # ŵ = 4.5, 8, so F̂ is the mean of diag(2, 0) and diag(0, 2), and A = 1.1 I: the iteration sees
-    # diag(√2, √2) / 2.
+    # ŵ = 4.5, 8, so F̂ is the mean of diag(2, 0) and diag(0, 2), and A = 1.1 I: the polar factor's
+    # iteration sees diag(√2, √2) / 2.
     oracle = Oracle([np.zeros((2, 2))], eps=0.0, weight_decay=0.0, lr=1.0, damping=0.1)
     oracle.step([g])
     x = np.full(2, 0.5**0.5)

@@ -187,7 +187,7 @@ def _precondition(
     result.diagonal_NB.mul_(context.fisher_correction)
     if keeps:
         _refresh(blocks, _due(blocks, context), context)
-        factor = Factor(blocks.state["factor"], blocks.state["curvature"], None, triangular=False)
+        factor = Factor(blocks.state["factor"], blocks.state["curvature"])
         return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=factor.d_N)
     return result
 

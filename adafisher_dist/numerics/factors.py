@@ -7,24 +7,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafisher_dist.numerics.newton_schulz import inverse_root
+from adafisher_dist.numerics.newton_schulz import Step, steps_from, times_inverse_root
 
 # What is done for a block that has no Cholesky factor, one after the other.
 FALLBACKS = ("more damping", "float64", "diagonal")
+
+# By how much the eigenvalues of A^(−1/2) may be stretched unlike each other: for a direction, to
+# between 2/3 and 4/3; where the length counts too, as good as not at all.
+ROUGH, EXACT = 2.0, 1 + 1e-12
+# Roots of A's eigenvalues over its norm that are told apart.
+LEAST, LEAST_EXACT = 2e-3, 1e-4
 
 
 class Factor(NamedTuple):
     """What preconditions a stack of blocks.
 
-    root_NBB is the lower Cholesky factor of A where `triangular`, else A^(−p); d_N the mean
-    curvature that A was scaled by. fallback_N is None, or tells for each block which of FALLBACKS
-    gave its factor (0: none was needed).
+    root_NBB is the lower Cholesky factor of A where `triangular`; A itself where there are `steps`,
+    which multiply by A^(−1/2); else A^(−p). d_N is the mean curvature that A was scaled by.
+    fallback_N is None, or tells for each block which of FALLBACKS gave its factor (0: none was
+    needed).
     """
 
     root_NBB: Tensor
     d_N: Tensor
-    fallback_N: Tensor | None
-    triangular: bool
+    fallback_N: Tensor | None = None
+    triangular: bool = False
+    steps: tuple[Step, ...] = ()
 
 
 def factorize(
@@ -33,28 +41,39 @@ def factorize(
 ) -> Factor:  # fmt: skip
     """Factorise A, whose damping is δ + ε, or more: see `_damped`.
 
-    Never raises for a bad block. For p = 1 there are the FALLBACKS (ten times the damping, at least
-    1e-2; that in float64; the diagonal), and `fallback_N` tells which. d = 0 gives the factor of
-    damping · I. `exact` is of A^(−1/2).
+    For p = 1/2 there is no factor to make: `exact` tells how near its steps come. Never raises for
+    a bad block. For p = 1 there are the FALLBACKS (ten times the damping, at least 1e-2; that in
+    float64; the diagonal), and `fallback_N` tells which. d = 0 gives the factor of damping · I.
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
     a_NBB = _damped(fisher_NBB, mean_N, damping, noise)
     if exponent != 1.0:
-        return Factor(inverse_root(a_NBB, exact), d_N, None, triangular=False)
+        return Factor(a_NBB, d_N, steps=root_steps(a_NBB.shape[1], damping, exact))
     root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
     failed_N = info_N != 0
     fallback_N = _fall_back(a_NBB, root_NBB, failed_N, damping) if bool(failed_N.any()) else None
     return Factor(root_NBB, d_N, fallback_N, triangular=True)
 
 
+def root_steps(size: int, damping: float, exact: bool) -> tuple[Step, ...]:
+    """The steps to A^(−1/2) of a block of so many columns.
+
+    A's eigenvalues are at least the damping, and its norm is at most its trace, size · (1 +
+    damping).
+    """
+    least = (damping / (size * (1 + damping))) ** 0.5
+    return steps_from(max(least, LEAST_EXACT), EXACT) if exact else steps_from(max(least, LEAST), ROUGH)
+
+
 def inverted(factor: Factor) -> Factor:
-    """The same as A^(−p), to keep: more costly to make than a Cholesky factor, far less to apply.
+    """The same as A^(−p), to keep: more costly to make than what `solve` needs, less to apply.
 
     A is at most block_size/damping conditioned, so that its inverse loses nothing that matters.
     """
-    if not factor.triangular:
-        return factor
+    if factor.steps:
+        root_NBB = times_inverse_root(None, factor.root_NBB, factor.steps)
+        return factor._replace(root_NBB=root_NBB, steps=())
     eye_NBB = torch.eye(factor.root_NBB.shape[1], dtype=factor.d_N.dtype, device=factor.d_N.device)
     # L⁻ᵀ L⁻¹; twice as fast as torch.cholesky_inverse on a CPU.
     inverse_NBB = torch.linalg.solve_triangular(
@@ -65,6 +84,8 @@ def inverted(factor: Factor) -> Factor:
 
 def solve(factor: Factor, vectors_NRB: Tensor) -> Tensor:
     """Each row times A^(−p), which is symmetric."""
+    if factor.steps:
+        return times_inverse_root(vectors_NRB, factor.root_NBB, factor.steps)
     if not factor.triangular:
         return vectors_NRB @ factor.root_NBB
     # x A⁻¹ = (x L⁻ᵀ) L⁻¹

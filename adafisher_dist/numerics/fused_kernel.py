@@ -64,34 +64,30 @@ def _product(x_high, x_low, y_high, y_low, z):
 
 
 @triton.jit
-def _polynomial(p_high, p_low, p_BB, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
+def _polynomial(p_high, p_low, p_BB, step_ptr):
     """Split: a I + b P + c P², as P (b I + c P) + a I, of P, which is also given split."""
+    a, b, c = tl.load(step_ptr), tl.load(step_ptr + 1), tl.load(step_ptr + 2)
     k_B = tl.arange(0, p_BB.shape[0])
     diagonal_BB = k_B[:, None] == k_B[None, :]
-    factor_high, factor_low = _split(tl.where(diagonal_BB, PC * p_BB + PB, PC * p_BB))
+    factor_high, factor_low = _split(tl.where(diagonal_BB, c * p_BB + b, c * p_BB))
     q_BB = _product(p_high, p_low, factor_high, factor_low, tl.zeros_like(p_BB))
-    return _split(tl.where(diagonal_BB, q_BB + PA, q_BB))
+    return _split(tl.where(diagonal_BB, q_BB + a, q_BB))
 
 
 @triton.jit
-def _times_inverse_root(x_RB, a_BB, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
-    """The rows x times A^(−1/2), but for a factor of the whole.
-
-    `newton_schulz.inverse_root`, which finds z and y and has P = z y: here P and x are carried
-    along, x ← x Q and P ← Q P Q with the polynomial Q = a I + b P + c P² (Higham 2008, section 7.3;
-    in exact arithmetic the same, and as stable).
-    """
+def _times_inverse_root(x_RB, a_BB, steps_ptr, STEPS: tl.constexpr):
+    """`newton_schulz.times_inverse_root` of one block, but for a factor of the whole."""
     p_BB = a_BB / _norm(a_BB)
     # Nothing is to be moved out of the loops: what Triton gains by it there are no registers for.
-    for _ in tl.range(4, num_stages=1, disable_licm=True):
+    for number in tl.range(STEPS - 1, num_stages=1, disable_licm=True):
         p_high, p_low = _split(p_BB)
-        q_high, q_low = _polynomial(p_high, p_low, p_BB, PA, PB, PC)
+        q_high, q_low = _polynomial(p_high, p_low, p_BB, steps_ptr + 3 * number)
         half_high, half_low = _split(_product(p_high, p_low, q_high, q_low, tl.zeros_like(a_BB)))
         p_BB = _product(q_high, q_low, half_high, half_low, tl.zeros_like(a_BB))
         x_high, x_low = _split(x_RB)
         x_RB = _product(x_high, x_low, q_high, q_low, tl.zeros_like(x_RB))
     p_high, p_low = _split(p_BB)
-    q_high, q_low = _polynomial(p_high, p_low, p_BB, PA, PB, PC)
+    q_high, q_low = _polynomial(p_high, p_low, p_BB, steps_ptr + 3 * (STEPS - 1))
     x_high, x_low = _split(x_RB)
     return _product(x_high, x_low, q_high, q_low, tl.zeros_like(x_RB))
 
@@ -127,6 +123,7 @@ def step_kernel(
     square_ptr,  # (N, rows) float32: w; read where SQUARES
     seed_ptr,  # (N,) int32, of this update; read where ROUNDED
     should_step_ptr,  # one int32; read where GATED: if it is 0, u is 0 and nothing else changes
+    steps_ptr,  # (STEPS, 3) float32: a, b and c of each step to A^(−1/2)
     rows,
     columns,
     weight,  # this and what follows: `fused_step.Scalars`
@@ -146,6 +143,7 @@ def step_kernel(
     UPDATES: tl.constexpr,
     GATED: tl.constexpr,
     TINY: tl.constexpr,
+    STEPS: tl.constexpr,
     PA: tl.constexpr,
     PB: tl.constexpr,
     PC: tl.constexpr,
@@ -220,7 +218,7 @@ def step_kernel(
         row_B = tl.sqrt_rn(tl.sum(a_BB * a_BB, axis=1))
         damping = tl.maximum(noise * tl.max(row_B, axis=0), damping)
     a_BB = tl.where(diagonal_BB, a_BB + damping, a_BB)
-    vectors_RB = _times_inverse_root(vectors_RB, a_BB, PA, PB, PC)
+    vectors_RB = _times_inverse_root(vectors_RB, a_BB, steps_ptr, STEPS)
 
     if SQUARES:  # of one row the direction is its own
         vectors_RB = _polar_factor(vectors_RB, R > B, PA, PB, PC)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks.grid import BlockShape
-from adafisher_dist.numerics.newton_schulz import FAST
+from adafisher_dist.numerics.factors import root_steps
+from adafisher_dist.numerics.newton_schulz import JORDAN, Step
 from adafisher_dist.settings import StateConfig
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def step(
     shape, config = blocks.shape, blocks.config
     rows, columns = padded(shape)
     unused = gradient_NRB
-    a, b, c = FAST[0]
+    a, b, c = JORDAN
+    steps = root_steps(shape.columns, own.damping, exact=False)
     on_device = torch.cuda.device(blocks.device) if blocks.device.type == "cuda" else nullcontext()
     with on_device:  # Triton launches on the current one
         step_kernel[(len(blocks),)](
@@ -156,6 +158,7 @@ def step(
             unused if blocks.square_NR is None else blocks.square_NR,
             unused if seed_N is None else seed_N,
             unused if should_step is None else should_step,
+            _on_device(steps, blocks.device),
             shape.rows,
             shape.columns,
             *own,
@@ -167,8 +170,14 @@ def step(
             UPDATES=updates,
             GATED=should_step is not None,
             TINY=torch.finfo(torch.float32).tiny,
+            STEPS=len(steps),
             PA=a,
             PB=b,
             PC=c,
             num_warps=8 if rows * columns == LARGEST_BLOCK or columns == LARGEST_SIDE else 4,
         )
+
+
+@lru_cache(maxsize=64)
+def _on_device(steps: tuple[Step, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(steps, dtype=torch.float32, device=device)
