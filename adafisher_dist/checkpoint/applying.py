@@ -73,7 +73,7 @@ def _fresh_shards(target: CheckpointTarget, manifest: Manifest, matched: Match) 
     saved = manifest.about["optimizer"]["state"]
     for shard in shards:
         for number, old in _restored(target, shard, matched).items():
-            shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]])
+            shard.counters[number] = torch.tensor([saved[old]["step"], saved[old]["fisher_updates"]], device="cpu")
     return shards
 
 

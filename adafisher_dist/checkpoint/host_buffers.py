@@ -20,11 +20,11 @@ class HostBuffers:
         try:
             buffer = self._free.pop()
         except IndexError:  # which is another thread's answer too
-            buffer = torch.empty(0, dtype=torch.uint8)
+            buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         if buffer.numel() < nbytes:
             buffer = huge_pages.empty(nbytes, dtype=torch.uint8, device=torch.device("cpu"))
         return buffer[:nbytes].view(dtype)
 
     def give_back(self, taken: Tensor) -> None:
         """It is not needed any more."""
-        self._free.append(torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage()))
+        self._free.append(torch.empty(0, dtype=torch.uint8, device="cpu").set_(taken.untyped_storage()))

@@ -248,7 +248,7 @@ def _values(opened: OpenCheckpoint) -> dict[str, Any]:
     tensors, manifest = [], opened.manifest
     for number, entry in enumerate(manifest.about["value_tensors"]):
         key = f"value/{number}"
-        empty = torch.empty(0, dtype=encoding.dtype_of(entry["dtype"]))
+        empty = torch.empty(0, dtype=encoding.dtype_of(entry["dtype"]), device="cpu")
         flat = opened.read_tensor(key) if key in manifest.tensors else empty
         tensors.append(flat.view(entry["shape"]))
     found = {name: encoding.decode(value, tensors) for name, value in manifest.about["values"].items()}

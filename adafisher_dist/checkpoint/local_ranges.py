@@ -66,7 +66,7 @@ def _held(target: CheckpointTarget) -> dict[str, LocalShard]:
             name = names[storage.parameters[span.parameter].info.position]
             held[name] = LocalShard(values_, span.start, span.stop, group, storage.replicated)
         for parameter in storage.parameters:
-            nothing = LocalShard(torch.empty(0), 0, 0, group, replicated=False)
+            nothing = LocalShard(torch.empty(0, device="cpu"), 0, 0, group, replicated=False)
             held.setdefault(names[parameter.info.position], nothing)
     # The ranks that plain tensors are the same on.
     everyone = layouts.group_of_stage(target.module) or Group(None, target.hosts.rank, target.hosts.size)

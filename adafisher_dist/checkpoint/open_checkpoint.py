@@ -152,7 +152,7 @@ class OpenCheckpoint:
         stored = self.manifest.tensors[key]
         missing = [name for name in self.files_of([key]) if name not in self._handles]
         self.hold(missing)
-        out = torch.empty(stored.numel, dtype=stored.dtype)
+        out = torch.empty(stored.numel, dtype=stored.dtype, device="cpu")
         for chunk in stored.chunks:
             if chunk.file not in self._handles:
                 raise CheckpointError(f"{chunk.file} cannot be read ({self._unreadable[chunk.file]})")

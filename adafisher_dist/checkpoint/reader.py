@@ -48,10 +48,14 @@ class _Reads:
     def __init__(self, opened: OpenCheckpoint, ahead: ReadAhead) -> None:
         self._opened, self._ahead = opened, ahead
         self._buffers = HostBuffers()
+        self._inference = torch.is_inference_mode_enabled()  # of the caller, whose tensors are to be written
 
-    @torch.no_grad()  # which is a thread's own
     def read(self, range_: Range) -> Tensor | None:
         """Read a range to its place on the host; for a device, into a buffer, which is returned."""
+        with torch.no_grad(), torch.inference_mode(self._inference):  # a thread has modes of its own
+            return self._in_place_or_buffer(range_)
+
+    def _in_place_or_buffer(self, range_: Range) -> Tensor | None:
         dtype, here = self._opened.manifest.tensors[range_.key].dtype, range_.in_place()
         on_host = range_.device.type == "cpu"
         if here is not None and on_host and here.dtype == dtype:

@@ -156,7 +156,7 @@ def minimum(group: Group, values: Sequence[int], purpose: str = STEP) -> list[in
     """
     if group.size > 1:
         handle = group.handle if "cpu" in group.devices else host_group(sorted(group.members), group.handle).handle
-        mine = torch.tensor(values).repeat(group.size)
+        mine = torch.tensor(values, device="cpu").repeat(group.size)
         everyones = torch.empty_like(mine)
         meetings(handle).begin()
         work = dist.all_to_all_single(everyones, mine, group=handle, async_op=True)

@@ -108,7 +108,7 @@ class _Rounds:
         self._hosts, self._meetings = hosts, meetings(hosts.handle)
         self._interval = min(1.0, self._meetings.timeout / 10)
         self._began = monotonic()
-        self._all_done = torch.zeros((), dtype=torch.int64)
+        self._all_done = torch.zeros((), dtype=torch.int64, device="cpu")
         self._open: Any = None  # the collective
         self._ended = 0
 

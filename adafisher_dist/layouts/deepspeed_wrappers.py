@@ -83,7 +83,7 @@ def _largest_gradient(wrapper: Any) -> Tensor:
     """A bound of the gradient elements of all the parts, before the first is stepped."""
     norm, clip = wrapper._global_grad_norm, float(wrapper.clip_grad)
     if norm is not None:
-        norm = torch.as_tensor(norm, dtype=torch.float32)
+        norm = norm.float() if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float32, device="cpu")
         # DeepSpeed writes -1 or ∞ where the norm is not finite. What is clipped is no longer than
         # clip_grad.
         usable = norm.isfinite() & (norm >= 0)

@@ -76,7 +76,7 @@ def masters_to_host(wrapper: Any, pin_memory: bool) -> None:
     """Move the fp32 partitions to the host; the wrapper's `reload_states` brings them back."""
     for flat in wrapper.fp32_partitioned_groups_flat:
         pinned = pin_memory and flat.device.type != "cpu"
-        flat.data = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=pinned).copy_(flat)
+        flat.data = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=pinned).copy_(flat)
 
 
 def locate(parameter: Any) -> LocalShard:

@@ -47,7 +47,8 @@ def seeds_of_weights(
     number = torch.full((), (first + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)  # wraps, as products do
     for size, stride in zip(sizes, strides, strict=True):
         number = number[..., None] + torch.arange(size, dtype=torch.int32, device=device) * stride
-    return _scramble(number) ^ seeds(torch.tensor(position, dtype=torch.int32), step)  # a number of the host
+    of_host = torch.tensor(position, dtype=torch.int32, device="cpu")
+    return _scramble(number) ^ seeds(of_host, step)
 
 
 def add_stochastically(weight: Tensor, update: Tensor, seed: Tensor) -> None:

@@ -84,7 +84,7 @@ def replace_tensor(shard: Shard, index: int, successor: Tensor | None) -> None:
     tensors = list(shard.storage.tensors)
     if successor is None:
         shard.removed.add(index)
-        successor = torch.empty(0)  # so that the parameter itself can be freed
+        successor = torch.empty(0, device="cpu")  # so that the parameter itself can be freed
     tensors[index] = successor
     shard.storage = replace(shard.storage, tensors=tensors)
 

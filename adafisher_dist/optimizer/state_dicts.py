@@ -174,7 +174,7 @@ def restore(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = Fal
         return
     check(shard, tensor, saved, own)
     for key in COUNTERS:
-        shard.views[tensor][key].copy_(torch.as_tensor(saved[key]))
+        shard.views[tensor][key].copy_(torch.as_tensor(saved[key], device="cpu"))
     owned = {} if own or not shard.storage.one_each else _owned_rows(shard, tensor)
     for key, (view, first, rows) in _wanted(shard, tensor, own).items():
         if layouts.is_dtensor(saved.get(key)):
@@ -239,7 +239,7 @@ def room(shard: Shard, tensor: int) -> dict[str, Tensor]:
     """Room on the CPU for the whole state of a replicated parameter."""
     shapes = whole_shapes(shard, tensor)
     counters = {key: shard.views[tensor][key].clone() for key in COUNTERS}
-    return counters | {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
+    return counters | {key: torch.empty(shape, dtype=dtype, device="cpu") for key, (shape, dtype) in shapes.items()}
 
 
 def dtensor_room(shard: Shard, tensor: int) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def _can_be_freed(tensor: Tensor) -> bool:
 
 def _on_host(tensor: Tensor, pin_memory: bool) -> Tensor:
     pinned = pin_memory and tensor.device.type != "cpu"
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     return copy.copy_(tensor)
 
 

@@ -166,7 +166,7 @@ def build(storage: Storage, groups: Sequence[int], configs: Sequence[StateConfig
     )
     blocks = stack_blocks(own, storage.stored_spans[rank], grids, parameters, groups, configs, held, zeroed)
     cut = sharding.cut_by_boundaries(assignment, storage.stored_spans, grids) if not storage.replicated else ()
-    counters = torch.zeros(len(parameters), 2, dtype=torch.int64)
+    counters = torch.zeros(len(parameters), 2, dtype=torch.int64, device="cpu")
     stored = [TensorSpec(tensor.shape, tensor.device, tensor.dtype) for tensor in held]
     views = _views(counters, parameters, blocks)
     if storage.one_each:  # on all ranks the same keys, as torch's checkpoint functions expect of a state

@@ -68,7 +68,7 @@ class FoundInf:
         self._amid = group.comm_buffer(torch.zeros(1, dtype=torch.int64, device=device))
         self._should_step = torch.ones(1, dtype=torch.int32, device=device)
         on_accelerator = device.type != "cpu"
-        self._seen = torch.zeros(6, dtype=torch.int64, pin_memory=on_accelerator)
+        self._seen = torch.zeros(6, dtype=torch.int64, device="cpu", pin_memory=on_accelerator)
         # Made here, since a rank that failed after the last collective of a step would stop alone.
         self._seen_votes, self._seen_amid = self._seen[:5], self._seen[5:]
         self._arrivals = [torch.Event(device) for _ in range(2)] if on_accelerator else []

@@ -82,7 +82,7 @@ class _Reading:
     def __init__(self, numbers: Tensor, into: Callable[[list[float]], None]) -> None:
         self._into = into
         on_accelerator = numbers.device.type != "cpu"
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_accelerator)
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=on_accelerator)
         self._host.copy_(numbers, non_blocking=True)
         self._arrival = torch.Event(numbers.device) if on_accelerator else None
         if self._arrival is not None:

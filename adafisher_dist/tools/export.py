@@ -217,7 +217,7 @@ def _tensor(opened: OpenCheckpoint, name: str, output: _Output) -> Tensor:
         OverflowError: finite values would become infinite.
     """
     if not output.numel:
-        return torch.empty(output.shape, dtype=output.dtype)
+        return torch.empty(output.shape, dtype=output.dtype, device="cpu")
     stored = _in_one(opened.read_tensor(output.key), output.parts)
     values = stored.to(output.dtype)
     if values.dtype != stored.dtype and values.is_floating_point() and values.dtype.itemsize > 1:  # float8 has no inf
