@@ -84,7 +84,7 @@ def _adafisher(named: Named, lr: float, weight_decay: float, own: Settings) -> l
 
 
 def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
-    torch.optim._muon._zeropower_via_newtonschulz = _polar_in_float32  # type: ignore[attr-defined]
+    torch.optim._muon._zeropower_via_newtonschulz = polar_in_float32  # type: ignore[attr-defined]
     hidden, rest = parted(named, lambda key, p: p.dim() == 2 and is_hidden(key, p))  # torch's takes no convolutions
     other = adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
     if not hidden:
@@ -93,7 +93,7 @@ def _muon(named: Named, lr: float, weight_decay: float, own: Settings) -> list[O
     return [muon, *other]
 
 
-def _polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: float) -> Tensor:
+def polar_in_float32(gradient: Tensor, coefficients: object, steps: int, eps: float) -> Tensor:
     """What torch's Muon computes in bfloat16, three times as slow on this kind of CPU."""
     return polar(gradient, steps)
 

@@ -1,6 +1,7 @@
-"""Step time beside AdamW, Muon, SOAP, Shampoo and the model's forward and backward, in one process.
+"""Step time beside AdamW, Muon, SOAP, Shampoo and forward and backward, in one process.
 
-    python benchmarks/step_time.py       # writes docs/step_time.json and docs/step_time.png
+    python benchmarks/step_time.py                # writes docs/step_time.json and .png
+    python benchmarks/step_time.py --width 256    # a wider model, into runs/bench
 
 Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike, each on a
 copy of the same parameters and with the same gradients. Ratios; absolute times are given for a GPU
@@ -14,14 +15,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import common
 import torch
 from common import Quick, rounded, spread
 from model import ByteTransformer
+from optimizers import polar_in_float32
 from rich.table import Table
 from torch import Tensor, nn
+from typer import Option
 
 from adafisher_dist import AdaFisher
 
@@ -34,6 +37,7 @@ WARM_UP, FILLED = 12, 60
 CYCLES, CYCLES_QUICK = 3, 2
 BATCH, SEQ_LEN = 32, 128
 MODEL = {"width": 96, "layers": 3, "heads": 4, "seq_len": SEQ_LEN}
+DEFAULT_SIZE = 128
 BASE, FORWARD = "AdamW (foreach)", "forward and backward"
 
 Named = dict[str, nn.Parameter]
@@ -71,7 +75,10 @@ def candidates(model: nn.Module, quick: bool) -> dict[str, Candidate]:
     add(BASE, lambda named: torch.optim.AdamW(named.values(), foreach=True).step)
     add("AdamW (fused)", lambda named: torch.optim.AdamW(named.values(), fused=True).step)
     if hasattr(torch.optim, "Muon"):  # torch 2.9
-        add("Muon, AdamW for the rest", muon)
+        in_float32 = next(model.parameters()).device.type == "cpu"
+        if in_float32:  # where bfloat16 is slow
+            torch.optim._muon._zeropower_via_newtonschulz = polar_in_float32
+        add(f"Muon{' in float32' if in_float32 else ''}, AdamW for the rest", muon)
     for name, settings in adafishers(quick).items():
         periodic = settings["inverse_update_freq"] > 1
         add(
@@ -93,16 +100,17 @@ def muon(named: Named) -> Callable[[], Any]:
 
 
 def adafishers(quick: bool) -> dict[str, dict[str, Any]]:
-    """Settings by name. Rows of 96 and 384 have pieces of 16, 32, 48 or 64, and 96 or 128."""
-    sizes, packs = ((32, 64) if quick else (16, 32, 64, 128)), [False]
+    """Settings by name. Rows of 96 and 384 have pieces of 32, 48 or 64, and 96 or 128."""
+    sizes, packs = ((32, DEFAULT_SIZE) if quick else (32, 64, DEFAULT_SIZE)), [False]
     if "packed" in inspect.signature(AdaFisher.__init__).parameters:
         packs.append(True)
     result = {}
     for size in sizes:
-        for packed in packs if size in (32, 64) else [False]:
+        for packed in packs if size == DEFAULT_SIZE else [False]:
             for dtype in [torch.float32] if quick else [torch.float32, torch.bfloat16]:
                 for every in (1, CYCLE):
-                    name = f"AdaFisher b={size}" + (", bf16" if dtype == torch.bfloat16 else "")
+                    name = f"AdaFisher b={size}" + (" (default)" if size == DEFAULT_SIZE else "")
+                    name += ", bf16" if dtype == torch.bfloat16 else ""
                     name += (", packed" if packed else "") + (f", every {every}" if every > 1 else "")
                     settings = {"block_size": size, "fisher_dtype": dtype, "inverse_update_freq": every}
                     result[name] = settings | ({"packed": True} if packed else {})
@@ -149,8 +157,12 @@ def others(add: Callable[..., None], quick: bool) -> None:
     )
 
 
-def main(quick: Quick = False) -> None:
+def main(
+    quick: Quick = False,
+    width: Annotated[int, Option(min=8, help="Of the model; figures of another are not kept in docs.")] = 96,
+) -> None:
     """Time an optimizer's step as a ratio to AdamW's and to forward and backward."""
+    MODEL["width"] = width
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = ByteTransformer(**MODEL).to(device)
@@ -168,7 +180,7 @@ def main(quick: Quick = False) -> None:
         **({"forward_and_backward_milliseconds": 1e3 * statistics.median(forward)} if device.type == "cuda" else {}),
         "optimizers": report,
     }
-    common.save("step_time", quick, rounded(result), draw(everyone, report, forward))
+    common.save("step_time", quick or width != 96, rounded(result), draw(everyone, report, forward, described(model)))
 
 
 def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:
@@ -269,7 +281,17 @@ def show(report: dict[str, dict[str, Any]], forward: dict[str, float], parameter
     common.show(table)
 
 
-def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forward: list[float]) -> Any:
+def described(model: nn.Module) -> str:
+    """The model and the hardware, for a figure."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    machine = common.machine()
+    return (
+        f"{parameters:.2f} M parameters, width {MODEL['width']}, {BATCH * SEQ_LEN} tokens;"
+        f" {machine.get('gpu') or machine['cpu']}, {machine['threads']} thread"
+    )
+
+
+def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forward: list[float], where: str) -> Any:
     """The mean cost of each optimizer, and how that is spread over the steps of a cycle."""
     from matplotlib import pyplot
 
@@ -281,10 +303,13 @@ def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forw
     left.bar_label(bars, [f"{report[name]['to_adamw']['median']:.1f} × AdamW" for name in names], padding=3, fontsize=8)
     left.invert_yaxis()
     left.set(xlabel="% of a training step that is the optimizer's", xlim=(0, 1.3 * max(shares)))
+    figure.suptitle(where)
     left.set_title("mean cost of the optimizer")
     model = statistics.median(forward)
-    for name in ("AdaFisher b=64", f"AdaFisher b=64, every {CYCLE}", *(n for n in names if n.startswith("S"))):
-        if name in everyone and name.endswith((f"every {CYCLE}", "b=64")):
+    ours = f"AdaFisher b={DEFAULT_SIZE} (default)"
+    theirs = (name for name in names if name.startswith("S") and name.endswith(f"every {CYCLE}"))
+    for name in (BASE, ours, f"{ours}, every {CYCLE}", *theirs):
+        if name in everyone:
             relative = [seconds / model for seconds in by_phase(everyone[name].seconds)]
             right.semilogy(range(1, CYCLE + 1), relative, marker="o", label=name)
     right.set(xlabel="step of a cycle (median over the cycles)", ylabel=f"time of the step / {FORWARD}")
