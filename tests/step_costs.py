@@ -93,6 +93,11 @@ class _collectives:
         self._patch.undo()
 
 
+def release() -> str:
+    """Of torch: another calls for other operations."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
 def measure(case: str) -> dict[str, int]:
     """The largest of the ranks."""
     from ranks import run_ranks
@@ -105,7 +110,7 @@ def measure(case: str) -> dict[str, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     measured = {case: measure(case) for case in CASES}
-    KEPT.write_text(json.dumps(measured, indent=1) + "\n")
+    KEPT.write_text(json.dumps({"torch": release(), **measured}, indent=1) + "\n")
     for case, found in measured.items():
         print(f"{case:20}", found)
     sys.exit(0)
