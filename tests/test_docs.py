@@ -147,7 +147,7 @@ def test_the_deepspeed_config_is_accepted() -> None:
     assert config["optimizer"]["type"] == "AdaFisher"
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = adafisher_dist.AdaFisher([weight], **config["optimizer"]["params"])
-    assert optimizer.get_lr() == 3e-3
+    assert optimizer.get_lr() == 6e-4
 
 
 def test_the_outputs_of_estimate_are_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
