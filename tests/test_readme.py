@@ -179,7 +179,7 @@ def test_the_curves_ends_are_told(page: str, monkeypatch: pytest.MonkeyPatch) ->
     import curve
 
     ends = {curve.OPTIMIZERS[name][0]: statistics.fmean(points[-1]) for name, points in curve.losses().items()}
-    (told,) = re.findall(r"!\[([^]]*)\]\((?:docs/)?convergence.png\)", (ROOT / page).read_text())
+    (told,) = re.findall(r"!\[([^]]*)\]\((?:docs/)?training_curves.png\)", (ROOT / page).read_text())
     for name, end in ends.items():
         assert re.search(rf"{name}[a-z ]* {end:.3f}", told), name
     assert curve.PICTURE.is_file()

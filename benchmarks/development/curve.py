@@ -1,4 +1,4 @@
-"""Draws docs/convergence.png from trials.jsonl: `python benchmarks/development/curve.py`.
+"""Draws docs/training_curves.png from trials.jsonl: `python benchmarks/development/curve.py`.
 
 Held-out loss by text seen, AdamW, Muon and AdaFisher on gpt64x20 at their best rate tried, seeds 0
 to 2. benchmarks/convergence.py writes its own picture of that name once its trainings are done.
@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-PICTURE = HERE.parents[1] / "docs" / "convergence.png"
+PICTURE = HERE.parents[1] / "docs" / "training_curves.png"
 TASK, LR, SEEDS, BYTES = "gpt64x20", 1e-2, (0, 1, 2), 20
 OPTIMIZERS = {
     "adamw": ("AdamW", "#30343B", ":"),
