@@ -26,7 +26,11 @@ def main(
     config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = HERE.parent / "configs" / "zero2.json",
     out: Annotated[Path, Option(help="Folder of both runs; earlier ones there are replaced.")] = Path("runs/demo"),
 ) -> None:
-    """Train with AdaFisher, then with AdamW, each at its own good learning rate, and show both."""
+    """Train with AdaFisher, then with AdamW, each at its own good learning rate, and show both.
+
+    The runs come one after the other: seconds of a machine that does other work too are not to be
+    compared, so the picture has none.
+    """
     console = Console(width=None if sys.stdout.isatty() else 120)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = gpus or 2
@@ -43,7 +47,7 @@ def main(
     summaries = [json.loads((out / name / "summary.json").read_text()) for name in OPTIMIZERS]
     draw_curves(
         {
-            summary["optimizer"]["type"]: out / name / "log.csv"
+            f"{summary['optimizer']['type']}, lr {summary['optimizer']['params']['lr']:g}": out / name / "log.csv"
             for name, summary in zip(OPTIMIZERS, summaries, strict=True)
         },
         out / "loss.png",

@@ -98,7 +98,7 @@ class Board:
 
 
 def draw_curves(logs: Mapping[str, Path], out: Path) -> None:
-    """Draw training and held-out loss of one or more runs, by step and by seconds, into a PNG.
+    """Draw training and held-out loss of one or more runs by step into a PNG.
 
     Args:
         logs: the runs' log.csv by label.
@@ -109,26 +109,21 @@ def draw_curves(logs: Mapping[str, Path], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
     top = 0.0
     for number, (label, path) in enumerate(logs.items()):
         rows = read_log(path)
         early = [row["val_loss"] for row in rows if row["val_loss"] is not None and row["step"]]
         top = max(top, early[0])
-        for axis, column in zip(axes, ("step", "seconds"), strict=True):
-            train = [(row[column], row["loss"]) for row in rows if row["loss"] is not None]
-            held_out = [(row[column], row["val_loss"]) for row in rows if row["val_loss"] is not None]
-            axis.plot(
-                *zip(*train, strict=True), color=f"C{number}", alpha=0.35, linewidth=1, label=f"{label}, training"
-            )
-            axis.plot(*zip(*held_out, strict=True), f"C{number}o-", markersize=4, label=f"{label}, held out")
+        train = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
+        held_out = [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None]
+        axis.plot(*zip(*train, strict=True), color=f"C{number}", alpha=0.35, linewidth=1, label=f"{label}, training")
+        axis.plot(*zip(*held_out, strict=True), f"C{number}o-", markersize=4, label=f"{label}, held out")
     # The first steps, from log 256 on, would take most of the height.
-    axes[0].set(xlabel="step", ylabel="loss (nats a byte)", ylim=(None, 1.02 * top))
-    axes[1].set(xlabel="seconds of training")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axis.set(xlabel="step", ylabel="loss (nats a byte)", ylim=(None, 1.02 * top))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
@@ -143,11 +138,12 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     """Finished runs side by side, from their summary.json."""
     result = Table()
     result.add_column("optimizer")
-    for heading in ("steps", "training", "held out", "seconds", "tokens/s", "in optimizer"):
+    for heading in ("learning rate", "steps", "training", "held out", "seconds", "tokens/s", "in optimizer"):
         result.add_column(heading, justify="right")
     for summary in summaries:
         result.add_row(
             summary["optimizer"]["type"],
+            f"{summary['optimizer']['params']['lr']:g}",
             str(summary["steps"]),
             f"{summary['loss']:.3f}",
             f"{summary['val_loss']:.3f}",
