@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -264,7 +265,7 @@ from adafisher_dist.numerics.fused_kernel import step_kernel
 
 names = step_kernel.arg_names
 consts = dict(R=16, B=16, SQUARES=True, PACKED=False, ROUNDED=True, UPDATES=True, GATED=True, TINY=1.2e-38)
-consts |= dict(STEPS=3, PA=3.4445, PB=-4.775, PC=2.0315)
+consts |= dict(STEPS=3, WHOLE=False, PA=3.4445, PB=-4.775, PC=2.0315)
 kinds = {name: "*fp32" for name in names if name.endswith("_ptr")} | {"rows": "i32", "columns": "i32"}
 kinds |= {"fisher_ptr": "*bf16", "seed_ptr": "*i32", "should_step_ptr": "*i32"}
 signature = {name: "constexpr" if name in consts else kinds.get(name, "fp32") for name in names}
@@ -285,3 +286,33 @@ def test_nothing_takes_a_subnormal_for_zero() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sqrt.rn" in done.stdout and ".ftz" not in done.stdout
+
+
+STACK = COMPILE.replace("R=16, B=16", "R=64, B=128").replace("ROUNDED=True", "ROUNDED=False")
+STACK = STACK.replace("GATED=True", "GATED=False").replace("WHOLE=False", "WHOLE=True").replace('"*bf16"', '"*fp32"')
+STACK = (
+    STACK[: STACK.rindex("print(")]
+    + """
+import os, subprocess, sys, tempfile, triton
+aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.endswith("_ptr")}
+source = ASTSource(step_kernel, signature, source.constants, aligned)
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(compiled.asm["cubin"])
+    file.flush()
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    print(subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout)
+"""
+)
+
+
+@pytest.mark.ci
+def test_the_default_block_hardly_spills() -> None:
+    """A program of the default block has 64 times 128 elements and no register to spare."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STACK], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (stack,) = map(int, re.findall(r"STACK:(\d+)", done.stdout))
+    assert stack <= 800  # bytes: 1,824 with masks for padding, which a whole block does not have

@@ -164,6 +164,7 @@ def step(
             *own,
             R=rows,
             B=columns,
+            WHOLE=(rows, columns) == (shape.rows, shape.columns),
             SQUARES=blocks.square_NR is not None,
             PACKED=config.packed,
             ROUNDED=config.fisher_dtype == torch.bfloat16,
