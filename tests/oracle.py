@@ -296,7 +296,7 @@ def rough_inverse_root(a: np.ndarray, damping: float) -> np.ndarray:
     values, vectors = np.linalg.eigh(a)
     root = np.sqrt(values / np.linalg.norm(a))
     x = root
-    for first, third, fifth in root_steps(len(a), damping, exact=False):
+    for first, third, fifth in root_steps(len(a), damping):
         x = first * x + third * x**3 + fifth * x**5
     return vectors @ np.diag(x / np.sqrt(values)) @ vectors.T
 

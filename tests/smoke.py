@@ -195,7 +195,7 @@ def inverse_root(a: np.ndarray, damping: float) -> np.ndarray:
 
     values, vectors = np.linalg.eigh(a)
     x = np.sqrt(values / np.linalg.norm(a))
-    for first, third, fifth in root_steps(len(a), damping, exact=False):
+    for first, third, fifth in root_steps(len(a), damping):
         x = first * x + third * x**3 + fifth * x**5
     return vectors * (x / np.sqrt(values)) @ vectors.T
 

@@ -144,7 +144,8 @@ def arithmetic(plan: PlanSummary, rank: int, inverse_update_freq: int = 1) -> in
     F, and for S = M̂ A^(−1/2), in k steps, r² + 2 (3k − 2) r³ + 2kD r²; where A^(−1/2) is kept, r² +
     2 (4k − 3) r³ to make it and 2D r² to multiply by it (p = 1: r² + r³/3 for a Cholesky factor,
     and for an inverse that is kept 3r³ more; 2D r² for the solutions). For the polar factor 5
-    (4s²l + 2s³), s being the smaller and l the larger of D and r; grafting="none" has none.
+    (4s²l + 2s³), s being the smaller and l the larger of D and r; grafting="none" has none, and an
+    exact A^(−1/2) by 33 products.
     """
     total = 0.0
     for (group, (r, rows, dense)), number in plan.blocks[rank].total.items():
@@ -161,19 +162,20 @@ def _preconditioning(r: int, rows: int, config: StateConfig) -> tuple[float, flo
     """Floating-point operations for a block's A^(−p), and to multiply its rows by it."""
     if config.exponent == 1.0:
         return r**2 + r**3 / 3 + (3 * r**3 if config.keeps_factors else 0), 2 * rows * r**2
-    k = root_steps(r, config.grafting == "none")
+    if config.grafting == "none":
+        return r**2 + 66 * r**3, 2 * rows * r**2
+    k = root_steps(r)
     if config.keeps_factors:
         return r**2 + 2 * (4 * k - 3) * r**3, 2 * rows * r**2
     return r**2 + 2 * (3 * k - 2) * r**3, 2 * k * rows * r**2
 
 
-def root_steps(r: int, exact: bool) -> int:
+def root_steps(r: int) -> int:
     """Steps to A^(−1/2) of blocks of r columns with the default damping.
 
     They are those of `numerics.factors.root_steps`, which tells how they are found.
     """
-    from_size = (11, 194) if exact else (9, 148)
-    return (5 if exact else 2) + sum(r >= size for size in from_size)
+    return 2 + sum(r >= size for size in (9, 148))
 
 
 def _wide(plan: PlanSummary) -> int:

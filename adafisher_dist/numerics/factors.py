@@ -7,16 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafisher_dist.numerics.newton_schulz import Step, steps_from, times_inverse_root
+from adafisher_dist.numerics.newton_schulz import Step, inverse_root, steps_from, times_inverse_root
 
 # What is done for a block that has no Cholesky factor, one after the other.
 FALLBACKS = ("more damping", "float64", "diagonal")
 
-# By how much the eigenvalues of A^(−1/2) may be stretched unlike each other: for a direction, to
-# between 2/3 and 4/3; where the length counts too, as good as not at all.
-ROUGH, EXACT = 2.0, 1 + 1e-12
-# Roots of A's eigenvalues over its norm that are told apart.
-LEAST, LEAST_EXACT = 2e-3, 1e-4
+# The root of an eigenvalue of A over its norm, below which it counts as that.
+LEAST = 2e-3
 
 
 class Factor(NamedTuple):
@@ -41,29 +38,30 @@ def factorize(
 ) -> Factor:  # fmt: skip
     """Factorise A, whose damping is δ + ε, or more: see `_damped`.
 
-    For p = 1/2 there is no factor to make: `exact` tells how near its steps come. Never raises for
-    a bad block. For p = 1 there are the FALLBACKS (ten times the damping, at least 1e-2; that in
+    For p = 1/2 there is none to make, unless A^(−1/2) is to be `exact`. Never raises for a bad
+    block. For p = 1 there are the FALLBACKS (ten times the damping, at least 1e-2; that in
     float64; the diagonal), and `fallback_N` tells which. d = 0 gives the factor of damping · I.
     """
     mean_N = fisher_NBB.diagonal(dim1=1, dim2=2).to(dtype).mean(dim=1)
     d_N = mean_N * correction
     a_NBB = _damped(fisher_NBB, mean_N, damping, noise)
+    if exponent != 1.0 and exact:
+        return Factor(inverse_root(a_NBB), d_N)
     if exponent != 1.0:
-        return Factor(a_NBB, d_N, steps=root_steps(a_NBB.shape[1], damping, exact))
+        return Factor(a_NBB, d_N, steps=root_steps(a_NBB.shape[1], damping))
     root_NBB, info_N = torch.linalg.cholesky_ex(a_NBB)
     failed_N = info_N != 0
     fallback_N = _fall_back(a_NBB, root_NBB, failed_N, damping) if bool(failed_N.any()) else None
     return Factor(root_NBB, d_N, fallback_N, triangular=True)
 
 
-def root_steps(size: int, damping: float, exact: bool) -> tuple[Step, ...]:
-    """The steps to A^(−1/2) of a block of so many columns.
+def root_steps(size: int, damping: float) -> tuple[Step, ...]:
+    """The steps to A^(−1/2) of a block of so many columns, as near as a direction needs.
 
     A's eigenvalues are at least the damping, and its norm is at most its trace, size · (1 +
     damping).
     """
-    least = (damping / (size * (1 + damping))) ** 0.5
-    return steps_from(max(least, LEAST_EXACT), EXACT) if exact else steps_from(max(least, LEAST), ROUGH)
+    return steps_from(max((damping / (size * (1 + damping))) ** 0.5, LEAST))
 
 
 def inverted(factor: Factor) -> Factor:
@@ -74,6 +72,8 @@ def inverted(factor: Factor) -> Factor:
     if factor.steps:
         root_NBB = times_inverse_root(None, factor.root_NBB, factor.steps)
         return factor._replace(root_NBB=root_NBB, steps=())
+    if not factor.triangular:
+        return factor
     eye_NBB = torch.eye(factor.root_NBB.shape[1], dtype=factor.d_N.dtype, device=factor.d_N.device)
     # L⁻ᵀ L⁻¹; twice as fast as torch.cholesky_inverse on a CPU.
     inverse_NBB = torch.linalg.solve_triangular(

@@ -148,7 +148,7 @@ def step(
     rows, columns = padded(shape)
     unused = gradient_NRB
     a, b, c = JORDAN
-    steps = root_steps(shape.columns, own.damping, exact=False)
+    steps = root_steps(shape.columns, own.damping)
     on_device = torch.cuda.device(blocks.device) if blocks.device.type == "cuda" else nullcontext()
     with on_device:  # Triton launches on the current one
         step_kernel[(len(blocks),)](
