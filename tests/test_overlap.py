@@ -16,10 +16,11 @@ from ranks import run_ranks
 from adafisher_dist.blocks import sharding
 from adafisher_dist.comm import collectives
 from adafisher_dist.state import shard
+from adafisher_dist.stepping.updating import PiecesByGroup
 
 
 def events(rank: int, world: int, layout: str, chunk: int) -> list[tuple[str, int]]:
-    """Of the third step: ("start" or "wait", number of the collective) and ("blocks", 0)."""
+    """Of the third step: ("start" or "wait", number of the collective), blocks and weights."""
     sharding.CHUNK_FISHER_NUMEL = chunk
     run = Run(layout, rank, world, {**SETTINGS, "inverse_update_freq": 1})
     run.train(0, 2)
@@ -46,6 +47,12 @@ def events(rank: int, world: int, layout: str, chunk: int) -> list[tuple[str, in
         seen.append(("blocks", 0))
         real_update(*args)
 
+    def change(*args: Any) -> Any:
+        seen.append(("change", 0))
+        return real_change(*args)
+
+    real_change = PiecesByGroup.change
+    PiecesByGroup.change = change
     watch("all_gather")
     watch("all_to_all")
     shard.update_blocks = update
@@ -80,4 +87,7 @@ def test_blocks_that_are_here_are_stepped_while_gradients_of_others_travel(layou
     for seen in run_ranks(events, 2, layout, 100, deepspeed=layout == "zero3"):
         assert sum(kind == "start" for kind, _ in seen) % 2 == 0  # gradients there, updates back
         overlapped.append(computed_during(seen, 0))
+        # Own weights of blocks that are cut change while the others' updates travel.
+        start, wait = seen.index(("start", 1)), seen.index(("wait", 1))
+        assert ("change", 0) in seen[start:wait]
     assert any(overlapped), "of no rank blocks were whole"
