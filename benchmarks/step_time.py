@@ -36,7 +36,8 @@ CYCLE = 10
 WARM_UP, FILLED = 12, 60
 CYCLES, CYCLES_QUICK = 3, 2
 BATCH, SEQ_LEN = 32, 128
-MODEL = {"width": 96, "layers": 3, "heads": 4, "seq_len": SEQ_LEN}
+WIDTH = 96
+MODEL = {"width": WIDTH, "layers": 3, "heads": 4, "seq_len": SEQ_LEN}
 DEFAULT_SIZE = 128
 BASE, FORWARD = "AdamW (foreach)", "forward and backward"
 
@@ -159,7 +160,7 @@ def others(add: Callable[..., None], quick: bool) -> None:
 
 def main(
     quick: Quick = False,
-    width: Annotated[int, Option(min=8, help="Of the model; figures of another are not kept in docs.")] = 96,
+    width: Annotated[int, Option(min=8, help="Of the model; figures of another are not kept in docs.")] = WIDTH,
 ) -> None:
     """Time an optimizer's step as a ratio to AdamW's and to forward and backward."""
     MODEL["width"] = width
@@ -180,7 +181,9 @@ def main(
         **({"forward_and_backward_milliseconds": 1e3 * statistics.median(forward)} if device.type == "cuda" else {}),
         "optimizers": report,
     }
-    common.save("step_time", quick or width != 96, rounded(result), draw(everyone, report, forward, described(model)))
+    options = (" --quick" if quick else "") + (f" --width {width}" if width != WIDTH else "")
+    figure = draw(everyone, report, forward, described(model))
+    common.save("step_time", bool(options), rounded(result), figure, command=f"python benchmarks/step_time.py{options}")
 
 
 def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from layout_runs import Run
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from adafisher_dist.comm import collectives
 
 KEPT = Path(__file__).with_suffix(".json")
 
@@ -52,7 +55,7 @@ def counts(rank: int, world: int, case: str) -> dict[str, int]:
     real, found = optimizer.step, dict.fromkeys(("operations", "collectives", "allocations"), 0)
 
     def operations(*args: Any, **keywords: Any) -> Any:
-        with _Operations() as mode, _collectives() as calls:
+        with _Operations() as mode, counted_collectives() as calls:
             result = real(*args, **keywords)
         found["operations"] += mode.count
         found["collectives"] += len(calls)
@@ -72,25 +75,19 @@ def counts(rank: int, world: int, case: str) -> dict[str, int]:
     return found
 
 
-class _collectives:
+@contextmanager
+def counted_collectives() -> Iterator[list[str]]:
     """The names of those that are called meanwhile."""
+    calls: list[str] = []
 
-    def __enter__(self) -> list[str]:
-        from adafisher_dist.comm import collectives
+    def counted(name: str, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        calls.append(name)
+        return real(*args, **more)
 
-        calls: list[str] = []
-
-        def counted(name: str, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
-            calls.append(name)
-            return real(*args, **more)
-
-        self._patch = pytest.MonkeyPatch()
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("minimum", "minimum_on_device", "all_gather", "all_to_all"):
-            self._patch.setattr(collectives, name, partial(counted, name, getattr(collectives, name)))
-        return calls
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
+            patch.setattr(collectives, name, partial(counted, name, getattr(collectives, name)))
+        yield calls
 
 
 def release() -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from engines import backward, config, engine_of, train
 from models import Odd, batch, model
 from ranks import run_ranks
 from rich.filesize import decimal
+from step_costs import counted_collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +28,6 @@ from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import estimate, host_time
 from adafisher_dist.blocks.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
 from adafisher_dist.blocks.model_memory import model_memory
-from adafisher_dist.comm import collectives
 from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
 from adafisher_dist.tools.cli import app
 
@@ -99,21 +97,6 @@ def train_plain(
         with counted_collectives() as calls:
             optimizer.step()
     return optimizer, len(calls)
-
-
-@contextmanager
-def counted_collectives() -> Iterator[list[str]]:
-    """The names of what is called meanwhile."""
-    calls: list[str] = []
-
-    def counted(name: str, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        calls.append(name)
-        return real(*args, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("minimum", "minimum_on_device", "all_gather", "all_to_all"):
-            patch.setattr(collectives, name, partial(counted, name, getattr(collectives, name)))
-        yield calls
 
 
 def measured(rank: int, world: int, layout: str, settings: dict[str, Any], dtype: torch.dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ gives_huge_pages = pytest.mark.skipif(
 
 @gives_huge_pages
 @pytest.mark.parametrize("new", [huge_pages.empty, huge_pages.zeros])
-def test_large_memory_asks_for_huge_pages(new: object) -> None:
-    tensor = new(LARGE, dtype=torch.float32, device=CPU)  # type: ignore[operator]
+def test_large_memory_asks_for_huge_pages(new: Callable[..., torch.Tensor]) -> None:
+    tensor = new(LARGE, dtype=torch.float32, device=CPU)
     assert "hg" in flags_at(tensor.data_ptr() + tensor.nbytes // 2)
     assert "hg" not in flags_at(torch.empty(LARGE).data_ptr())
 
@@ -49,9 +50,10 @@ def test_a_states_large_fields_lie_in_them() -> None:
     weight.grad = torch.ones_like(weight)
     optimizer = AdaFisher([weight], lr=1e-3)
     optimizer.step()
-    for name, value in optimizer.state[weight].items():
-        if value.nbytes >= 1 << 23:
-            assert "hg" in flags_at(value.data_ptr() + value.nbytes // 2), name
+    large = {name: value for name, value in optimizer.state[weight].items() if value.nbytes >= 1 << 23}
+    assert len(large) == 2, "F and the momentum"
+    for name, value in large.items():
+        assert "hg" in flags_at(value.data_ptr() + value.nbytes // 2), name
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (LARGE,), (3, 1 << 20)])

@@ -270,7 +270,7 @@ def test_the_estimate_says_so() -> None:
 @pytest.mark.parametrize("line", LAUNCHES)
 def test_launchers(line: str, tmp_path: Path) -> None:
     """Told what they would run; sbatch by its script, with stand-ins for Slurm."""
-    (tmp_path / "hosts").write_text("node1 slots=2\n".replace("node1", "127.0.0.1"))
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=2\n")
     for name, text in {"pdsh": "exit 1", "scontrol": "echo node1", "srun": 'echo srun "$@" >&2'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)

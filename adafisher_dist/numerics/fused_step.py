@@ -180,5 +180,7 @@ def step(
 
 
 @lru_cache(maxsize=64)
-def _on_device(steps: tuple[Step, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(steps, dtype=torch.float32, device=device)
+def _on_device(steps: tuple[Step, ...], device: torch.device) -> Tensor:
+    """The coefficients, for whose way there no host waits: the damping may change in any step."""
+    host = torch.tensor(steps, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

@@ -48,9 +48,8 @@ def times_inverse_root(vectors_NRB: Tensor | None, a_NBB: Tensor, steps: tuple[S
     """
     norm_N11 = torch.linalg.matrix_norm(a_NBB, keepdim=True)
     x_NRB, p_NBB = vectors_NRB, a_NBB / norm_N11
-    for number, (a, b, c) in enumerate(steps, 1):
-        polynomial_NBB = torch.baddbmm(p_NBB, p_NBB, p_NBB, beta=b, alpha=c)
-        polynomial_NBB.diagonal(dim1=1, dim2=2).add_(a)
+    for number, step in enumerate(steps, 1):
+        polynomial_NBB = _polynomial(p_NBB, step)
         x_NRB = polynomial_NBB if x_NRB is None else x_NRB @ polynomial_NBB
         if number < len(steps):
             p_NBB = polynomial_NBB @ (p_NBB @ polynomial_NBB)
@@ -69,15 +68,21 @@ def inverse_root(a_NBB: Tensor) -> Tensor:
     y_NBB = a_NBB / norm_N11
     steps = (JORDAN,) * POLAR_STEPS + (_TO_ONE,) * _TO_ONE_STEPS
     z_NBB: Tensor | None = None
-    for number, (a, b, c) in enumerate(steps, 1):
-        product_NBB = y_NBB if z_NBB is None else z_NBB @ y_NBB
-        polynomial_NBB = torch.baddbmm(product_NBB, product_NBB, product_NBB, beta=b, alpha=c)
-        polynomial_NBB.diagonal(dim1=1, dim2=2).add_(a)
+    for number, step in enumerate(steps, 1):
+        polynomial_NBB = _polynomial(y_NBB if z_NBB is None else z_NBB @ y_NBB, step)
         z_NBB = polynomial_NBB if z_NBB is None else polynomial_NBB @ z_NBB
         if number < len(steps):
             y_NBB = y_NBB @ polynomial_NBB
     assert z_NBB is not None
     return z_NBB.mul_(norm_N11.rsqrt())
+
+
+def _polynomial(p_NBB: Tensor, step: Step) -> Tensor:
+    """Q = a I + b P + c P²."""
+    a, b, c = step
+    polynomial_NBB = torch.baddbmm(p_NBB, p_NBB, p_NBB, beta=b, alpha=c)
+    polynomial_NBB.diagonal(dim1=1, dim2=2).add_(a)
+    return polynomial_NBB
 
 
 @lru_cache(maxsize=256)

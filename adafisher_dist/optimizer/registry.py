@@ -81,7 +81,8 @@ class ParameterRegistry:
     def init_shards(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
         storages = self.storages_of(tensors)
-        self._choose_block_size(storages)
+        if storages:
+            self._choose_block_size(storages)
         for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             for index, tensor in enumerate(shard.storage.tensors):
@@ -110,7 +111,7 @@ class ParameterRegistry:
 
     def _choose_block_size(self, storages: list[Storage]) -> None:
         """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
-        checked = [normalized(group) for group in self.groups if storages]  # users may have written anything there
+        checked = [normalized(group) for group in self.groups]  # a user may have written anything into them
         if all(group["block_size"] != "auto" for group in checked):
             return
         has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
@@ -256,10 +257,7 @@ class ParameterRegistry:
         self.prebuilt = []
 
     def storages_of(self, tensors: list[Tensor], wrapper: Any = None) -> list[Storage]:
-        """What each rank stores of the parameters, or of what a DeepSpeed wrapper put there.
-
-        Refuses what an unknown library put there.
-        """
+        """What each rank stores of the parameters, or of what a known wrapper put there."""
         if not tensors:
             return []
         return layouts.storages(self.optimizer, tensors, self.given_parameters, self.process_group, wrapper)

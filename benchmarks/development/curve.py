@@ -1,7 +1,7 @@
 """Draws docs/training_curves.png from trials.jsonl: `python benchmarks/development/curve.py`.
 
 Held-out loss by text seen, AdamW, Muon and AdaFisher on gpt64x20 at their best rate tried, seeds 0
-to 2. benchmarks/convergence.py writes its own picture of that name once its trainings are done.
+to 2.
 """
 
 from __future__ import annotations
