@@ -48,8 +48,8 @@ def times_inverse_root(vectors_NRB: Tensor | None, a_NBB: Tensor, steps: tuple[S
     """
     norm_N11 = torch.linalg.matrix_norm(a_NBB, keepdim=True)
     x_NRB, p_NBB = vectors_NRB, a_NBB / norm_N11
-    for number, step in enumerate(steps, 1):
-        polynomial_NBB = _polynomial(p_NBB, step)
+    for number, (a, b, c) in enumerate(steps, 1):
+        polynomial_NBB = _plus_identity(torch.baddbmm(p_NBB, p_NBB, p_NBB, beta=b, alpha=c), a)
         x_NRB = polynomial_NBB if x_NRB is None else x_NRB @ polynomial_NBB
         if number < len(steps):
             p_NBB = polynomial_NBB @ (p_NBB @ polynomial_NBB)
@@ -68,8 +68,9 @@ def inverse_root(a_NBB: Tensor) -> Tensor:
     y_NBB = a_NBB / norm_N11
     steps = (JORDAN,) * POLAR_STEPS + (_TO_ONE,) * _TO_ONE_STEPS
     z_NBB: Tensor | None = None
-    for number, step in enumerate(steps, 1):
-        polynomial_NBB = _polynomial(y_NBB if z_NBB is None else z_NBB @ y_NBB, step)
+    for number, (a, b, c) in enumerate(steps, 1):
+        p_NBB = y_NBB if z_NBB is None else z_NBB @ y_NBB
+        polynomial_NBB = _plus_identity(torch.baddbmm(p_NBB, p_NBB, p_NBB, beta=b, alpha=c), a)
         z_NBB = polynomial_NBB if z_NBB is None else polynomial_NBB @ z_NBB
         if number < len(steps):
             y_NBB = y_NBB @ polynomial_NBB
@@ -77,12 +78,10 @@ def inverse_root(a_NBB: Tensor) -> Tensor:
     return z_NBB.mul_(norm_N11.rsqrt())
 
 
-def _polynomial(p_NBB: Tensor, step: Step) -> Tensor:
-    """Q = a I + b P + c P²."""
-    a, b, c = step
-    polynomial_NBB = torch.baddbmm(p_NBB, p_NBB, p_NBB, beta=b, alpha=c)
-    polynomial_NBB.diagonal(dim1=1, dim2=2).add_(a)
-    return polynomial_NBB
+def _plus_identity(p_NBB: Tensor, a: float) -> Tensor:
+    """P + a I, in the memory of P."""
+    p_NBB.diagonal(dim1=1, dim2=2).add_(a)
+    return p_NBB
 
 
 @lru_cache(maxsize=256)
