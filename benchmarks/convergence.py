@@ -163,7 +163,7 @@ def quick(done: Done) -> Iterator[Run]:
 
 
 def one(run: Run) -> Result:
-    return train(run, task_of(run.task))
+    return train(run, task_of(run.task), ROOT / "runs" / "convergence" / "unfinished")
 
 
 # ---- the command ----

@@ -1,13 +1,14 @@
 """Trainings that compare optimizers: how one goes, and the file of those that are done.
 
 The file has a line of JSON a training. Several processes may append to it at once, and may be
-killed at any time.
+killed at any time: a training of hours goes on where it last saved itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP, CLIP = 0.05, 1.0
+WITHOUT_STATE_DICT = {"prototype"}  # such a training begins anew
+SAVE_EVERY = 300.0  # processor seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +108,29 @@ def written(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def train(run: Run, task: Task) -> Result:
-    """Train from the seed's weights on the seed's batches."""
+def train(run: Run, task: Task, unfinished: Path | None = None) -> Result:
+    """Train from the seed's weights on the seed's batches.
+
+    Args:
+        run: what is trained.
+        task: its task.
+        unfinished: a folder where the training saves itself, and goes on from; it ends as one
+            that was never stopped, to the bit.
+    """
     torch.manual_seed(run.seed)
     model = task.build(run.seed)
     made = optimizers.build(run.optimizer, model, run.lr, run.wd, json.loads(run.settings))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
     marks = {round(task.steps * i / 10) for i in range(1, 11)}
-    losses: list[float | None] = []
-    began = time.process_time()
-    for step in range(task.steps):
+    if run.optimizer in WITHOUT_STATE_DICT:
+        unfinished = None
+    saved = Unfinished(unfinished, run, model, made) if unfinished else None
+    start, losses, before = saved.load() if saved else (0, [], 0.0)
+    began = last = time.process_time()
+    for step in range(start, task.steps):
+        if saved and time.process_time() - last > SAVE_EVERY:
+            last = time.process_time()
+            saved.save(step, losses, before + last - began)
         for optimizer, own in zip(made, rates, strict=True):
             optimizer.zero_grad()
             for group, rate in zip(optimizer.param_groups, own, strict=True):
@@ -129,11 +145,39 @@ def train(run: Run, task: Task) -> Result:
             optimizer.step()
         if step + 1 in marks:
             losses.append(validate(task, model))
-    seconds = round(time.process_time() - began, 1)
+    seconds = round(before + time.process_time() - began, 1)
+    if saved:
+        saved.path.unlink(missing_ok=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Result(
         tuple(losses), commit(), seconds, processor(), round(optimizers.state_bytes(made) / trained, 2), versions()
     )
+
+
+class Unfinished:
+    """The file of a training that may be stopped: all that its next steps are a function of."""
+
+    def __init__(self, folder: Path, run: Run, model: nn.Module, made: list[optimizers.Optimizer]) -> None:
+        name = hashlib.sha256(f"{run} {commit()} {versions()}".encode()).hexdigest()[:16]
+        self.path, self._parts = folder / f"{name}.pt", [model, *made]
+
+    def load(self) -> tuple[int, list[float | None], float]:
+        """The next step, the losses, and the seconds so far."""
+        if not self.path.exists():
+            return 0, [], 0.0
+        found = torch.load(self.path, weights_only=True)
+        for part, state in zip(self._parts, found["states"], strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(found["random"])
+        return found["step"], found["losses"], found["seconds"]
+
+    def save(self, step: int, losses: list[float | None], seconds: float) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        states = [part.state_dict() for part in self._parts]
+        whole = {"step": step, "losses": losses, "seconds": seconds, "random": torch.get_rng_state(), "states": states}
+        written = self.path.with_suffix(".part")
+        torch.save(whole, written)
+        written.replace(self.path)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -124,7 +124,7 @@ def test_speed_up() -> None:
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = all_of()
-    lost = next(run for run in done if (run.task, run.optimizer, run.seed) == ("cnn", "kron", 0))
+    lost = next(run for run in done if (run.task, run.optimizer, run.seed) == ("cnn", "muon", 0))
     done[lost] = result(3.0, None)
     found = report.numbers(convergence.rows(done))
     assert found["laws64x80"][0]["seeds"] == 3 and found[TUNED_ON][0]["optimizer"] == BASE
@@ -152,6 +152,28 @@ def test_a_training_is_a_function_of_its_settings() -> None:
         assert first.final < 2.4 and 4 < first.state_bytes < 60, (name, first)
     assert trainings.train(replace(run, seed=1), SHORT).losses != first.losses
     assert trainings.train(replace(run, optimizer="adamw", lr=1e30), SHORT).final == math.inf
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_a_training_that_was_stopped_goes_on_to_the_bit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainings, "SAVE_EVERY", -1.0)
+    builder, settings, _ = CONTENDERS[name]
+    run, steps = Run("vit", builder, 3e-3, settings=trainings.written(settings)), []
+
+    def loss(model: Any, seed: int, step: int) -> Any:
+        steps.append(step)
+        if steps == list(range(14)):
+            raise KeyboardInterrupt
+        return SHORT.loss(model, seed, step)
+
+    whole = trainings.train(run, SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.train(run, replace(SHORT, loss=loss), tmp_path)
+    last = trainings.train(run, replace(SHORT, loss=loss), tmp_path)
+    assert last.losses == whole.losses and not list(tmp_path.iterdir())
+    assert steps[14] == (0 if builder in trainings.WITHOUT_STATE_DICT else 13)
 
 
 def test_schedule() -> None:
