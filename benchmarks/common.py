@@ -40,10 +40,10 @@ def show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any, **more: Any) -> None:
-    """Write docs/NAME.json and docs/NAME.png; a quick run writes both to runs/bench instead.
+def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any = None, **more: Any) -> None:
+    """Write docs/NAME.json and, of a figure, docs/NAME.png; a quick run writes into runs/bench.
 
-    A quick run's numbers are not for quoting.
+    Its numbers are not for quoting.
     """
     folder = ROOT / ("runs/bench" if quick else "docs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,9 @@ def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any, **more:
         **more,
     }
     (folder / f"{name}.json").write_text(json.dumps({**head, **result}, indent=1) + "\n")
-    figure.savefig(folder / f"{name}.png", dpi=120)
-    print(f"Written: {folder.relative_to(ROOT)}/{name}.json and .png")
+    if figure:
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    print(f"Written: {folder.relative_to(ROOT)}/{name}.json{' and .png' if figure else ''}")
 
 
 def machine() -> dict[str, Any]:

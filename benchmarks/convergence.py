@@ -8,8 +8,8 @@
 Each is tuned alike on the smallest model at 20 bytes a parameter, with a seed that is not reported:
 learning rate, weight decay, then two settings of its own. What is best there is trained with fresh
 seeds on all tasks; longer and larger ones try half the learning rate too. Finished trainings go
-into docs/convergence.jsonl, what follows from them into docs/convergence.json,
-convergence_tables.md and convergence.png.
+into docs/convergence.jsonl, what follows from them into docs/convergence.json, two pictures, and
+the tables of convergence.md. How long steps take is measured apart: convergence_times.py.
 """
 
 from __future__ import annotations
@@ -109,6 +109,11 @@ def tuning(name: str, done: Done) -> tuple[list[Run], Run | None]:
     return runs, best
 
 
+def tuned(done: Done) -> dict[str, tuple[list[Run], Run]]:
+    """By name, where it is finished: its trials, and the best."""
+    return {name: (runs, best) for name in CONTENDERS for runs, best in [tuning(name, done)] if best}
+
+
 def best_of(runs: list[Run], done: Done) -> Run | None:
     """The one with the least final loss; None where one is still to be done."""
     return min(runs, key=lambda run: done[run].final) if all(run in done for run in runs) else None
@@ -194,7 +199,8 @@ def main(
         carry_out(quick if quickly else wanted, file, one, count)
         if quickly:
             return None
-    return convergence_report.write(rows(read(FILE)))
+    done = read(FILE)
+    return convergence_report.write(rows(done), tuned(done), done)
 
 
 def again(cell: list[str]) -> None:

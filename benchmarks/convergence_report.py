@@ -1,4 +1,4 @@
-"""What follows from the trainings of convergence.py: one table, two pictures, and the numbers."""
+"""What follows from the trainings of convergence.py: tables, two pictures, and the numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 import common
 from common import ROOT
-from convergence_tasks import task_of
-from trainings import Result, Run
+from convergence_tasks import hidden_numel, task_of
+from trainings import Done, Result, Run
 
-BASE = "AdamW"
+BASE, OURS = "AdamW", "AdaFisher"
+SMALLEST = "laws64"
+NEAR = 0.02  # nats a byte
 Rows = Mapping[str, Mapping[str, Sequence[tuple[Run, Result]]]]
+Tuned = Mapping[str, tuple[Sequence[Run], Run]]
+Found = Mapping[str, Sequence[Mapping[str, Any]]]  # by task a row an optimizer: see `numbers`
 COLORS = {
     "AdamW": "black", "AdaFisher": "tab:blue", "AdaFisher without F": "tab:cyan", "Muon": "tab:green",
     "NorMuon": "tab:olive", "SOAP": "tab:orange", "SOAP, every 10": "tab:brown", "KL-SOAP": "tab:red",
@@ -27,7 +31,8 @@ LEGEND = """\
 Final loss: held out, the mean over fresh seeds ± its standard error. AdamW's tokens: how many times
 as many AdamW needs to that loss, by its losses at several budgets (linear in the logarithm of the
 tokens between them; > where AdamW has not got there at its largest). Time: processor seconds of a
-training over AdamW's. Bytes: of optimizer state, for each trained element."""
+step over AdamW's, all measured in turn in one run (docs/convergence_times.json). Bytes: of
+optimizer state, for each trained element."""
 
 
 class Point(NamedTuple):
@@ -81,10 +86,9 @@ def speed_up(curve: Sequence[Point], own: Point) -> tuple[float, float] | None:
 
 def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     """By task a row an optimizer, the best first."""
-    curves, found = curves_of(rows), {}
+    curves, milliseconds, found = curves_of(rows), step_times(), {}
     for task, by_name in rows.items():
         curve, tokens, lines = curves.get(series_of(task), []), task_of(task).tokens, []
-        base = by_name.get(BASE)
         for name, trained in by_name.items():
             run, results = trained[0][0], [result for _, result in trained]
             loss, error = mean(results)
@@ -93,25 +97,28 @@ def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
             line |= {"loss": loss, "error": error, "seeds": len(results)}
             line |= {"speed_up": faster and faster[0], "speed_up_error": faster and faster[1]}
             line["largest"] = curve[-1].tokens / tokens if curve else None
-            line["time"] = _seconds(trained) / _seconds(base) if base else None
+            step = milliseconds.get(series_of(task), {})
+            line["milliseconds"] = step.get(name)
+            line["time"] = step[name] / step[BASE] if name in step else None
             line["bytes"] = results[0].state_bytes
             line["losses"] = [statistics.fmean(each) for each in zip(*_full(results), strict=True)]
-            line["seconds"] = _seconds(trained)
             lines.append(line)
         found[task] = sorted(lines, key=lambda line: line["loss"])
     return found
 
 
-def _seconds(trained: Sequence[tuple[Run, Result]]) -> float:
-    return statistics.median(result.seconds for _, result in trained)
+def step_times() -> dict[str, dict[str, float]]:
+    """Milliseconds of a step, by model and optimizer: see convergence_times.py."""
+    return json.loads((ROOT / "docs" / "convergence_times.json").read_text())["milliseconds"]
 
 
 def _full(results: Sequence[Result]) -> list[list[float]]:
     return [[loss for loss in result.losses if loss is not None] for result in results if result.final < math.inf]
 
 
-def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    lines = ["<!-- Written by `python benchmarks/convergence.py`; do not edit. -->", "", LEGEND]
+def markdown(found: Found) -> str:
+    """All there is: a table a task."""
+    lines = [LEGEND]
     for task, rows in found.items():
         steps, tokens = task_of(task).steps, task_of(task).tokens
         lines += ["", f"### {task}: {steps:,} steps, {tokens / 1e6:.1f} M bytes or images", ""]
@@ -122,63 +129,148 @@ def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     own = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
-    faster = "–"
-    if row["speed_up"] is not None:
-        faster = (
-            f"> {row['largest']:.2g}"
-            if row["speed_up"] == math.inf
-            else _with_error(row["speed_up"], 2, row["speed_up_error"])
-        )
     time = f"{row['time']:.2f}" if row["time"] else "–"
-    loss = "diverged" if row["loss"] == math.inf else _with_error(row["loss"], 4, row["error"])
     return [
-        row["optimizer"], f"{row['lr']:g}, {row['wd']:g}", own or "–", loss, str(row["seeds"]), faster, time,
-        f"{row['bytes']:.1f}",
+        row["optimizer"], f"{row['lr']:g}, {row['wd']:g}", own or "–", _loss(row), str(row["seeds"]), _faster(row),
+        time, f"{row['bytes']:.1f}",
     ]  # fmt: skip
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return "diverged" if row["loss"] == math.inf else _with_error(row["loss"], 4, row["error"])
+
+
+def _faster(row: Mapping[str, Any]) -> str:
+    if row["speed_up"] is None:
+        return "–"
+    if row["speed_up"] == math.inf:
+        return f"> {row['largest']:.2g}"
+    return _with_error(row["speed_up"], 2, row["speed_up_error"])
 
 
 def _with_error(value: float, digits: int, error: float) -> str:
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
-def write(rows: Rows) -> None:
-    """docs/convergence.json, .png and _tables.md."""
+def summary(found: Found) -> str:
+    """A line a task: the losses of those that are trained on all, and the speed-ups."""
+    names = [name for name in COLORS if all(name in _by_name(rows) for rows in found.values() if len(rows) > 1)]
+    rivals = [name for name in names if name not in (BASE, OURS)]
+    heads = ["task", *names, f"{OURS}: {BASE}'s tokens", "best rival's", "ours over the rival's"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for task, rows in found.items():
+        by_name = _by_name(rows)
+        if len(by_name) > 1:
+            best = min((by_name[name] for name in rivals), key=lambda row: row["loss"])
+            own = by_name[OURS]
+            known = all(row["speed_up"] not in (None, math.inf) for row in (own, best))
+            ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
+            cells = [_loss(by_name[name]) for name in names]
+            lines.append(f"| {' | '.join([task, *cells, _faster(own), _faster(best), ratio])} |")
+    return "\n".join(lines) + "\n"
+
+
+def rates(tuned: Tuned, done: Done) -> str:
+    """A line an optimizer: what was tried at the smallest size, and how wide the good rates are."""
+    lines = ["| optimizer | rates tried | best | its loss | within 0.02 of it |", "| --- | --- | --- | ---: | --- |"]
+    for name, (runs, best) in tuned.items():
+        by_rate = {run.lr: done[run].final for run in runs[::-1] if (run.wd, run.settings) == _first(runs)}
+        least = min(by_rate.values())
+        good = sorted(lr for lr, loss in by_rate.items() if loss <= least + NEAR)
+        own = "".join(f", {key} {value:g}" for key, value in json.loads(best.settings).items())
+        lines.append(
+            f"| {name} | {min(by_rate):g} to {max(by_rate):g} | {best.lr:g}, decay {best.wd:g}{own} "
+            f"| {done[best].final:.4f} | {', '.join(f'{lr:g}' for lr in good)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _first(runs: Sequence[Run]) -> tuple[float, str]:
+    return runs[0].wd, runs[0].settings
+
+
+def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {row["optimizer"]: row for row in rows}
+
+
+def blocks(rows: Rows, tuned: Tuned, done: Done) -> dict[str, str]:
+    """What docs/convergence.md has between its comments."""
     found = numbers(rows)
-    tables = ROOT / "docs" / "convergence_tables.md"
-    tables.write_text(markdown(found), encoding="utf-8")
+    return {"summary": summary(found), "rates": rates(tuned, done), "tasks": markdown(found)}
+
+
+def write(rows: Rows, tuned: Tuned, done: Done) -> None:
+    """docs/convergence.json and its two pictures, and the tables in docs/convergence.md."""
+    found, docs = numbers(rows), ROOT / "docs"
+    page = docs / "convergence.md"
+    text = page.read_text(encoding="utf-8")
+    for name, block in blocks(rows, tuned, done).items():
+        text = with_block(text, name, block)
+    page.write_text(text, encoding="utf-8")
     plain = json.loads(json.dumps(common.rounded(found, 6)).replace("Infinity", "null").replace("NaN", "null"))
-    common.save("convergence", False, {"tasks": plain}, draw(found))
-    print(f"Written: {tables.relative_to(ROOT)}")
+    common.save("convergence", False, {"tasks": plain}, draw_speed_ups(found))
+    if any(series_of(task) == SMALLEST for task in found):
+        draw_seconds(found).savefig(docs / "convergence_seconds.png", dpi=120)
+    print(f"Written: tables in {page.relative_to(ROOT)}, and docs/convergence_seconds.png")
 
 
-def draw(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Speed-up by task, and loss by time of the longest task of the smallest model."""
+def with_block(text: str, name: str, block: str) -> str:
+    """A page with what stands between the two comments of a name replaced."""
+    start, end = f"<!-- {name}: by benchmarks/convergence.py -->\n", f"<!-- end of {name} -->\n"
+    before, after = text.index(start) + len(start), text.index(end)
+    return text[:before] + "\n" + block + "\n" + text[after:]
+
+
+def draw_speed_ups(found: Found) -> Any:
+    """By size and budget."""
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
     tasks = [task for task, rows in found.items() if len(rows) > 1 and any(row["speed_up"] for row in rows)]
-    names = dict.fromkeys(row["optimizer"] for task in tasks for row in found[task] if row["optimizer"] != BASE)
-    for name in names:
-        points = [(at, row) for at, task in enumerate(tasks) for row in found[task] if row["optimizer"] == name]
-        points = [(at, row) for at, row in points if row["speed_up"] and row["speed_up"] < math.inf]
-        errors = [0 if math.isnan(row["speed_up_error"]) else row["speed_up_error"] for _, row in points]
-        left.errorbar(
-            [at for at, _ in points], [row["speed_up"] for _, row in points], errors, fmt="o", capsize=3,
+    names = [name for name in COLORS if name != BASE and any(name in _by_name(found[task]) for task in tasks)]
+    for place, name in enumerate(names):
+        shift = 0.5 * (place / max(1, len(names) - 1) - 0.5)
+        points = [(at + shift, _by_name(found[task]).get(name)) for at, task in enumerate(tasks)]
+        known = [(at, row) for at, row in points if row and row["speed_up"] and row["speed_up"] < math.inf]
+        errors = [0 if math.isnan(row["speed_up_error"]) else row["speed_up_error"] for _, row in known]
+        axes.errorbar(
+            [at for at, _ in known], [row["speed_up"] for _, row in known], errors, fmt="o", capsize=3,
             color=COLORS[name], label=name,
         )  # fmt: skip
-    left.axhline(1, color=COLORS[BASE], lw=1, label=BASE)
-    left.set_xticks(range(len(tasks)), tasks)
-    left.set(ylabel="AdamW's tokens to the same loss, over its own", title="Speed-up by size and budget")
-    left.legend(fontsize=8)
-    longest = max(
-        (task for task in found if series_of(task) == "laws64"),
-        key=lambda t: task_of(t).tokens * (len(found[t]) > 1),
-        default=None,
-    )
-    for row in found[longest] if longest else ():
-        at = [row["seconds"] * (index + 1) / len(row["losses"]) for index in range(len(row["losses"]))]
-        right.plot(at, row["losses"], color=COLORS[row["optimizer"]], label=row["optimizer"])
-    right.set(xlabel="processor seconds", ylabel="held-out loss, nats a byte", title=f"{longest} by time")
-    right.grid(alpha=0.25)
-    left.grid(alpha=0.25)
+    axes.axhline(1, color=COLORS[BASE], lw=1, label=BASE)
+    axes.set_xticks(range(len(tasks)), [_told(task) for task in tasks])
+    axes.set(ylabel=f"{BASE}'s bytes of text to the same loss,\nover the optimizer's own")
+    axes.set_title("Speed-up on German law, by parameters × bytes a parameter", fontsize=11)
+    axes.legend(ncols=2, fontsize=10)
+    axes.grid(alpha=0.25, axis="y")
     return figure
+
+
+def draw_seconds(found: Found) -> Any:
+    """Loss by time, in the longest training of the smallest model."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    longest = max((task for task in found if series_of(task) == SMALLEST), key=lambda t: _length(t, found))
+    for row in found[longest]:
+        minutes = task_of(longest).steps * row["milliseconds"] / 60e3
+        at = [minutes * (index + 1) / len(row["losses"]) for index in range(len(row["losses"]))]
+        axes.plot(at, row["losses"], color=COLORS[row["optimizer"]], label=f"{row['optimizer']}: {row['loss']:.3f}")
+    axes.set(xlabel="minutes, one thread of a CPU", ylabel="held-out loss, nats a byte")
+    axes.set_title(f"{_told(longest)} bytes a parameter, by time", fontsize=11)
+    axes.legend(fontsize=10)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def _length(task: str, found: Found) -> int:
+    return task_of(task).tokens * (len(found[task]) > 1)
+
+
+def _told(task: str) -> str:
+    """As a label: 0.14 M × 20."""
+    found = re.fullmatch(r"laws(\d+)x(\d+)(large)?", task)
+    if not found:
+        return task
+    width, budget = int(found[1]), int(found[2])
+    return f"{hidden_numel(width) / 1e6:.2g} M × {budget}" + ("\nlarge batch" if found[3] else "")

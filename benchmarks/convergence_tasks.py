@@ -78,7 +78,7 @@ def task_of(name: str) -> Task:
     """
     if (found := re.fullmatch(r"laws(\d+)x(\d+)(large)?", name)) and int(found[1]) in SIZES:
         width, budget, sequences = int(found[1]), int(found[2]), SEQUENCES * (LARGE if found[3] else 1)
-        steps = round(budget * _hidden_numel(width) / (sequences * SEQ_LEN))
+        steps = round(budget * hidden_numel(width) / (sequences * SEQ_LEN))
         return _language("laws", steps, lambda seed: GPT(width), sequences)
     if found := re.fullmatch(r"(tune|lora)64", name):
         return _language("docs", TUNING_STEPS, lambda seed: _pretrained(found[1] == "lora"), SEQUENCES)
@@ -147,7 +147,8 @@ def _rotated(x_BHTD: Tensor, turn_2TD: Tensor) -> Tensor:
     return torch.cat((low * cos_TD - high * sin_TD, low * sin_TD + high * cos_TD), dim=-1)
 
 
-def _hidden_numel(width: int) -> int:
+def hidden_numel(width: int) -> int:
+    """Parameters beside embedding and head."""
     return sum(p.numel() for name, p in GPT(width).named_parameters() if optimizers.is_hidden(name, p))
 
 

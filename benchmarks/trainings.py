@@ -132,17 +132,11 @@ def train(run: Run, task: Task, unfinished: Path | None = None) -> Result:
             last = time.process_time()
             saved.save(step, losses, before + last - began)
         for optimizer, own in zip(made, rates, strict=True):
-            optimizer.zero_grad()
             for group, rate in zip(optimizer.param_groups, own, strict=True):
                 group["lr"] = rate * schedule(step, task.steps)
-        loss = task.loss(model, run.seed, step)
-        if not math.isfinite(loss.item()):
+        if not one_step(task, model, made, run.seed, step):
             losses.append(None)
             break
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in made:
-            optimizer.step()
         if step + 1 in marks:
             losses.append(validate(task, model))
     seconds = round(before + time.process_time() - began, 1)
@@ -152,6 +146,20 @@ def train(run: Run, task: Task, unfinished: Path | None = None) -> Result:
     return Result(
         tuple(losses), commit(), seconds, processor(), round(optimizers.state_bytes(made) / trained, 2), versions()
     )
+
+
+def one_step(task: Task, model: nn.Module, made: list[optimizers.Optimizer], seed: int, step: int) -> bool:
+    """Whether the loss was finite; it trains only then."""
+    for optimizer in made:
+        optimizer.zero_grad()
+    loss = task.loss(model, seed, step)
+    if not math.isfinite(loss.item()):
+        return False
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    for optimizer in made:
+        optimizer.step()
+    return True
 
 
 class Unfinished:

@@ -133,12 +133,22 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "diverged" in text and text.count("| AdaFisher |") == sum(
         OURS in by for by in convergence.rows(done).values()
     )
-    report.draw(found).savefig(tmp_path / "a.png")
-    (tmp_path / "docs").mkdir()
+    assert f"| laws64x80 | {3 * '1.1000 ± 0.0000 | '}" in report.summary(found)
+    page = tmp_path / "docs" / "convergence.md"
+    page.parent.mkdir()
+    page.write_text((report.ROOT / "docs" / "convergence.md").read_text())
     for module in (report, report.common):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    report.write(convergence.rows(done))
+    report.write(convergence.rows(done), convergence.tuned(done), done)
+    assert "| AdamW | 0.0025 to 0.16 | 0.08, decay 0.01, beta1 0.95 | " in page.read_text()
+    assert all((page.parent / f"convergence{end}").stat().st_size > 10_000 for end in (".png", "_seconds.png"))
     assert json.loads((tmp_path / "docs/convergence.json").read_text())["tasks"]["cnn"][-1]["loss"] is None
+
+
+def test_the_page_has_the_tables_of_the_trainings_that_are_committed() -> None:
+    done, page = trainings.read(convergence.FILE), (report.ROOT / "docs" / "convergence.md").read_text()
+    for name, block in report.blocks(convergence.rows(done), convergence.tuned(done), done).items():
+        assert report.with_block(page, name, block) == page, f"{name}: run benchmarks/convergence.py --report"
 
 
 # ---- trainings and their file ----
@@ -225,7 +235,7 @@ def test_texts_leave_out_what_repeats() -> None:
 
 
 def test_public_tasks() -> None:
-    assert [convergence_tasks._hidden_numel(width) for width in convergence_tasks.SIZES] == [135168, 506880, 1441792]
+    assert [convergence_tasks.hidden_numel(width) for width in convergence_tasks.SIZES] == [135168, 506880, 1441792]
     small, large = (convergence_tasks.task_of(f"laws64x20{end}") for end in ("", "large"))
     assert small.steps == 1320 and large.steps == 165 and small.tokens == large.tokens == 20 * 135168
     torch.manual_seed(0)
