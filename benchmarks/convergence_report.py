@@ -216,9 +216,11 @@ def write(rows: Rows, tuned: Tuned, done: Done) -> None:
 
 def with_block(text: str, name: str, block: str) -> str:
     """A page with what stands between the two comments of a name replaced."""
-    start, end = f"<!-- {name}: by benchmarks/convergence.py -->\n", f"<!-- end of {name} -->\n"
-    before, after = text.index(start) + len(start), text.index(end)
-    return text[:before] + "\n" + block + "\n" + text[after:]
+    start, end = rf"<!-- {name}: by [\w/]+\.py -->\n", rf"<!-- end of {name} -->\n"
+    page, count = re.subn(f"({start}).*?({end})", lambda at: f"{at[1]}\n{block}\n{at[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page has {count} pairs of comments of {name}, not one")
+    return page
 
 
 def draw_speed_ups(found: Found) -> Any:
