@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import figures
 import matplotlib
 import torch
 import typer
@@ -41,9 +42,17 @@ def show(table: Table) -> None:
 
 
 def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any, **more: Any) -> None:
-    """Write docs/NAME.json and docs/NAME.png; a quick run writes both to runs/bench instead.
+    """Write docs/NAME.json and its figure; a quick run writes both to runs/bench instead.
 
     A quick run's numbers are not for quoting.
+
+    Args:
+        name: of the script and of what it writes.
+        quick: whether the numbers are a quick run's.
+        result: what was measured.
+        figure: a function that draws NAME.svg from all that the JSON holds, so that redraw.py can
+            do it again; or a figure, which becomes NAME.png.
+        more: of the JSON's head, in place of the usual.
     """
     folder = ROOT / ("runs/bench" if quick else "docs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +63,13 @@ def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any, **more:
         "machine": machine(),
         **more,
     }
-    (folder / f"{name}.json").write_text(json.dumps({**head, **result}, indent=1) + "\n")
-    figure.savefig(folder / f"{name}.png", dpi=120)
-    print(f"Written: {folder.relative_to(ROOT)}/{name}.json and .png")
+    content = json.loads(json.dumps({**head, **result}))
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if callable(figure):
+        figures.write(figure(content), folder / f"{name}.svg")
+    else:
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    print(f"Written: {folder.relative_to(ROOT)}/{name}.json and .{'svg' if callable(figure) else 'png'}")
 
 
 def machine() -> dict[str, Any]:

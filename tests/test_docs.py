@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import math
 import os
@@ -33,21 +32,6 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 # ---- the site ----
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for module in ("mkdocs", "material", "mkdocstrings"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    # Not --quiet, with which --strict passes over warnings.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    unreachable = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}  # it needs no network
-    environment = {**os.environ, **unreachable, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def test_it_builds_with_all_pages(site: Path) -> None:

@@ -95,7 +95,7 @@ def test_the_page_names_every_part(rehearsal: tuple[Path, Done]) -> None:
         assert word in page, word
     assert [line for line in page.splitlines() if len(line) > 100 and line[0] not in "|!"] == []
     assert sorted(path.name for path in folder.iterdir()) == [
-        "fast.json", "gpu.md", "log.txt", "trains.json", "trains.png",
+        "fast.json", "gpu.md", "log.txt", "trains.json", "trains.svg",
     ]  # fmt: skip
     assert (
         "AdaFisher, lr 0.01: held out" in done.stdout[-6000:]
