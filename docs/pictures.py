@@ -90,13 +90,14 @@ def _whole(figure: Figure, grid: Grid) -> None:
     assignment = sharding.assign([grid], placement.everywhere([ROWS * LENGTH], WORLD), True)
     figure.suptitle("DDP, ZeRO-0: each rank has all weights", x=0.01, ha="left", weight="bold", fontsize=11)
     before, after = figure.subplots(2, WORLD)
+    owners = [_owned(assignment, grid, row_group) for row_group in range(grid.row_groups)]
     for rank, axes in enumerate(before):
-        own = lambda row_group, piece, rank=rank: COLOURS[rank] if _owned(assignment, grid, row_group) == rank else PALE  # noqa: E731
-        _matrix(axes, grid, own, equal=False)
+        colours = [COLOURS[rank] if owner == rank else PALE for owner in owners]
+        _matrix(axes, grid, lambda row_group, piece, colours=colours: colours[row_group], equal=False)
         axes.set_title(f"rank {rank}", loc="center", fontsize=10, color=COLOURS[rank])
     for axes in after:
         axes.set_title("↓", loc="center", fontsize=10)
-        _matrix(axes, grid, lambda row_group, piece: COLOURS[_owned(assignment, grid, row_group)], equal=False)
+        _matrix(axes, grid, lambda row_group, piece: COLOURS[owners[row_group]], equal=False)
     said = "1. It steps its own row groups.  2. One all-gather brings\nthe new weights to all ranks (below)."
     figure.supxlabel(said, x=0.01, ha="left", fontsize=10)
 

@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"desktop": 1280, "phone": 390}
+TALLEST = 16000  # of a picture; Chromium draws no more at once
 SMALLEST_TEXT = 9  # CSS pixels, in pictures on a phone
 COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 HOW_TO = "install Debian's chromium (apt-get install chromium) and the extra 'dev', which has playwright"
@@ -81,7 +82,7 @@ LOOK = """async (smallest) => {
 
   const ids = [...document.querySelectorAll("[id], a[name]")].map((element) => element.id || element.name);
   const links = [...document.querySelectorAll("a[href]")].map((link) => link.href);
-  return { faults, ids, links };
+  return { faults, ids, links, height: root.scrollHeight };
 }"""
 
 
@@ -104,7 +105,9 @@ class Reader:
         self.faults += [f"{path} at {self.width}: {fault}" for fault in found["faults"]]
         self._ids[path] = set(found["ids"])
         self._links += [(path, link) for link in found["links"]]
-        self._page.screenshot(path=pictures / f"{path.replace('/', '-')}-{self.width}.jpg", full_page=True, quality=80)
+        whole = {"x": 0, "y": 0, "width": self.width, "height": min(found["height"], TALLEST)}
+        name = f"{path.replace('/', '-')}-{self.width}.jpg"
+        self._page.screenshot(path=pictures / name, clip=whole, full_page=True, quality=80)
 
     def follow(self) -> None:
         """Look where all links within the folder lead, when all pages were read."""

@@ -119,9 +119,12 @@ def page(found: Found) -> str:
 
 def _runs(found: Found) -> str:
     keys = ("ended", "card", "driver", "cuda", "torch", "python", "date", "commit")
-    rows = [[part, *(content.get(key, "unknown") for key in keys)] for part, content in found.items()]
-    rows += [[part, "not run", *[""] * (len(keys) - 1)] for part in PARTS if part not in found]
-    return "## What was run\n\n" + table(("part", *keys), rows, texts=len(keys) + 1)
+    parts = [*found, *(part for part in PARTS if part not in found)]
+    known = {part: dict.fromkeys(keys, "unknown") | content for part, content in found.items()}
+    absent = {**dict.fromkeys(keys, ""), "ended": "not run"}
+    # A column for each part: nine columns of keys would not fit a page.
+    rows = [[key, *(known.get(part, absent)[key] for part in parts)] for key in keys]
+    return "## What was run\n\n" + table(("part", *parts), rows, texts=len(parts) + 1)
 
 
 def _unfinished(content: Mapping[str, Any] | None) -> str:
