@@ -95,6 +95,7 @@ class Reader:
         self._ids: dict[str, set[str]] = {}
         self._links: list[tuple[str, str]] = []
         self._page = browser.new_page(viewport={"width": width, "height": 800})
+        self._page.set_default_timeout(120_000)  # milliseconds: other tests have the cores too
         self._page.on("response", lambda response: self._answered(response.status, response.url))
         self._page.on("pageerror", lambda error: self.faults.append(f"{self._page.url}: {error}"))
 
