@@ -1,6 +1,6 @@
 """Time to save and load a sharded checkpoint, a plain file of the same bytes, and `torch.save`.
 
-    python benchmarks/checkpoint.py       # writes docs/checkpoint.json and docs/checkpoint.png
+    python benchmarks/checkpoint.py       # writes docs/checkpoint.json and docs/checkpoint.svg
 
 Each of W ranks (gloo, one thread) holds its share of the state of one model. Every way writes the
 same bytes of the same tensors beside those of the last round, ends with fsync, and takes their
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import common
+import figures
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -170,25 +171,39 @@ def main(
         ]
         table.add_row(name, *cells)
     common.show(table)
-    common.save("checkpoint", quick, {"rounds": rounds, "by_world_size": common.rounded(measured)}, draw(measured))
+    common.save("checkpoint", quick, {"rounds": rounds, "by_world_size": common.rounded(measured)}, draw)
 
 
-def draw(measured: list[dict[str, Any]]) -> Any:
-    from matplotlib import pyplot
-
+def draw(content: dict[str, Any]) -> Any:
+    """Speed of each way by ranks, writing and reading apart; and what a rank's file holds."""
+    measured = content["by_world_size"]
     names = list(measured[0]["seconds"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1))
-    for index, entry in enumerate(measured):
-        at = [number + 0.27 * (index - 1) for number in range(len(names))]
-        left.barh(at, [entry["gb_per_s"][name] for name in names], 0.25, label=f"W = {entry['world_size']}")
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlabel("GB/s, all ranks together")
-    left.legend()
-    right.bar([str(e["world_size"]) for e in measured], [max(e["bytes_by_file"]) / 1e6 for e in measured])
-    right.set_xlabel("W")
-    right.set_ylabel("largest shard, MB")
-    figure.tight_layout()
+    colours = (figures.GREY, figures.THIRD, figures.OURS)
+    figure, (writing, reading, sizes) = figures.panels([2.5, 2.5, figures.height(len(measured)) - 0.1])
+    for axes, group, title in ((writing, names[:4], "Writing"), (reading, names[4:], "Reading")):
+        for number, entry in enumerate(measured):
+            at = [place + 0.2 * (number - 1) + 0.2 for place in range(len(group))]
+            label = f"{entry['world_size']} rank" + "s" * (entry["world_size"] > 1)
+            axes.barh(at, [entry["gb_per_s"][name] for name in group], 0.19, color=colours[number], label=label)
+        for place, name in enumerate(group):
+            axes.annotate(name, (0, place - 0.12), (2, 0), textcoords="offset points", va="bottom")
+        axes.set(xlabel="GB/s, all ranks together", title=title, ylim=(len(group) - 0.4, -0.5), yticks=[])
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+    writing.legend(frameon=False, loc="upper right")
+    rows = []
+    for number, entry in enumerate(measured):
+        megabytes, ranks = max(entry["bytes_by_file"]) / 1e6, entry["world_size"]
+        rows.append((f"{ranks} rank" + "s" * (ranks > 1), megabytes, f"{megabytes:.0f} MB", colours[number]))
+    figures.bars(sizes, rows)
+    sizes.set(title="Largest file of a checkpoint", xlabel="MB")
+    figures.tell(
+        figure,
+        f"{LAYERS} linear layers of width {WIDTH}, {measured[0]['bytes'] / 1e6:.0f} MB of weights and AdaFisher's"
+        f" state with its defaults. Medians of {content['rounds']} rounds, each with fsync; what is"
+        " read is in the page cache.",
+        figures.machine(content),
+    )
     return figure
 
 

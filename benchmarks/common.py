@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import figures
 import matplotlib
 import torch
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -40,10 +42,19 @@ def show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any = None, **more: Any) -> None:
-    """Write docs/NAME.json and, of a figure, docs/NAME.png; a quick run writes into runs/bench.
+def save(
+    name: str, quick: bool, result: Mapping[str, Any], draw: Callable[[Any], Figure] | None = None, **more: Any
+) -> None:
+    """Write docs/NAME.json and its figure; a quick run writes both to runs/bench instead.
 
-    Its numbers are not for quoting.
+    A quick run's numbers are not for quoting.
+
+    Args:
+        name: of the script and of what it writes.
+        quick: whether the numbers are a quick run's.
+        result: what was measured.
+        draw: draws NAME.svg from all that the JSON holds, so that redraw.py can do it again.
+        more: of the JSON's head, in place of the usual.
     """
     folder = ROOT / ("runs/bench" if quick else "docs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,10 +65,11 @@ def save(name: str, quick: bool, result: Mapping[str, Any], figure: Any = None, 
         "machine": machine(),
         **more,
     }
-    (folder / f"{name}.json").write_text(json.dumps({**head, **result}, indent=1) + "\n")
-    if figure:
-        figure.savefig(folder / f"{name}.png", dpi=120)
-    print(f"Written: {folder.relative_to(ROOT)}/{name}.json{' and .png' if figure else ''}")
+    content = json.loads(json.dumps({**head, **result}))
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if draw:
+        figures.write(draw(content), folder / f"{name}.svg")
+    print(f"Written: {folder.relative_to(ROOT)}/{name}.json{' and .svg' if draw else ''}")
 
 
 def machine() -> dict[str, Any]:

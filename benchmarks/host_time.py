@@ -1,6 +1,6 @@
 """What a step costs the host beside torch's AdamW (foreach): processor time of one thread.
 
-    python benchmarks/host_time.py       # writes docs/host_time.json
+    python benchmarks/host_time.py       # writes docs/host_time.json and .svg
 
 300 small parameters, of 25 layers of a GPT of width 16, so that the host's work is nearly all there
 is. The arithmetic of blocks,
@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import common
+import figures
 import torch
 import torch.distributed as dist
 from common import Quick
@@ -258,7 +259,7 @@ def main(quick: Quick = False) -> None:
         cases[case], ours[case] = own, found["AdaFisher"]
     common.show(table)
     result = {"parameters": len(shapes_of(LAYERS)), "milliseconds": cases, "lines": lines(ours, rounds)}
-    common.save("host_time", quick, common.rounded(result), draw(cases))
+    common.save("host_time", quick, common.rounded(result), draw)
 
 
 def lines(found: dict[str, Found], rounds: int) -> dict[str, dict[str, float]]:
@@ -279,17 +280,32 @@ def slope(many: Found, few: Found, more: int) -> float:
     return 1e3 * (many.milliseconds - few.milliseconds) / more
 
 
-def draw(cases: dict[str, dict[str, float]]) -> Any:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
-    for number, name in enumerate(OPTIMIZERS):
-        values = [own.get(name, 0.0) for own in cases.values()]
-        axes.bar([index + 0.4 * number for index in range(len(cases))], values, 0.38, label=name)
-    axes.set_xticks([index + 0.2 for index in range(len(cases))], list(cases), fontsize=8)
-    axes.set(ylabel="ms of the host a step", title=f"{len(shapes_of(LAYERS))} parameters (Llama-7B: {len(LLAMA)})")
-    axes.legend()
-    axes.grid(axis="y", alpha=0.25)
+def draw(content: dict[str, Any]) -> Any:
+    cases = content["milliseconds"]
+    colours = dict(zip(OPTIMIZERS, (figures.THEIRS, figures.OURS), strict=True))
+    small, large = (
+        [
+            (f"rank 0 of {LLAMAS[case]:,}, DDP" if llama else f"{case}: {name}", ms, f"{ms:.3g} ms", colours[name])
+            for case, own in cases.items()
+            if (case in LLAMAS) == llama
+            for name, ms in own.items()
+        ]
+        for llama in (False, True)
+    )
+    figure, (first, second) = figures.panels([figures.height(len(small)), figures.height(len(large))])
+    figures.bars(first, small)
+    ranks = max(ranks for case, (ranks, _) in CASES.items() if case not in LLAMAS)
+    first.set(title=f"{content['parameters']} small parameters, {ranks} ranks", xlabel="ms of the host a step")
+    figures.bars(second, large)
+    second.set(title=f"Llama-7B's {len(LLAMA)} parameters, AdaFisher", xlabel="ms of the host a step")
+    figures.tell(
+        figure,
+        f"Processor time of the thread that steps, without the blocks' arithmetic. Above: {LAYERS} layers of a GPT of"
+        f" width {WIDTH}, over gloo; under ZeRO the wrapper gives AdamW one flat tensor. Below: kernels and collectives"
+        " do nothing; AdamW was not measured.",
+        "AdaFisher: the defaults. AdamW: torch's, foreach.",
+        figures.machine(content),
+    )
     return figure
 
 

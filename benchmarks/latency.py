@@ -1,6 +1,6 @@
 """What a step costs in messages alone: how long ranks take to know of each other, by their number.
 
-    python benchmarks/latency.py       # writes docs/latency.json and docs/latency.png
+    python benchmarks/latency.py       # writes docs/latency.json and docs/latency.svg
 
 W processes over gloo, one thread each, train a model so small that hardly any of the time is
 arithmetic or bytes. One round measures, at every W in turn and in the same processes, the others
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import common
+import figures
 import torch
 import torch.distributed as dist
 from common import Quick, rounded, spread
@@ -183,7 +184,7 @@ def main(quick: Quick = False) -> None:
         "parameters": sum(parameter.numel() for parameter in model().parameters()),
         "W": found,
     }
-    common.save("latency", quick, rounded(result), draw(found, cores))
+    common.save("latency", quick, rounded(result), draw)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -199,30 +200,36 @@ def show(found: dict[str, Any]) -> None:
     common.show(table)
 
 
-def draw(found: dict[str, Any], cores: int) -> Any:
+def draw(content: dict[str, Any]) -> Any:
     """Time over that of the all-reduce; training steps over AdamW's."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    found, cores = content["W"], content["machine"]["cores"]
+    figure, panels = figures.panels([3.7, 3.5])
     worlds = [int(size) for size in found]
+    colours = (figures.OURS, figures.THEIRS, figures.THIRD, figures.INK)
     for axis, names, key, below in (
-        (axes[0], (HOSTS, RING, DEVICE, STEP), "to_all_reduce", ALL_REDUCE),
-        (axes[1], (ALL_REDUCE, STEP, TRAINING), "to_training_step_of_adamw", ADAMW),
+        (panels[0], (HOSTS, RING, DEVICE, STEP), "to_all_reduce", ALL_REDUCE),
+        (panels[1], (ALL_REDUCE, STEP, TRAINING), "to_training_step_of_adamw", ADAMW),
     ):
-        for name in names:
+        ends = []
+        for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
             ratios = [row["work"][name][key] for row in found.values()]
-            middle = [ratio["median"] for ratio in ratios]
-            reach = [[abs(ratio[end] - ratio["median"]) for ratio in ratios] for end in ("min", "max")]
-            axis.errorbar(worlds, middle, yerr=reach, marker="o", capsize=3, label=name)
-        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+            ends += [ratio[end] for ratio in ratios for end in ("min", "max")]
+            aside = [world * 1.03 ** (number - 1) for world in worlds]  # whiskers beside each other
+            figures.between(axis, ratios, aside, label=name, color=colour)
+        axis.axhline(1, color=figures.INK, linewidth=1, linestyle=":", label=f"{below} = 1")
         if max(worlds) > cores:
             axis.axvspan(cores * 1.2, max(worlds) * 1.2, color="gray", alpha=0.12)
             axis.text(cores * 1.3, 0.02, f"more ranks than the {cores} cores", transform=axis.get_xaxis_transform())
-        axis.set(xscale="log", yscale="log", xlabel="ranks", ylabel=f"time / {below}", title=f"over: {below}")
+        axis.set(xscale="log", xlabel="ranks", ylabel=f"time / that of {below.replace(' of the gradient', '')}")
+        figures.plain_log_ticks(axis, 0.8 * min(ends), 1.2 * max(ends))
         axis.set_xticks(worlds, [str(size) for size in worlds])
-        axis.minorticks_off()
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.25)
+        figures.head(axis, f"Beside the {below}")
+    figures.tell(
+        figure,
+        f"Two linear layers, {content['parameters']:,} parameters, over gloo on one machine, so that time is messages."
+        f" Medians of {content['rounds']} rounds, smallest and largest. AdaFisher: the defaults.",
+        figures.machine(content),
+    )
     return figure
 
 

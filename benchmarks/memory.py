@@ -1,6 +1,6 @@
 """State bytes on each rank, measured and predicted, by layout, ranks, block size and Fisher dtype.
 
-    python benchmarks/memory.py       # writes docs/memory.json and docs/memory.png
+    python benchmarks/memory.py       # writes docs/memory.json and docs/memory.svg
 
 Real DeepSpeed engines, DDP and FSDP2 on the CPU over gloo take one step. Measured is what the
 optimizer then keeps: the bytes of all tensor storages that can be reached from it, each counted
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import common
+import figures
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from adafisher_dist import AdaFisher
 from adafisher_dist.layouts.storage import GivenParameters, Storage
+from adafisher_dist.settings import DEFAULTS
 
 WORLDS = (1, 2, 4)
 LAYOUTS = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
@@ -37,6 +39,7 @@ MODEL = {"width": 128, "layers": 4, "heads": 4, "seq_len": SEQ_LEN}
 
 WITHOUT_STATE = (AdaFisher, GivenParameters, Storage)
 MOST_APART = 0.01  # measured from predicted
+ADAMW_BYTES = 8  # two moments in float32; ZeRO-1 to 3 and FSDP2 share them out
 
 Case = tuple[str, int, str]
 
@@ -178,7 +181,7 @@ def main(quick: Quick = False) -> None:
         "largest_relative_difference": float(f"{furthest:.3g}"),
         "bytes_by_rank": rows,
     }
-    common.save("memory", quick, result, draw(rows, worlds, parameters))
+    common.save("memory", quick, result, draw)
 
 
 def select(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -204,33 +207,42 @@ def show(rows: list[dict[str, Any]], worlds: tuple[int, ...], parameters: int) -
     common.show(table)
 
 
-def draw(rows: list[dict[str, Any]], worlds: tuple[int, ...], parameters: int) -> Any:
-    """Bars for the fullest rank's measured bytes, black marks for those predicted."""
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys((row["block_size"], row["fisher_dtype"]) for row in rows))
-    layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(3 + 3.4 * len(panels), 4.2), sharey=True, layout="constrained", squeeze=False
-    )
-    for axis, (block_size, dtype) in zip(axes[0], panels, strict=True):
+def draw(content: dict[str, Any]) -> Any:
+    """Bars for the fullest rank's measured bytes, marks for those predicted, and for AdamW's."""
+    rows, parameters = content["bytes_by_rank"], content["model"]["parameters"]
+    settings = list(dict.fromkeys((row["block_size"], row["fisher_dtype"]) for row in rows))
+    layouts, worlds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layout", "W"))
+    figure, axes = figures.panels([1.75] * len(settings), sharex=True, sharey=True)
+    for axis, (block_size, dtype) in zip(axes, settings, strict=True):
         for number, world in enumerate(worlds):
             at = np.arange(len(layouts)) + (number - (len(worlds) - 1) / 2) * 0.27
             those = [
                 select(rows, layout=layout, W=world, block_size=block_size, fisher_dtype=dtype)[0] for layout in layouts
             ]
             measured = [max(row["measured"]) / parameters for row in those]
-            axis.bar(at, measured, 0.25, label=f"W = {world}, measured")
+            ranks = f"{world} ranks" if world > 1 else "1 rank"
+            axis.bar(at, measured, 0.25, label=ranks, color=(figures.GREY, figures.THIRD, figures.OURS)[number])
             told = [max(row["predicted"]) / parameters for row in those]
-            axis.plot(at, told, linestyle="", marker="_", color="black", markersize=11, label="predicted")
-        axis.set_title(f"b = {block_size}, Fisher in {dtype}", fontsize=10)
-        axis.set_xticks(range(len(layouts)), layouts, rotation=45)
-        axis.grid(alpha=0.25, axis="y")
-    axes[0][0].set_ylabel("bytes a parameter of the model, fullest rank")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    only_once = dict(zip(labels, handles, strict=True))
-    axes[0][-1].legend(only_once.values(), only_once.keys(), fontsize=8)
+            axis.plot(at, told, linestyle="", marker="_", color="black", markersize=9, label="predicted")
+            adamw = [ADAMW_BYTES / (1 if layout in ("DDP", "ZeRO-0") else world) for layout in layouts]
+            axis.plot(at, adamw, linestyle="", marker="_", color=figures.THEIRS, markersize=9, mew=2.5, label="AdamW's")
+        axis.set_title(f"block_size={block_size}, Fisher in {dtype}")
+        axis.grid(axis="x", visible=False)
+    axes[-1].set_xticks(range(len(layouts)), layouts)
+    figure.supylabel("bytes of state a parameter of the model, fullest rank", fontsize=10)
+    only_once = {label: handle for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(only_once.values(), only_once.keys(), loc="outside upper left", ncols=5, frameon=False, **NARROW)
+    figures.tell(
+        figure,
+        f"GPT of {parameters / 1e6:.2f} M parameters, width {content['model']['width']}, after one step on CPUs over"
+        f" gloo. AdaFisher's defaults but for what the panels say (block_size is {DEFAULTS['block_size']} by default)."
+        f" AdamW's: {ADAMW_BYTES} bytes an element, not measured.",
+        f"torch {content['torch']}; {content['date']}.",
+    )
     return figure
+
+
+NARROW = {"columnspacing": 0.8, "handletextpad": 0.4, "handlelength": 1.0}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cost of metrics: training steps with and without them, in one process and on two ranks.
 
-    python benchmarks/metrics.py       # writes docs/metrics.json and docs/metrics.png
+    python benchmarks/metrics.py       # writes docs/metrics.json and docs/metrics.svg
 
 Two models of the same kind are trained in the same process, a step of each after the other; only
 one's optimizer reports metrics. The ratios of these pairs tell what a measured step costs (it looks
@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import common
+import figures
 import torch
 import torch.distributed as dist
 from common import Quick
@@ -72,22 +73,46 @@ def _step(model: nn.Module, optimizer: AdaFisher, tokens: torch.Tensor, world: i
 
 def main(quick: Quick = False) -> None:
     """Measure, print, and write the figures."""
-    from matplotlib import pyplot
-
     pairs = PAIRS_QUICK if quick else PAIRS
     found = {f"{world} rank(s)": common.on_ranks(measure, world, pairs)[0] for world in (1, 2)}
-    figure, axis = pyplot.subplots(figsize=(5, 2.6), layout="constrained")
     for name, result in found.items():
         middle = result["with_to_without"]
         told = ", ".join(f"{kind} {value:.3f}" for kind, value in middle.items())
         print(f"{name}: {100 * result['cost']:.2f} % with metrics every {EVERY} steps; with to without: {told}")
-        axis.plot(list(middle), list(middle.values()), "o-", label=f"{name}: {100 * result['cost']:.2f} %")
-    axis.axhline(1.0, color="0.8")
-    axis.set(xlabel="step", ylabel="with metrics / without")
-    axis.legend(frameon=False, title=f"every {EVERY} steps")
     settings = {"model": MODEL, "every": EVERY, "measured_here_every": MEASURED, "pairs": pairs}
-    common.save("metrics", quick, common.rounded({**settings, "found": found}), figure)
+    common.save("metrics", quick, common.rounded({**settings, "found": found}), draw)
 
+
+def draw(content: dict[str, Any]) -> Any:
+    """Each kind of step with metrics over the same without, in % more or less."""
+    figure, (axes,) = figures.panels([figures.height(6)])
+    colours = {"1 rank(s)": figures.GREY, "2 rank(s)": figures.OURS}
+    rows = []
+    for kind, said in KINDS.items():
+        for name, colour in colours.items():
+            more = 100 * (content["found"][name]["with_to_without"][said] - 1)
+            rows.append((f"{kind}, {_ranks(name)}", more, f"{round(more, 1) + 0:+.1f} %", colour))
+    figures.bars(axes, rows)
+    axes.axvline(0, color=figures.INK, linewidth=0.8)
+    axes.set(title="Time that metrics add to a training step", xlabel="% more than the same step without metrics")
+    costs = ", ".join(f"{100 * found['cost']:+.1f} % on {_ranks(name)}" for name, found in content["found"].items())
+    model = content["model"]
+    figures.tell(
+        figure,
+        f"With metrics every {content['every']} steps, the default: {costs}; less than nothing is noise.",
+        f"GPT of width {model['width']} and {model['layers']} layers, {SEQUENCES} × {model['seq_len']} bytes a step;"
+        f" medians of {content['pairs']} pairs of steps. AdaFisher: the defaults.",
+        figures.machine(content),
+    )
+    return figure
+
+
+def _ranks(name: str) -> str:
+    return name.replace("(s)", "" if name.startswith("1 ") else "s")
+
+
+# What a step does, and what the JSON calls it.
+KINDS = {"a measured step": "measured", "the next, which calls back": "calls back", "all others": "others"}
 
 if __name__ == "__main__":
     common.start(main)

@@ -1,6 +1,6 @@
 """How AdaFisher's step scales with the number of ranks that share the blocks, and with model size.
 
-    python benchmarks/scaling.py       # writes docs/scaling.json and docs/scaling.png
+    python benchmarks/scaling.py       # writes docs/scaling.json and docs/scaling.svg
 
 Ranks: W processes over gloo, one thread each, hold the same parameters and gradients, as under DDP.
 A step is split into the arithmetic (each rank's time inside `shard.compute`; the slowest rank's
@@ -17,7 +17,6 @@ Size: one rank, models from 0.25 to 16 million parameters, in turn. All figures 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import common
+import figures
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from rich.table import Table
 
 import adafisher_dist.stepping.step
 from adafisher_dist import AdaFisher
+from adafisher_dist.settings import DEFAULTS
 
 WORLDS = (1, 2, 4)
 BLOCK_SIZE = 64
@@ -181,7 +182,7 @@ def main(quick: Quick = False) -> None:
         "by_world_size": {"model": {**RANKS_MODEL, "parameters": parameters}, "block_size": BLOCK_SIZE, "W": ranks},
         "by_model_size": {"W": 1, "block_size": sizes},
     }
-    common.save("scaling", quick, rounded(result), draw(ranks, sizes, cores))
+    common.save("scaling", quick, rounded(result), draw)
 
 
 def show(ranks: dict[str, Any], sizes: dict[str, Any], parameters: int, cores: int) -> None:
@@ -226,37 +227,44 @@ def show(ranks: dict[str, Any], sizes: dict[str, Any], parameters: int, cores: i
     common.show(table)
 
 
-def draw(ranks: dict[str, Any], sizes: dict[str, Any], cores: int) -> Any:
+def draw(content: dict[str, Any]) -> Any:
     """What a step on W ranks consists of; and the time a parameter by the size of the model."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    labels = [f"W = {size}" + (f"\non {cores} cores" if row["oversubscribed"] else "") for size, row in ranks.items()]
-    names = ("arithmetic", "rest")
-    parts = {name: [row[f"{name}_to_step_of_one_rank"]["median"] for row in ranks.values()] for name in names}
-    left.bar(labels, parts["arithmetic"], label="arithmetic (slowest rank)", color="tab:blue")
-    left.bar(labels, parts["rest"], bottom=parts["arithmetic"], label="the rest", color="tab:orange")
-    for at, row in enumerate(ranks.values()):
-        height = parts["arithmetic"][at] + parts["rest"][at]
-        clock, busy = row["speedup_of_arithmetic"], row["speedup_of_arithmetic_by_processor_time"]
-        text = f"arithmetic {clock['median']:.2f} ×\nas fast, by pro-\ncessor time {busy['median']:.2f} ×"
-        left.text(at, height + 0.02, text, ha="center", va="bottom", fontsize=9)
-    left.set(ylabel="time, as a share of one rank's step", title=f"replicated layout, b = {BLOCK_SIZE}", ylim=(0, 1.5))
-    left.legend(loc="upper right")
-    for (b, entry), marker in zip(sizes.items(), itertools.cycle("os"), strict=False):
-        values = entry["time_a_parameter_to_the_smallest"]
-        middle = np.array([value["median"] for value in values])
-        reach = np.abs(np.array([[value[end] for value in values] for end in ("min", "max")]) - middle)
+    by_ranks, by_size = content["by_world_size"], content["by_model_size"]
+    ranks, cores = by_ranks["W"], content["machine"]["cores"]
+    figure, (first, second) = figures.panels([figures.height(2 * len(ranks)), 3.2])
+    rows = []
+    for size, row in ranks.items():
+        plural = "s" if size != "1" else ""
+        told = f"{size} rank{plural}" + (f" on {cores} cores" if row["oversubscribed"] else "")
+        step = row["step_to_step_of_one_rank"]["median"]
+        rows.append((f"{told}: all of the step", step, f"{step:.2f}", figures.OURS))
+        own = row["arithmetic_to_step_of_one_rank"]["median"]
+        busy = 1 / row["speedup_of_arithmetic_by_processor_time"]["median"]
+        words = f"{own:.2f}; by processor time {busy:.2f} of one rank's"
+        rows.append(("    its arithmetic", own, words, figures.GREY))
+    figures.bars(first, rows)
+    first.set(title="Time of AdaFisher's step, by ranks", xlabel="time / one rank's step")
+    for (b, entry), colour in zip(by_size["block_size"].items(), (figures.GREY, figures.OURS), strict=True):
         slope = entry["slope_of_log_time_by_log_size"]["median"]
-        label = f"b = {b}; time ~ size^{slope:.2f}"
-        right.errorbar(entry["parameters"], middle, yerr=reach, marker=marker, capsize=3, label=label)
-    right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    right.set(xscale="log", xlabel="parameters", ylabel="time a parameter / that of the smallest model", ylim=(0, None))
-    right.set_title("one rank")
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
+        label = f"block_size={b}: time grows as size^{slope:.2f}"
+        values = entry["time_a_parameter_to_the_smallest"]
+        figures.between(second, values, entry["parameters"], label=label, color=colour)
+    second.axhline(1, color=figures.INK, linewidth=0.8, linestyle=":")
+    second.set(xscale="log", xlabel="parameters of the model", ylabel="time a parameter / smallest's", ylim=(0, 1.4))
+    figures.head(second, "One rank's step, by size")
+    model = by_ranks["model"]
+    figures.tell(
+        figure,
+        f"Above: GPT of {model['parameters'] / 1e6:.1f} M parameters, width {model['width']}, as under DDP, over gloo;"
+        f" block_size={by_ranks['block_size']}{_not_default(by_ranks['block_size'])}, all else AdaFisher's defaults."
+        f" Below: medians of {content['rounds']['by_model_size']} rounds, smallest and largest.",
+        figures.machine(content),
+    )
     return figure
+
+
+def _not_default(size: int) -> str:
+    return "" if size == DEFAULTS["block_size"] else f" (the default is {DEFAULTS['block_size']})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Step time beside AdamW, Muon, SOAP, Shampoo and forward and backward, in one process.
 
-    python benchmarks/step_time.py                # writes docs/step_time.json and .png
+    python benchmarks/step_time.py                # writes docs/step_time.json and .svg
     python benchmarks/step_time.py --width 256    # a wider model, into runs/bench
 
 Rounds of all candidates in turn, so that a machine whose speed drifts slows all alike, each on a
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import common
+import figures
 import torch
 from common import Quick, rounded, spread
 from model import ByteTransformer
@@ -169,7 +170,7 @@ def main(
     model = ByteTransformer(**MODEL).to(device)
     everyone = candidates(model, quick)
     forward = rounds(model, everyone, device, CYCLE * (CYCLES_QUICK if quick else CYCLES))
-    report = {name: figures(candidate, everyone[BASE], forward, device) for name, candidate in everyone.items()}
+    report = {name: ratios(candidate, everyone[BASE], forward, device) for name, candidate in everyone.items()}
     base = everyone[BASE].seconds
     ratio = spread([statistics.median(b) / statistics.median(a) for a, b in paired(base, forward)])
     show(report, ratio, sum(p.numel() for p in model.parameters()), device)
@@ -182,8 +183,8 @@ def main(
         "optimizers": report,
     }
     options = (" --quick" if quick else "") + (f" --width {width}" if width != WIDTH else "")
-    figure = draw(everyone, report, forward, described(model))
-    common.save("step_time", bool(options), rounded(result), figure, command=f"python benchmarks/step_time.py{options}")
+    command = f"python benchmarks/step_time.py{options}"
+    common.save("step_time", bool(options), rounded(result), draw, command=command)
 
 
 def rounds(model: nn.Module, everyone: dict[str, Candidate], device: torch.device, counted: int) -> list[float]:
@@ -245,7 +246,7 @@ def by_phase(seconds: Sequence[float]) -> list[float]:
     return [statistics.median(seconds[phase::CYCLE]) for phase in range(CYCLE)]
 
 
-def figures(candidate: Candidate, base: Candidate, forward: list[float], device: torch.device) -> dict[str, Any]:
+def ratios(candidate: Candidate, base: Candidate, forward: list[float], device: torch.device) -> dict[str, Any]:
     """An optimizer's ratios, cycle by cycle, so that both sides ran under the same conditions."""
     average = statistics.fmean if candidate.periodic else statistics.median
 
@@ -284,43 +285,48 @@ def show(report: dict[str, dict[str, Any]], forward: dict[str, float], parameter
     common.show(table)
 
 
-def described(model: nn.Module) -> str:
-    """The model and the hardware, for a figure."""
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    machine = common.machine()
-    return (
-        f"{parameters:.2f} M parameters, width {MODEL['width']}, {BATCH * SEQ_LEN} tokens;"
-        f" {machine.get('gpu') or machine['cpu']}, {machine['threads']} thread"
+def draw(content: dict[str, Any]) -> Any:
+    """The mean cost of each optimizer; and how much of it one step of a cycle takes."""
+    found = content["optimizers"]
+    shown = [name for name in found if not name.startswith("AdaFisher") or _differs_once(name)]
+    spiky = [name for name in shown if name in (BASE, OURS) or name.endswith(f"every {CYCLE}")]
+    figure, (shares, spikes) = figures.panels([figures.height(len(shown)), figures.height(len(spiky))])
+    rows = []
+    for name in shown:
+        percent = 100 * found[name]["share_of_training_step"]
+        times = f"{percent:.1f} %, {found[name]['to_adamw']['median']:.2g} × AdamW's"
+        rows.append((name.replace(" b=", ", block_size="), percent, times, _colour(name)))
+    figures.bars(shares, rows)
+    shares.set(title="The optimizer's share of a training step", xlabel="% of forward, backward and the optimizer")
+    slowest = {name: found[name]["slowest_to_median_step"] for name in spiky}
+    rows = [(name.replace(" b=", ", block_size="), v, f"{v:.1f} ×", _colour(name)) for name, v in slowest.items()]
+    figures.bars(spikes, rows)
+    spikes.set(title="The slowest step of ten", xlabel="time of the slowest step / time of the median step")
+    model = content["model"]
+    figures.tell(
+        figure,
+        f"GPT of {model['parameters'] / 1e6:.2f} M parameters, width {model['width']}, {model['batch']} ×"
+        f" {model['seq_len']} bytes a step; on one {content['device'].upper()}. Medians of {content['counted_steps']}"
+        " steps.",
+        "AdaFisher: the defaults, but for what its line says. SOAP, ScalableShampoo: pytorch_optimizer's defaults, but"
+        " for how often they refresh. SOAP alone keeps whole factors, no blocks.",
+        figures.machine(content),
     )
-
-
-def draw(everyone: dict[str, Candidate], report: dict[str, dict[str, Any]], forward: list[float], where: str) -> Any:
-    """The mean cost of each optimizer, and how that is spread over the steps of a cycle."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 1.5 + 0.25 * len(report)), layout="constrained")
-    names = list(report)
-    shares = [100 * report[name]["share_of_training_step"] for name in names]
-    colors = ["tab:blue" if name.startswith("AdaFisher") else "tab:gray" for name in names]
-    bars = left.barh(names, shares, color=colors)
-    left.bar_label(bars, [f"{report[name]['to_adamw']['median']:.1f} × AdamW" for name in names], padding=3, fontsize=8)
-    left.invert_yaxis()
-    left.set(xlabel="% of a training step that is the optimizer's", xlim=(0, 1.3 * max(shares)))
-    figure.suptitle(where)
-    left.set_title("mean cost of the optimizer")
-    model = statistics.median(forward)
-    ours = f"AdaFisher b={DEFAULT_SIZE} (default)"
-    theirs = (name for name in names if name.startswith("S") and name.endswith(f"every {CYCLE}"))
-    for name in (BASE, ours, f"{ours}, every {CYCLE}", *theirs):
-        if name in everyone:
-            relative = [seconds / model for seconds in by_phase(everyone[name].seconds)]
-            right.semilogy(range(1, CYCLE + 1), relative, marker="o", label=name)
-    right.set(xlabel="step of a cycle (median over the cycles)", ylabel=f"time of the step / {FORWARD}")
-    right.set_title("who refreshes all at once has a slow step in every ten")
-    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
     return figure
+
+
+OURS = f"AdaFisher b={DEFAULT_SIZE} (default)"
+
+
+def _differs_once(name: str) -> bool:
+    """AdaFisher's default, or with one setting of another value: all pairs are in the JSON."""
+    return name.count(",") <= (1 if name.startswith(OURS) else 0)
+
+
+def _colour(name: str) -> str:
+    if name.startswith("AdamW"):
+        return figures.THEIRS
+    return figures.OURS if name.startswith("AdaFisher") else figures.GREY
 
 
 if __name__ == "__main__":

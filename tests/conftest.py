@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,3 +37,21 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         trained(step).save(root / f"step{step}", step)
     return root
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation's, built as `make docs` does."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    # Not --quiet, with which --strict passes over warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    unreachable = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}  # it needs no network
+    environment = {**os.environ, **unreachable, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

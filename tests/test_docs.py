@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import math
 import os
@@ -33,21 +32,6 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 # ---- the site ----
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for module in ("mkdocs", "material", "mkdocstrings"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    # Not --quiet, with which --strict passes over warnings.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    unreachable = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}  # it needs no network
-    environment = {**os.environ, **unreachable, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def test_it_builds_with_all_pages(site: Path) -> None:
@@ -353,7 +337,7 @@ def test_the_presets_are_those_of_the_code() -> None:
     assert told == PRESETS
 
 
-def test_each_picture_is_drawn_by_the_script_and_shown() -> None:
+def test_each_picture_is_drawn_by_the_script_and_shown(tmp_path: Path) -> None:
     sys.path.append(str(DOCS))
     try:
         import pictures
@@ -363,3 +347,27 @@ def test_each_picture_is_drawn_by_the_script_and_shown() -> None:
     assert {path.stem for path in pictures.FOLDER.iterdir()} == set(drawn)
     shown = set(re.findall(r"\]\(pictures/(\w+)\.svg\)", text("how_it_works.md")))
     assert shown == set(drawn)
+    for name, figure in drawn.items():
+        pictures.figures.write(figure, tmp_path / "drawn.svg")
+        assert (tmp_path / "drawn.svg").read_text() == (pictures.FOLDER / f"{name}.svg").read_text(), name
+
+
+REDRAW = """
+import pathlib, sys, figures, redraw
+for name in (*redraw.NAMES, redraw.GPU):
+    path = pathlib.Path(sys.argv[1]) / f"{name}.svg"
+    path.parent.mkdir(exist_ok=True)
+    figures.write(redraw.figure(name), path)
+"""
+
+
+def test_each_figure_is_drawn_from_its_numbers(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", REDRAW, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0
+    drawn = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.svg")}
+    assert drawn == {path.relative_to(DOCS) for path in (*DOCS.glob("*.svg"), *DOCS.glob("gpu/*.svg"))}
+    for path in drawn:
+        assert (tmp_path / path).read_text() == (DOCS / path).read_text(), f"{path}: python benchmarks/redraw.py"
+    pages = "".join(text(page) for page in ("benchmarks.md", "gpu.md"))
+    assert {str(path) for path in drawn} == set(re.findall(r"\]\(([\w/]+\.svg)\)", pages))

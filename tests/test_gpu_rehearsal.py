@@ -95,7 +95,7 @@ def test_the_page_names_every_part(rehearsal: tuple[Path, Done]) -> None:
         assert word in page, word
     assert [line for line in page.splitlines() if len(line) > 100 and line[0] not in "|!"] == []
     assert sorted(path.name for path in folder.iterdir()) == [
-        "fast.json", "gpu.md", "log.txt", "trains.json", "trains.png",
+        "fast.json", "gpu.md", "log.txt", "trains.json", "trains.svg",
     ]  # fmt: skip
     assert (
         "AdaFisher, lr 0.01: held out" in done.stdout[-6000:]
@@ -201,7 +201,7 @@ def test_only_what_is_asked_for_runs_again(scripts: Path, tmp_path: Path) -> Non
     assert done.returncode == 0 and "fast was here" in done.stdout and "trains was here" not in done.stdout
     assert read(out / "fast.json")["time"] > before["fast"] and read(out / "trains.json")["time"] == before["trains"]
     page = (out / "gpu.md").read_text()
-    assert "| trains | finished |" in page and "| correct | not run |" in page
+    assert "| part | fast | trains | correct |" in page and "| ended | finished | finished | not run |" in page
     done = call("run.py", *words, PARTS="correct")
     assert done.returncode == 1 and "there is no" in read(out / "correct.json")["ended"], "a part may be missing"
     done = call("run.py", *words, PARTS="fats")

@@ -263,7 +263,7 @@ def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
 
 
 class CsvLog:
-    """A callback that logs to a CSV file, a line a step, for `python -m adafisher_dist plot`."""
+    """A callback that logs to a CSV file, a line a step."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Appends to a file that is there; its folder is made."""

@@ -1,1 +1,1 @@
-"""The command line: what a checkpoint holds, what a model will cost, plots."""
+"""The command line: what a checkpoint holds, what a model will cost."""

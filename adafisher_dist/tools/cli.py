@@ -32,7 +32,6 @@ from adafisher_dist.checkpoint.errors import damaged, os_problem
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint, open_checkpoint
 from adafisher_dist.printable import printable
 from adafisher_dist.settings import DEFAULTS
-from adafisher_dist.tools import plots
 from adafisher_dist.tools.export import MAX_SHARD_BYTES, export_weights
 from adafisher_dist.tools.inspection import damage, summarize
 from adafisher_dist.tools.listing import Listed, checkpoints_in
@@ -40,7 +39,7 @@ from adafisher_dist.tools.tables import forecast_table, forecast_text, list_tabl
 from adafisher_dist.version import __version__
 
 app = typer.Typer(
-    help="Foretell what AdaFisher costs, draw its metrics, look into its checkpoints and make something of them.",
+    help="Foretell what AdaFisher costs, look into its checkpoints and make something of them.",
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -196,28 +195,6 @@ def estimate(
     else:
         _console().print(forecast_table(forecast))
         _console().print(*forecast_text(forecast), sep="\n")
-
-
-@app.command()
-def plot(
-    log: Annotated[Path, Argument(help="A file of metrics.CsvLog, or the folder of DeepSpeed's csv_monitor.")],
-    out: Annotated[Path | None, Option(help="The picture: .png, .svg or .pdf.  [default: LOG.png]")] = None,
-) -> None:
-    """Draw metrics that were logged in training."""
-    out = out or log.with_name(f"{log.name.removesuffix('.csv')}.png")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        fail(f"--out should end in .png, .svg or .pdf, got {out}.", WRONG)
-    try:
-        axis, found = plots.read(log)
-    except (OSError, ValueError) as error:
-        fail(error, WRONG)
-    try:
-        plots.draw(axis, found, out)
-    except ImportError:
-        fail("Drawing needs matplotlib: pip install matplotlib", WRONG)
-    except OSError as error:
-        fail(error, DAMAGED)
-    print(out)
 
 
 def _shapes(params: str | None, model: str | None) -> list[tuple[int, ...]]:

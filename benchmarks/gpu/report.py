@@ -1,6 +1,6 @@
 """The page of what `make gpu` has found, from the JSON of its parts.
 
-    python benchmarks/gpu/report.py FOLDER              # writes FOLDER/gpu.md and FOLDER/trains.png
+    python benchmarks/gpu/report.py FOLDER              # writes FOLDER/gpu.md and FOLDER/trains.svg
     python benchmarks/gpu/report.py --publish FOLDER    # and puts them into docs/: JSON and picture
                                                         # into docs/gpu/, the page between the
                                                         # markers of docs/gpu.md
@@ -21,13 +21,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common_gpu import FINISHED, ROOT, read_json
+from common_gpu import FINISHED, ROOT, read_json  # first: it puts the other folders into sys.path  # isort: skip
+
+import figures
 
 PARTS = ("correct", "fast", "trains")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NO_NCCL = "no run over several ranks of NCCL has been seen"
 NO_RESULTS = f"**No GPU has run this code yet, and {NO_NCCL}.**"
-PICTURE = "trains.png"
+PICTURE = "trains.svg"
 WIDTH = 100
 
 Found = dict[str, dict[str, Any]]
@@ -117,9 +119,12 @@ def page(found: Found) -> str:
 
 def _runs(found: Found) -> str:
     keys = ("ended", "card", "driver", "cuda", "torch", "python", "date", "commit")
-    rows = [[part, *(content.get(key, "unknown") for key in keys)] for part, content in found.items()]
-    rows += [[part, "not run", *[""] * (len(keys) - 1)] for part in PARTS if part not in found]
-    return "## What was run\n\n" + table(("part", *keys), rows, texts=len(keys) + 1)
+    parts = [*found, *(part for part in PARTS if part not in found)]
+    known = {part: dict.fromkeys(keys, "unknown") | content for part, content in found.items()}
+    absent = {**dict.fromkeys(keys, ""), "ended": "not run"}
+    # A column for each part: nine columns of keys would not fit a page.
+    rows = [[key, *(known.get(part, absent)[key] for part in parts)] for key in keys]
+    return "## What was run\n\n" + table(("part", *parts), rows, texts=len(parts) + 1)
 
 
 def _unfinished(content: Mapping[str, Any] | None) -> str:
@@ -292,41 +297,38 @@ def _run(run: Mapping[str, Any]) -> tuple[str, ...]:
     return (run["optimizer"], *numbers, told)
 
 
-def draw(content: Mapping[str, Any], path: Path) -> None:
+def draw(content: Mapping[str, Any]) -> Any:
     """Losses by step and by second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
-    colours = {"AdaFisher": "tab:blue", "AdamW": "tab:orange", "Muon": "tab:green"}
+    figure, panels = figures.panels([3.6, 2.8])
+    colours = {"AdaFisher": figures.OURS, "AdamW": figures.INK, "Muon": figures.THEIRS}
     rates: dict[str, list[float]] = {}
     for run in content["runs"]:
         rates.setdefault(run["optimizer"], []).append(run["lr"])
     for run in sorted(content["runs"], key=lambda run: (run["optimizer"], run["lr"])):
         style = "-" if run["lr"] == max(rates[run["optimizer"]]) else "--"
+        held_out = [e for e in run["held_out"] if e[2] is not None]
+        label = f"{run['optimizer']}, lr {run['lr']:g}" + (f": {held_out[-1][2]:.3f} at the end" if held_out else "")
         for at, panel in enumerate(panels):
             colour = colours.get(run["optimizer"], "black")
-            panel.plot(
-                [e[at] for e in run["train"]], [e[2] for e in run["train"]], style, color=colour, alpha=0.3, lw=1
-            )
-            label = f"{run['optimizer']}, lr {run['lr']:g}"
-            held_out = [e for e in run["held_out"] if e[2] is not None]
-            panel.plot([e[at] for e in held_out], [e[2] for e in held_out], style, color=colour, lw=2, label=label)
-    for panel, what in zip(panels, ("step", "second of training (evaluations not counted)"), strict=True):
-        panel.set_xlabel(what, fontsize=12)
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel("nats a byte: thick held out, thin training", fontsize=12)
-    panels[1].legend(fontsize=11)
+            panel.plot([e[at] for e in held_out], [e[2] for e in held_out], style, color=colour, lw=1.8, label=label)
+    # The first value, of weights that know nothing, would take most of the height.
+    early = [e[2] for run in content["runs"] for e in run["held_out"][1:] if e[2] is not None]
+    for panel, what in zip(panels, ("step", "second of training, evaluations not counted"), strict=True):
+        panel.set(xlabel=what, ylabel="held-out loss, nats a byte")
+        if early:
+            panel.set_ylim(0.95 * min(early), 1.02 * max(early))
+    figures.head(panels[0], f"Held-out loss on one {content['card']}")
     model = content["model"]
-    sizes = f"{model['parameters'] / 1e6:.1f} M parameters, {content['steps']} steps"
-    sizes += f" of {model['batch']} × {model['seq_len']} bytes"
-    figure.suptitle(f"{'REHEARSAL, ' if content['rehearsal'] else ''}{content['card']}: {sizes}", fontsize=13)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
+    figures.tell(
+        figure,
+        "REHEARSAL." if content["rehearsal"] else "",
+        f"Byte-level GPT of {model['parameters'] / 1e6:.1f} M parameters,"
+        f" {content['steps']} steps of {model['batch']} × {model['seq_len']} bytes, bf16 autocast; AdaFisher's other"
+        " settings are the defaults. Two rates each, so the best lies at the edge of its grid, and one seed: no"
+        " evidence of which trains better.",
+        f"torch {content['torch']}; {content['date'][:10]}.",
+    )
+    return figure
 
 
 # ---- what is called ----
@@ -336,7 +338,9 @@ def make(folder: Path) -> Found:
     """Write FOLDER/gpu.md and the picture from what is there."""
     found = read(folder)
     if found.get("trains", {}).get("runs"):
-        draw(found["trains"], folder / PICTURE)
+        temporary = folder / f".{PICTURE}"
+        figures.write(draw(found["trains"]), temporary)
+        temporary.replace(folder / PICTURE)
     (folder / "gpu.md").write_text(page(found), encoding="utf-8")
     return found
 
