@@ -72,7 +72,7 @@ class Cell:
 # Those that decide most come first. AdamW at more tokens is for its curve of loss by tokens.
 CELLS = (
     Cell(TUNED_ON, 5, leaders=False),
-    Cell("laws64x40", 3, only=BASE),
+    Cell("laws64x40", 3, rates=(1.0, 0.5), only=BASE),
     Cell("laws64x80", 3, rates=(1.0, 0.5)),
     Cell("laws64x160", 1, rates=(1.0, 0.5), only=BASE),
     Cell("tune64", 3, rates=(0.3, 0.1)),

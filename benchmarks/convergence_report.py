@@ -11,12 +11,15 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import common
+import figures
 from common import ROOT
 from convergence_tasks import hidden_numel, task_of
+from matplotlib.figure import Figure
 from trainings import Done, Result, Run
 
 BASE, OURS = "AdamW", "AdaFisher"
 SMALLEST = "laws64"
+RIVALS_SHOWN = ("Muon", "NorMuon", "SOAP")  # by time, where there are more
 NEAR = 0.02  # nats a byte
 Rows = Mapping[str, Mapping[str, Sequence[tuple[Run, Result]]]]
 Tuned = Mapping[str, tuple[Sequence[Run], Run]]
@@ -208,10 +211,9 @@ def write(rows: Rows, tuned: Tuned, done: Done) -> None:
         text = with_block(text, name, block)
     page.write_text(text, encoding="utf-8")
     plain = json.loads(json.dumps(common.rounded(found, 6)).replace("Infinity", "null").replace("NaN", "null"))
-    common.save("convergence", False, {"tasks": plain}, draw_speed_ups(found))
-    if any(series_of(task) == SMALLEST for task in found):
-        draw_seconds(found).savefig(docs / "convergence_seconds.png", dpi=120)
-    print(f"Written: tables in {page.relative_to(ROOT)}, and docs/convergence_seconds.png")
+    common.save("convergence", False, {"tasks": plain}, draw)
+    figures.write(draw_seconds({"tasks": plain}), docs / "convergence_seconds.svg")
+    print(f"Written: tables in {page.relative_to(ROOT)}, and docs/convergence_seconds.svg")
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -223,50 +225,54 @@ def with_block(text: str, name: str, block: str) -> str:
     return page
 
 
-def draw_speed_ups(found: Found) -> Any:
-    """By size and budget."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+def draw(content: Mapping[str, Any]) -> Figure:
+    """The speed-up by size and budget."""
+    found = content["tasks"]
     tasks = [task for task, rows in found.items() if len(rows) > 1 and any(row["speed_up"] for row in rows)]
     names = [name for name in COLORS if name != BASE and any(name in _by_name(found[task]) for task in tasks)]
+    figure, (axes,) = figures.panels([1.6 + 0.2 * len(names) + 1.6])
     for place, name in enumerate(names):
         shift = 0.5 * (place / max(1, len(names) - 1) - 0.5)
         points = [(at + shift, _by_name(found[task]).get(name)) for at, task in enumerate(tasks)]
-        known = [(at, row) for at, row in points if row and row["speed_up"] and row["speed_up"] < math.inf]
-        errors = [0 if math.isnan(row["speed_up_error"]) else row["speed_up_error"] for _, row in known]
+        known = [(at, row) for at, row in points if row and row["speed_up"]]
         axes.errorbar(
-            [at for at, _ in known], [row["speed_up"] for _, row in known], errors, fmt="o", capsize=3,
-            color=COLORS[name], label=name,
+            [at for at, _ in known], [row["speed_up"] for _, row in known],
+            [row["speed_up_error"] or 0 for _, row in known], fmt="o", markersize=4, capsize=3, color=COLORS[name],
+            label=name,
         )  # fmt: skip
     axes.axhline(1, color=COLORS[BASE], lw=1, label=BASE)
     axes.set_xticks(range(len(tasks)), [_told(task) for task in tasks])
-    axes.set(ylabel=f"{BASE}'s bytes of text to the same loss,\nover the optimizer's own")
-    axes.set_title("Speed-up on German law, by parameters × bytes a parameter", fontsize=11)
-    axes.legend(ncols=2, fontsize=10)
-    axes.grid(alpha=0.25, axis="y")
+    axes.set_xlim(-0.5, max(1, len(tasks)) - 0.5)
+    axes.set(xlabel="parameters × bytes of text a parameter", ylabel=f"times as fast as {BASE}")
+    figures.head(axes, f"Less text than {BASE} to the same loss")
+    figures.tell(
+        figure,
+        "A byte-level GPT on German law, which nothing was chosen on; parameters beside embedding and head. Means of"
+        " finished trainings, with standard errors, all at their best settings (docs/convergence.md).",
+    )
     return figure
 
 
-def draw_seconds(found: Found) -> Any:
+def draw_seconds(content: Mapping[str, Any]) -> Figure:
     """Loss by time, in the longest training of the smallest model."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
-    longest = max((task for task in found if series_of(task) == SMALLEST), key=lambda t: _length(t, found))
-    for row in found[longest]:
+    found = content["tasks"]
+    several = [task for task, rows in found.items() if series_of(task) == SMALLEST and len(rows) > 1]
+    longest = max(several, key=lambda task: task_of(task).tokens)
+    shown = [row for row in found[longest] if row["optimizer"] in (BASE, OURS, *RIVALS_SHOWN)]
+    figure, (axes,) = figures.panels([2.9 + 0.2 * len(shown)])
+    for row in shown:
         minutes = task_of(longest).steps * row["milliseconds"] / 60e3
         at = [minutes * (index + 1) / len(row["losses"]) for index in range(len(row["losses"]))]
-        axes.plot(at, row["losses"], color=COLORS[row["optimizer"]], label=f"{row['optimizer']}: {row['loss']:.3f}")
-    axes.set(xlabel="minutes, one thread of a CPU", ylabel="held-out loss, nats a byte")
-    axes.set_title(f"{_told(longest)} bytes a parameter, by time", fontsize=11)
-    axes.legend(fontsize=10)
-    axes.grid(alpha=0.25)
+        label = f"{row['optimizer']}: {row['loss']:.3f}"
+        axes.plot(at, row["losses"], "o-", markersize=3, lw=1.4, color=COLORS[row["optimizer"]], label=label)
+    axes.set(xlabel="minutes of one CPU thread", ylabel="held-out loss, nats a byte")
+    figures.head(axes, f"Loss by time: {_told(longest)} bytes a parameter")
+    figures.tell(
+        figure,
+        "A byte-level GPT on German law, which nothing was chosen on. Means over seeds, at the best settings of each;"
+        " time is steps × what a step takes (docs/convergence_times.json).",
+    )
     return figure
-
-
-def _length(task: str, found: Found) -> int:
-    return task_of(task).tokens * (len(found[task]) > 1)
 
 
 def _told(task: str) -> str:

@@ -354,7 +354,7 @@ def test_each_picture_is_drawn_by_the_script_and_shown(tmp_path: Path) -> None:
 
 REDRAW = """
 import pathlib, sys, figures, redraw
-for name in (*redraw.NAMES, redraw.GPU):
+for name in redraw.FIGURES:
     path = pathlib.Path(sys.argv[1]) / f"{name}.svg"
     path.parent.mkdir(exist_ok=True)
     figures.write(redraw.figure(name), path)
@@ -369,5 +369,5 @@ def test_each_figure_is_drawn_from_its_numbers(tmp_path: Path) -> None:
     assert drawn == {path.relative_to(DOCS) for path in (*DOCS.glob("*.svg"), *DOCS.glob("gpu/*.svg"))}
     for path in drawn:
         assert (tmp_path / path).read_text() == (DOCS / path).read_text(), f"{path}: python benchmarks/redraw.py"
-    pages = "".join(text(page) for page in ("benchmarks.md", "gpu.md"))
+    pages = "".join(text(page) for page in ("benchmarks.md", "gpu.md", "convergence.md"))
     assert {str(path) for path in drawn} == set(re.findall(r"\]\(([\w/]+\.svg)\)", pages))

@@ -141,7 +141,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     report.write(convergence.rows(done), convergence.tuned(done), done)
     assert "| AdamW | 0.0025 to 0.16 | 0.08, decay 0.01, beta1 0.95 | " in page.read_text()
-    assert all((page.parent / f"convergence{end}").stat().st_size > 10_000 for end in (".png", "_seconds.png"))
+    assert all((page.parent / f"convergence{end}").stat().st_size > 10_000 for end in (".svg", "_seconds.svg"))
     assert json.loads((tmp_path / "docs/convergence.json").read_text())["tasks"]["cnn"][-1]["loss"] is None
 
 
