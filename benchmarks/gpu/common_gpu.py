@@ -86,6 +86,7 @@ def head(rehearse: bool) -> dict[str, Any]:
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "commit": commit(),
         "rehearsal": rehearse,
+        "kernel": os.environ.get("ADAFISHER_KERNEL") == "1",
         "card": torch.cuda.get_device_name() if not rehearse else f"none: a rehearsal on a CPU, {platform.machine()}",
         "driver": "none" if rehearse else driver(),
         "cuda": str(torch.version.cuda),

@@ -93,9 +93,12 @@ def lead(found: Found) -> str:
     runs: dict[tuple[str, str, str], list[str]] = {}
     for part, content in found.items():
         runs.setdefault((content["card"], content["date"][:10], content["command"]), []).append(part)
-    told = [f"{', '.join(parts)} on {card}, {date}, by `{command}`" for (card, date, command), parts in runs.items()]
+    told = [
+        f"`{command}` ran the part{'s' * (len(parts) > 1)} {', '.join(parts)} on {card} on {date}"
+        for (card, date, command), parts in runs.items()
+    ]
     several = found.get("correct", {}).get("ranks", 1) > 1
-    return wrap(f"**Run on a GPU: {'; '.join(told)}{'' if several else f'; {NO_NCCL}'}.**")
+    return wrap(f"**{'; '.join(told)}{'' if several else f'; {NO_NCCL}'}.**")
 
 
 def body(found: Found, links: str = "") -> str:
@@ -194,10 +197,10 @@ def _blocks(content: Mapping[str, Any]) -> str:
     by_kernel = (
         f", or three times as many at the {half:.0f} of one in float16 where the kernel takes it" if half else ""
     )
-    intro = f"""One step of about 1 GB of blocks, by the defaults. "bytes": what moving F, momentum, gradients and
-        updates once takes at the {bandwidth:.2f} TB/s of a large copy. "flops": what the step's products of matrices
-        take at the {rate:.1f} TFLOP/s of a large product in float32{by_kernel}; "–" where they were not counted. All
-        rates were measured here; "of the floor" is the larger of the two over the step."""
+    intro = f"""One step of about 1 GB of blocks, by the default settings.{_kernel(content)} "bytes": what moving F,
+        momentum, gradients and updates once takes at the {bandwidth:.2f} TB/s of a large copy. "flops": what the step's
+        products of matrices take at the {rate:.1f} TFLOP/s of a large product in float32{by_kernel}; "–" where they
+        were not counted. All rates were measured here; "of the floor" is the larger of the two over the step."""
     headings = ("blocks", "step ms", "bytes ms", "flops ms", "of the floor")
     rows = []
     for row in content["blocks"]:
@@ -209,10 +212,15 @@ def _blocks(content: Mapping[str, Any]) -> str:
     return f"### Blocks of one kind\n\n{wrap(intro)}\n\n{table(headings, rows)}"
 
 
+def _kernel(content: Mapping[str, Any]) -> str:
+    return " The kernel took it (ADAFISHER_KERNEL=1), which is not a default." if content.get("kernel") else ""
+
+
 def _steps(content: Mapping[str, Any]) -> str:
     if not content.get("steps"):
         return ""
-    intro = """One optimizer's step on all parameters of a GPT, with random gradients. "device": between two events,
+    intro = f"""One optimizer's step on all parameters of a GPT, with random gradients; AdaFisher's by the default
+        settings but for what its line says.{_kernel(content)} "device": between two events,
         with the launches queued ahead. "host": until `step()` returns. "wall": from an idle device to an idle device.
         Medians, but for the mean; where median and mean differ, some steps take longer than others. State, and the peak
         while a step runs, are bytes that torch's allocator gave out, without parameters and gradients."""
@@ -250,7 +258,7 @@ def _share(content: Mapping[str, Any]) -> str:
         intro = f"""Forward and backward of the GPT of {row["model"]} parameters in bfloat16 autocast, {row["tokens"]}
             tokens, take {milliseconds} ms on the device ({by_clock} ms by the wall clock). Beside it, the step on an
             eighth of its blocks ({row["own"]:,} of {row["parameters"]:,} parameters), which is what one of
-            {row["ranks"]} ranks owns. What travels between ranks is not in it."""
+            {row["ranks"]} ranks owns.{_kernel(content)} What travels between ranks is not in it."""
         headings = ("optimizer", "device ms", "of a training step", "wall ms", "of a training step")
         rows = []
         for name, case in row["cases"].items():
