@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -150,39 +149,33 @@ def test_one_answer_to_which_learning_rate() -> None:
 # ---- numbers ----
 
 
-def test_the_losses_are_those_of_the_trials() -> None:
-    trials = map(json.loads, (ROOT / "benchmarks/development/trials.jsonl").read_text().splitlines())
-    losses: dict[tuple[str, str, float], list[float]] = {}
-    for trial in trials:
-        if not trial["settings"] and trial["wd"] == 0.1:
-            losses.setdefault((trial["task"], trial["optimizer"], trial["lr"]), []).append(trial["losses"][-1])
-
-    def best(task: str, optimizer: str) -> list[float]:
-        of_it = [values for (its, name, _), values in losses.items() if (its, name) == (task, optimizer)]
-        return min(of_it, key=statistics.fmean)
-
-    for name, *cells in rows(section(README, "How well it trains"))[1:]:
-        for task, cell in zip(("gpt64x20", "gpt64x80"), cells, strict=True):
-            task = "gpt64x128" if "128" in cell else task
-            if cell == "–":
-                continue
-            values = best(task, name.lower())
-            mean = f"{statistics.fmean(values):.3f}"
-            if len(values) > 1:
-                mean += f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-            assert cell.startswith(f"{mean} ({len(values)})"), (name, task)
+TRAINED = json.loads((ROOT / "docs/convergence.json").read_text())["tasks"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/convergence.md"])
-def test_the_curves_ends_are_told(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/development"))
-    import curve
+def test_the_losses_are_those_of_the_trainings() -> None:
+    table = rows(section(README, "How well it trains"))[1:]
+    assert [name for name, *_ in table] == ["AdamW", "Muon", "SOAP", "NorMuon", "AdaFisher"]
+    for name, *cells, time in table:
+        for task, cell in zip(("laws64x20", "laws64x80"), cells, strict=True):
+            found = [row for row in TRAINED.get(task, []) if row["optimizer"] == name]
+            told = [f"{row['loss']:.3f}{_error(row)} ({row['seeds']})" for row in found]
+            assert told == [cell] or (not told and cell == "–"), (name, task)
+        assert time == f"{found_time(name):.2f}"
 
-    ends = {curve.OPTIMIZERS[name][0]: statistics.fmean(points[-1]) for name, points in curve.losses().items()}
-    (told,) = re.findall(r"!\[([^]]*)\]\((?:docs/)?training_curves.png\)", (ROOT / page).read_text())
-    for name, end in ends.items():
-        assert re.search(rf"{name}[a-z ]* {end:.3f}", told), name
-    assert curve.PICTURE.is_file()
+
+def _error(row: dict[str, Any]) -> str:
+    return "" if row["error"] is None else f" ± {row['error']:.3f}"
+
+
+def found_time(name: str) -> float:
+    return next(row["time"] for row in TRAINED["laws64x20"] if row["optimizer"] == name)
+
+
+def test_the_curves_ends_are_told() -> None:
+    (told,) = re.findall(r"!\[([^]]*)\]\(docs/convergence_seconds.svg\)", README)
+    drawn = (ROOT / "docs/convergence_seconds.svg").read_text()
+    ends = re.findall(r"(\w+)\s+at\s+(\d\.\d{3})", told)
+    assert len(ends) >= 4 and all(f">{name}: {loss}<" in drawn for name, loss in ends)
 
 
 # ---- its commands ----
