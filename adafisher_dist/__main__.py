@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 _EXTRA = ("click", "rich", "safetensors", "typer")
+_INSTALL = "pip install matplotlib rich safetensors typer"  # the extra "cli", which only a clone can name
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(f"The command line needs {error.name}: pip install 'adafisher-dist[cli]'")
+        sys.exit(f"The command line needs {error.name}: {_INSTALL}")
     app()
 
 
