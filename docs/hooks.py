@@ -21,6 +21,6 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to them lead out of docs/ in the repository, and not in the site."""
     for name in PAPERS:
-        markdown = markdown.replace(f"](../{name}", f"]({name}")
+        markdown = markdown.replace(f"](../{name}", f"]({name}").replace(f"](../../{name}", f"](../{name}")
     markdown = markdown.replace("](docs/", "](")  # of those papers, which lie above docs/ in the repository
     return markdown

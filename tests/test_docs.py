@@ -67,6 +67,30 @@ def test_the_papers_of_the_top_level_are_reached(site: Path) -> None:
     assert 'href="LOG.html"' in (site / "convergence.html").read_text(encoding="utf-8")
 
 
+# ---- in the repository, where nobody builds the site ----
+
+PAGES = [*sorted(DOCS.rglob("*.md")), *(ROOT / name for name in ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_of_the_repository(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("http")]
+    wrong = []
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.is_file() or (heading and heading not in anchors(target)):
+            wrong.append(link)
+    assert not wrong
+
+
 # ---- what it says of the package ----
 
 
