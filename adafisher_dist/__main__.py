@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 _EXTRA = ("click", "rich", "safetensors", "typer")
-_INSTALL = "pip install matplotlib rich safetensors typer"  # the extra "cli", which only a clone can name
+_INSTALL = "pip install rich safetensors typer"  # the extra "cli", which only a clone can name
 
 
 def main() -> None:
