@@ -43,8 +43,9 @@ def from_config(params: ParamsT, /, **config: Any) -> AdaFisher:
             Adam's keys (betas, torch_adam, …) are taken as by AdaFisher itself.
 
     Raises:
-        TypeError: a key is unknown, or a value has the wrong type. The message tells all that is
-            wrong, the nearest valid name of each unknown key, and all valid ones.
+        TypeError: a key is unknown, or a value has the wrong type. The message reports all
+            mistakes, suggests the nearest valid name for each unknown key, and lists all valid
+            ones.
         ValueError: a value is out of bounds or asks for what AdaFisher does not do, or the preset
             is unknown.
     """
@@ -125,7 +126,7 @@ def save_checkpoint(
             names and shapes.
 
     Returns:
-        A handle: `path`, `done()` and `wait()`; true, as DeepSpeed's result.
+        A handle: `path`, `done()` and `wait()`. It is truthy, as DeepSpeed's own result is.
 
     Raises:
         CheckpointError: on all ranks: it could not be written. The message says whether it was

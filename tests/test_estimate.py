@@ -128,7 +128,7 @@ def check(layout: str, world: int, name: str, dtype: torch.dtype = torch.float32
         assert memory["all"]["total"] == sum(totals)
         last, planned = traffic["last_step"], traffic["rank"]
         assert {kind: last[kind] for kind in ("weights", "blocks")} == {k: planned[k] for k in ("weights", "blocks")}
-        # DESIGN.md, "Bytes": 19 numbers before a step and one after it, of 8 bytes each.
+        # DESIGN.md, "Bytes": 23 numbers before a step and one after it, of 8 bytes each.
         assert last["verdicts"] == 192 * (world - 1)
         sent.append(planned["total"])
         if world > 1:

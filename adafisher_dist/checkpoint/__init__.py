@@ -126,8 +126,9 @@ def load_checkpoint(
     rounding. The settings of the param groups (lr, damping, …) are restored, as by torch.optim;
     those that shape the state (block_size, rows_per_block, block_grid, max_blocks, fisher_dtype,
     exponent, grafting, inverse_update_freq, packed) stay as they are, and the state is converted to
-    this optimizer's fisher_dtype and packing. Random number generators are restored on the ranks
-    that there were. A collective. Nothing is unpickled.
+    this optimizer's fisher_dtype and packing. Each rank that took part in the save gets its own
+    random number generators back; ranks beyond those keep theirs. A collective. Nothing is
+    unpickled.
 
     Args:
         path: the checkpoint's folder, or one of checkpoints: the one that `latest` names.
@@ -139,6 +140,9 @@ def load_checkpoint(
         rename: names in the checkpoint → names in the model; one that ends with "." renames all
             that begin with it.
         verify: check every file's checksum first. Without, sizes and headers alone are checked.
+
+    Returns:
+        The checkpoint's folder, what was saved as `extra`, and what was not restored.
 
     Raises:
         CheckpointError: on all ranks, before anything changes: there is no such checkpoint; a file

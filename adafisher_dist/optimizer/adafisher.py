@@ -30,25 +30,25 @@ class AdaFisher(ShardedOptimizer):
     """Second-order optimizer with dense diagonal blocks of the empirical Fisher.
 
     The blocks are sharded over the data-parallel ranks. A matrix is cut into blocks of
-    rows_per_block rows and block_size columns. For the gradient G of a block, one row g an output,
-    at step t, after k Fisher updates (DESIGN.md, section 2):
+    rows_per_block rows and block_size columns. For the gradient G of a block, whose rows g have r
+    elements each, at step t, after k Fisher updates (DESIGN.md, section 2):
 
         M ← μ M + (1−μ) G                       M̂ = μ M / (1 − μᵗ) + (1−μ) G  (Nesterov)
         w ← ρ w + (1−ρ) gᵀg / r, of each row    ŵ = w / (1 − ρᵏ)
         F ← ρ F + (1−ρ) mean(g gᵀ / ŵ)          F̂ = F / (1 − ρᵏ),  d = tr(F̂) / r
         S = diag(ŵ)^(−p) M̂ (F̂/d + (δ+ε) I)^(−p)
-        U = polar(S), made as long as M̂ / (√V + ε) with V = ŵ diag(F̂)ᵀ / d
+        U = polar(S), scaled to the norm of M̂ / (√V + ε) with V = ŵ diag(F̂)ᵀ / d
         Θ ← Θ − η λ Θ − η U
 
     Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and
     tables (matrices whose one side is more than 8 times the other, or 4 times and at least 30,000
-    long: of tokens, of few outputs, LoRA's factors) are Adam's, element by element, with μ and ρ
-    for its betas.
+    long: of tokens, of few outputs, LoRA's factors) are updated elementwise, as by Adam, with μ and
+    ρ for its betas.
 
     In the replicated layout (one process, DDP, DeepSpeed ZeRO-0) each rank holds and factorises an
-    equal run of the blocks, and the updates are all-gathered; under ZeRO-1 to 3 and FSDP2 a block
-    lives on a rank that stores a part of it. N ranks train like one. Gradients must be averaged
-    over ranks, as DDP and DeepSpeed leave them.
+    equal run of the blocks, and the new weights are all-gathered; under ZeRO-1 to 3 and FSDP2 a
+    block lives on a rank that stores a part of it. N ranks train like one. Gradients must be
+    averaged over ranks, as DDP and DeepSpeed leave them.
 
     A step in which a gradient is NaN, infinite, or too large to square changes nothing, on any
     rank; it is counted in `skipped_steps`, and a warning is logged. A parameter without gradient is
@@ -62,24 +62,25 @@ class AdaFisher(ShardedOptimizer):
         nesterov: look ahead with the newest gradient.
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
-        eps: ε, keeps the diagonal's length finite.
-        block_size: columns of a block, at most. The state takes about 4·b/rows_per_block + 12 bytes
-            an element, shared by all ranks. "auto": the largest that memory_budget_gb allows on
-            these ranks, chosen at the first step.
-        rows_per_block: rows of a block, at most; they share F. More rows cost less, and tell more
-            of a block in as many steps; fewer follow each row's own curvature.
-        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every b elements, and
-            nothing is shared.
+        eps: ε, added to the root of a second moment, as by Adam, and to δ.
+        block_size: columns of a block, at most. The state takes about
+            4·block_size/rows_per_block + 4 bytes an element, and 8 for elements without blocks,
+            shared out over all ranks. "auto": the largest that memory_budget_gb allows on these
+            ranks, chosen at the first step.
+        rows_per_block: rows of a block, at most; they share F. With more rows each block sees more
+            samples per step, and costs less; with fewer, F follows each row's own curvature.
+        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every block_size elements,
+            and no two rows share a block.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
-        max_blocks: dense blocks that a parameter may have; the rest of its elements are Adam's. 0:
-            all of them. None: no limit, but tables have none.
+        max_blocks: dense blocks of a parameter, at most; elements past them are updated
+            elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
         fisher_update_freq: steps between updates of F.
-        inverse_update_freq: steps between refreshes of a block's factor, in turns; shorter while
-            the Fisher fills.
+        inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); shorter
+            while the Fisher fills. Above 1 it is kept, and each step refreshes some of the blocks.
         exponent: p, 0.5, or 1.0 (natural gradient).
-        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not weighed and
-            no polar factor.
+        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not divided by
+            √ŵ, and no polar factor.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or
             torch.float64 (arithmetic in float64); or its name, as the param groups have it:
             "bfloat16".
@@ -100,7 +101,7 @@ class AdaFisher(ShardedOptimizer):
     Raises:
         TypeError: a setting does not exist, or a setting or parameter has the wrong type.
         ValueError: a setting is out of bounds, or asks for what AdaFisher does not do. Either
-            message tells all that is wrong with the settings.
+            message reports all mistakes in the settings.
         UnsupportedLayoutError: a parameter is laid out in a way that is not supported (also raised
             by `step`).
     """
@@ -241,10 +242,11 @@ class AdaFisher(ShardedOptimizer):
     def report_metrics(self, callback: metrics.Callback | None, every: int = 100) -> None:
         """Measure every n-th step: conditioning of the blocks, size of the update, bytes sent.
 
-        The callback gets the step and its metrics by name (`adafisher_dist.metrics.NAMES` tells
-        what they are), on the first rank alone, when the next step is taken; `flush_metrics` tells
-        of the last. An error on a rank or in the callback is logged once, and stops nothing. All
-        ranks call this, with the same `every`, or the next step is an error on all; None ends it.
+        On the first rank alone the callback gets the step and its metrics by name
+        (`adafisher_dist.metrics.NAMES` describes them), when the next step is taken;
+        `flush_metrics` reports the last measured one. An error on a rank or in the callback is
+        logged once, and stops nothing. All ranks call this, with the same `every`, or the next step
+        is an error on all; None ends it.
 
         Args:
             callback: for example `adafisher_dist.metrics.CsvLog("metrics.csv")`.
@@ -256,7 +258,7 @@ class AdaFisher(ShardedOptimizer):
         self._registry.stepper.meter = None if callback is None else metrics.Meter(callback, every)
 
     def flush_metrics(self) -> None:
-        """Tell of a measured step that no other has come after. A collective: all ranks call it."""
+        """Report the last measured step now, and not at the next one. All ranks call it."""
         stepper = self._registry.stepper
         if stepper.meter is not None:
             stepper.meter.deliver(self._registry.ranks(), stepper.skipped)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ShardedOptimizer(Optimizer):
-    """Of AdaFisher, all but its settings, its step, and what it tells of itself."""
+    """What AdaFisher inherits: all but its settings, its step and its statistics."""
 
     # While DeepSpeed saves its files beside a sharded checkpoint: the state dict says so, and has
     # no state.
@@ -214,8 +214,8 @@ class ShardedOptimizer(Optimizer):
         For phases that do not train, as generation in RLHF. Call it on all ranks, and
         `reload_state` before the next step, save or state dict, which are errors until then.
         Training goes on bit for bit. `state`, and state dicts that were made before, show the
-        copies meanwhile. What a numpy array shares stays where it is, as a CPU's state after a
-        checkpoint.
+        copies meanwhile. State on a CPU whose memory a numpy array shares, as after a save or a
+        load, stays where it is.
 
         Args:
             pin_memory: page-lock the copies of what is on an accelerator: faster, and the host
@@ -231,7 +231,7 @@ class ShardedOptimizer(Optimizer):
     def reload_state(self) -> None:
         """Bring back what `offload_state` moved; does nothing where it did not.
 
-        What was put into `state` meanwhile is taken over by the next step, as always.
+        If entries of `state` were replaced meanwhile, the next step uses the new ones, as always.
         """
         offloading.to_device(self._registry)
 

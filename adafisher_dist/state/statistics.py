@@ -13,14 +13,15 @@ from adafisher_dist.state.shard import Shard
 
 @dataclass(frozen=True, slots=True)
 class ParameterStats:
-    """Of one parameter.
+    """Statistics of one parameter.
 
     Attributes:
-        blocks: dense and diagonal blocks, on all ranks.
+        blocks: dense ones, and of elements without blocks each block_size as one, on all ranks.
         dense_blocks: those with a dense Fisher.
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
-        ladder: how often one of this rank's blocks needed each of `FALLBACKS`.
+        ladder: how often one of this rank's blocks had no Cholesky factor (exponent=1.0) and got
+            one by "more damping", in "float64", or of its "diagonal" alone: the three keys.
     """
 
     blocks: int

@@ -146,7 +146,7 @@ def export(
 @app.command()
 def estimate(
     params: Annotated[
-        str | None, Option(help="Elements of a transformer that is made up: 7e9, 350M.", show_default=False)
+        str | None, Option(help="Parameters of a generic transformer: 7e9, 350M.", show_default=False)
     ] = None,
     model: Annotated[
         str | None, Option(help="Instead: package.module:function, which returns the model.", show_default=False)
