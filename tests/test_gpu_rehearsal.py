@@ -251,7 +251,7 @@ def test_publish(tmp_path: Path) -> None:
     done = call("report.py", "--publish", "--docs", docs, runs)
     assert done.returncode == 0, done.stderr
     page = (docs / "gpu.md").read_text()
-    assert page.startswith("# On a GPU\n\n**`make gpu` ran the part correct on Card | 80 GB on 2026-12-01;")
+    assert page.startswith("# On a GPU\n\n**`make gpu` ran the part `correct` on a Card | 80 GB on 2026-12-01;")
     assert "not so" not in page and "old" not in page
     assert "What somebody wrote." in page and page.endswith("<!-- results: end -->\n\nMore of it.\n")
     assert page.index("| bad |") < page.index("| open |") < page.index("| good |") and "off by one" in page

@@ -62,7 +62,7 @@ class AdaFisher(ShardedOptimizer):
         nesterov: look ahead with the newest gradient.
         fisher_decay: decay ρ of the Fisher's average, in [0, 1).
         damping: δ, relative to the block's mean curvature; it has no units.
-        eps: ε, added to the root of a second moment, as by Adam, and to δ.
+        eps: Adam's ε: added to the root of a second moment, and to `damping`.
         block_size: columns of a block, at most. The state takes about
             4·block_size/rows_per_block + 4 bytes an element, and 8 for elements without blocks,
             shared out over all ranks. "auto": the largest that memory_budget_gb allows on these
@@ -79,8 +79,8 @@ class AdaFisher(ShardedOptimizer):
         inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); shorter
             while the Fisher fills. Above 1 it is kept, and each step refreshes some of the blocks.
         exponent: p, 0.5, or 1.0 (natural gradient).
-        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F of rows that are not divided by
-            √ŵ, and no polar factor.
+        grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F averaged without dividing the
+            rows by √ŵ, and no polar factor.
         fisher_dtype: torch.float32, torch.bfloat16 (half the memory, arithmetic in float32), or
             torch.float64 (arithmetic in float64); or its name, as the param groups have it:
             "bfloat16".
@@ -232,7 +232,7 @@ class AdaFisher(ShardedOptimizer):
         "rank" and "all" are planned, for this rank and for all; "last_step" was counted here in the
         last call of `step`. "weights" are new weights, where all ranks have the same ones; "blocks"
         is what goes to the owners of blocks that a boundary between ranks cuts, and back;
-        "verdicts", counted only, is what the ranks agree on. DESIGN.md, "Bytes", has the formulas.
+        "verdicts", counted only, is what the ranks agree on. docs/how_it_works.md has the formulas.
         """
         stepper = self._registry.stepper
         last = {kind: stepper.sent[kind] for kind in ("weights", "blocks", "verdicts")}

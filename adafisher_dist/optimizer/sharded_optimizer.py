@@ -76,7 +76,7 @@ class ShardedOptimizer(Optimizer):
         self._notices.betas(notice)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim has it; see `optimizer.state_dicts` for the keys.
+        """The state as torch.optim has it; docs/reference.md lists the keys.
 
         In the replicated layout on several ranks a rank holds only its own blocks, so
         `consolidate_state_dict` must have been called, on all ranks, since the last step. Under

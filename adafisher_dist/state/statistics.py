@@ -16,12 +16,14 @@ class ParameterStats:
     """Statistics of one parameter.
 
     Attributes:
-        blocks: dense ones, and of elements without blocks each block_size as one, on all ranks.
+        blocks: on all ranks, dense ones and diagonal ones: of elements that are updated as by Adam
+            (vectors, tables, what lies past max_blocks) each run of up to block_size counts as one.
         dense_blocks: those with a dense Fisher.
         fisher_updates: updates of its Fisher.
         mean_block_size: elements a block.
-        ladder: how often one of this rank's blocks had no Cholesky factor (exponent=1.0) and got
-            one by "more damping", in "float64", or of its "diagonal" alone: the three keys.
+        ladder: how often one of this rank's blocks had no Cholesky factor (exponent=1.0), by the
+            fallback that gave one; they are tried in the order of the keys: "more damping",
+            "float64", "diagonal".
     """
 
     blocks: int

@@ -29,6 +29,10 @@ PARTS = ("correct", "fast", "trains")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NO_NCCL = "no run over several ranks of NCCL has been seen"
 NO_RESULTS = f"**No GPU has run this code yet, and {NO_NCCL}.**"
+TERMS = (
+    "What they say: a gate is the number on the device by which a step changes all (open) or nothing (shut); `u` is"
+    " the update; `not-numbers` puts ∞, NaN and 3e37 into one block of F, and the other blocks have to stay the same."
+)
 PICTURE = "trains.svg"
 WIDTH = 100
 
@@ -94,7 +98,8 @@ def lead(found: Found) -> str:
     for part, content in found.items():
         runs.setdefault((content["card"], content["date"][:10], content["command"]), []).append(part)
     told = [
-        f"`{command}` ran the part{'s' * (len(parts) > 1)} {', '.join(parts)} on {card} on {date}"
+        f"`{command}` ran the part{'s' * (len(parts) > 1)} {', '.join(f'`{part}`' for part in parts)}"
+        f" on {'an' if card[:1] in 'AN' else 'a'} {card} on {date}"
         for (card, date, command), parts in runs.items()
     ]
     several = found.get("correct", {}).get("ranks", 1) > 1
@@ -173,7 +178,7 @@ def _correct(content: Mapping[str, Any] | None) -> str:
         for check in _checks(content)
     ]
     ranks = content.get("ranks", 1)
-    intro = wrap(f"{_counts(content)}, on {ranks} rank{'s' if ranks != 1 else ''}.")
+    intro = wrap(f"{_counts(content)}, on {ranks} rank{'s' if ranks != 1 else ''}. {TERMS}")
     return _section(
         title, content, intro, table(("check", "", "seconds", ""), rows) if rows else "", _left_out(content)
     )
