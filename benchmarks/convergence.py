@@ -75,7 +75,7 @@ CELLS = (
     Cell("laws64x40", 3, rates=(1.0, 0.5), only=BASE),
     Cell("laws64x80", 3, rates=(1.0, 0.5)),
     Cell("laws64x160", 1, rates=(1.0, 0.5), only=BASE),
-    Cell("tune64", 3, rates=(0.3, 0.1)),
+    Cell("tune64", 3, rates=(1.0, 0.3, 0.1)),
     Cell("lora64", 3, rates=(1.0, 0.3)),
     Cell("cnn", 3, rates=(1.0, 0.3)),
     Cell("vit", 3, rates=(1.0, 0.3)),
