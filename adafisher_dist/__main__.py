@@ -13,9 +13,10 @@ def main() -> None:
     try:
         from adafisher_dist.tools.cli import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
             raise
-        sys.exit(f"The command line needs {error.name}: {_INSTALL}")
+        sys.exit(f"The command line needs {package}: {_INSTALL}")
     app()
 
 

@@ -29,7 +29,7 @@ COLORS = {
     "NorMuon": "tab:olive", "SOAP": "tab:orange", "SOAP, every 10": "tab:brown", "KL-SOAP": "tab:red",
     "Kron": "tab:purple", "AdEMAMix": "tab:gray",
 }  # fmt: skip
-HEADINGS = ("optimizer", "lr, decay", "own settings", "final loss", "seeds", "AdamW's tokens", "time", "bytes")
+HEADINGS = ("optimizer", "lr, decay", "final loss", "seeds", "AdamW's tokens", "time", "bytes")
 LEGEND = """\
 Final loss: held out, the mean over fresh seeds ± its standard error. AdamW's tokens: how many times
 as many AdamW needs to that loss, by its losses at several budgets (linear in the logarithm of the
@@ -125,16 +125,15 @@ def markdown(found: Found) -> str:
     for task, rows in found.items():
         steps, tokens = task_of(task).steps, task_of(task).tokens
         lines += ["", f"### {task}: {steps:,} steps, {tokens / 1e6:.1f} M bytes or images", ""]
-        lines += [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- |" + " ---: |" * (len(HEADINGS) - 3)]
+        lines += [f"| {' | '.join(HEADINGS)} |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
         lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    own = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
     time = f"{row['time']:.2f}" if row["time"] else "–"
     return [
-        row["optimizer"], f"{row['lr']:g}, {row['wd']:g}", own or "–", _loss(row), str(row["seeds"]), _faster(row),
+        row["optimizer"], f"{row['lr']:g}, {row['wd']:g}", _loss(row), str(row["seeds"]), _faster(row),
         time, f"{row['bytes']:.1f}",
     ]  # fmt: skip
 

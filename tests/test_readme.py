@@ -140,7 +140,8 @@ def test_one_answer_to_which_learning_rate() -> None:
     assert json.loads("{" + line + "}")["optimizer"]["params"]["lr"] == float(rates["124 M"][0])
     for config in (ROOT / "configs").glob("zero*.json"):
         assert json.loads(config.read_text())["optimizer"]["params"]["lr"] == float(rates["below 1 M"][0])
-    small = [line for script in (ROOT / "examples").glob("*.py") for line in script.read_text().splitlines()]
+    scripts = {*(ROOT / "examples").glob("*.py")} - {ROOT / "examples/torchtitan_container.py"}  # a larger model
+    small = [line for script in scripts for line in script.read_text().splitlines()]
     written = [found[1] for line in small if (found := re.search(r"(?:lr\W+|default=|learning_rate=)(\de-\d)", line))]
     assert len(written) >= 8 and {float(rate) for rate in written} == {float(rates["below 1 M"][0])}
     assert rates["below 1 M"][0] == rates["below 1 M"][2], "of pre-training and of LoRA, which the examples are"
