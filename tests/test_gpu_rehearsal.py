@@ -261,10 +261,12 @@ def test_publish(tmp_path: Path) -> None:
 
     # Another day another part: the first one stays.
     (runs / "correct.json").unlink()
-    results(runs, "fast", card="Other", blocks=[], steps=[], share=[])
+    results(runs, "fast", card="NVIDIA", blocks=[], steps=[], share=[])
     assert call("report.py", "--publish", "--docs", docs, runs).returncode == 0
     again = (docs / "gpu.md").read_text()
-    assert "| bad |" in again and "`fast` on an Other" in " ".join(again.split()) and again.count("results: begin") == 1
+    assert (
+        "| bad |" in again and "`fast` on an NVIDIA" in " ".join(again.split()) and again.count("results: begin") == 1
+    )
 
     (docs / "gpu.md").write_text(HAND.replace("<!-- results: end -->", ""))
     done = call("report.py", "--publish", "--docs", docs, runs)

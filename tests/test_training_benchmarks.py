@@ -137,7 +137,8 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| laws64x80 | {ends[BASE]} | {ends[OURS]} | {ends['Muon']} | {ends['NorMuon']} |" in report.summary(found)
     page = tmp_path / "docs" / "convergence.md"
     page.parent.mkdir()
-    page.write_text((report.ROOT / "docs" / "convergence.md").read_text())
+    for name in ("convergence.md", "convergence_times.json"):
+        (page.parent / name).write_text((report.ROOT / "docs" / name).read_text())
     for module in (report, report.common):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     report.write(convergence.rows(done), convergence.tuned(done), done)
