@@ -143,7 +143,8 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     report.write(convergence.rows(done), convergence.tuned(done), done)
     assert "| AdamW | 0.0025 to 0.16 | 0.08, decay 0.01, beta1 0.95 | " in page.read_text()
-    assert all((page.parent / f"convergence{end}").stat().st_size > 10_000 for end in (".svg", "_seconds.svg"))
+    pictures = [(page.parent / f"convergence{end}").read_text() for end in (".svg", "_seconds.svg")]
+    assert ">parameters × bytes of text a parameter<" in pictures[0] and ">NorMuon: " in pictures[1]
     assert json.loads((tmp_path / "docs/convergence.json").read_text())["tasks"]["cnn"][-1]["loss"] is None
 
 
