@@ -100,6 +100,7 @@ def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
             line |= {"loss": loss, "error": error, "seeds": len(results)}
             line |= {"speed_up": faster and faster[0], "speed_up_error": faster and faster[1]}
             line["largest"] = curve[-1].tokens / tokens if curve else None
+            line["beyond"] = line["speed_up"] == math.inf  # JSON has null for it
             step = milliseconds.get(series_of(task), {})
             line["milliseconds"] = step.get(name)
             line["time"] = step[name] / step[BASE] if name in step else None
@@ -227,18 +228,22 @@ def with_block(text: str, name: str, block: str) -> str:
 def draw(content: Mapping[str, Any]) -> Figure:
     """The speed-up by size and budget."""
     found = content["tasks"]
-    tasks = [task for task, rows in found.items() if len(rows) > 1 and any(row["speed_up"] for row in rows)]
-    names = [name for name in COLORS if name != BASE and any(name in _by_name(found[task]) for task in tasks)]
-    figure, (axes,) = figures.panels([1.6 + 0.2 * len(names) + 1.6])
+    tasks = [task for task, rows in found.items() if len(rows) > 1 and any(_place(row) for row in rows)]
+    drawn = {row["optimizer"] for task in tasks for row in found[task] if _place(row)}
+    names = [name for name in COLORS if name in drawn and name != BASE]
+    figure, (axes,) = figures.panels([3.2 + 0.2 * len(names)])
     for place, name in enumerate(names):
         shift = 0.5 * (place / max(1, len(names) - 1) - 0.5)
-        points = [(at + shift, _by_name(found[task]).get(name)) for at, task in enumerate(tasks)]
-        known = [(at, row) for at, row in points if row and row["speed_up"]]
+        rows = [(at + shift, _by_name(found[task]).get(name)) for at, task in enumerate(tasks)]
+        rows = [(at, row) for at, row in rows if row and _place(row)]
+        known = [(at, row) for at, row in rows if not row["beyond"]]
         axes.errorbar(
             [at for at, _ in known], [row["speed_up"] for _, row in known],
             [row["speed_up_error"] or 0 for _, row in known], fmt="o", markersize=4, capsize=3, color=COLORS[name],
             label=name,
         )  # fmt: skip
+        beyond = [(at, row["largest"]) for at, row in rows if row["beyond"]]
+        axes.plot([at for at, _ in beyond], [least for _, least in beyond], "^", markersize=6, color=COLORS[name])
     axes.axhline(1, color=COLORS[BASE], lw=1, label=BASE)
     axes.set_xticks(range(len(tasks)), [_told(task) for task in tasks])
     axes.set_xlim(-0.5, max(1, len(tasks)) - 0.5)
@@ -247,9 +252,14 @@ def draw(content: Mapping[str, Any]) -> Figure:
     figures.tell(
         figure,
         "A byte-level GPT on German law, which nothing was chosen on; parameters beside embedding and head. Means of"
-        " finished trainings, with standard errors, all at their best settings (docs/convergence.md).",
+        " finished trainings, with standard errors, all at their best settings (docs/convergence.md). A triangle: more"
+        f" than this, where {BASE} has not got there with its longest training.",
     )
     return figure
+
+
+def _place(row: Mapping[str, Any]) -> float | None:
+    return row["largest"] if row["beyond"] else row["speed_up"]
 
 
 def draw_seconds(content: Mapping[str, Any]) -> Figure:
