@@ -113,7 +113,11 @@ def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
 
 def step_times() -> dict[str, dict[str, float]]:
     """Milliseconds of a step, by model and optimizer: see convergence_times.py."""
-    return json.loads((ROOT / "docs" / "convergence_times.json").read_text())["milliseconds"]
+    return _times()["milliseconds"]
+
+
+def _times() -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "convergence_times.json").read_text())
 
 
 def _full(results: Sequence[Result]) -> list[list[float]]:
@@ -212,7 +216,8 @@ def write(rows: Rows, tuned: Tuned, done: Done) -> None:
     page.write_text(text, encoding="utf-8")
     plain = json.loads(json.dumps(common.rounded(found, 6)).replace("Infinity", "null").replace("NaN", "null"))
     common.save("convergence", False, {"tasks": plain}, draw)
-    figures.write(draw_seconds({"tasks": plain}), docs / "convergence_seconds.svg")
+    if any(series_of(task) == SMALLEST for task in found):
+        figures.write(draw_seconds({"tasks": plain}), docs / "convergence_seconds.svg")
     print(f"Written: tables in {page.relative_to(ROOT)}, and docs/convergence_seconds.svg")
 
 
@@ -253,7 +258,7 @@ def draw(content: Mapping[str, Any]) -> Figure:
         figure,
         "A byte-level GPT on German law, which nothing was chosen on; parameters beside embedding and head. Means of"
         " finished trainings, with standard errors, all at their best settings (docs/convergence.md). A triangle: more"
-        f" than this, where {BASE} has not got there with its longest training.",
+        f" than this, where {BASE} has not got there with its longest training. On CPUs, in float32.",
     )
     return figure
 
@@ -265,8 +270,8 @@ def _place(row: Mapping[str, Any]) -> float | None:
 def draw_seconds(content: Mapping[str, Any]) -> Figure:
     """Loss by time, in the longest training of the smallest model."""
     found = content["tasks"]
-    several = [task for task, rows in found.items() if series_of(task) == SMALLEST and len(rows) > 1]
-    longest = max(several, key=lambda task: task_of(task).tokens)
+    smallest = [task for task in found if series_of(task) == SMALLEST]
+    longest = max(smallest, key=lambda task: (len(found[task]) > 1, task_of(task).tokens))
     shown = [row for row in found[longest] if row["optimizer"] in (BASE, OURS, *RIVALS_SHOWN)]
     figure, (axes,) = figures.panels([2.9 + 0.2 * len(shown)])
     for row in shown:
@@ -279,7 +284,8 @@ def draw_seconds(content: Mapping[str, Any]) -> Figure:
     figures.tell(
         figure,
         "A byte-level GPT on German law, which nothing was chosen on. Means over seeds, at the best settings of each;"
-        " time is steps × what a step takes (docs/convergence_times.json).",
+        " time is steps × what a step takes.",
+        figures.machine(_times()),
     )
     return figure
 

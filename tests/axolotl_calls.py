@@ -9,6 +9,7 @@ plugin, and the class handed to Trainer by its constructor.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -59,7 +60,10 @@ def main() -> None:
         provide_base()
         from axolotl_plugin import AdaFisherPlugin
 
-        plugin, cfg = AdaFisherPlugin(), SimpleNamespace(adafisher=SETTINGS)
+        plugin = AdaFisherPlugin()
+        module, _, name = plugin.get_input_args().rpartition(".")
+        keys = getattr(importlib.import_module(module), name)  # by which Axolotl checks the YAML file
+        cfg = SimpleNamespace(**keys(adafisher=SETTINGS).model_dump())
         plugin.post_trainer_create(cfg, trainer)
         for callback in plugin.add_callbacks_post_trainer(cfg, trainer):
             trainer.add_callback(callback)

@@ -52,8 +52,8 @@ def test_it_is_a_plugin_of_axolotls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "axolotl_plugin")
 
 
-def test_the_plugin_uses_only_hooks_that_the_stand_in_has() -> None:
-    """So that a hook which the stand-in never calls is not taken for tested."""
+def test_the_plugin_uses_only_hooks_that_are_called() -> None:
+    """So that a hook which tests/axolotl_calls.py never calls is not taken for tested."""
     (plugin,) = (
         node
         for node in ast.parse((EXAMPLES / "axolotl_plugin.py").read_text()).body

@@ -239,6 +239,16 @@ def test_the_three_numbers_are_those_of_their_pages() -> None:
     assert shares == [f"{told[0]:.0f} %", f"{told[1]:.1f} %"] and measured["ranks"] == 8
 
 
+def test_what_the_default_costs_on_a_gpu_is_what_was_measured() -> None:
+    found = [json.loads((DOCS / f"gpu/{name}.json").read_text()) for name in ("fast_by_torch", "fast")]
+    assert [each["kernel"] for each in found] == [False, True]
+    steps = [{row["name"]: row.get("device_ms") for row in each["steps"]} for each in found]
+    for size in ("124 M", "350 M"):
+        told = re.findall(rf"^\| step of a GPT of {size} parameters, ms \| (.+) \|$", text("gpu.md"), re.MULTILINE)
+        names = [(0, "AdaFisher"), (1, "AdaFisher"), (0, "Muon, AdamW (fused) for the rest"), (0, "AdamW (fused)")]
+        assert told == [" | ".join(f"{steps[at][f'{name}, {size}']:.3g}" for at, name in names)]
+
+
 def test_the_table_of_embeddings_and_heads_is_that_of_the_code() -> None:
     from adafisher_dist.blocks.grid import grid_of
     from adafisher_dist.settings import state_config

@@ -23,6 +23,7 @@ sys.path.append(str(BENCHMARKS))  # behind tests/
 import convergence  # noqa: E402
 import convergence_report as report  # noqa: E402
 import convergence_tasks  # noqa: E402
+import deepspeed_trainings  # noqa: E402
 import digits  # noqa: E402
 import optimizers  # noqa: E402
 import texts  # noqa: E402
@@ -152,6 +153,32 @@ def test_the_page_has_the_tables_of_the_trainings_that_are_committed() -> None:
     done, page = trainings.read(convergence.FILE), (report.ROOT / "docs" / "convergence.md").read_text()
     for name, block in report.blocks(convergence.rows(done), convergence.tuned(done), done).items():
         assert report.with_block(page, name, block) == page, f"{name}: run benchmarks/convergence.py --report"
+
+
+def test_the_proposal_has_the_table_of_the_trainings_that_are_committed() -> None:
+    page = (report.ROOT / "docs" / "deepspeed_proposal.md").read_text()
+    block = deepspeed_trainings.table(trainings.read(deepspeed_trainings.FILE))
+    assert report.with_block(page, "trainings", block) == page, "run benchmarks/deepspeed_trainings.py --report"
+
+
+def test_deepspeed_trains_at_the_settings_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_trainings, "read", lambda path: all_of())
+    runs = list(deepspeed_trainings.wanted({}))
+    assert len(runs) == len(set(runs)) == 2 * 3 * 3 * 2
+    assert {(run.optimizer, run.lr, run.wd) for run in runs} == {("adamw", 8e-2, 0.01), ("adafisher", 8e-2, 0.01)}
+    adamw = next(run for run in runs if run.optimizer == "adamw")
+    assert deepspeed_trainings.config(adamw, 3) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {
+            "type": "AdamW", "params": {"lr": 8e-2, "weight_decay": 0.01, "betas": [0.95, 0.95], "torch_adam": True},
+        },
+        "zero_optimization": {"stage": 3},
+        "gradient_clipping": 1.0,
+    }  # fmt: skip
+    model = convergence_tasks.GPT(64)
+    groups = deepspeed_trainings.groups_of(optimizers.build("adafisher", model, 1e-2, 0.1, {}))
+    (tables,) = (group for group in groups if group.get("max_blocks") == 0)
+    assert {id(p) for p in tables["params"]} == {id(model.embedding.weight), id(model.head.weight)}
 
 
 # ---- trainings and their file ----

@@ -6,6 +6,7 @@ Each beside the plain run: the same training without it, or one process.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def wrapped(module: nn.Module, layout: str, **options: Any) -> nn.Module:
     return fully_shard(module) if layout == "FSDP2" else DDP(module, **options)
 
 
+def train(module: nn.Module, rank: int, world: int, then: Callable[[], object] = lambda: None) -> None:
+    """STEPS steps on this rank's part of each batch; `then` is called after each."""
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for step in range(STEPS):
+        x, y = batch(step, rank, world)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(x), y).backward()
+        optimizer.step()
+        then()
+
+
 def full_weights(module: nn.Module) -> Arrays:
     return {name.removeprefix("module."): full(p) for name, p in module.named_parameters()}
 
@@ -54,12 +66,7 @@ def recomputed(rank: int, world: int, layout: str) -> list[Arrays]:
     found = []
     for kind in (Recomputed, Odd):
         module = wrapped(model(kind=kind), layout)
-        optimizer = AdaFisher(module.parameters(), **SETTINGS)
-        for step in range(STEPS):
-            x, y = batch(step, rank, world)
-            optimizer.zero_grad()
-            nn.functional.mse_loss(module(x), y).backward()
-            optimizer.step()
+        train(module, rank, world)
         found.append(full_weights(module))
     return found
 
@@ -123,29 +130,20 @@ def averaged_under_fsdp2(rank: int, world: int) -> tuple[Arrays, list[Arrays]]:
     averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     fully_shard(module)  # after the copy, since a sharded module cannot be copied; then the copy too
     fully_shard(averaged.module)
-    optimizer = AdaFisher(module.parameters(), **SETTINGS)
-    after = []
-    for step in range(STEPS):
-        x, y = batch(step, rank, world)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(module(x), y).backward()
-        optimizer.step()
+    after: list[Arrays] = []
+
+    def then() -> None:
         averaged.update_parameters(module)
         after.append(full_weights(module))
+
+    train(module, rank, world, then)
     return full_weights(averaged.module), after
 
 
 def plain_steps() -> list[Arrays]:
     """Weights after each step of one process, and no average."""
-    module = model()
-    optimizer = AdaFisher(module.parameters(), **SETTINGS)
-    after = []
-    for step in range(STEPS):
-        x, y = batch(step, 0, 1)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(module(x), y).backward()
-        optimizer.step()
-        after.append(weights(module))
+    module, after = model(), []
+    train(module, 0, 1, lambda: after.append(weights(module)))
     return after
 
 
@@ -220,12 +218,7 @@ def test_a_loss_scale_under_ddp(world: int) -> None:
 def tied(rank: int, world: int) -> Arrays:
     module: nn.Module = model(kind=Tied)
     trained = DDP(module, find_unused_parameters=True) if world > 1 else module
-    optimizer = AdaFisher(trained.parameters(), **SETTINGS)
-    for step in range(STEPS):
-        x, y = batch(step, rank, world)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(trained(x), y).backward()
-        optimizer.step()
+    train(trained, rank, world)
     assert module.again.weight is module.inner.weight
     return weights(module)
 

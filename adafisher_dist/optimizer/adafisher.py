@@ -76,8 +76,9 @@ class AdaFisher(ShardedOptimizer):
         max_blocks: dense blocks of a parameter, at most; elements past them are updated
             elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
         fisher_update_freq: steps between updates of F.
-        inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); shorter
-            while the Fisher fills. Above 1 it is kept, and each step refreshes some of the blocks.
+        inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); fewer
+            in the first steps, when F changes most. Above 1 it is kept, and each step refreshes
+            some of the blocks.
         exponent: p, 0.5, or 1.0 (natural gradient).
         grafting: "rms": as above; "none": plain F̂^(−p) m̂, with F averaged without dividing the
             rows by √ŵ, and no polar factor.
