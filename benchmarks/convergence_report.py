@@ -35,7 +35,7 @@ Final loss: held out, the mean over fresh seeds ± its standard error. AdamW's t
 as many AdamW needs to that loss, by its losses at several budgets (linear in the logarithm of the
 tokens between them; > where AdamW has not got there at its largest). Time: processor seconds of a
 step over AdamW's, all measured in turn in one run (docs/convergence_times.json). Bytes: of
-optimizer state, for each trained element."""
+optimizer state, AdaFisher's with its buffers, for each trained element."""
 
 
 class Point(NamedTuple):
@@ -256,9 +256,10 @@ def draw(content: Mapping[str, Any]) -> Figure:
     figures.head(axes, f"Less text than {BASE} to the same loss")
     figures.tell(
         figure,
-        "A byte-level GPT on German law, which nothing was chosen on; parameters beside embedding and head. Means of"
-        " finished trainings, with standard errors, all at their best settings (docs/convergence.md). A triangle: more"
-        f" than this, where {BASE} has not got there with its longest training. On CPUs, in float32.",
+        "A byte-level GPT on German law, which the update was not developed on; embedding and head are not counted as"
+        " parameters. Means of finished trainings, with standard errors, all at their best settings"
+        f" (docs/convergence.md). A triangle: more than this, where {BASE} has not got there with its longest training."
+        " On CPUs, in float32.",
     )
     return figure
 
@@ -283,8 +284,8 @@ def draw_seconds(content: Mapping[str, Any]) -> Figure:
     figures.head(axes, f"Loss by time: {_told(longest)} bytes a parameter")
     figures.tell(
         figure,
-        "A byte-level GPT on German law, which nothing was chosen on. Means over seeds, at the best settings of each;"
-        " time is steps × what a step takes.",
+        "A byte-level GPT on German law, which the update was not developed on. Means over seeds, at the best settings"
+        " of each; time is steps × what a step takes.",
         figures.machine(_times()),
     )
     return figure

@@ -200,9 +200,9 @@ def test_the_deepspeed_script_runs_and_resumes_on_other_ranks(tmp_path: Path) ->
     assert "adafisher" not in SCRIPTS["train_deepspeed.py"], "it imports nothing of ours"
     (tmp_path / "ds.json").write_text(blocks("quickstart.md", "json")[0])
     assert "nothing is loaded" in run_script("train_deepspeed.py", 2, tmp_path)
-    assert read_latest(tmp_path / "ckpt") == "global_step20"
+    assert read_latest(tmp_path / "ckpt_ds") == "global_step20"
     run_script("train_deepspeed.py", 1, tmp_path)
-    assert read_latest(tmp_path / "ckpt") == "global_step40"
+    assert read_latest(tmp_path / "ckpt_ds") == "global_step40"
 
 
 @pytest.mark.slow

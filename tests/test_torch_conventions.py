@@ -212,6 +212,22 @@ def test_groups_keep_their_own_settings() -> None:
     assert optimizer.num_parameters() == 2
 
 
+def test_a_new_rate_after_a_load_holds_for_a_scheduler_that_is_built_then() -> None:
+    old = AdaFisher(model().parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(old, lambda step: 1.0)
+    optimizer = AdaFisher(model().parameters(), lr=0.3)
+    optimizer.load_state_dict(old.state_dict())
+    assert optimizer.param_groups[0]["initial_lr"] == 0.1  # as torch.optim has it
+    optimizer.set_lr(0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    assert optimizer.get_lr() == 0.2
+    scheduler.step()
+    assert optimizer.get_lr() == 0.1
+    fresh = AdaFisher(model().parameters(), lr=0.3)
+    fresh.set_lr(0.2)
+    assert "initial_lr" not in fresh.param_groups[0]
+
+
 def test_reset_state() -> None:
     module = model()
     start = copy.deepcopy(module.state_dict())

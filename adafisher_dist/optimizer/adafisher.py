@@ -275,6 +275,9 @@ class AdaFisher(ShardedOptimizer):
     def set_lr(self, lr: float, group: int | None = None) -> None:
         """Set the learning rate of one param group, or of all.
 
+        A scheduler that is built afterwards starts from it, also where the group has an
+        `initial_lr` of an earlier one, as after a load.
+
         Raises:
             ValueError: lr is negative or not finite.
             IndexError: there is no such group.
@@ -283,6 +286,8 @@ class AdaFisher(ShardedOptimizer):
         normalize(checked)
         for param_group in self.param_groups if group is None else [self.param_groups[group]]:
             param_group["lr"] = checked["lr"]
+            if "initial_lr" in param_group:
+                param_group["initial_lr"] = checked["lr"]
 
 
 def _refuse_capture() -> None:
