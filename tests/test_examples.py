@@ -275,10 +275,15 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_fsdp2 import LanguageModel, ModelParallelStrategy, Trainer, seed_everything
 devices, resume = int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
 seed_everything(0)
-strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=sys.argv[2] == "sharded")
+if sys.argv[2] == "ddp":
+    LanguageModel.configure_model = lambda self: None  # it would shard
+    strategy = DDPStrategy()
+else:
+    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=sys.argv[2] == "sharded")
 saves = ModelCheckpoint("own", "{epoch}", save_top_k=-1)
 trainer = Trainer(
     accelerator="cpu", strategy=strategy, devices=devices, max_epochs=2, limit_train_batches=3, logger=False,
@@ -287,14 +292,15 @@ trainer = Trainer(
 model = LanguageModel(10)
 trainer.fit(model, ckpt_path=resume, weights_only=False)
 (optimizer,) = trainer.optimizers
-weight = next(model.parameters()).full_tensor().double().sum().item()
+weight = next(model.parameters())
+weight = (weight if sys.argv[2] == "ddp" else weight.full_tensor()).double().sum().item()
 if trainer.global_rank == 0:
     print(f"END {weight!r} {sorted({int(entry['step']) for entry in optimizer.state.values()})}")
 """
 
 
-@pytest.mark.parametrize("kind", ["sharded", pytest.param("full", marks=pytest.mark.slow)])
-def test_lightnings_own_checkpoint_under_fsdp2(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "sharded", pytest.param("full", marks=pytest.mark.slow)])
+def test_lightnings_own_checkpoint(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="the extra 'lightning' is not installed")
     (tmp_path / "own.py").write_text(OWN_CHECKPOINT)
 
