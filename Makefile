@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt launch/venv.sh
 	@launch/venv.sh
 	@touch $@
 
-demo: $(STAMP)  ## train AdaFisher beside AdamW on 2 CPU ranks or all GPUs, about two minutes
+demo: $(STAMP)  ## train AdaFisher beside AdamW and Muon on 2 CPU ranks or all GPUs, about three minutes
 	@$(BIN)/python launch/demo.py
 
 test: $(STAMP)  ## the desk's: all in one process but the longest, and each layout once at two ranks; PYTEST="-k name" chooses

@@ -58,11 +58,12 @@ class ByteTransformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, seq_len: int) -> None:
         super().__init__()
-        self.bytes = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Embedding(seq_len, width)
+        # DeepSpeed's Muon trains all matrices but those with "embed" or "lm_head" in their names.
+        self.embed_bytes = nn.Embedding(VOCABULARY, width)
+        self.embed_positions = nn.Embedding(seq_len, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # What is added to the residual stream starts smaller: its variance does not grow
@@ -76,10 +77,8 @@ class ByteTransformer(nn.Module):
         """Named parameters in groups; the tables of bytes and positions are updated as by Adam.
 
         AdaFisher recognizes tables of larger vocabularies by their shape.
-
-        Of larger vocabularies AdaFisher knows tables by their shape.
         """
-        tables = {f"{table}.weight" for table in ("bytes", "positions", "head")}
+        tables = {f"{table}.weight" for table in ("embed_bytes", "embed_positions", "lm_head")}
         named = list(self.named_parameters())
         return [
             {"params": [pair for pair in named if pair[0] not in tables]},
@@ -88,8 +87,9 @@ class ByteTransformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross-entropy of each sequence, in nats a byte: (B,), float32."""
-        x_BTW = self.bytes(tokens_BT) + self.positions(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTW = self.embed_bytes(tokens_BT) + self.embed_positions(positions_T)
         for layer in self.layers:
             x_BTW = layer(x_BTW)
-        logits_BVT = self.head(self.norm(x_BTW)).float().transpose(1, 2)
+        logits_BVT = self.lm_head(self.norm(x_BTW)).float().transpose(1, 2)
         return functional.cross_entropy(logits_BVT, targets_BT, reduction="none").mean(dim=1)

@@ -23,7 +23,8 @@ class Row:
         val_loss: on the held-out text; None where it was not measured.
         lr: learning rate of the last step.
         tokens_per_s: of all ranks, since the last row, validation left out.
-        optimizer_share: part of that time spent in the optimizer's step(), 0 to 1.
+        optimizer_share: part of that time spent in the optimizer's step(), 0 to 1; None where not
+            all of its work is done there.
         seconds: training time so far, validation left out.
     """
 
@@ -141,6 +142,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("learning rate", "steps", "training", "held out", "seconds", "tokens/s", "in optimizer"):
         result.add_column(heading, justify="right")
     for summary in summaries:
+        share = summary["optimizer_share"]
         result.add_row(
             summary["optimizer"]["type"],
             f"{summary['optimizer']['params']['lr']:g}",
@@ -149,7 +151,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> Table:
             f"{summary['val_loss']:.3f}",
             f"{summary['seconds']:.0f}",
             f"{summary['tokens_per_s']:,.0f}",
-            f"{summary['optimizer_share']:.0%}",
+            "–" if share is None else f"{share:.0%}",
         )
     return result
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEFAULT_LR = {"adafisher": 1e-2, "adamw": 3e-3}
-TYPES = {"adafisher": "AdaFisher", "adamw": "AdamW"}
+TYPES = {"adafisher": "AdaFisher", "adamw": "AdamW", "muon": "Muon"}
+DEFAULT_LR = {"adafisher": 1e-2, "adamw": 3e-3, "muon": 5e-2}
+MUON = {"momentum": 0.95, "adam_lr": 3e-3}  # adam_lr: of what is no hidden matrix
 
 
 class UsageError(Exception):
@@ -95,6 +96,10 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
     """
     config = _read(settings.config)
     config["optimizer"] = _optimizer(settings, config.get("optimizer") or {})
+    if settings.optimizer == "muon":
+        # DeepSpeed 0.19.8 clips what Muon has orthogonalized, of norm √rank a matrix, and not the
+        # gradient: a limit of 1 would make its steps some thirty times too short.
+        config["gradient_clipping"] = 0.0
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if key in config and (not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1):
             raise ValueError(f"{settings.config}: {key} should be a positive integer, got {config[key]!r}.")
@@ -141,7 +146,9 @@ def _optimizer(settings: Settings, configured: dict[str, Any]) -> dict[str, Any]
     if configured.get("type") == kind:
         params = dict(configured.get("params") or {})
     params.setdefault("lr", DEFAULT_LR[settings.optimizer])
-    if kind == "AdamW":
+    if kind == "Muon":
+        params = {**MUON, **params}
+    if kind != "AdaFisher":
         params["torch_adam"] = True  # torch.optim.AdamW; DeepSpeed's own would be compiled first
     if settings.lr is not None:
         params["lr"] = settings.lr

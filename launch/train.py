@@ -1,4 +1,4 @@
-"""Trains a byte-level transformer with DeepSpeed and AdaFisher or AdamW, on one rank or many.
+"""Trains a byte-level transformer with DeepSpeed and AdaFisher, AdamW or Muon, on one rank or many.
 
     torchrun --nproc-per-node 2 launch/train.py --config configs/zero2.json
 
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class OptimizerName(str, enum.Enum):
     adafisher = "adafisher"
     adamw = "adamw"
+    muon = "muon"
 
 
 class Device(str, enum.Enum):
@@ -47,7 +48,8 @@ def main(
     optimizer: Annotated[OptimizerName, Option(help="Written into the DeepSpeed config.")] = OptimizerName.adafisher,
     config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = ROOT / "configs" / "zero1.json",
     lr: Annotated[
-        float | None, Option(min=0, help="Peak learning rate.  [default: the config's, or 0.01, and 0.003 for adamw]")
+        float | None,
+        Option(min=0, help="Peak learning rate.  [default: the config's, or 0.01; 0.003 for adamw, 0.05 for muon]"),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -103,6 +103,7 @@ class Trainer:
     def __init__(self, engine: Any, settings: Settings, config: dict[str, Any], corpus: Corpus, place: Place) -> None:
         self.engine, self.settings, self.config, self.corpus, self.place = engine, settings, config, corpus, place
         self.watch = Stopwatch(engine.basic_optimizer, place.device)
+        self.has_share = settings.optimizer != "muon"  # ZeRO orthogonalizes outside of the optimizer's step()
         self.step = 0
         self.spent = Spent()
         self.rows: list[Row] = []
@@ -150,11 +151,12 @@ class Trainer:
         self.spent.seconds += seconds
         self.spent.optimizer_seconds += in_optimizer
         self.spent.tokens += tokens
+        share = in_optimizer / seconds if self.has_share else None
         loss = (total(torch.stack(losses).mean()) / self.place.world_size).item()
         if not math.isfinite(loss):
             raise UsageError(f"The training loss is {loss} at step {self.step}; try a lower --lr than {lr:g}.")
         val_loss = self.validate() if validating else None
-        return Row(self.step, loss, val_loss, lr, tokens / seconds, in_optimizer / seconds, self.spent.seconds)
+        return Row(self.step, loss, val_loss, lr, tokens / seconds, share, self.spent.seconds)
 
     def _train_step(self) -> Tensor:
         """One step on this rank's slice of the global batch; the slice's mean loss."""
@@ -238,7 +240,7 @@ class Trainer:
             "val_loss": self.rows[-1].val_loss,
             "seconds": self.spent.seconds,
             "tokens_per_s": self.spent.tokens / self.spent.seconds,
-            "optimizer_share": self.spent.optimizer_seconds / self.spent.seconds,
+            "optimizer_share": self.spent.optimizer_seconds / self.spent.seconds if self.has_share else None,
             "optimizer_bytes_by_rank": usage if memory else None,
             "skipped_steps": getattr(self.engine.basic_optimizer, "skipped_steps", None),
             "parameters": sum(p.numel() for p in self.engine.module.parameters()),

@@ -105,13 +105,16 @@ def test_a_run_resumed_in_its_own_folder_goes_on_with_its_log(two_ranks: Path) -
     assert losses(two_ranks) == before
 
 
-def test_adamw_beside_it(two_ranks: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("muon", "Muon")])
+def test_others_beside_it(name: str, kind: str, two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed compiles Muon for each shape
     seldom = ["--validate-every", "100", "--log-every", "100", "--save-every", "3"]  # and saves in between
-    done = train(2, "--optimizer", "adamw", "--out", "d", *seldom, cwd=two_ranks.parent)
+    done = train(2, "--optimizer", name, "--out", name, *seldom, cwd=two_ranks.parent)
     assert done.returncode == 0, done.stderr[-3000:]
-    saved = {path.name for path in (two_ranks.parent / "d" / "checkpoint").glob("step*")}
+    saved = {path.name for path in (two_ranks.parent / name / "checkpoint").glob("step*")}
     assert saved == {"step3", "step6", "step8"}
-    assert json.loads((two_ranks.parent / "d" / "summary.json").read_text())["optimizer"]["type"] == "AdamW"
+    summary = json.loads((two_ranks.parent / name / "summary.json").read_text())
+    assert summary["optimizer"]["type"] == kind and (summary["optimizer_share"] is None) == (name == "muon")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +177,9 @@ def test_what_the_command_line_makes_of_the_config() -> None:
     assert (params["lr"], params["damping"], params["block_grid"]) == (0.5, 0.2, "flat")
     adamw = deepspeed_config(arguments(optimizer="adamw"), 2)["optimizer"]
     assert adamw == {"type": "AdamW", "params": {"weight_decay": 0.01, "lr": 0.003, "torch_adam": True}}
+    muon = deepspeed_config(arguments(optimizer="muon", overrides=["adam_lr=0.001"]), 2)["optimizer"]["params"]
+    assert deepspeed_config(arguments(optimizer="muon"), 2)["gradient_clipping"] == 0
+    assert muon == {"momentum": 0.95, "adam_lr": 1e-3, "weight_decay": 0.01, "lr": 0.05, "torch_adam": True}
     preset = deepspeed_config(arguments(overrides=["preset=language_models", "damping=0.3"]), 2)["optimizer"]["params"]
     assert preset == {"preset": "language_models", "damping": 0.3}
     with pytest.raises(ValueError, match="no multiple of --heads"):
@@ -218,7 +224,9 @@ def test_groups_of_the_model() -> None:
     """Each parameter once; the tables, and they alone, without blocks."""
     model = ByteTransformer(width=8, layers=1, heads=1, seq_len=4)
     others, tables = model.groups()
-    assert {name for name, _ in tables["params"]} == {"bytes.weight", "positions.weight", "head.weight"}
+    assert {name for name, _ in tables["params"]} == {
+        "embed_bytes.weight", "embed_positions.weight", "lm_head.weight",
+    }  # fmt: skip
     assert tables["max_blocks"] == 0 and "max_blocks" not in others
     assert dict(others["params"] + tables["params"]).keys() == dict(model.named_parameters()).keys()
     assert len(others["params"]) + len(tables["params"]) == len(list(model.parameters()))
