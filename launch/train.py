@@ -45,7 +45,9 @@ class Device(str, enum.Enum):
 
 
 def main(
-    optimizer: Annotated[OptimizerName, Option(help="Written into the DeepSpeed config.")] = OptimizerName.adafisher,
+    optimizer: Annotated[
+        OptimizerName, Option(help="Written into the DeepSpeed config; muon never clips.")
+    ] = OptimizerName.adafisher,
     config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = ROOT / "configs" / "zero1.json",
     lr: Annotated[
         float | None,

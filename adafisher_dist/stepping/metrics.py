@@ -1,8 +1,8 @@
 """Metrics of every n-th step: conditioning of the blocks, size of the update, bytes sent.
 
 What is computed on a device is read, compared over the ranks and told when the next step is taken,
-without waiting for it; of several ranks a host waits in a measured step until the devices have
-decided whether it takes place. Between measured steps nothing is done at all.
+without waiting for it; but of several ranks the host waits for the devices' decision in the two
+steps after a measured one. Between measured steps nothing is done at all.
 """
 
 from __future__ import annotations

@@ -218,7 +218,9 @@ def _blocks(content: Mapping[str, Any]) -> str:
 
 
 def _kernel(content: Mapping[str, Any]) -> str:
-    return " The kernel took it (ADAFISHER_KERNEL=1), which is not a default." if content.get("kernel") else ""
+    if not content.get("kernel"):
+        return ""
+    return " The kernel (ADAFISHER_KERNEL=1, which is not a default) took it, but for exponent 1, which torch took."
 
 
 def _steps(content: Mapping[str, Any]) -> str:
