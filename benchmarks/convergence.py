@@ -7,9 +7,9 @@
 
 Each is tuned alike on the smallest model at 20 bytes a parameter, with a seed that is not reported:
 learning rate, weight decay, then two settings of its own. What is best there is trained with fresh
-seeds on all tasks; longer and larger ones try half the learning rate too. Finished trainings go
-into docs/convergence.jsonl, what follows from them into docs/convergence.json, two pictures, and
-the tables of convergence.md. How long steps take is measured apart: convergence_times.py.
+seeds on all tasks, most of which try other learning rates too. Finished trainings go into
+docs/convergence.jsonl, what follows from them into docs/convergence.json, two pictures, and the
+tables of convergence.md. How long steps take is measured apart: convergence_times.py.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Cell:
 
     Attributes:
         leaders: only AdaFisher, AdamW and the two best rivals of TUNED_ON.
-        rates: parts of the best learning rate of TUNED_ON; with the tuning seed the best is chosen,
-            where there are several.
+        rates: parts of the best learning rate of TUNED_ON. Where there are several, the best is
+            chosen with the tuning seed, among more where it is the largest or the smallest.
         only: a name; None for all.
     """
 
@@ -95,17 +95,23 @@ QUICK_TASKS = ("cnn", "vit")
 def tuning(name: str, done: Done) -> tuple[list[Run], Run | None]:
     """The trials of a name that are known to be wanted so far, and the best once all are done."""
     builder, fixed, trials = CONTENDERS[name]
-    runs = [Run(TUNED_ON, builder, lr, WDS[0], TUNING_SEED, written(fixed)) for lr in LRS]
-    while (best := best_of(runs, done)) and len(runs) < MOST_LRS:
-        rates = sorted(run.lr for run in runs)
-        if best.lr not in (rates[0], rates[-1]):
-            break
-        runs.append(replace(best, lr=rates[0] / 2 if best.lr == rates[0] else rates[-1] * 2))
+    runs, best = of_rates([Run(TUNED_ON, builder, lr, WDS[0], TUNING_SEED, written(fixed)) for lr in LRS], done)
     for more in ([{"wd": wd} for wd in WDS[1:]], [{"settings": written({**fixed, **own})} for own in trials]):
         if best is None:
             break
         runs += [replace(best, **each) for each in more]
         best = best_of(runs, done)
+    return runs, best
+
+
+def of_rates(runs: list[Run], done: Done) -> tuple[list[Run], Run | None]:
+    """Trials that differ in their rate, more where the best is at an edge, and the best of all."""
+    factor, runs = max(runs[0].lr / runs[1].lr, runs[1].lr / runs[0].lr), list(runs)
+    while (best := best_of(runs, done)) and len(runs) < MOST_LRS:
+        rates = sorted(run.lr for run in runs)
+        if best.lr not in (rates[0], rates[-1]):
+            break
+        runs.append(replace(best, lr=rates[0] / factor if best.lr == rates[0] else rates[-1] * factor))
     return runs, best
 
 
@@ -140,8 +146,8 @@ def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]
     if best is None:
         return [], []
     tried = [replace(best, task=cell.task, lr=best.lr * part) for part in cell.rates]
-    chosen = best_of(tried, done) if len(tried) > 1 else tried[0]
-    return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried[1:] and tried
+    tried, chosen = of_rates(tried, done) if len(tried) > 1 else ([], tried[0])
+    return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried
 
 
 def names_of(cell: Cell, done: Done) -> list[str]:

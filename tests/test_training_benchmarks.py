@@ -107,6 +107,14 @@ def test_a_cells_rate_is_chosen_among_parts_of_the_best() -> None:
     assert run.lr == 4e-2 and convergence.rows(done)[TUNED_ON][OURS][0][0].lr == 8e-2
 
 
+def test_a_cells_best_rate_is_inside_too() -> None:
+    done = all_of(lambda run: quadratic(replace(run, lr=run.lr * 8)) if run.task == "laws64x80" else quadratic(run))
+    tried = {run.lr for run in done if (run.task, run.optimizer, run.seed) == ("laws64x80", "adafisher", TUNING_SEED)}
+    assert tried == {8e-2, 4e-2, 2e-2, 1e-2, 5e-3}
+    assert convergence.rows(done)["laws64x80"][OURS][0][0].lr == 1e-2
+    assert {run.lr for run in done if run.task == "laws128x20"} == {4e-2}  # one rate alone: none is tried
+
+
 # ---- what is read from the losses ----
 
 
