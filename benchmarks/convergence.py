@@ -238,13 +238,12 @@ def print_plan(done: Done) -> None:
 
 
 def rows(done: Done) -> dict[str, dict[str, list[tuple[Run, Result]]]]:
-    """The finished trainings with fresh seeds, by task and name."""
+    """The trainings with fresh seeds, by task and name, of cells that are done for all names."""
     found: dict[str, dict[str, list[tuple[Run, Result]]]] = {}
     for cell in CELLS:
-        for name in names_of(cell, done):
-            finished = [(run, done[run]) for run in final_runs(cell, name, done)[0] if run in done]
-            if finished:
-                found.setdefault(cell.task, {})[name] = finished
+        runs = {name: final_runs(cell, name, done)[0] for name in names_of(cell, done)}
+        if runs and all(each and all(run in done for run in each) for each in runs.values()):
+            found[cell.task] = {name: [(run, done[run]) for run in each] for name, each in runs.items()}
     return found
 
 
