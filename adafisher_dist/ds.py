@@ -150,10 +150,10 @@ def load_checkpoint(
 ) -> tuple[str | None, Any]:  # fmt: skip
     """Load a checkpoint into an engine, at any world size, ZeRO stage and precision.
 
-    It was saved by `save_checkpoint`, either this one or `adafisher_dist.save_checkpoint`. The
-    first arguments are those of `engine.load_checkpoint`, the others those of
-    `adafisher_dist.load_checkpoint`. What does not fit is an error; with strict=False (or
-    load_module_strict=False) it is logged, and left as it is.
+    It was saved by `save_checkpoint`, this one or `adafisher_dist.save_checkpoint`, or by
+    DeepSpeed's `engine.save_checkpoint`. The first arguments are those of `engine.load_checkpoint`,
+    the others those of `adafisher_dist.load_checkpoint`. What does not fit is an error; with
+    strict=False (or load_module_strict=False) it is logged, and left as it is.
 
     Returns:
         The checkpoint's folder and the client state; (None, None) where `tag` is None and

@@ -120,7 +120,7 @@ def load_checkpoint(
     path: str | os.PathLike[str], model: nn.Module, optimizer: AdaFisher, *, lr_scheduler: Any = None,
     strict: bool = True, rename: Mapping[str, str] | None = None, verify: bool = True,
 ) -> Restored:  # fmt: skip
-    """Restore what `save_checkpoint` or `ds.save_checkpoint` saved, at any world size and layout.
+    """Restore what a `save_checkpoint` saved (ours, ds's or an engine's), at any ranks and layout.
 
     With the same number of ranks and layout, training goes on bit for bit; with others, to float
     rounding. The settings of the param groups (lr, damping, …) are restored, as by torch.optim;

@@ -64,13 +64,14 @@ class AdaFisher(ShardedOptimizer):
         damping: δ, relative to the block's mean curvature; it has no units.
         eps: Adam's ε: added to the root of a second moment, and to `damping`.
         block_size: columns of a block, at most. The state takes about
-            4·block_size/rows_per_block + 4 bytes an element, and 8 for elements without blocks,
-            shared out over all ranks. "auto": the largest that memory_budget_gb allows on these
-            ranks, chosen at the first step.
+            4·block_size/rows_per_block + 4 bytes an element (4·block_size + 4 with
+            block_grid="flat"), and 8 for elements without blocks, shared out over all ranks.
+            "auto": the largest that memory_budget_gb allows on these ranks, chosen at the first
+            step.
         rows_per_block: rows of a block, at most; they share F. With more rows each block sees more
             samples per step, and costs less; with fewer, F follows each row's own curvature.
-        block_grid: "rows" cuts each row into equal pieces; "flat" cuts every block_size elements,
-            and no two rows share a block.
+        block_grid: "rows" cuts each row into equal pieces; "flat" cuts the flattened
+            parameter every block_size elements, each a vector with an F of its own.
         weight_decay: λ, decoupled.
         bias_correction: divide the averages by what zero initialisation left out.
         max_blocks: dense blocks of a parameter, at most; elements past them are updated

@@ -80,7 +80,7 @@ class ShardedOptimizer(Optimizer):
 
         In the replicated layout on several ranks a rank holds only its own blocks, so
         `consolidate_state_dict` must have been called, on all ranks, since the last step. Under
-        ZeRO and FSDP2 it is this rank's part, and says so.
+        ZeRO-1 to 3 and FSDP2 it is this rank's part, and says so.
 
         Raises:
             RuntimeError: the state is sharded and was not consolidated.

@@ -1,7 +1,7 @@
 """The command line: python -m adafisher_dist. Facts go to stdout, errors and progress to stderr.
 
 Exit codes: 1, a checkpoint is damaged, or something could not be read or written; 2, what was asked
-for is wrong.
+for is wrong, or no checkpoint is found there.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def inspect(
 def export(
     checkpoint: Checkpoint,
     to: Annotated[Format, Option(help="The format.")],
-    out: Annotated[Path | None, Option(help="The folder to write to; by default CHECKPOINT-safetensors.")] = None,
+    out: Annotated[Path | None, Option(help="The folder to write to; by default TAG-safetensors beside it.")] = None,
     dtype: Annotated[Dtype | None, Option(help="Of the parameters; by default what they had in the model.")] = None,
     max_shard_gb: Annotated[
         float, Option(callback=_finite, help="What a file holds at most, in GB (10⁹ bytes).")
