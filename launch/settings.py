@@ -10,6 +10,7 @@ from typing import Any
 TYPES = {"adafisher": "AdaFisher", "adamw": "AdamW", "muon": "Muon"}
 DEFAULT_LR = {"adafisher": 1e-2, "adamw": 3e-3, "muon": 5e-2}
 MUON = {"momentum": 0.95, "adam_lr": 3e-3}  # adam_lr: of what is no hidden matrix
+MUON_TAKES = ("lr", "adam_lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "per_head_muon")
 
 
 class UsageError(Exception):
@@ -100,6 +101,9 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
         # DeepSpeed 0.19.8 clips what Muon has orthogonalized, of norm √rank a matrix, and not the
         # gradient: a limit of 1 would make its steps some thirty times too short.
         config["gradient_clipping"] = 0.0
+        zero = config.get("zero_optimization") or {}
+        if zero.get("stage") == 3:
+            zero["reduce_scatter"] = False  # DeepSpeed asks for it
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if key in config and (not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1):
             raise ValueError(f"{settings.config}: {key} should be a positive integer, got {config[key]!r}.")
@@ -156,6 +160,8 @@ def _optimizer(settings: Settings, configured: dict[str, Any]) -> dict[str, Any]
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"--set {item!r} should have the form NAME=VALUE, as in --set damping=0.2.")
+        if kind == "Muon" and name.strip() not in MUON_TAKES:  # DeepSpeed would pass over it
+            raise ValueError(f"--set {item!r}: Muon has {', '.join(MUON_TAKES)}.")
         params[name.strip()] = _value(value.strip())
     if any(item.partition("=")[0].strip() == "preset" for item in settings.overrides):
         # The file's own settings would override all of the preset.

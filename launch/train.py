@@ -46,12 +46,16 @@ class Device(str, enum.Enum):
 
 def main(
     optimizer: Annotated[
-        OptimizerName, Option(help="Written into the DeepSpeed config; muon never clips.")
+        OptimizerName,
+        Option(help="Written into the DeepSpeed config. muon: never clips; TORCHDYNAMO_DISABLE=1 on CPUs."),
     ] = OptimizerName.adafisher,
     config: Annotated[Path, Option(help="DeepSpeed's JSON.")] = ROOT / "configs" / "zero1.json",
     lr: Annotated[
         float | None,
-        Option(min=0, help="Peak learning rate.  [default: the config's, or 0.01; 0.003 for adamw, 0.05 for muon]"),
+        Option(
+            min=0,
+            help="Peak learning rate.  [default: the config's, or 0.01; 0.003 for adamw, 0.05 for muon's matrices]",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -228,6 +228,17 @@ def test_a_new_rate_after_a_load_holds_for_a_scheduler_that_is_built_then() -> N
     assert "initial_lr" not in fresh.param_groups[0]
 
 
+def test_a_rate_that_is_a_tensor_is_each_groups_own() -> None:
+    a, b = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+    optimizer = AdaFisher([{"params": [a]}, {"params": [b]}], lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    rate = torch.tensor(0.2)
+    optimizer.set_lr(rate)
+    kept = [group[key] for group in optimizer.param_groups for key in ("lr", "initial_lr")]
+    kept[0].fill_(9)  # as a scheduler does
+    assert rate == 0.2 and [float(each) for each in kept[1:]] == pytest.approx([0.2] * 3)
+
+
 def test_reset_state() -> None:
     module = model()
     start = copy.deepcopy(module.state_dict())

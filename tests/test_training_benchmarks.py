@@ -115,6 +115,13 @@ def test_a_cells_best_rate_is_inside_too() -> None:
     assert {run.lr for run in done if run.task == "laws128x20"} == {4e-2}  # one rate alone: none is tried
 
 
+def test_a_cell_is_reported_when_it_is_done_for_all() -> None:
+    done = all_of()
+    assert "laws64x80" in convergence.rows(done)
+    del done[convergence.rows(done)["laws64x80"]["Muon"][0][0]]
+    assert "laws64x80" not in convergence.rows(done) and "laws64x40" in convergence.rows(done)
+
+
 # ---- what is read from the losses ----
 
 

@@ -273,11 +273,12 @@ class AdaFisher(ShardedOptimizer):
         """The learning rate of a param group."""
         return float(self.param_groups[group]["lr"])
 
-    def set_lr(self, lr: float, group: int | None = None) -> None:
+    def set_lr(self, lr: float | Tensor, group: int | None = None) -> None:
         """Set the learning rate of one param group, or of all.
 
-        A scheduler that is built afterwards starts from it, also where the group has an
-        `initial_lr` of an earlier one, as after a load.
+        Where a group has the `initial_lr` of a scheduler, as after a load, that is set too, so that
+        a scheduler which is built afterwards starts from `lr` (but for those with rates of their
+        own, as OneCycleLR). One that is attached already goes on from its own rates.
 
         Raises:
             ValueError: lr is negative or not finite.
@@ -286,9 +287,9 @@ class AdaFisher(ShardedOptimizer):
         checked = {**self.defaults, "lr": lr}
         normalize(checked)
         for param_group in self.param_groups if group is None else [self.param_groups[group]]:
-            param_group["lr"] = checked["lr"]
-            if "initial_lr" in param_group:
-                param_group["initial_lr"] = checked["lr"]
+            for key in ("lr", "initial_lr"):
+                if key in param_group:  # a tensor of its own each, since schedulers change it in place
+                    param_group[key] = checked["lr"].clone() if isinstance(lr, Tensor) else checked["lr"]
 
 
 def _refuse_capture() -> None:
