@@ -58,7 +58,7 @@ class Cell:
     Attributes:
         leaders: only AdaFisher, AdamW and the two best rivals of TUNED_ON.
         rates: parts of the best learning rate of TUNED_ON. Where there are several, the best is
-            chosen with the tuning seed, among more where it is the largest or the smallest.
+            chosen with the tuning seed, among up to MOST_LRS where it is the largest or smallest.
         only: a name; None for all.
     """
 

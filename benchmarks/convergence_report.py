@@ -218,7 +218,8 @@ def write(rows: Rows, tuned: Tuned, done: Done) -> None:
     common.save("convergence", False, {"tasks": plain}, draw)
     if any(series_of(task) == SMALLEST for task in found):
         figures.write(draw_seconds({"tasks": plain}), docs / "convergence_seconds.svg")
-    print(f"Written: tables in {page.relative_to(ROOT)}, and docs/convergence_seconds.svg")
+        print("Written: docs/convergence_seconds.svg")
+    print(f"Written: tables in {page.relative_to(ROOT)}")
 
 
 def with_block(text: str, name: str, block: str) -> str:

@@ -177,13 +177,13 @@ def test_what_the_command_line_makes_of_the_config() -> None:
     assert (params["lr"], params["damping"], params["block_grid"]) == (0.5, 0.2, "flat")
     adamw = deepspeed_config(arguments(optimizer="adamw"), 2)["optimizer"]
     assert adamw == {"type": "AdamW", "params": {"weight_decay": 0.01, "lr": 0.003, "torch_adam": True}}
-    muon = deepspeed_config(arguments(optimizer="muon", overrides=["adam_lr=0.001"]), 2)["optimizer"]["params"]
     for stage in (1, 3):
         config = deepspeed_config(arguments(optimizer="muon", config=LAUNCH.parent / f"configs/zero{stage}.json"), 2)
         assert config["gradient_clipping"] == 0
         assert config["zero_optimization"].get("reduce_scatter") is (False if stage == 3 else None)
     with pytest.raises(ValueError, match="Muon has lr, adam_lr"):
         deepspeed_config(arguments(optimizer="muon", overrides=["damping=0.2"]), 2)
+    muon = deepspeed_config(arguments(optimizer="muon", overrides=["adam_lr=0.001"]), 2)["optimizer"]["params"]
     assert muon == {"momentum": 0.95, "adam_lr": 1e-3, "weight_decay": 0.01, "lr": 0.05, "torch_adam": True}
     preset = deepspeed_config(arguments(overrides=["preset=language_models", "damping=0.3"]), 2)["optimizer"]["params"]
     assert preset == {"preset": "language_models", "damping": 0.3}
