@@ -37,17 +37,17 @@ from adafisher_dist import AdaFisher
 from adafisher_dist.settings import DEFAULTS
 
 WORLDS = (1, 2, 4)
-BLOCK_SIZE = 64
-RANKS_MODEL = {"width": 256, "layers": 6, "heads": 4, "seq_len": 128}  # 4.9 million parameters: 1.3 GB of Fisher
+BLOCK_SIZE = DEFAULTS["block_size"]
+RANKS_MODEL = {"width": 256, "layers": 6, "heads": 4, "seq_len": 128}  # 4.9 million parameters
 ROUNDS, ROUNDS_QUICK, WARM_UP = 7, 2, 2
 TARGET = 1.7  # how much faster the arithmetic of two ranks is to be
 
 # Width and layers of about 0.25, 1, 4 and 16 million parameters. Widths are multiples of both block
 # sizes, so that all blocks are full, at any size.
-SIZES = ((64, 4), (128, 5), (256, 5), (512, 5))
+SIZES = ((128, 1), (128, 5), (256, 5), (512, 5))
 SIZES_QUICK = SIZES[:3]
 SIZE_ROUNDS, SIZE_ROUNDS_QUICK = 3, 1
-BLOCK_SIZES = (32, 64)
+BLOCK_SIZES = (64, BLOCK_SIZE)
 # At the smaller sizes a step is short: more of them make one measured value.
 MEASURED_NUMEL = 1_000_000
 

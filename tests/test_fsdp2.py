@@ -17,7 +17,7 @@ from ranks import run_ranks
 from test_oracle import assert_blocks_agree
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from adafisher_dist import AdaFisher, UnsupportedLayoutError
@@ -46,8 +46,8 @@ def full(tensor: torch.Tensor) -> np.ndarray:
 
 
 DEFAULTS: dict[str, Any] = {
-    "settings": PARAMS, "steps": 6, "groups": True, "replicas": 1, "accumulate": 1, "kind": Odd, "policy": "fp32",
-    "clip": 0.0, "bound": 1e-4,
+    "settings": PARAMS, "steps": 6, "groups": True, "replicas": 1, "accumulate": 1, "sync": "each", "kind": Odd,
+    "policy": "fp32", "clip": 0.0, "bound": 1e-4,
 }  # fmt: skip
 
 
@@ -80,6 +80,8 @@ def backward(module: nn.Module, step: int, rank: int, world: int, options: dict[
     accumulate = options["accumulate"]
     for micro in range(accumulate):
         x, y = batch(step * accumulate + micro, rank, world)
+        if isinstance(module, FSDPModule) and options["sync"] == "last":
+            module.set_requires_gradient_sync(micro == accumulate - 1)
         (nn.functional.mse_loss(module(x).float(), y) / accumulate).backward()
     if options["clip"]:
         nn.utils.clip_grad_norm_(module.parameters(), options["clip"])
@@ -231,6 +233,7 @@ def test_parameters_in_bf16(world: int) -> None:
 
 def test_clipping_accumulation_tied_and_unused_weights() -> None:
     follow(2, accumulate=3, clip=0.05)
+    follow(2, accumulate=3, sync="last")
     follow(2, kind=Tied)
     follow(3, kind=Stacked)  # of two matrices, so that one rank has nothing of it
 

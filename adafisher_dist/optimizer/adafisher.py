@@ -73,7 +73,7 @@ class AdaFisher(ShardedOptimizer):
         block_grid: "rows" cuts each row into equal pieces; "flat" cuts the flattened
             parameter every block_size elements, each a vector with an F of its own.
         weight_decay: λ, decoupled.
-        bias_correction: divide the averages by what zero initialisation left out.
+        bias_correction: divide the averages by 1 − decayᵗ, since they begin at zero.
         max_blocks: dense blocks of a parameter, at most; elements past them are updated
             elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
         fisher_update_freq: steps between updates of F.

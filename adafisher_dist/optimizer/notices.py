@@ -42,5 +42,6 @@ class Notices:
             self.told_of_no_gradients = True
             logger.warning(
                 "AdaFisher.step() found no gradient on any parameter, so nothing moves. If the model was sharded or its"
-                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last."
+                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last. If"
+                " FSDP2 accumulates gradients, call set_requires_gradient_sync(True) before the last backward()."
             )

@@ -163,11 +163,11 @@ def estimate(
     weight_dtype: Annotated[Dtype, Option(help="Of the model's weights and gradients.")] = Dtype.float32,
     device_tflops: Annotated[
         float | None,
-        Option(callback=_finite, help="A device's speed, for a time; 10¹² operations a second.", show_default=False),
+        Option(callback=_finite, help="Also tell the time at so many 10¹² operations a second.", show_default=False),
     ] = None,
     network_gbs: Annotated[
         float | None,
-        Option(callback=_finite, help="A rank's bandwidth, for a time; 10⁹ bytes a second.", show_default=False),
+        Option(callback=_finite, help="Also tell the time at so many 10⁹ bytes a second and rank.", show_default=False),
     ] = None,
     memory_budget_gb: Annotated[
         float | None, Option(callback=_finite, help="Also tell the largest block size that fits.", show_default=False)
