@@ -148,6 +148,44 @@ def test_trainer_at_other_stages(trained: Path, tmp_path: Path, stage: int) -> N
     assert_same(trainer_losses(tmp_path / "two"), trainer_losses(trained / "a"), 8, exact=False)
 
 
+FSDP2_TRAINER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+from tiny import llama, training_set
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from adafisher_dist import AdaFisher
+parser = HfArgumentParser(TrainingArguments)
+parser.set_defaults(
+    max_steps=12, save_steps=4, learning_rate=1e-2, per_device_train_batch_size=8, logging_steps=1, report_to="none",
+    use_cpu=True, disable_tqdm=True,
+)
+(args,) = parser.parse_args_into_dataclasses()
+adafisher = (AdaFisher, {"lr": args.learning_rate})
+trainer = Trainer(llama(), args, train_dataset=training_set(), optimizer_cls_and_kwargs=adafisher)
+trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+trainer.save_state()
+print("END", type(trainer.optimizer.optimizer).__name__, type(next(trainer.model.parameters())).__name__)
+torch.distributed.destroy_process_group()
+"""
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "state_dict_type": "SHARDED_STATE_DICT"}
+
+
+def test_trainer_under_fsdp2(tmp_path: Path) -> None:
+    """Given the class; without DeepSpeed."""
+    (tmp_path / "trainer.py").write_text(FSDP2_TRAINER)
+    (tmp_path / "fsdp2.json").write_text(json.dumps(FSDP2))
+
+    def train(*more: object) -> str:
+        shim = f"{ROOT / 'tests/accelerate_on_cpu.py'} {tmp_path / 'trainer.py'} {EXAMPLES}"
+        return succeed(2, shim, "--fsdp", "full_shard", "--fsdp_config", "fsdp2.json", *more, cwd=tmp_path)
+
+    assert train("--output_dir", "a").count("END AdaFisher DTensor") == 2
+    assert_losses_fall(trainer_losses(tmp_path / "a"))
+    train("--output_dir", "b", "--resume_from_checkpoint", "a/checkpoint-8")
+    assert_same(trainer_losses(tmp_path / "b"), trainer_losses(tmp_path / "a"), 8, exact=True)
+
+
 @pytest.mark.slow
 def test_trainer_clips_gradients(trained: Path, tmp_path: Path) -> None:
     config = ROOT / "configs/huggingface_zero2.json"

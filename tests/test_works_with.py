@@ -1,4 +1,4 @@
-"""Gradient checkpointing, averages of weights, loss scales and tied weights on several ranks.
+"""Checkpointed and compiled models, averages of weights, loss scales, tied weights.
 
 Each beside the plain run: the same training without it, or one process.
 """
@@ -109,6 +109,32 @@ def test_gradient_checkpointing_of_hugging_face(layout: str) -> None:
     for (one, other), more in run_ranks(hugging_face, 2, layout):
         assert more == 2, "no layer was computed anew"
         assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+# ---- torch.compile ----
+
+
+def compiled(rank: int, world: int, layout: str) -> tuple[list[Arrays], int]:
+    """Weights with the model compiled by Inductor and without, and how many graphs it compiled."""
+    from torch._dynamo.utils import counters
+
+    found = []
+    for compiles in (True, False):
+        module = model()
+        if compiles:
+            module.compile()
+        train(module if layout == "one process" else wrapped(module, layout), rank, world)
+        found.append(full_weights(module))
+    return found, counters["aot_autograd"]["ok"]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", ["one process", "DDP", "FSDP2"])
+def test_a_compiled_model(layout: str) -> None:
+    for (one, other), graphs in run_ranks(compiled, 1 if layout == "one process" else 2, layout):
+        assert graphs > 0, "nothing was compiled"
+        assert one.keys() == other.keys() and distance(one, other) < 1e-3
+        assert distance(one, weights(model())) > 0.02, "nothing was trained"
 
 
 # ---- averages of weights ----
