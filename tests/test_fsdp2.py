@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from beside_oracle import assert_blocks_agree
 from models import SECOND_GROUP, Odd, Stacked, Tied, batch, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
-from test_oracle import assert_blocks_agree
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard

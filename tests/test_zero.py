@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from beside_oracle import assert_blocks_agree
 from engines import (
     PARAMS,
     backward,
@@ -28,7 +29,6 @@ from engines import (
 from models import SECOND_GROUP, Odd, Stacked, Tied, distance, model, param_groups, weights
 from oracle import Oracle
 from ranks import run_ranks
-from test_oracle import assert_blocks_agree
 from torch import nn
 
 from adafisher_dist import AdaFisher, UnsupportedLayoutError

@@ -15,12 +15,12 @@ import models
 import numpy as np
 import torch
 import torch.distributed as dist
+from beside_oracle import assert_blocks_agree
 from common_gpu import ROOT
 from correct_blocks import host
 from correct_runner import TIMEOUT, Here
 from models import SECOND_GROUP, param_groups
 from oracle import Oracle
-from test_oracle import assert_blocks_agree
 from torch import Tensor, nn
 
 from adafisher_dist import AdaFisher
