@@ -142,8 +142,8 @@ def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems
             taken = own.setdefault("momentum", first)
             notice = (
                 f"AdaFisher: betas={tuple(written['betas'])} are Adam's. momentum is {taken}"
-                f"{', the first of them' if 'momentum' not in written else ', as given'}; the second is left out, since"
-                " Adam's is too slow for a Fisher, and fisher_decay is"
+                f"{', the first of them' if 'momentum' not in written else ', as given'}; the second is for"
+                " averages of squares and left out; for the Fisher's, fisher_decay is"
                 f" {own.get('fisher_decay', defaults['fisher_decay'])}. Write momentum and fisher_decay in place of"
                 " betas to choose both, and this warning goes."
             )

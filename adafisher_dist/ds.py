@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,13 @@ def adopt_engine() -> None:
             return load(self, load_dir, tag, **flags)
         from adafisher_dist.checkpoint.deepspeed import load_with_deepspeed
 
+        try:
+            signature(load).bind(self, load_dir, tag, **flags)
+        except TypeError as error:
+            raise TypeError(
+                f"engine.load_checkpoint(): {error}. strict, rename and verify are arguments of"
+                " adafisher_dist.ds.load_checkpoint(engine, …)."
+            ) from None
         return load_with_deepspeed(load, self, load_dir, tag, flags)
 
     save_checkpoint.without_adafisher = save  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from typing import Any
 
 from adafisher_dist.checkpoint import foreign
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
-from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory
+from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory, folder_of, those_in
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
@@ -24,6 +24,13 @@ from adafisher_dist.checkpoint.targets import CheckpointTarget, without_frozen
 from adafisher_dist.optimizer.adafisher import AdaFisher
 
 logger = logging.getLogger("adafisher_dist")
+
+# For who calls engine.load_checkpoint, whose arguments are DeepSpeed's.
+_REMEDY = (
+    "To restore what fits and be told of the rest, give load_module_strict=False; without the schedule,"
+    " load_lr_scheduler_states=False. For renamed parameters call adafisher_dist.ds.load_checkpoint(engine, …) with"
+    " rename={old name: new name}."
+)
 
 # Counters of an engine that DeepSpeed's own checkpoints keep.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -159,7 +166,7 @@ def load_with_deepspeed(
         raise CheckpointError("custom_load_fn is not called for a checkpoint with AdaFisher's state.")
     counters = not flags["load_module_only"]
     states = flags["load_optimizer_states"] and counters
-    options = Options(strict=flags["load_module_strict"], states=states, random=False)
+    options = Options(strict=flags["load_module_strict"], states=states, random=False, remedy=_REMEDY)
     return _load(engine, place, target, options, counters, flags["load_lr_scheduler_states"] and counters)
 
 
@@ -173,6 +180,11 @@ def _training(engine: Any, exclude_frozen_parameters: bool = False) -> Checkpoin
         TypeError: the optimizer is not AdaFisher.
         RuntimeError: `engine.offload_states` has moved some of it; on all ranks.
     """
+    if not hasattr(engine, "basic_optimizer"):
+        raise TypeError(
+            f"A {type(engine).__name__} is no DeepSpeed engine: give what deepspeed.initialize returned, or, without"
+            " DeepSpeed, use adafisher_dist.save_checkpoint and load_checkpoint."
+        )
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(
@@ -227,7 +239,8 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
     """The tag that was given, or what `latest` names; None where there is neither.
 
     Raises:
-        CheckpointError: `latest` cannot be read, leads elsewhere than into the folder, or differs.
+        CheckpointError: `latest` cannot be read, leads elsewhere than into the folder, or differs;
+            or the folder is a checkpoint itself.
         ValueError: so does the tag that was given.
     """
 
@@ -235,6 +248,10 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
         if tag is not None:
             return _inside(str(tag))
         named = read_latest(root)
+        if named is None and (ours := folder_of(root)) is not None:
+            raise CheckpointError(
+                f"{ours} is a checkpoint itself: load it from {root.parent} with tag={root.name!r}. Nothing was loaded."
+            )
         try:
             return named if named is None else _inside(named)
         except ValueError as error:
@@ -244,8 +261,15 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     if tags[0] is None:
-        logger.warning("There is no file `latest` in %s, and no tag was given: nothing is loaded.", root)
+        logger.warning(
+            "There is no %s in %s, and no tag was given: nothing is loaded. %s", *_lacking(root), those_in(root)
+        )
     return tags[0]
+
+
+def _lacking(root: Path) -> tuple[str, Path]:
+    """What is not there, and where."""
+    return (f"file `{LATEST}`", root) if root.is_dir() else (f"folder {root.name}", root.parent)
 
 
 def _values(engine: Any, client_state: Mapping[str, Any] | None) -> dict[str, Any]:

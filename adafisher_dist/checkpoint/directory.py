@@ -29,7 +29,6 @@ logger = logging.getLogger("adafisher_dist")
 SUBFOLDER = "adafisher_dist"
 _TEMPORARY = (".saving", ".deleting")
 _REPLACED = ".replaced"
-_NONE_IN = "Checkpoints in {}: none; give the folder that was saved to."
 
 # Bytes of a name in a folder, and of what a tag gets around it while a checkpoint is replaced.
 _LONGEST_NAME = 255
@@ -82,11 +81,14 @@ class CheckpointDirectory:
             found = os.path.lexists(self.folder / MANIFEST)
             raise CheckpointError(
                 f"{self.folder / MANIFEST} is {'no file' if found else 'missing'}: the checkpoint is damaged. Copy it"
-                f" again, or load another. {_those_in(self.root)}"
+                f" again, or load another. {those_in(self.root)}"
             )
-        root = self.folder if tags(self.folder) else self.root
         named = f", and {self.root / LATEST} names it" if self._is_latest() else ""
-        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist{named}. {_those_in(root)}")
+        if not os.path.lexists(self.folder):
+            raise CheckpointError(f"There is no {self.folder}{named}. {those_in(self.root)}")
+        inside = self.folder.is_dir() and (_names_in(self.folder) or _folders_of_checkpoints(self.folder))
+        told = those_in(self.folder if inside else self.root)
+        raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist{named}. {told}")
 
     def _is_latest(self) -> bool:
         with suppress(CheckpointError):
@@ -186,12 +188,12 @@ def latest_tag(root: Path) -> str | None:
     try:
         tag = read_latest(root)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} {_those_in(root)}") from error
+        raise CheckpointError(f"{error} {those_in(root)}") from error
     if tag is not None:
         try:
             CheckpointDirectory(root, tag)
         except ValueError as error:
-            raise CheckpointError(f"{root / LATEST} is damaged: {error} {ANOTHER_TAG} {_those_in(root)}") from error
+            raise CheckpointError(f"{root / LATEST} is damaged: {error} {ANOTHER_TAG} {those_in(root)}") from error
     return tag
 
 
@@ -209,9 +211,38 @@ def tags(root: Path) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def _those_in(root: Path) -> str:
-    found = tags(root)
-    return f"Checkpoints in {root}: {', '.join(found)}; load one by its name." if found else _NONE_IN.format(root)
+def folder_of(path: Path) -> Path | None:
+    """The folder with our manifest, of a path that may name a checkpoint, ours or DeepSpeed's."""
+    return next((folder for folder in (path, path / SUBFOLDER) if (folder / MANIFEST).is_file()), None)
+
+
+def those_in(root: Path) -> str:
+    """A sentence that tells which checkpoints there are in a folder."""
+    if folder_of(root) is not None:
+        return f"{root} is a checkpoint itself."
+    if found := _names_in(root):
+        return f"Checkpoints in {root}: {', '.join(found)}; load one by its name."
+    folders = ", ".join(str(root / name) for name in _folders_of_checkpoints(root))
+    elsewhere = f"there are some in {folders}" if folders else "give the folder that was saved to"
+    return f"Checkpoints in {root}: none; {elsewhere}."
+
+
+def _names_in(root: Path) -> list[str]:
+    """As `tags`, with those that lie in DeepSpeed's folder of a tag."""
+    theirs = [path.name for path in _folders_in(root) if (path / SUBFOLDER / MANIFEST).is_file()]
+    return [*tags(root), *sorted(theirs)]
+
+
+def _folders_of_checkpoints(root: Path) -> list[str]:
+    """Folders one level down that hold checkpoints; a few."""
+    return [path.name for path in sorted(_folders_in(root))[:100] if _names_in(path)][:5]
+
+
+def _folders_in(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir()]
+    except OSError:  # it is no folder, or cannot be read
+        return []
 
 
 def checkpoint_directory(path: Path) -> CheckpointDirectory:

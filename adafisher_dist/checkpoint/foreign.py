@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
-from adafisher_dist.checkpoint.directory import SUBFOLDER
+from adafisher_dist.checkpoint.directory import SUBFOLDER, those_in
 from adafisher_dist.checkpoint.errors import CheckpointError, reason
 from adafisher_dist.checkpoint.files import check_regular
 from adafisher_dist.checkpoint.latest import LATEST, read_latest
@@ -70,7 +70,7 @@ def load(
 def _check(engine: Any, hosts: HostGroup, root: Path, tag: str, flags: Mapping[str, Any]) -> None:
     folder = root / tag
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint {folder}.")
+        raise CheckpointError(f"There is no checkpoint {folder}. {those_in(root)}")
     if flags["load_optimizer_states"] and not flags["load_module_only"]:
         raise CheckpointError(
             f"{folder} holds no state of AdaFisher: it has no {SUBFOLDER}/{MANIFEST}. If another optimizer saved it,"

@@ -181,7 +181,7 @@ def _check_together(
         loaded.not_restored = matched.problems = [*matched.problems, *_scheduler_problems(loaded, options)]
         loaded.left_out = matched.left_out
         if options.strict:
-            refuse(matched, f"{opened.folder}")
+            refuse(matched, f"{opened.folder}", options.remedy)
         _or_refuse(opened.folder, lambda: _check(opened, target, options, matched, loaded, checked))
         _or_refuse(opened.folder, lambda: tried.attempt(checked.parts))
 

@@ -15,9 +15,15 @@ from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
 from adafisher_dist.checkpoint import orders
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, Manifest
-from adafisher_dist.checkpoint.targets import CheckpointTarget, config_facts, members_of_groups, with_extra_state
+from adafisher_dist.checkpoint.targets import (
+    OWN_SETTINGS,
+    CheckpointTarget,
+    config_facts,
+    members_of_groups,
+    with_extra_state,
+)
 from adafisher_dist.layouts.storage import whole_shape
-from adafisher_dist.settings import state_config
+from adafisher_dist.settings import DEFAULTS, state_config
 
 _SHOWN = 20
 _EXTRA = "_extra_state"  # what torch calls it in a state dict
@@ -118,7 +124,7 @@ def match(
     return found
 
 
-def refuse(found: Match, what: str) -> None:
+def refuse(found: Match, what: str, remedy: str) -> None:
     """The error for what does not fit.
 
     Raises:
@@ -127,12 +133,7 @@ def refuse(found: Match, what: str) -> None:
     if found.problems:
         more = len(found.problems) - _SHOWN
         lines = [*found.problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        raise CheckpointError(
-            f"{what} does not fit:\n  "
-            + "\n  ".join(lines)
-            + "\nNothing was changed. For renamed parameters give rename={old name: new name}; to restore what fits and"
-            " be told of the rest, strict=False."
-        )
+        raise CheckpointError(f"{what} does not fit:\n  " + "\n  ".join(lines) + f"\nNothing was changed. {remedy}")
 
 
 def check_stored(manifest: Manifest, target: CheckpointTarget, found: Match, what: str) -> None:
@@ -280,7 +281,8 @@ def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping
 def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:
     """Choose the checkpoint's group whose settings each param group takes.
 
-    It is the one that all its parameters come from; if they come from several, it takes none.
+    It is the one that all its parameters come from; if they come from several, it takes none. Nor
+    do several param groups whose settings differ take those of one: they would be alike afterwards.
     """
     number_of = {name: i for i, group in enumerate(manifest.about["optimizer"]["groups"]) for name in group["names"]}
     for number, names in enumerate(members_of_groups(target)):
@@ -291,7 +293,25 @@ def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
                 f"param group {number} has parameters of the groups {sorted(sources)} of the checkpoint, so it is not"
                 " clear whose learning rate and settings it should take"
             )
+    _keep_apart(target, found)
     taken = {number_of[fitting[n]] for names in members_of_groups(target) for n in names if fitting.get(n) in number_of}
     for number, group in enumerate(manifest.about["optimizer"]["groups"]):
         if number not in taken and any(name in fitting.values() for name in group["names"]):
             found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")
+
+
+def _keep_apart(target: CheckpointTarget, found: Match) -> None:
+    """Let param groups that differ, and would take the settings of one, keep their own."""
+    for source in sorted({source for source in found.groups if source is not None}):
+        numbers = [number for number, own in enumerate(found.groups) if own == source]
+        groups = [target.optimizer.param_groups[number] for number in numbers]
+        restored = sorted(DEFAULTS.keys() - set(OWN_SETTINGS))
+        different = [name for name in restored if any(group[name] != groups[0][name] for group in groups)]
+        if different:
+            told = "; ".join(f"{name} {', '.join(f'{group[name]}' for group in groups)}" for name in different)
+            found.problems.append(
+                f"param groups {numbers} were one in the checkpoint, {source}, and would all take its settings; here"
+                f" they differ ({told})"
+            )
+            for number in numbers:
+                found.groups[number] = None

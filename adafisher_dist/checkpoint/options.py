@@ -10,6 +10,10 @@ from typing import Any
 from adafisher_dist.checkpoint.dry_run import Part
 
 IGNORED = object()
+_REMEDY = (
+    "For renamed parameters give rename={old name: new name}; to restore what fits and be told of the rest,"
+    " strict=False."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class Options:
         weights: restore parameters and buffers.
         states: restore the optimizer.
         random: restore the random number generators.
+        remedy: what the error for what does not fit advises.
         lr_scheduler: restore this scheduler, or ignore what the checkpoint has of one.
         more: given the other values by name, checks those that its caller will apply, and returns
             what else is to be restored; a ValueError tells what is wrong with them.
@@ -34,6 +39,7 @@ class Options:
     weights: bool = True
     states: bool = True
     random: bool = True
+    remedy: str = _REMEDY
     lr_scheduler: Any = IGNORED
     more: Callable[[Mapping[str, Any]], list[Part]] = lambda _: []
 

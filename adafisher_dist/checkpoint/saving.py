@@ -116,7 +116,10 @@ def target_for(model: nn.Module, optimizer: AdaFisher) -> CheckpointTarget:
 def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> CheckpointTarget:
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
-        raise TypeError(f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's.")
+        raise TypeError(
+            f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's. With DeepSpeed give the"
+            " engine to adafisher_dist.ds.save_checkpoint and load_checkpoint."
+        )
     access = CheckpointAccess(optimizer)
     if wrapper is None:
         access.sync_param_groups()

@@ -173,7 +173,8 @@ class ShardWriter(StorageWriter):
         folder = self.place.saving
         if not folder.is_dir():
             raise CheckpointError(
-                f"this rank does not see {folder}, which rank 0 has made: save to a file system that all ranks share"
+                f"this rank does not see {folder}: all ranks have to give the same path, on a file system that they"
+                " share, since rank 0 makes the folder"
             )
         header, chunks = _layout(items, self.name, self.about["id"])
         with (folder / self.name).open("xb") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from adafisher_dist.checkpoint.directory import SUBFOLDER
+from adafisher_dist.checkpoint.directory import folder_of
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
@@ -38,11 +38,11 @@ def checkpoints_in(root: Path) -> list[Listed]:
     Raises:
         OSError: the folder cannot be listed.
     """
-    if not root.is_dir() or _folder_of(root) is not None:
+    if not root.is_dir() or folder_of(root) is not None:
         return []
     found = []
     for path in root.iterdir():
-        folder = None if path.name.startswith(".") else _folder_of(path)
+        folder = None if path.name.startswith(".") else folder_of(path)
         if folder is not None:
             found.append(((folder / MANIFEST).stat().st_mtime_ns, path.name, folder))
     try:
@@ -50,11 +50,6 @@ def checkpoints_in(root: Path) -> list[Listed]:
     except CheckpointError:  # which is told of where the newest is looked for
         latest = None
     return [_listed(tag, folder, tag == latest) for _, tag, folder in sorted(found)]
-
-
-def _folder_of(path: Path) -> Path | None:
-    """The folder with our manifest, of a path that may name a checkpoint."""
-    return next((folder for folder in (path, path / SUBFOLDER) if (folder / MANIFEST).is_file()), None)
 
 
 def _listed(tag: str, folder: Path, latest: bool) -> Listed:

@@ -1,0 +1,134 @@
+"""What users get wrong in a load: param groups, paths, arguments, objects; each is told at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engines import PARAMS, config, engine_of, train
+from models import model
+from ranks import run_ranks
+from torch import nn
+
+from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
+
+# ---- param groups ----
+
+
+def trained(*decays: float) -> tuple[nn.Module, AdaFisher]:
+    """A model after a step, with a param group for each weight decay."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    parts = [module] if len(decays) == 1 else list(module)
+    groups = [
+        {"params": list(part.named_parameters(name)), "weight_decay": decay}
+        for part, decay, name in zip(parts, decays, ("",) if len(decays) == 1 else ("0", "1"), strict=True)
+    ]
+    optimizer = AdaFisher(groups, lr=1e-2 / len(decays))
+    module(torch.randn(3, 6)).square().mean().backward()
+    optimizer.step()
+    return module, optimizer
+
+
+def test_groups_that_were_one_keep_what_makes_them_differ(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", *trained(0.05))
+    module, optimizer = trained(0.1, 0.0)
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(CheckpointError, match=r"param groups \[0, 1\] were one .* differ \(weight_decay 0\.1, 0\.0\)"):
+        load_checkpoint(tmp_path / "a", module, optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    restored = load_checkpoint(tmp_path / "a", module, optimizer, strict=False)
+    assert [line.partition(" were")[0] for line in restored.not_restored] == ["param groups [0, 1]"]
+    assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [(0.1, 5e-3), (0.0, 5e-3)]
+    (saved, _) = trained(0.05)
+    for p, want in zip(module.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(p, want)
+
+
+def test_groups_that_were_one_and_are_alike_take_its_settings(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", *trained(0.05))
+    module, optimizer = trained(0.1, 0.1)
+    assert load_checkpoint(tmp_path / "a", module, optimizer).not_restored == []
+    assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [(0.05, 1e-2)] * 2
+
+
+# ---- paths ----
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    module, optimizer = trained(0.0)
+    save_checkpoint(tmp_path / "run" / "a", module, optimizer)
+    (tmp_path / "run" / "theirs").mkdir()
+    shutil.copytree(tmp_path / "run" / "a", tmp_path / "run" / "theirs" / "adafisher_dist")  # as DeepSpeed's saves lie
+    (tmp_path / "empty").mkdir()
+    run = tmp_path / "run"
+    told = {
+        run / "b": f"There is no {run / 'b'}. Checkpoints in {run}: a, theirs; load one by its name.",
+        run / "a" / "manifest.json": f"is no checkpoint of adafisher_dist. {run / 'a'} is a checkpoint itself.",
+        tmp_path: f"is no checkpoint of adafisher_dist. Checkpoints in {tmp_path}: none; there are some in {run}.",
+        tmp_path / "no": f"There is no {tmp_path / 'no'}. Checkpoints in {tmp_path}: none; there are some in {run}.",
+        tmp_path / "empty" / "a": f"Checkpoints in {tmp_path / 'empty'}: none; give the folder that was saved to.",
+    }  # fmt: skip
+    for path, words in told.items():
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path, module, optimizer)
+        assert words in str(caught.value)
+    assert load_checkpoint(run / "theirs", module, optimizer).not_restored == []
+
+
+# ---- engines ----
+
+
+def mistakes(rank: int, world: int, folder: str) -> None:
+    engine = engine_of(config(1, world))
+    train(engine, 0, 1, rank, world)
+    engine.save_checkpoint(f"{folder}/theirs", tag="one")
+    ds.save_checkpoint(engine, f"{folder}/ours", tag="two")
+
+    def refused(kind: type[Exception], words: str, call: Callable[[], object]) -> None:
+        with pytest.raises(kind) as caught:
+            call()
+        assert words in str(caught.value), caught.value
+
+    for load in (engine.load_checkpoint, lambda *words: ds.load_checkpoint(engine, *words)):
+        for place, tag in (("theirs", "one"), ("ours", "two")):
+            assert load(f"{folder}/{place}")[0] is not None
+            itself = f"is a checkpoint itself: load it from {folder}/{place} with tag='{tag}'"
+            refused(CheckpointError, itself, lambda load=load, at=f"{folder}/{place}/{tag}": load(at))
+            told = f"Checkpoints in {folder}/{place}: {tag}; load one by its name."
+            refused(CheckpointError, told, lambda load=load, at=f"{folder}/{place}": load(at, "three"))
+        assert load(f"{folder}/nowhere") == (None, None)  # as DeepSpeed has it; a warning says so
+    told = "'foo'. strict, rename and verify are arguments of adafisher_dist.ds.load_checkpoint"
+    refused(TypeError, told, lambda: engine.load_checkpoint(f"{folder}/theirs", foo=1))
+    refused(TypeError, "is no DeepSpeed engine", lambda: ds.save_checkpoint(engine.module, f"{folder}/ours"))
+    wrapper = engine.optimizer
+    refused(
+        TypeError, "give the engine to adafisher_dist.ds", lambda: load_checkpoint(f"{folder}/ours", model(), wrapper)
+    )
+    other = config(1, world)
+    other["optimizer"]["params"] = {**PARAMS, "block_size": 5}
+    other = engine_of(other)
+    refused(CheckpointError, "load_module_strict=False", lambda: other.load_checkpoint(f"{folder}/theirs"))
+    assert other.load_checkpoint(f"{folder}/theirs", load_module_strict=False)[0] is not None
+    refused(CheckpointError, "rename={old name", lambda: ds.load_checkpoint(other, f"{folder}/theirs"))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.dist
+def test_mistakes_with_engines(tmp_path: Path) -> None:
+    run_ranks(mistakes, 2, str(tmp_path), deepspeed=True)
+
+
+def other_paths(rank: int, world: int, folder: str) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    with pytest.raises(CheckpointError, match="all ranks have to give the same path"):
+        save_checkpoint(f"{folder}/rank{rank}", module, optimizer)
+
+
+@pytest.mark.dist
+def test_ranks_that_save_to_other_paths(tmp_path: Path) -> None:
+    run_ranks(other_paths, 2, str(tmp_path))
