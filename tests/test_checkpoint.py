@@ -131,7 +131,8 @@ def reshard(source: tuple[str, int], target: tuple[str, int], source_of: Any, fo
         group["settings"].pop("packed")  # the optimizer's own
     assert old["optimizer"] == new["optimizer"]
     low = any(LAYOUTS[layout][1] != "fp32" for layout in (source[0], target[0]))
-    assert all(distance(result, straight) < (0.03 if low else 1e-4) for result in resumed)
+    apart = max(distance(result, straight) for result in resumed)
+    assert apart < (0.05 if low else 1e-4)
 
 
 @pytest.mark.parametrize(("source", "target"), FEW, ids=named)
