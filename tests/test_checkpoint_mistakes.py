@@ -14,6 +14,8 @@ from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
+from adafisher_dist.checkpoint.directory import those_in
+from adafisher_dist.checkpoint.matching import Match, keep_apart
 
 # ---- param groups ----
 
@@ -37,11 +39,11 @@ def test_groups_that_were_one_keep_what_makes_them_differ(tmp_path: Path) -> Non
     save_checkpoint(tmp_path / "a", *trained(0.05))
     module, optimizer = trained(0.1, 0.0)
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(CheckpointError, match=r"param groups \[0, 1\] were one .* differ \(weight_decay 0\.1, 0\.0\)"):
+    with pytest.raises(CheckpointError, match=r"param group 0 .* differ here: weight_decay 0\.1, 0\.0"):
         load_checkpoint(tmp_path / "a", module, optimizer)
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
     restored = load_checkpoint(tmp_path / "a", module, optimizer, strict=False)
-    assert [line.partition(" were")[0] for line in restored.not_restored] == ["param groups [0, 1]"]
+    assert [line.partition(" of")[0] for line in restored.not_restored] == ["param group 0"]
     assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [(0.1, 5e-3), (0.0, 5e-3)]
     (saved, _) = trained(0.05)
     for p, want in zip(module.parameters(), saved.parameters(), strict=True):
@@ -55,7 +57,36 @@ def test_groups_that_were_one_and_are_alike_take_its_settings(tmp_path: Path) ->
     assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [(0.05, 1e-2)] * 2
 
 
+def test_groups_that_differ_between_ranks() -> None:
+    """As of a pipeline's stages, each of which may have one group alone; all decide alike."""
+    stages = [[(0, {"weight_decay": 0.1, "lr": 0.1})], [(0, {"weight_decay": 0.0, "lr": 0.1 + 1e-17}), (1, {})], []]
+    for groups in ([0], [0, 1], []):
+        found = Match(groups=list(groups))
+        keep_apart(found, stages)
+        assert found.groups == [None if number == 0 else number for number in groups]
+        assert len(found.problems) == 1 and "weight_decay 0.1, 0.0" in found.problems[0]
+        assert "lr" not in found.problems[0]
+
+
 # ---- paths ----
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lost+found`, say, beside the checkpoints; root may look into all, so that it is feigned."""
+    module, optimizer = trained(0.0)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    (tmp_path / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def denied(self: Path) -> bool:
+        if "lost+found" in self.parts:
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(CheckpointError, match=r"b does not exist\. Checkpoints in .*: a; load one"):
+        load_checkpoint(tmp_path / "b", module, optimizer)
+    assert "a; load one" in those_in(tmp_path)
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -64,12 +95,14 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "theirs").mkdir()
     shutil.copytree(tmp_path / "run" / "a", tmp_path / "run" / "theirs" / "adafisher_dist")  # as DeepSpeed's saves lie
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
     run = tmp_path / "run"
     told = {
-        run / "b": f"There is no {run / 'b'}. Checkpoints in {run}: a, theirs; load one by its name.",
+        run / "b": f"{run / 'b'} does not exist. Checkpoints in {run}: a, theirs; load one by its name.",
         run / "a" / "manifest.json": f"is no checkpoint of adafisher_dist. {run / 'a'} is a checkpoint itself.",
         tmp_path: f"is no checkpoint of adafisher_dist. Checkpoints in {tmp_path}: none; there are some in {run}.",
-        tmp_path / "no": f"There is no {tmp_path / 'no'}. Checkpoints in {tmp_path}: none; there are some in {run}.",
+        tmp_path / "no": f"{tmp_path / 'no'} does not exist. Checkpoints in {tmp_path}: none; there are some in {run}.",
+        tmp_path / "link": f"{tmp_path / 'link'} is a link that leads nowhere. Checkpoints in {tmp_path}: none",
         tmp_path / "empty" / "a": f"Checkpoints in {tmp_path / 'empty'}: none; give the folder that was saved to.",
     }  # fmt: skip
     for path, words in told.items():

@@ -261,15 +261,9 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
     if len(set(tags)) > 1:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     if tags[0] is None:
-        logger.warning(
-            "There is no %s in %s, and no tag was given: nothing is loaded. %s", *_lacking(root), those_in(root)
-        )
+        what, where = (f"file `{LATEST}`", root) if root.is_dir() else (f"folder {root.name}", root.parent)
+        logger.warning("There is no %s in %s, and no tag was given: nothing is loaded. %s", what, where, those_in(root))
     return tags[0]
-
-
-def _lacking(root: Path) -> tuple[str, Path]:
-    """What is not there, and where."""
-    return (f"file `{LATEST}`", root) if root.is_dir() else (f"folder {root.name}", root.parent)
 
 
 def _values(engine: Any, client_state: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -84,10 +84,10 @@ class CheckpointDirectory:
                 f" again, or load another. {those_in(self.root)}"
             )
         named = f", and {self.root / LATEST} names it" if self._is_latest() else ""
-        if not os.path.lexists(self.folder):
-            raise CheckpointError(f"There is no {self.folder}{named}. {those_in(self.root)}")
-        inside = self.folder.is_dir() and (_names_in(self.folder) or _folders_of_checkpoints(self.folder))
-        told = those_in(self.folder if inside else self.root)
+        if not os.path.exists(self.folder):
+            what = "is a link that leads nowhere" if self.folder.is_symlink() else "does not exist"
+            raise CheckpointError(f"{self.folder} {what}{named}. {those_in(self.root)}")
+        told = those_in(self.folder if _folders_in(self.folder) else self.root)
         raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist{named}. {told}")
 
     def _is_latest(self) -> bool:
@@ -213,36 +213,41 @@ def tags(root: Path) -> list[str]:
 
 def folder_of(path: Path) -> Path | None:
     """The folder with our manifest, of a path that may name a checkpoint, ours or DeepSpeed's."""
-    return next((folder for folder in (path, path / SUBFOLDER) if (folder / MANIFEST).is_file()), None)
+    for folder in (path, path / SUBFOLDER):
+        with suppress(OSError):  # it may not be looked into
+            if (folder / MANIFEST).is_file():
+                return folder
+    return None
 
 
 def those_in(root: Path) -> str:
-    """A sentence that tells which checkpoints there are in a folder."""
+    """A sentence that tells which checkpoints there are in a folder; raises nothing."""
     if folder_of(root) is not None:
         return f"{root} is a checkpoint itself."
     if found := _names_in(root):
         return f"Checkpoints in {root}: {', '.join(found)}; load one by its name."
-    folders = ", ".join(str(root / name) for name in _folders_of_checkpoints(root))
+    folders = ", ".join(str(path) for path in _folders_in(root)[:100] if os.path.isfile(path / LATEST))
     elsewhere = f"there are some in {folders}" if folders else "give the folder that was saved to"
     return f"Checkpoints in {root}: none; {elsewhere}."
 
 
 def _names_in(root: Path) -> list[str]:
-    """As `tags`, with those that lie in DeepSpeed's folder of a tag."""
-    theirs = [path.name for path in _folders_in(root) if (path / SUBFOLDER / MANIFEST).is_file()]
-    return [*tags(root), *sorted(theirs)]
+    """As `tags`, then linked ones and those that lie in DeepSpeed's folder of a tag."""
+    others = [path.name for path in _folders_in(root) if folder_of(path) is not None]
+    return list(dict.fromkeys([*_tags_or_none(root), *others]))
 
 
-def _folders_of_checkpoints(root: Path) -> list[str]:
-    """Folders one level down that hold checkpoints; a few."""
-    return [path.name for path in sorted(_folders_in(root))[:100] if _names_in(path)][:5]
+def _tags_or_none(root: Path) -> list[str]:
+    with suppress(OSError):
+        return tags(root)
+    return []
 
 
 def _folders_in(root: Path) -> list[Path]:
-    try:
-        return [path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir()]
-    except OSError:  # it is no folder, or cannot be read
-        return []
+    """In the order of their names; none where it is no folder, or may not be looked into."""
+    with suppress(OSError):
+        return sorted(path for path in root.iterdir() if not path.name.startswith(".") and os.path.isdir(path))
+    return []
 
 
 def checkpoint_directory(path: Path) -> CheckpointDirectory:

@@ -21,7 +21,7 @@ from adafisher_dist.checkpoint.directory import CheckpointDirectory, find
 from adafisher_dist.checkpoint.dry_run import Tried
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import Manifest
-from adafisher_dist.checkpoint.matching import Match, check_stored, match, refuse
+from adafisher_dist.checkpoint.matching import Match, check_stored, keep_apart, match, own_settings, refuse
 from adafisher_dist.checkpoint.open_checkpoint import PAUSES, OpenCheckpoint, Vanished, found_again, vanished
 from adafisher_dist.checkpoint.options import IGNORED, Checked, Loaded, Options
 from adafisher_dist.checkpoint.ranges import Range, among_parts
@@ -46,6 +46,8 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
         raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
     with targets.partitioned(target.wrapper, "The checkpoint was loaded"), ExitStack() as stack:
         opened, matched, needed = _open_together(where, target, options, stack)
+        if options.states:
+            keep_apart(matched, hosts.gather(own_settings(opened.manifest, target, matched)))
         _verify(opened, target, options.verify)
         opened.keep(needed)
         loaded = Loaded(opened.folder, opened.manifest.about)

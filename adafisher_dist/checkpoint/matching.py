@@ -6,8 +6,10 @@ This is done before a load changes anything.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from math import prod
+from math import isclose, prod
+from reprlib import repr as short
 from typing import Any
 
 from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
@@ -23,7 +25,7 @@ from adafisher_dist.checkpoint.targets import (
     with_extra_state,
 )
 from adafisher_dist.layouts.storage import whole_shape
-from adafisher_dist.settings import DEFAULTS, state_config
+from adafisher_dist.settings import state_config
 
 _SHOWN = 20
 _EXTRA = "_extra_state"  # what torch calls it in a state dict
@@ -281,8 +283,7 @@ def _block_size(saved: Mapping[str, Any], names: Sequence[str], fitting: Mapping
 def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping[str, str], found: Match) -> None:
     """Choose the checkpoint's group whose settings each param group takes.
 
-    It is the one that all its parameters come from; if they come from several, it takes none. Nor
-    do several param groups whose settings differ take those of one: they would be alike afterwards.
+    It is the one that all its parameters come from; if they come from several, it takes none.
     """
     number_of = {name: i for i, group in enumerate(manifest.about["optimizer"]["groups"]) for name in group["names"]}
     for number, names in enumerate(members_of_groups(target)):
@@ -293,25 +294,62 @@ def _match_groups(manifest: Manifest, target: CheckpointTarget, fitting: Mapping
                 f"param group {number} has parameters of the groups {sorted(sources)} of the checkpoint, so it is not"
                 " clear whose learning rate and settings it should take"
             )
-    _keep_apart(target, found)
     taken = {number_of[fitting[n]] for names in members_of_groups(target) for n in names if fitting.get(n) in number_of}
     for number, group in enumerate(manifest.about["optimizer"]["groups"]):
         if number not in taken and any(name in fitting.values() for name in group["names"]):
             found.problems.append(f"the optimizer has no parameter of param group {number} of the checkpoint")
 
 
-def _keep_apart(target: CheckpointTarget, found: Match) -> None:
-    """Let param groups that differ, and would take the settings of one, keep their own."""
-    for source in sorted({source for source in found.groups if source is not None}):
-        numbers = [number for number, own in enumerate(found.groups) if own == source]
-        groups = [target.optimizer.param_groups[number] for number in numbers]
-        restored = sorted(DEFAULTS.keys() - set(OWN_SETTINGS))
-        different = [name for name in restored if any(group[name] != groups[0][name] for group in groups)]
+# ---- groups that were one ----
+
+OwnSettings = tuple[int, dict[str, Any]]
+
+
+def own_settings(manifest: Manifest, target: CheckpointTarget, found: Match) -> list[OwnSettings]:
+    """Of each param group that would take another's settings: which, and what it has itself."""
+    saved = manifest.about["optimizer"]["groups"]
+    return [
+        (source, {name: _plain(group.get(name)) for name in saved[source]["settings"] if name not in OWN_SETTINGS})
+        for group, source in zip(target.optimizer.param_groups, found.groups, strict=True)
+        if source is not None
+    ]
+
+
+def keep_apart(found: Match, by_rank: Sequence[Sequence[OwnSettings]]) -> None:
+    """Let param groups that differ, and would all take the settings of one, keep their own.
+
+    Args:
+        found: is changed alike on all ranks, of which some may have other param groups.
+        by_rank: what `own_settings` returned on each.
+    """
+    own = [entry for entries in by_rank for entry in entries]
+    for source in sorted({source for source, _ in own}):
+        first, *others = (settings for number, settings in own if number == source)
+        different = [name for name in first if any(not _same(first[name], other.get(name)) for other in others)]
         if different:
-            told = "; ".join(f"{name} {', '.join(f'{group[name]}' for group in groups)}" for name in different)
+            told = [f"{name} {_some([first[name], *(other.get(name) for other in others)])}" for name in different[:5]]
             found.problems.append(
-                f"param groups {numbers} were one in the checkpoint, {source}, and would all take its settings; here"
-                f" they differ ({told})"
+                f"param group {source} of the checkpoint would give its settings to several groups, which differ here:"
+                f" {'; '.join(told)}"
             )
-            for number in numbers:
-                found.groups[number] = None
+            found.groups = [None if number == source else number for number in found.groups]
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    """A setting as it can be sent: of a tensor its number, of anything but a number its text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    with suppress(TypeError, ValueError, RuntimeError):
+        return float(value)
+    return short(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are alike but for rounding."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
+    return isclose(one, other, rel_tol=1e-6) if numbers else one == other
+
+
+def _some(values: Sequence[Any]) -> str:
+    distinct = list(dict.fromkeys(str(value) for value in values))
+    return ", ".join(distinct[:5]) + (", …" if len(distinct) > 5 else "")
