@@ -187,7 +187,7 @@ def test_each_script_for_several_ranks_is_run_below() -> None:
 def test_the_scripts_for_several_ranks_run(tmp_path: Path) -> None:
     """FSDP2's, and DDP's, whose checkpoint goes on under FSDP2 on twice as many ranks."""
     run_script("train_fsdp2.py", 2, tmp_path)
-    assert read_latest(tmp_path / "ckpt") == "step20"
+    assert read_latest(tmp_path / "ckpt_fsdp2") == "step20"
     run_script("train_ddp.py", 2, tmp_path)
     run_script("train_resume.py", 4, tmp_path)
     assert read_latest(tmp_path / "ckpt") == "step40"
