@@ -162,7 +162,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on all ranks, before anything changes: it is missing, damaged, or does not
-            fit.
+            fit; or `load_dir` is a checkpoint itself.
     """
     from adafisher_dist.checkpoint import Options
     from adafisher_dist.checkpoint.deepspeed import load_engine

@@ -233,14 +233,10 @@ def those_in(root: Path) -> str:
 
 def _names_in(root: Path) -> list[str]:
     """As `tags`, then linked ones and those that lie in DeepSpeed's folder of a tag."""
-    others = [path.name for path in _folders_in(root) if folder_of(path) is not None]
-    return list(dict.fromkeys([*_tags_or_none(root), *others]))
-
-
-def _tags_or_none(root: Path) -> list[str]:
-    with suppress(OSError):
-        return tags(root)
-    return []
+    found: list[str] = []
+    with suppress(OSError):  # it may not be looked into
+        found = tags(root)
+    return list(dict.fromkeys([*found, *(path.name for path in _folders_in(root) if folder_of(path) is not None)]))
 
 
 def _folders_in(root: Path) -> list[Path]:

@@ -172,10 +172,8 @@ def _check_alike(own: Any, saved: Any) -> None:
 
 def _check_rates(saved: Any, count: int, key: str) -> None:
     if len(saved) != count or not all(_is_number(_plain(value)) for value in saved):
-        raise ValueError(
-            f"{key!r} should be {count} finite numbers, and is {short(saved)} (a schedule of other param groups: load"
-            " without it)"
-        )
+        other = "" if len(saved) == count else " (a schedule of other param groups: load without it)"
+        raise ValueError(f"{key!r} should be {count} finite numbers, and is {short(saved)}{other}")
 
 
 def _plain(value: Any) -> Any:

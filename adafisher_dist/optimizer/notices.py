@@ -41,8 +41,8 @@ class Notices:
         if not self._registry.shards and not self.told_of_no_gradients:
             self.told_of_no_gradients = True
             logger.warning(
-                "AdaFisher.step() found no gradient on any parameter, so nothing moves: was backward() called, and"
-                " zero_grad() not after it? If the model was sharded or its"
-                " parameters replaced (fully_shard, …) after the optimizer was built, build the optimizer last. If"
-                " FSDP2 accumulates gradients, call set_requires_gradient_sync(True) before the last backward()."
+                "AdaFisher.step() found no gradient on any parameter, so nothing moves. Call backward() before it, and"
+                " zero_grad() after it. If the model was sharded or its parameters replaced (fully_shard, …) after the"
+                " optimizer was built, build the optimizer last. If FSDP2 accumulates gradients, call"
+                " set_requires_gradient_sync(True) before the last backward()."
             )
