@@ -119,6 +119,7 @@ class Block:
     dense: bool
     fisher: np.ndarray
     square: np.ndarray  # w of each vector: mean g², averaged as F is
+    k: int = 0  # updates of F
     inverse: np.ndarray | None = None  # A^(−p), as it was at the last refresh
     d: float = 0.0  # tr(F̂) / r, as it was at the last refresh
 
@@ -130,7 +131,7 @@ class State:
     m: np.ndarray
     blocks: list[Block]
     t: int = 0  # steps
-    k: int = 0  # Fisher updates
+    k: int = 0  # updates that `fisher_update_freq` asked for
 
 
 class Oracle:
@@ -204,13 +205,18 @@ class Oracle:
         mu, rho = h["momentum"], h["fisher_decay"]
         state.t += 1
         state.m = mu * state.m + (1 - mu) * g
-        if (state.t - 1) % h["fisher_update_freq"] == 0:
-            state.k += 1
-            for block in state.blocks:
+        due = (state.t - 1) % h["fisher_update_freq"] == 0
+        state.k += due
+        for block in state.blocks:
+            block.k = state.k
+            own_squares = not block.dense or (len(block.where) == 1 and h["grafting"] == "rms")
+            if own_squares:  # an element's own second moment keeps up with its momentum
+                block.k = state.t
+            if due or own_squares:
                 part = g[block.where]
                 block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
                 if h["grafting"] == "rms" and block.dense and len(part) > 1:
-                    w_hat = block.square / ((1 - rho**state.k) if h["bias_correction"] else 1)
+                    w_hat = block.square / ((1 - rho**block.k) if h["bias_correction"] else 1)
                     part = np.divide(part, np.sqrt(w_hat)[:, None], np.zeros_like(part), where=w_hat[:, None] > 0)
                 square = part.T @ part / len(part) if block.dense else part**2
                 block.fisher = rho * block.fisher + (1 - rho) * square
@@ -218,10 +224,10 @@ class Oracle:
         m_hat = state.m / (1 - mu**state.t) if h["bias_correction"] else state.m
         if h["nesterov"]:
             m_hat = mu * m_hat + (1 - mu) * g
-        n = refresh_interval(rho, state.k, h["inverse_update_freq"])
         u = np.zeros_like(g)
         for block in state.blocks:
-            unbias = 1 / (1 - rho**state.k) if h["bias_correction"] else 1
+            n = refresh_interval(rho, block.k, h["inverse_update_freq"])
+            unbias = 1 / (1 - rho**block.k) if h["bias_correction"] else 1
             f_hat, part = block.fisher * unbias, m_hat[block.where]
             if block.dense:
                 if state.t == 1 or (block.number + state.t) % n == 0:

@@ -8,7 +8,7 @@ caches hold it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import NamedTuple
 
@@ -60,6 +60,10 @@ class StepContext:
         own = self.settings
         return 1 / (1 - own.fisher_decay**self.updates) if own.bias_correction else 1.0
 
+    def every_step(self) -> StepContext:
+        """The same where F has been updated in each step."""
+        return replace(self, settings=self.settings._replace(fisher_update_freq=1), updates=self.step)
+
     def if_stepping(self, on: float, off: float, like: Tensor) -> float | Tensor:
         """One number or the other, as `should_step` has it on the device."""
         if self.should_step is None:
@@ -92,6 +96,7 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
         gradient_NRB: the gradient on the way in, the update on the way out; compute dtype.
         context: what the step is taken with.
     """
+    context = _context_of(blocks, context)
     own, config = context.settings, blocks.config
     if blocks.fused and own.damping + own.eps >= fused_step.LEAST_DAMPING:
         _update_fused(blocks, gradient_NRB, context)
@@ -124,6 +129,16 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
     if context.should_step is not None:
         update_NRB = torch.where(context.should_step.bool(), update_NRB, 0.0)
     gradient_NRB.copy_(update_NRB)
+
+
+def _context_of(blocks: BlockStack, context: StepContext) -> StepContext:
+    """What these blocks take the step with: some are not asked how often to update F.
+
+    Where F has each element's own square, V does too. It must not lag behind the momentum: an
+    element whose one gradient in V was by chance near 0 would be moved by all later ones over it.
+    """
+    own_squares = not blocks.shape.dense or (blocks.shape.rows == 1 and blocks.config.grafting == "rms")
+    return context.every_step() if own_squares and context.updates < context.step else context
 
 
 def _update_fused(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext) -> None:
@@ -201,7 +216,7 @@ def rebuild_factors(blocks: BlockStack, context: StepContext) -> None:
     """Make all kept A^(−p) anew, from F after k updates: where a saved state had none."""
     if blocks.config.keeps_factors and blocks.shape.dense and context.updates > 0:
         with full_precision(blocks.device):
-            _refresh(blocks, np.arange(len(blocks)), context)
+            _refresh(blocks, np.arange(len(blocks)), _context_of(blocks, context))
 
 
 def _due(blocks: BlockStack, context: StepContext) -> Numbers:

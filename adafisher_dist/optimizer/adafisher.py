@@ -76,7 +76,8 @@ class AdaFisher(ShardedOptimizer):
         bias_correction: divide the averages by 1 − decayᵗ, since they begin at zero.
         max_blocks: dense blocks of a parameter, at most; elements past them are updated
             elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
-        fisher_update_freq: steps between updates of F.
+        fisher_update_freq: steps between updates of F. Elements without blocks, and blocks of
+            one row, are brought up to date in every step all the same.
         inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); fewer
             in the first steps, when F changes most. Above 1 it is kept, and each step refreshes
             some of the blocks.
