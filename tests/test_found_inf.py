@@ -81,6 +81,28 @@ def test_a_bad_gradient_leaves_no_trace(
     assert optimizer.skipped_steps == 3 and other.skipped_steps == 0
 
 
+@pytest.mark.parametrize("how", ["del", "clear", "reset_state"])
+def test_a_state_that_is_reset_after_a_bad_step_begins_anew(how: str) -> None:
+    """What the bad step has to be undone of is undone before, not after."""
+    module = model()
+    optimizer = AdaFisher(module.parameters(), **SETTINGS)
+    for step, poison in enumerate([None, None, float("nan")]):
+        gradients(module, step, poison)
+        optimizer.step()
+    reset = next(p for p in module.parameters() if p.grad is not None)
+    if how == "del":
+        del optimizer.state[reset]
+    elif how == "clear":
+        optimizer.state.clear()
+    else:
+        optimizer.reset_state()
+    gradients(module, 3)
+    optimizer.step()
+    assert optimizer.skipped_steps == (0 if how == "reset_state" else 1)
+    steps = {int(optimizer.state[p]["step"]) for p in module.parameters() if p is not reset and p.grad is not None}
+    assert int(optimizer.state[reset]["step"]) == 1 and steps == {3 if how == "del" else 1}
+
+
 def test_whoever_asks_is_told() -> None:
     """Right after a bad step: statistics, state dict and the count of skipped steps are correct."""
     for ask in ("skipped_steps", "fisher_stats", "state_dict"):

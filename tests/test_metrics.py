@@ -26,7 +26,7 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.numerics.factors import condition_number
 from adafisher_dist.numerics.packing import pack, unpack
-from adafisher_dist.stepping import metrics, updating
+from adafisher_dist.stepping import found_inf, metrics, updating
 from adafisher_dist.stepping.metrics import NAMES, CsvLog
 
 Told = list[tuple[int, dict[str, float]]]
@@ -302,6 +302,42 @@ def count_collectives(rank: int, world: int) -> list[int]:
 
 
 @pytest.mark.dist
+def taken_anew(rank: int, world: int, skipped: bool, sparse: bool) -> tuple[Told, list[str]]:
+    """Seven steps, of which the third is measured; whether it is skipped and then taken anew."""
+    found_inf.is_meant_for = lambda device: True
+    parameter = nn.Parameter(torch.ones(64, 64))
+    optimizer = AdaFisher([parameter], **SETTINGS)
+    told: Told = []
+    optimizer.report_metrics(lambda step, found: told.append((step, found)), every=3)
+    errors = []
+    for call in [1, 2, *([-3] if skipped else []), 3, 4, 5, 6, 7]:
+        gradient = torch.randn(64, 64, generator=torch.Generator().manual_seed(abs(call)))
+        parameter.grad = gradient * float("nan") if call < 0 else gradient
+        if sparse and rank == 1 and call == 4:
+            parameter.grad = gradient.to_sparse()
+        try:
+            optimizer.step()
+        except Exception as error:
+            errors.append(str(error))
+            break
+    return told, errors
+
+
+def test_a_measured_step_that_is_taken_anew_is_measured_once() -> None:
+    (straight, _), (anew, _) = (run_ranks(taken_anew, 2, skipped, False)[0] for skipped in (False, True))
+    for (step, found), (_, wanted) in zip(anew, straight, strict=True):
+        assert (step, found.pop("skipped_steps"), wanted.pop("skipped_steps")) == (step, 1, 0)
+        assert found.pop("communication_bytes") < 1.1 * wanted.pop("communication_bytes"), "verdicts are not all alike"
+        assert {**found, "communication_ms": 0} == {**wanted, "communication_ms": 0}, step
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_an_error_after_a_measured_step_stops_all(skipped: bool) -> None:
+    (_, first), (_, second) = run_ranks(taken_anew, 2, skipped, True)
+    assert len(first) == 1 and "rank 1 failed" in first[0]
+    assert len(second) == 1 and "sparse gradient" in second[0]
+
+
 def test_between_measured_steps_nothing_is_done() -> None:
     for seen in run_ranks(count_collectives, 2):
         assert seen == [0, 0, 0, 1, 1, 1, 2, 2]

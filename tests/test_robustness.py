@@ -108,11 +108,12 @@ def test_a_jump_in_scale(exponent: float, shape: tuple[int, ...], blocks: dict[s
 
 
 @stored
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e19])
 def test_a_bad_gradient_leaves_no_trace(
-    value: float, shape: tuple[int, ...], blocks: dict[str, Any], caplog: pytest.LogCaptureFixture
+    value: float, dtype: torch.dtype, shape: tuple[int, ...], blocks: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    good = [torch.sin(torch.arange(100.0) + step).view(shape) for step in range(4)]
+    good = [torch.sin(torch.arange(100.0) + step).view(shape).to(dtype) for step in range(4)]
     bad = good[0].clone()
     bad.view(-1)[17] = value
     clean, _ = run(good, **blocks)
@@ -233,6 +234,16 @@ def test_the_ladder_is_counted_by_parameter() -> None:
     assert [diagonals_after_a_step() for _ in range(2)] == [{"a": 0, "b": 1}, {"a": 0, "b": 2}]
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+@pytest.mark.parametrize("eps", [1e-20, 1e-24, 1e-37])
+def test_rows_without_gradient_and_hardly_any_damping(eps: float, grafting: str, exponent: float) -> None:
+    gradient = torch.ones(128, 64)
+    gradient[:64] = 0
+    parameter, optimizer = run([gradient] * 2, damping=0.0, eps=eps, grafting=grafting, exponent=exponent)
+    assert not parameter[:64].any() and parameter.isfinite().all() and state_is_finite(optimizer)
+
+
 @pytest.mark.parametrize("grafting", ["rms", "none"])
 @pytest.mark.parametrize("max_blocks", [None, 0])
 @pytest.mark.parametrize("rows", [1, 5])
@@ -258,18 +269,19 @@ def test_rare_fisher_updates_bound_the_update(blocks: dict[str, Any]) -> None:
 # ---- what a user allows their model ----
 
 
-@pytest.mark.parametrize("how", ["nothing", "old", "new", "high", "medium", "all"])
+@pytest.mark.parametrize("how", ["nothing", "old", "new", "high", "medium", "all", "cpu"])
 def test_products_are_in_full_precision(how: str) -> None:
-    """TF32, set by either of torch's names, is off in a step, and as it was after it."""
+    """TF32 and bfloat16, by either of torch's names, are off in a step, and as before after it."""
     code = f"""
 import torch
 from adafisher_dist.numerics import precision
-matmul = torch.backends.cuda.matmul
+matmul, on_cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 how = {how!r}
 if how == "old": matmul.allow_tf32 = True
 if how == "new": matmul.fp32_precision = "tf32"
 if how in ("high", "medium"): torch.set_float32_matmul_precision(how)
 if how == "all": torch.backends.fp32_precision = "tf32"
+if how == "cpu": on_cpu.fp32_precision = "bf16"
 def read(ask):
     try:
         return ask()
@@ -277,18 +289,45 @@ def read(ask):
         return "torch refuses"
 def state():
     return [
-        read(lambda: matmul.allow_tf32), read(lambda: matmul.fp32_precision), read(torch.get_float32_matmul_precision)
+        read(lambda: matmul.allow_tf32), read(lambda: matmul.fp32_precision), on_cpu.fp32_precision,
+        read(torch.get_float32_matmul_precision),
     ]
 before = state()
 with precision.full_precision(torch.device("cuda")):
     assert state()[0] is False, state()
 assert state() == before, (state(), before)
-assert (before[0] is False) == (how == "nothing"), before
+assert (before[0] is False) == (how in ("nothing", "cpu")), before
+with precision.full_precision(torch.device("cpu")):
+    assert on_cpu.fp32_precision in ("none", "ieee"), on_cpu.fp32_precision
+assert state() == before, (state(), before)
+assert (on_cpu.fp32_precision == "none") == (how in ("nothing", "old", "new")), before
 if how == "nothing":  # what is set later still counts
     torch.backends.fp32_precision = "tf32"
     assert matmul.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"grafting": "none"}, {"exponent": 1.0}, {"inverse_update_freq": 3}, {"max_blocks": 0}], ids=str
+)
+def test_a_step_inside_of_autocast(settings: dict[str, Any]) -> None:
+    """It is that of outside: autocast is for the model's products."""
+    generator = torch.Generator().manual_seed(0)
+    rank_4 = [torch.randn(64, 4, generator=generator) @ torch.randn(4, 96, generator=generator) for _ in range(5)]
+
+    def train() -> tuple[Tensor, dict[str, float]]:
+        parameter, optimizer = run(rank_4, **settings)
+        told: list[dict[str, float]] = []
+        optimizer.report_metrics(lambda _, metrics: told.append(metrics), every=1)
+        optimizer.step()
+        optimizer.flush_metrics()
+        return parameter.detach(), {name: number for name, number in told[0].items() if name != "communication_ms"}
+
+    weights, metrics = train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, metrics_inside = train()
+    assert torch.equal(inside, weights) and metrics_inside == metrics
 
 
 @pytest.mark.parametrize("grafting", ["rms", "none"])

@@ -41,9 +41,10 @@ class Waits:
             self._on_host += perf_counter() - began
             return
         events = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
-        events[0].record()
+        stream = torch.accelerator.current_stream(device)  # which need not be of the current device
+        events[0].record(stream)
         wait()
-        events[1].record()
+        events[1].record(stream)
         self._on_device.append(events)
 
     def seconds(self) -> float:

@@ -25,6 +25,9 @@ from adafisher_dist.numerics.rounding import rounding_noise, seeds
 from adafisher_dist.numerics.update_rule import diagonal_update, natural_update, orthogonal_update, scale_rows
 from adafisher_dist.settings import StateConfig, StepSettings
 
+# Where F is 0, A is δ + ε on its diagonal, and the square of that has to be a number of float32's.
+LEAST_IN_A = 1e-18
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepContext:
@@ -246,7 +249,7 @@ def _refresh(blocks: BlockStack, due: Numbers, context: StepContext) -> None:
 
 def damping(config: StateConfig, settings: StepSettings) -> tuple[float, float]:
     """δ + ε in A, and the noise that it may have to outweigh."""
-    return settings.damping + settings.eps, rounding_noise(settings.fisher_decay, config.fisher_dtype)
+    return max(settings.damping + settings.eps, LEAST_IN_A), rounding_noise(settings.fisher_decay, config.fisher_dtype)
 
 
 def _how(blocks: BlockStack, context: StepContext) -> tuple[float, float, float, float, torch.dtype, bool]:

@@ -1,36 +1,78 @@
-"""Products on a GPU in full precision, whatever the user allows the model."""
+"""Products in full precision, whatever the user allows the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+
+_MKLDNN: Any = getattr(torch.backends.mkldnn, "matmul", None)  # where torch has 2.9's names
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply in full float32 on a GPU: the TF32 that users allow would round F to 10 bits."""
-    if device.type != "cuda":
+    """Multiply in the dtype of the tensors, and in all its bits.
+
+    The TF32, or on CPUs the bfloat16, that users allow to float32 products would round F to 10
+    bits or fewer, and a step taken inside of `torch.autocast` would be one in 16 bits.
+    """
+    with _without_autocast(device), _on_cuda() if device.type == "cuda" else _on_cpu():
         yield
-        return
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _on_cuda() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     try:
         allowed = matmul.allow_tf32
     except RuntimeError:  # somebody has set it by torch 2.9's names, and torch refuses a mixture of both
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
-        try:
+        with _precision(matmul):
             yield
-        finally:
-            matmul.fp32_precision = before
         return
-    if not allowed:
+    with _highest() if allowed else nullcontext():
+        yield
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    with _highest() if _MKLDNN is None else _precision(_MKLDNN):
+        yield
+
+
+@contextmanager
+def _precision(matmul: Any) -> Iterator[None]:
+    """Full float32, by torch 2.9's names."""
+    before = matmul.fp32_precision
+    if before in ("none", "ieee"):
         yield
         return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
+def _highest() -> Iterator[None]:
+    """Full float32, by the older names, which are of CPUs and GPUs together."""
     precision = torch.get_float32_matmul_precision()  # "high", or "medium", which allow_tf32 would make "high"
+    if precision == "highest":
+        yield
+        return
+    on_cpu = None if _MKLDNN is None else _MKLDNN.fp32_precision
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        if _MKLDNN is not None:  # allow_tf32 is of GPUs alone
+            _MKLDNN.fp32_precision = on_cpu

@@ -210,6 +210,8 @@ class ParameterRegistry:
                     continue  # as nearly always
                 if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
                     changed.append((shard, index, entry))
+        if changed:  # or what the last step counted would be undone later, if it turns out not to count
+            self.stepper.resolve_pending([shard for shard, _, _ in changed])
         for shard, index, entry in self._apart(changed):
             if entry:
                 state_dicts.restore(shard, index, entry, own=True)

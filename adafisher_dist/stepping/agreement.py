@@ -49,13 +49,13 @@ class Collected:
         step: the coming one of the parameter with the most steps, where steps are measured; else 0.
         part: the number of this part of a wrapper's step; 0 where it is all of one.
         calls: how many parts there are.
-        metrics: which steps are measured, and which is being; None where none is.
+        metrics: which steps are measured, and which one is still to be told of; None where none is.
     """
 
     exchanges: list[Exchange]
     part: int
     calls: int
-    metrics: object
+    metrics: tuple[int, int | None] | None
     inputs: list[Inputs] = field(default_factory=list)
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
     counters: list[Tensor] = field(default_factory=list)
@@ -181,7 +181,8 @@ class Agreement:
         alike = _alike(collected, ranks, parts, errors, changed)
         should_step = self._decided(own, collected, alike, errors)
         error = errors.error
-        if errors.none and (changed or before.metrics != collected.metrics):
+        tells = collected.metrics is not None and collected.metrics[1] is not None
+        if errors.none and (changed or tells or before.metrics != collected.metrics):
             # Whether the others are about to do the same, the host has to know before it does.
             if own.read(settled=False).is_fault:
                 errors = _idle("The ranks differ.")

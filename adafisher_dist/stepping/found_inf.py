@@ -121,7 +121,7 @@ class FoundInf:
     def _notice(self, seen: Tensor, of_device: Tensor, number: int) -> None:
         seen.copy_(of_device, non_blocking=True)
         if self._arrivals:
-            self._arrivals[number].record()
+            self._arrivals[number].record(torch.accelerator.current_stream(of_device.device))
 
     def read(self, settled: bool = True) -> Verdict:
         """What came out of the last step; waits until the device has come to it.

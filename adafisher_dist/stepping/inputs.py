@@ -201,15 +201,19 @@ def _stretches(stored: Sequence[Stretch], flats: Sequence[Tensor | None]) -> lis
 
 
 def largest_gradient(inputs: Inputs, stored: Sequence[Stretch], shard: Shard) -> Tensor:
-    """The largest absolute element of this rank's gradients, 0-d; NaN where there is one."""
+    """The largest absolute element of this rank's gradients, 0-d; NaN where there is one.
+
+    In the dtype of the arithmetic: a limit would be infinite in float16, and not below infinity.
+    """
+    dtype = shard.blocks.staging.dtype
     gradients = [gradient for gradient in _stretches(stored, inputs.gradients) if gradient.numel()]
     if not gradients:
-        return torch.zeros((), dtype=shard.blocks.staging.dtype, device=shard.device)
+        return torch.zeros((), dtype=dtype, device=shard.device)
     if shard.device.type != "cpu":
-        return torch.stack(torch._foreach_norm(gradients, torch.inf)).amax()
+        return torch.stack(torch._foreach_norm(gradients, torch.inf)).amax().to(dtype)
     # On a CPU 20 times as fast as a norm; many small ones are put together.
     small = [gradient.view(-1) for gradient in gradients if gradient.numel() <= _SMALL]
     looked_at = [gradient for gradient in gradients if gradient.numel() > _SMALL] + (
         [torch.cat(small)] if small else []
     )
-    return torch.stack([end for gradient in looked_at for end in torch.aminmax(gradient)]).abs().amax()
+    return torch.stack([end for gradient in looked_at for end in torch.aminmax(gradient)]).abs().amax().to(dtype)

@@ -28,6 +28,7 @@ from adafisher_dist.comm.host_groups import host_group
 from adafisher_dist.numerics.block_stack import BlockStack
 from adafisher_dist.numerics.block_step import damping
 from adafisher_dist.numerics.factors import FALLBACKS, condition_number
+from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.stepping.exchange import Exchange
 from adafisher_dist.stepping.inputs import Inputs
 from adafisher_dist.stepping.updating import Observe
@@ -86,7 +87,7 @@ class _Reading:
         self._host.copy_(numbers, non_blocking=True)
         self._arrival = torch.Event(numbers.device) if on_accelerator else None
         if self._arrival is not None:
-            self._arrival.record()
+            self._arrival.record(torch.accelerator.current_stream(numbers.device))
 
     def read(self) -> None:
         """Take the numbers; they were asked for a step ago."""
@@ -113,6 +114,7 @@ class Meter:
             raise ValueError(f"Metrics are taken every so many steps, a whole number from 1 on, and not {every!r}.")
         self._callback, self._every = callback, every
         self._step: int | None = None  # that is being measured
+        self._skipped = 0  # steps when it began
         self._measured = _Measured()
         self._readings: list[_Reading] = []
         self._waits: list[Waits] = []
@@ -130,8 +132,10 @@ class Meter:
         """
         if step != self._step:
             self.deliver(group, skipped)
+        elif skipped > self._skipped:  # it changed nothing, and is taken anew
+            self.forget()
         if step > 0 and step % self._every == 0:
-            self._step = step
+            self._step, self._skipped = step, skipped
             self._waits.append(Waits())
             collectives.measure_waits(self._waits[-1])
 
@@ -235,7 +239,8 @@ def _conditions(stack: BlockStack, own: float, noise: float, turn: int) -> Tenso
     # Made on the device: to copy them there would be to wait for it.
     rows = (torch.arange(sample, device=stack.device) * count // max(1, sample) + turn) % max(1, count)
     whole_NBB = stack.whole(stack.fisher.index_select(0, rows))
-    return condition_number(whole_NBB, own, noise, stack.config.compute_dtype)
+    with full_precision(stack.device):
+        return condition_number(whole_NBB, own, noise, stack.config.compute_dtype)
 
 
 def _metrics(ranks: Sequence[_Measured], skipped: int) -> dict[str, float]:
