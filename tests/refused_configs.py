@@ -43,6 +43,10 @@ CASES: dict[str, Case] = {
         1, {}, {"compile": {"deepcompile": True}}, ("compile.deepcompile is true", 'Use "deepcompile": false'),
         {}, {"compile": {"deepcompile": False}},
     ),
+    "autoep": (
+        2, {}, {"expert_parallel": {"enabled": True, "autoep_size": 2}},
+        ("expert_parallel is set", 'use "autoep_size": 1'), {}, {},
+    ),
     "bf16-masters": (
         2, CPU, {"bf16": {**BF16, "bf16_master_weights_and_grads": True}},
         ("bf16.bf16_master_weights_and_grads is true", '"bf16_optimizer_states": true', "leave both out"),

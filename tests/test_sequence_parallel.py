@@ -117,7 +117,8 @@ def test_trains_like_one_process(stage: int, world: int) -> None:
 
 # Not bf16-fp32 at stage 1: DeepSpeed's BF16_Optimizer fails there by itself.
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(stage, p) for stage in (1, 2, 3) for p in PRECISIONS if (stage, p) != (1, "bf16-fp32")]
+    ("stage", "precision"),
+    [(0, "bf16"), *((stage, p) for stage in (1, 2, 3) for p in PRECISIONS if (stage, p) != (1, "bf16-fp32"))],
 )
 def test_in_half_precision_as_with_data_parallelism_alone(stage: int, precision: str) -> None:
     parts = run_ranks(in_parts, 2, stage, 2, precision, deepspeed=True)
@@ -170,7 +171,7 @@ def test_fsdp2_over_a_context_parallel_mesh(world: int) -> None:
     same(run_ranks(fsdp2_in_parts, world, 2), alone(8))
 
 
-def with_a_mesh(rank: int, world: int, stage: int) -> Any:
+def with_a_mesh(rank: int, world: int, stage: int, precision: str = "fp32") -> Any:
     """Weights, or why there are none."""
     import deepspeed
     from deepspeed.sequence.layer import DistributedAttention
@@ -181,6 +182,7 @@ def with_a_mesh(rank: int, world: int, stage: int) -> Any:
         "optimizer": {"type": "AdaFisher", "params": copy.deepcopy(PARAMS)},
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
+        **PRECISIONS[precision],
     }
     model = Attends(None)
     engine, *_ = deepspeed.initialize(model=model, config=config, mesh_param=(1, world), dist_init_required=False)
@@ -198,7 +200,7 @@ def test_a_mesh_trains_like_one_process_at_stage_3() -> None:
     same(run_ranks(with_a_mesh, 2, 3, deepspeed=True), alone(8))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_mesh_over_which_deepspeed_does_not_average_is_refused(stage: int) -> None:
-    for message in run_ranks(with_a_mesh, 2, stage, deepspeed=True):
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "fp32"), (1, "bf16"), (1, "bf16-fp32")])
+def test_a_mesh_over_which_deepspeed_does_not_average_is_refused(stage: int, precision: str) -> None:
+    for message in run_ranks(with_a_mesh, 2, stage, precision, deepspeed=True):
         assert "Pass initialize() an mpu instead" in message

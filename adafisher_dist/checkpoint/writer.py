@@ -77,6 +77,24 @@ class RangeSavePlanner(DefaultSavePlanner):
         self.plan = SavePlan([_write_item(range_) for range_ in self._ranges.values()])
         return self.plan
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """See SavePlanner; torch's own would leave one of two ranges at the same place out, unsaid.
+
+        Raises:
+            CheckpointError: two ranks write the same elements.
+        """
+        places: dict[tuple[str, int], int] = {}
+        for rank, plan in enumerate(all_plans):
+            for item in plan.items:
+                assert item.index.offset is not None and item.tensor_data is not None
+                first = places.setdefault((item.index.fqn, item.index.offset[0]), rank)
+                if first != rank and item.tensor_data.chunk.sizes.numel():
+                    raise CheckpointError(
+                        f"ranks {first} and {rank} write the same elements of {item.index.fqn}: under one name they have"
+                        " different parameters, which this layout's checkpoints cannot tell apart"
+                    )
+        return super().create_global_plan(all_plans)
+
     @torch.no_grad()
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The elements of a range on the host; what was returned before the last may be gone."""

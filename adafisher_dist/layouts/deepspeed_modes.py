@@ -81,6 +81,12 @@ _MODES = (
         _MASTERS, f"Leave it out: then the {_COPIES}",
     ),
     _Mode(
+        "expert_parallel", "expert_parallel_config", lambda own: own.enabled and own.autoep_size > 1,
+        "AutoEP gives the ranks' different experts one name, so that checkpoints would keep those of one rank",
+        'Leave it out, or use "autoep_size": 1: ZeRO shards experts as other weights. For expert parallelism use'
+        " deepspeed.moe.layer.MoE",
+    ),
+    _Mode(
         "compile.deepcompile", "compile_config.deepcompile", bool,
         "DeepCompile changes how gradients are gathered on GPUs, where AdaFisher has not been tried with it",
         'Use "deepcompile": false; engine.compile() works',

@@ -81,9 +81,9 @@ def _refuse_unaveraged(wrapper: Any) -> None:
     With `mesh_param` its group for the gradients leaves the other ranks of a sequence out, and
     their weights drift apart (AdamW's too).
     """
-    if wrapper.sequence_parallel_size > 1:
-        from deepspeed.utils import groups
+    from deepspeed.utils import groups
 
+    if groups._get_sequence_parallel_world_size() > 1:
         if not join(groups._get_sequence_parallel_group()).members <= join(wrapper.dp_process_group).members:
             raise UnsupportedLayoutError(
                 "DeepSpeed does not average the gradients of ZeRO stages 1 and 2 over the sequence-parallel ranks of"
@@ -105,6 +105,7 @@ def bf16_optimizer(wrapper: Any, partition: Tensor, given_parameters: GivenParam
             expected.
     """
     refuse_modes(wrapper, {"tensor parallelism": _is_tensor_parallel(wrapper)})
+    _refuse_unaveraged(wrapper)
     groups = (wrapper.fp32_groups_flat_partition, wrapper.bf16_groups_flat, wrapper.bf16_groups)
     return _storage("BF16_Optimizer", wrapper, partition, groups, given_parameters)
 

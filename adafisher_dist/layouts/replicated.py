@@ -59,9 +59,10 @@ def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -
         UnsupportedLayoutError: the wrapper is in a mode that is not supported, or not laid out as
             expected.
     """
+    # DeepSpeed knows an mpu of sequence parallelism by this function.
+    parallel = wrapper.mpu is not None and not hasattr(wrapper.mpu, "initialize_sequence_parallel")
     refuse_modes(
-        wrapper,
-        {"model or pipeline parallelism": wrapper.mpu is not None, "fused_lamb_legacy": wrapper.fused_lamb_legacy},
+        wrapper, {"model or pipeline parallelism": parallel, "fused_lamb_legacy": wrapper.fused_lamb_legacy}
     )
     _refuse_loss_scale(wrapper)
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
