@@ -197,6 +197,7 @@ def adopt_engine() -> None:
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
         if isinstance(basic_optimizer, AdaFisher):
             refuse_config(self)
+            basic_optimizer._registry.sync_param_groups()  # DeepSpeed has taken empty groups away
         return choose(self, basic_optimizer)
 
     @wraps(save)

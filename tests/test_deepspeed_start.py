@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from engines import config, engine_of, train
+from engines import config, engine_of, masters, train
 from models import model, param_groups
 from ranks import run_ranks
 from torch import nn
@@ -192,3 +194,31 @@ def test_where_deepspeed_compiles() -> None:
 
     assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
     assert get_default_build_root().endswith("torch_extensions")
+
+
+def with_an_empty_group(rank: int, world: int, stage: int, first: bool, folder: str) -> list[float]:
+    """How far each weight of a resumed training is from the straight one's."""
+
+    def built() -> Any:
+        module = model()
+        full, empty = param_groups(module), {"params": [], "weight_decay": 0.3}
+        groups = [empty, *full] if first else [full[0], empty, *full[1:]]
+        return engine_of(config(stage, world), module, model_parameters=groups)
+
+    engine = built()
+    train(engine, 0, 2, rank, world)
+    engine.save_checkpoint(folder)
+    train(engine, 2, 4, rank, world)
+    again = built()
+    again.load_checkpoint(folder)
+    train(again, 2, 4, rank, world)
+    straight, resumed = masters(engine), masters(again)
+    assert again.basic_optimizer.param_groups[-1]["weight_decay"] != 0.3
+    return [float(np.abs(value - straight[name]).max()) for name, value in resumed.items()]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_takes_empty_groups_away(stage: int, first: bool, tmp_path: Path) -> None:
+    for apart in run_ranks(with_an_empty_group, 2, stage, first, str(tmp_path), deepspeed=True):
+        assert apart and not any(apart)

@@ -170,7 +170,7 @@ def test_goes_on_with_other_stages(world: int, stages: int, tmp_path: Path) -> N
     same(run_ranks(resumed, world, stages, tmp_path, deepspeed=True), alone())
 
 
-def tied_engine(rows: int, width: int) -> Any:
+def tied_engine(rows: int, width: int, **settings: Any) -> Any:
     """Of two stages, both of which have the same table."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -192,7 +192,7 @@ def tied_engine(rows: int, width: int) -> Any:
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
-        "optimizer": {"type": "AdaFisher", "params": copy.deepcopy(PARAMS)},
+        "optimizer": {"type": "AdaFisher", "params": {**copy.deepcopy(PARAMS), **settings}},
         "zero_optimization": {"stage": 1},
     }
     engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
@@ -206,14 +206,16 @@ def train_tied(engine: Any, rows: int, first: int, last: int) -> None:
         engine.train_batch(iter(pairs))
 
 
-def tied(rank: int, world: int, rows: int, width: int, folder: Path) -> tuple[float, bool]:
+def tied(
+    rank: int, world: int, rows: int, width: int, settings: dict[str, Any], folder: Path
+) -> tuple[float, bool]:  # fmt: skip
     """How far the copies are apart; and whether a checkpoint half-way makes no difference."""
-    engine = tied_engine(rows, width)
+    engine = tied_engine(rows, width, **settings)
     train_tied(engine, rows, 0, 3)
     engine.save_checkpoint(str(folder))
     train_tied(engine, rows, 3, 6)
     straight = masters(engine)
-    again = tied_engine(rows, width)
+    again = tied_engine(rows, width, **settings)
     again.load_checkpoint(str(folder))
     train_tied(again, rows, 3, 6)
     resumed = masters(again)
@@ -223,18 +225,23 @@ def tied(rank: int, world: int, rows: int, width: int, folder: Path) -> tuple[fl
     return float(np.abs(both[0] - both[1]).max()), all(np.array_equal(resumed[n], straight[n]) for n in straight)
 
 
-def test_tied_tables_stay_the_same(tmp_path: Path) -> None:
-    assert run_ranks(tied, 2, 40, 4, tmp_path, deepspeed=True) == [(0.0, True)] * 2
+@pytest.mark.parametrize(("rows", "width", "settings"), [(40, 4, {}), (12, 8, {"max_blocks": 0})])
+def test_tied_tables_stay_the_same(rows: int, width: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run_ranks(tied, 2, rows, width, settings, tmp_path, deepspeed=True) == [(0.0, True)] * 2
 
 
-def refused_tie(rank: int, world: int) -> str:
-    with pytest.raises(RuntimeError) as told:
-        train_tied(tied_engine(12, 8), 12, 0, 1)
-    return str(told.value)
+def refused_ties(rank: int, world: int) -> list[str]:
+    found = []
+    for rows, width, settings in ((12, 8, {}), (40, 4, {"max_blocks": 100}), (40, 4, {"block_grid": "flat"})):
+        with pytest.raises(RuntimeError) as told:
+            train_tied(tied_engine(rows, width, **settings), rows, 0, 1)
+        found.append(str(told.value))
+    return found
 
 
-def test_tied_matrices_are_refused() -> None:
-    assert any("is tied over stages" in told for told in run_ranks(refused_tie, 2, deepspeed=True))
+def test_tied_blocks_are_refused() -> None:
+    for told in zip(*run_ranks(refused_ties, 2, deepspeed=True), strict=True):
+        assert any("is tied over stages" in message for message in told)
 
 
 def auto(rank: int, world: int) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks import placement
-from adafisher_dist.blocks.grid import is_table
+from adafisher_dist.blocks.grid import GRID_SETTINGS, make_grid
 from adafisher_dist.comm.collectives import join
 from adafisher_dist.layouts.deepspeed_wrappers import info_of, refuse_modes, unexpected
 from adafisher_dist.layouts.storage import GivenParameters, Parameter, Storage, UnsupportedLayoutError
+from adafisher_dist.settings import normalized
 
 
 def zero12(wrapper: Any, partition: Tensor, given_parameters: GivenParameters) -> Storage:
@@ -60,18 +61,22 @@ def _is_tensor_parallel(wrapper: Any) -> bool:
     return bool(bwc_tensor_model_parallel_world_size(wrapper.mpu) > 1)
 
 
-def _refuse_tied(members: Sequence[Tensor], names: Sequence[str]) -> None:
+def _refuse_tied(wrapper: Any, members: Sequence[Tensor], parameters: Sequence[Parameter]) -> None:
     """Refuse a weight that several stages of a pipeline hold, where it has blocks.
 
     Each stage steps its copy by itself, beside other blocks in each, so that copies would drift
     apart by rounding. Elements that are alone do not.
     """
-    for parameter, name in zip(members, names, strict=True):
-        if getattr(parameter, "ds_pipe_replicated", False) and not is_table(tuple(parameter.shape)):
+    for tensor, parameter in zip(members, parameters, strict=True):
+        if not getattr(tensor, "ds_pipe_replicated", False):
+            continue
+        group = normalized(wrapper.optimizer.param_groups[parameter.info.group])
+        settings = {key: group[key] for key in GRID_SETTINGS if group[key] != "auto"}
+        if make_grid(parameter.shape, **{"block_size": 1, **settings}).dense_row_groups:
             raise UnsupportedLayoutError(
-                f"{name} is tied over stages of the pipeline (TiedLayerSpec), which is supported of vectors and tables"
-                f" alone (embeddings that are tied to heads), not of shape {tuple(parameter.shape)}. Put its layers"
-                " into one stage."
+                f"{parameter.name} is tied over stages of the pipeline (TiedLayerSpec), which is supported of elements"
+                f" without blocks alone, and one of shape {parameter.shape} has blocks with this param group's"
+                " settings. Put its layers into one stage, or give it a param group with max_blocks=0."
             )
 
 
@@ -124,7 +129,7 @@ def _storage(
     group = join(wrapper.real_dp_process_group[index])
     _check_buffer(wrapper, buffer, members, partition, group.size)
     parameters = [Parameter(info_of(wrapper, p, given_parameters), tuple(p.shape), 0) for p in members]
-    _refuse_tied(members, [parameter.name for parameter in parameters])
+    _refuse_tied(wrapper, members, parameters)
     offsets = [int(p.storage_offset() - buffer.storage_offset()) for p in members]
     stored_spans = placement.in_partitions(offsets, [p.numel() for p in members], partition.numel(), group.size)
     return Storage(layout, group, [partition], parameters, stored_spans, replicated=False)
