@@ -31,7 +31,7 @@ find_python
 for module in pytest hypothesis; do need_module "$module" "pytest hypothesis"; done
 
 if [ -z "$rehearse" ]; then
-    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$(gpus_here)
     [ "$gpus" -ge 1 ] || die "torch sees no GPU here." \
         "Run this where there are some, with a CUDA build of torch; or try the checks on CPUs with --rehearse."
     ranks=${ranks:-$gpus}

@@ -48,6 +48,13 @@ if [ -n "$hostfile" ]; then
         done >"$DS_ENV_FILE"
         export DS_ENV_FILE
     fi
+elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(gpus_here)" -ge 1 ]; then
+    # With --num_gpus DeepSpeed would start on the first GPUs of the machine, and not on these.
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    ranks=${ranks:-${#visible[@]}}
+    [ "$ranks" -le "${#visible[@]}" ] ||
+        die "--ranks $ranks, and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES." "Start as many ranks as GPUs at most."
+    command+=(--hostfile /dev/null --include "localhost:$(IFS=,; echo "${visible[*]:0:ranks}")")
 else
     # No file of nodes that lies at DeepSpeed's usual place is meant here.
     command+=(--hostfile /dev/null --num_gpus "${ranks:-$(ranks_here)}")

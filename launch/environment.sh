@@ -5,7 +5,7 @@ set -euo pipefail
 # What is told of the environment, and taken along to other nodes.
 told=(
     OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR TORCH_DEVICE_BACKEND_AUTOLOAD
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE TORCH_EXTENSIONS_DIR ADAFISHER_KERNEL
 )
 # The folder of the launchers.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -79,10 +79,15 @@ check_config() {
     done
 }
 
+# GPUs that torch sees here: with CUDA_VISIBLE_DEVICES those alone.
+gpus_here() {
+    "$python" -c 'import torch; print(torch.accelerator.device_count())'
+}
+
 # Ranks for this machine, if not told: as many as GPUs, or one.
 ranks_here() {
-    local gpus=0
-    if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l); fi
+    local gpus
+    gpus=$(gpus_here)
     [ "$gpus" -ge 1 ] && echo "$gpus" || echo 1
 }
 

@@ -3,9 +3,11 @@
 #
 #   launch/torchrun.sh --ranks 2 launch/train.py --config configs/zero2.json
 #   launch/torchrun.sh --nodes 2 --host node1 launch/train.py --config configs/zero2.json
-#   launch/torchrun.sh --nodes 1:3 --host node1 --restarts 3 launch/train.py --restartable --save-every 100 --out runs/a
+#   launch/torchrun.sh --nodes 1:3 --host node1 --restarts 3 launch/train.py --restartable --save-every 100 --out runs/a \
+#       --global-batch 48
 #
-#   --nodes N         nodes, or MIN:MAX to go on with fewer after a loss, and with more when they come (default: 1)
+#   --nodes N         nodes, or MIN:MAX to go on with fewer after a loss, and with more when they come (default: 1). The
+#                     script's batch has to be shared out equally to any number of them
 #   --ranks N         ranks on this node (default: as many as GPUs, or 1)
 #   --host HOST[:P]   the node where all meet, by name or address, and its port (29500); needed for several nodes.
 #                     If this one is lost, so is the run: choose a node that stays

@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import chunks, ranges, reader, writer
+from adafisher_dist.checkpoint import chunks, ranges, reader, saving, writer
 from adafisher_dist.checkpoint.chunks import ByFile, Chunk, Chunks, Shards, collect, parse
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
 from adafisher_dist.tools.cli import app
@@ -343,3 +343,21 @@ def test_a_checkpoint_has_so_many_chunks(saved: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=f"it has {count} chunks, and a checkpoint may have {count - 1}"):
         save_checkpoint(folder.parent / "c", run.module, run.optimizer)
     assert not (folder.parent / "c").exists()
+
+
+
+def unlike_under_one_name(rank: int, world: int, folder: str) -> str:
+    """A layout that AdaFisher does not know: ranks hold different parameters of one name."""
+    module = nn.Linear(4, 4, bias=False)
+    own = ranges.of_tensor("weight/weight", module.weight.detach(), 0, 16, 16)
+    saving.local_ranges.weights = lambda *given, **more: own
+    with pytest.raises(CheckpointError) as told:
+        save_checkpoint(folder, module, AdaFisher(module.parameters()))
+    return str(told.value)
+
+
+def test_two_ranks_do_not_write_the_same_elements(tmp_path: Path) -> None:
+    for message in run_ranks(unlike_under_one_name, 2, str(tmp_path / "c")):
+        assert "ranks 0 and 1 write the same elements of weight/weight" in message
+        assert "Nothing was published" in message
+    assert not (tmp_path / "c").exists()

@@ -139,6 +139,38 @@ def test_a_hostfile_gives_the_ranks(tmp_path: Path, fakes: Path) -> None:
     assert " ".join(words[3:]) == f"deepspeed.launcher.runner {expected}"
 
 
+SEES_GPUS = '''#!/bin/sh
+case "$*" in
+    *accelerator.device_count*) echo {gpus} ;;
+    *) exec "{python}" "$@" ;;
+esac
+'''
+
+
+@pytest.mark.parametrize(
+    ("words", "visible", "told_ranks"),
+    [
+        ("deepspeed.sh", None, "--num_gpus 8"),
+        ("deepspeed.sh", "4,5,7", "--include localhost:4,5,7"),
+        ("deepspeed.sh --ranks 2", "4,5,7", "--include localhost:4,5"),
+        ("torchrun.sh", "4,5,7", "--nproc-per-node 3"),
+    ],
+)
+def test_ranks_run_on_the_gpus_that_are_visible(words: str, visible: str | None, told_ranks: str, fakes: Path) -> None:
+    gpus = 8 if visible is None else visible.count(",") + 1
+    program(fakes, "python", SEES_GPUS.format(gpus=gpus, python=sys.executable))
+    own = {"PYTHON": str(fakes / "python")} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    launcher, *options = words.split()
+    assert told_ranks in " ".join(told(call(LAUNCH / launcher, *options, "--dry-run", "launch/train.py", **own)))
+
+
+def test_more_ranks_than_visible_gpus_are_refused(fakes: Path) -> None:
+    program(fakes, "python", SEES_GPUS.format(gpus=2, python=sys.executable))
+    own = {"PYTHON": str(fakes / "python"), "CUDA_VISIBLE_DEVICES": "4,5"}
+    done = call(LAUNCH / "deepspeed.sh", "--ranks", "3", "--dry-run", "launch/train.py", **own)
+    assert done.returncode == 2 and "--ranks 3, and CUDA_VISIBLE_DEVICES is 4,5" in done.stderr
+
+
 # ---- what they refuse ----
 
 

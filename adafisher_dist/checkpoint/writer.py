@@ -90,8 +90,8 @@ class RangeSavePlanner(DefaultSavePlanner):
                 first = places.setdefault((item.index.fqn, item.index.offset[0]), rank)
                 if first != rank and item.tensor_data.chunk.sizes.numel():
                     raise CheckpointError(
-                        f"ranks {first} and {rank} write the same elements of {item.index.fqn}: under one name they have"
-                        " different parameters, which this layout's checkpoints cannot tell apart"
+                        f"ranks {first} and {rank} write the same elements of {item.index.fqn}: under one name they"
+                        " have different parameters, which checkpoints cannot tell apart"
                     )
         return super().create_global_plan(all_plans)
 

@@ -88,13 +88,14 @@ def _refuse_unaveraged(wrapper: Any) -> None:
     """
     from deepspeed.utils import groups
 
-    if groups._get_sequence_parallel_world_size() > 1:
-        if not join(groups._get_sequence_parallel_group()).members <= join(wrapper.dp_process_group).members:
-            raise UnsupportedLayoutError(
-                "DeepSpeed does not average the gradients of ZeRO stages 1 and 2 over the sequence-parallel ranks of"
-                " mesh_param. Pass initialize() an mpu instead (deepspeed.runtime.sequence_parallel.parallel_state_sp,"
-                " after its initialize_sequence_parallel), or use stage 3."
-            )
+    if groups._get_sequence_parallel_world_size() == 1:
+        return
+    if not join(groups._get_sequence_parallel_group()).members <= join(wrapper.dp_process_group).members:
+        raise UnsupportedLayoutError(
+            "DeepSpeed does not average the gradients of ZeRO stages 1 and 2 over the sequence-parallel ranks of"
+            " mesh_param. Pass initialize() an mpu instead (deepspeed.runtime.sequence_parallel.parallel_state_sp,"
+            " after its initialize_sequence_parallel), or use stage 3."
+        )
 
 
 def refresh(wrapper: Any) -> None:
