@@ -1,7 +1,9 @@
 """The tables of chunks in a manifest, as lists and as text: what is found, what is refused."""
 
 import base64
+import itertools
 import json
+import os
 import random
 import shutil
 import struct
@@ -345,7 +347,6 @@ def test_a_checkpoint_has_so_many_chunks(saved: Path, monkeypatch: pytest.Monkey
     assert not (folder.parent / "c").exists()
 
 
-
 def unlike_under_one_name(rank: int, world: int, folder: str) -> str:
     """A layout that AdaFisher does not know: ranks hold different parameters of one name."""
     module = nn.Linear(4, 4, bias=False)
@@ -361,3 +362,30 @@ def test_two_ranks_do_not_write_the_same_elements(tmp_path: Path) -> None:
         assert "ranks 0 and 1 write the same elements of weight/weight" in message
         assert "Nothing was published" in message
     assert not (tmp_path / "c").exists()
+
+
+def test_a_header_that_no_load_would_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Linear(4, 4)
+    optimizer = AdaFisher(module.parameters())
+    monkeypatch.setattr(writer, "LONGEST_HEADER", 200)
+    with pytest.raises(CheckpointError, match=r"the header of shard-00000-of-00001\.safetensors would"):
+        save_checkpoint(tmp_path / "a", module, optimizer)
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_more_than_64_mib_are_brought_to_the_disk_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as that takes a rank shows no progress."""
+    sizes: list[int] = []
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        sync(handle)
+
+    module = nn.Linear(4096, 10 * 1024, bias=False)  # 160 MiB
+    monkeypatch.setattr(writer.os, "fsync", noted)
+    save_checkpoint(tmp_path / "a", module, AdaFisher(module.parameters()))
+    largest = max(sizes)
+    steps = [0, *sorted(size for size in sizes if size > 2**20)]
+    assert largest > 160 * 2**20
+    assert max(after - before for before, after in itertools.pairwise(steps)) <= 2**26 + 2**20

@@ -265,3 +265,43 @@ def test_a_package_that_is_on_the_path_and_not_installed_saves(tmp_path: Path, m
     saved = save_checkpoint(tmp_path / "a", module, AdaFisher(module.parameters()))
     about = json.loads((saved.path / "manifest.json").read_text())
     assert __version__ in json.dumps(about)
+
+
+class Trainer:
+    """What a schedule is a method of; it cannot be copied."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def rate(self, step: int) -> float:
+        return 0.5**step
+
+    def __deepcopy__(self, memo: object) -> object:
+        raise AssertionError("says the test: a trainer may hold gigabytes")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_load_does_not_copy_what_a_schedule_is_a_method_of(nested: bool, tmp_path: Path) -> None:
+    def built() -> tuple[nn.Module, AdaFisher, Any]:
+        module = nn.Linear(4, 4)
+        optimizer = AdaFisher(module.parameters(), lr=1e-2)
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, Trainer().rate) for _ in range(2)]
+        if not nested:
+            return module, optimizer, schedulers[0]
+        return module, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones=[2])
+
+    module, optimizer, scheduler = built()
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    module, optimizer, again = built()
+    loads = []
+    load = type(again).load_state_dict
+    try:
+        type(again).load_state_dict = lambda self, state: loads.append(self) or load(self, state)
+        load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=again)
+    finally:
+        type(again).load_state_dict = load
+    assert loads[0] is not again, "it is tried on a copy first"
+    assert again.last_epoch == scheduler.last_epoch and again.get_last_lr() == scheduler.get_last_lr()

@@ -165,3 +165,63 @@ def other_paths(rank: int, world: int, folder: str) -> None:
 @pytest.mark.dist
 def test_ranks_that_save_to_other_paths(tmp_path: Path) -> None:
     run_ranks(other_paths, 2, str(tmp_path))
+
+
+# ---- dtypes ----
+
+
+def frozen_and_trained(frozen: torch.Tensor) -> tuple[nn.Module, AdaFisher]:
+    """A base that is not trained, and a part that is."""
+    module = nn.Linear(8, 8)
+    module.weight = nn.Parameter(frozen, requires_grad=False)
+    return module, AdaFisher([("bias", module.bias)], lr=1e-2)
+
+
+@pytest.mark.parametrize(("saved", "into"), [(torch.float32, torch.int8), (torch.int8, torch.bfloat16)])
+def test_codes_are_no_numbers(saved: torch.dtype, into: torch.dtype, tmp_path: Path) -> None:
+    """A base in 8 bits, loaded over one in 16, or the reverse."""
+    save_checkpoint(tmp_path / "a", *frozen_and_trained(torch.full((8, 8), 3).to(saved)))
+    module, optimizer = frozen_and_trained(torch.full((8, 8), 5).to(into))
+    with pytest.raises(CheckpointError, match=rf"weight is {into} in the model, and was {saved}: integers"):
+        load_checkpoint(tmp_path / "a", module, optimizer)
+    restored = load_checkpoint(tmp_path / "a", module, optimizer, strict=False)
+    assert [line.split()[0] for line in restored.not_restored] == ["weight"]
+    assert (module.weight == 5).all()
+
+
+@pytest.mark.parametrize("kind", ["weight", "buffer"])
+def test_numbers_that_float16_has_not(kind: str, tmp_path: Path) -> None:
+    def built(dtype: torch.dtype, value: float) -> tuple[nn.Module, AdaFisher]:
+        module, optimizer = frozen_and_trained(torch.ones(8, 8, dtype=dtype))
+        module.register_buffer("seen", torch.ones(4, dtype=dtype))
+        (module.weight if kind == "weight" else module.seen)[1] = value
+        return module, optimizer
+
+    save_checkpoint(tmp_path / "a", *built(torch.float32, 1e6))
+    with pytest.raises(CheckpointError, match=rf"{kind}/.* has numbers that float16 has not, up to 1e\+06"):
+        load_checkpoint(tmp_path / "a", *built(torch.float16, 0))
+    save_checkpoint(tmp_path / "b", *built(torch.float32, float("inf")))
+    module, optimizer = built(torch.float16, 0)
+    assert load_checkpoint(tmp_path / "b", module, optimizer).not_restored == []
+    assert (module.weight if kind == "weight" else module.seen)[1].isinf().all()
+
+
+def test_stochastic_rounding_stays_the_optimizers_own(tmp_path: Path) -> None:
+    """The weights that it is for may have another dtype here."""
+
+    def built(dtype: torch.dtype) -> tuple[nn.Module, AdaFisher]:
+        module = nn.Linear(8, 8).to(dtype)
+        optimizer = AdaFisher(module.parameters(), stochastic_rounding=dtype == torch.bfloat16)
+        step(module, optimizer)
+        return module, optimizer
+
+    def step(module: nn.Module, optimizer: AdaFisher) -> None:
+        module(torch.ones(2, 8, dtype=module.weight.dtype)).square().mean().backward()
+        optimizer.step()
+
+    for saved, into in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        save_checkpoint(tmp_path / str(saved), *built(saved))
+        module, optimizer = built(into)
+        assert load_checkpoint(tmp_path / str(saved), module, optimizer).not_restored == []
+        assert optimizer.param_groups[0]["stochastic_rounding"] == (into == torch.bfloat16)
+        step(module, optimizer)

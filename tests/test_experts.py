@@ -16,6 +16,7 @@ from models import same
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from adafisher_dist import CheckpointError, ds
 from adafisher_dist.stepping import found_inf
 
 pytestmark = pytest.mark.deepspeed
@@ -201,3 +202,48 @@ def auto(rank: int, world: int) -> str:
 
 def test_a_block_size_is_not_chosen() -> None:
     run_ranks(auto, 2, deepspeed=True)
+
+
+class Noted(Expert):
+    """With a state that is no tensor of its own."""
+
+    note: Any = -1
+
+    def get_extra_state(self) -> Any:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state["note"]
+
+
+def with_notes(rank: int, world: int, degree: int, folder: Path, notes: list[Any] | None) -> list[Any] | str:
+    """The notes of this rank's experts: saved, or loaded where there are none to save."""
+    global Expert
+    Expert = Noted  # type: ignore[misc]
+    engine = engine_of(1, degree, "fp32", world)
+    experts = engine.module.moe.deepspeed_moe.experts.deepspeed_experts
+    first = rank % degree * len(experts)
+    if notes is None:
+        ds.load_checkpoint(engine, folder)
+        return [expert.note for expert in experts]
+    for number, expert in enumerate(experts, first):
+        expert.note = notes[number]
+    train(engine, 0, 1, rank, world)
+    try:
+        ds.save_checkpoint(engine, folder)  # DeepSpeed's own fails with states that are no tensors
+    except CheckpointError as error:
+        return str(error)
+    return []
+
+
+def test_experts_keep_their_own_extra_state(tmp_path: Path) -> None:
+    run_ranks(with_notes, 2, 2, tmp_path, [10, 11, 12, 13], deepspeed=True)
+    assert run_ranks(with_notes, 2, 2, tmp_path, None, deepspeed=True) == [[10, 11], [12, 13]]
+    assert run_ranks(with_notes, 2, 1, tmp_path, None, deepspeed=True) == [[10, 11, 12, 13]] * 2
+
+
+def test_tensors_in_an_experts_extra_state_are_refused(tmp_path: Path) -> None:
+    notes = [torch.full((2,), float(number)) for number in range(EXPERTS)]
+    for told in run_ranks(with_notes, 2, 2, tmp_path, notes, deepspeed=True):
+        assert "deepspeed_experts.2, which rank 0 does not hold, has tensors (on rank 1)" in told
+    assert not list(tmp_path.glob("global_step*"))

@@ -139,12 +139,12 @@ def test_a_hostfile_gives_the_ranks(tmp_path: Path, fakes: Path) -> None:
     assert " ".join(words[3:]) == f"deepspeed.launcher.runner {expected}"
 
 
-SEES_GPUS = '''#!/bin/sh
+SEES_GPUS = """#!/bin/sh
 case "$*" in
     *accelerator.device_count*) echo {gpus} ;;
     *) exec "{python}" "$@" ;;
 esac
-'''
+"""
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,41 @@ def test_goes_on_with_other_stages(world: int, stages: int, tmp_path: Path) -> N
     same(run_ranks(resumed, world, stages, tmp_path, deepspeed=True), alone())
 
 
+class Noted(nn.Tanh):
+    """A layer with a state that is no tensor."""
+
+    note = -1
+
+    def get_extra_state(self) -> Any:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state["note"]
+
+
+def with_notes(rank: int, world: int, stages: int, folder: Path, first: int | None) -> dict[str, int]:
+    """The notes of this rank's layers by name: saved, or loaded where no first one is given."""
+    nn.Tanh, tanh = Noted, nn.Tanh  # type: ignore[misc]
+    engine = engine_of(stages, 1, "fp32", world // stages)
+    nn.Tanh = tanh  # type: ignore[misc]
+    noted = {name: part for name, part in engine.module.named_modules() if isinstance(part, Noted)}
+    if first is None:
+        engine.load_checkpoint(str(folder))
+    else:
+        for name, part in noted.items():
+            part.note = first + int(name)
+        engine.train_batch(micro_batches(0, engine.grid.get_data_parallel_rank(), world // stages))
+        engine.save_checkpoint(str(folder))
+    return {name: part.note for name, part in noted.items()}
+
+
+def test_stages_keep_their_own_extra_state(tmp_path: Path) -> None:
+    saved_there = run_ranks(with_notes, 2, 2, tmp_path, 100, deepspeed=True)
+    assert [sorted(notes.values()) for notes in saved_there] == [[101, 103], [105]]
+    assert run_ranks(with_notes, 2, 2, tmp_path, None, deepspeed=True) == saved_there
+    assert run_ranks(with_notes, 1, 1, tmp_path, None, deepspeed=True) == [{**saved_there[0], **saved_there[1]}]
+
+
 def tied_engine(rows: int, width: int, **settings: Any) -> Any:
     """Of two stages, both of which have the same table."""
     import deepspeed

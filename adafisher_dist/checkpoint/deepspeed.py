@@ -12,11 +12,12 @@ from typing import Any
 
 from adafisher_dist.checkpoint import foreign
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
-from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory, folder_of, those_in
+from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory, folder_of, tagged, those_in
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
 from adafisher_dist.checkpoint.loading import load
+from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.checkpoint.options import IGNORED, Options
 from adafisher_dist.checkpoint.saving import Saving, save, scheduler_state, target_of
 from adafisher_dist.checkpoint.schema import whole_numbers
@@ -59,7 +60,7 @@ def load_engine(
     name = _tag_to_load(target, root, tag)
     if name is None:
         return None, None
-    return _load(engine, lambda: CheckpointDirectory(root, name), target, options, counters, schedule)
+    return _load(engine, lambda: tagged(root, name), target, options, counters, schedule)
 
 
 def _load(
@@ -108,6 +109,7 @@ def save_with_deepspeed(
     target = _training(engine, exclude_frozen_parameters)
     tag = _same_tag(target, tag, engine)
     place = CheckpointDirectory(Path(save_dir).absolute() / tag, SUBFOLDER)
+    run_on_all_ranks(target.hosts, partial(_refuse_second, place.root))
     save(place, target, _facts(engine), partial(_values, engine, client_state), latest=False)
     later = engine.checkpoint_engine.is_decoupled()  # it writes all of its files, and `latest`, in the background
     target.optimizer._state_is_elsewhere = True
@@ -124,6 +126,15 @@ def save_with_deepspeed(
     if save_latest and not later:
         run_on_all_ranks(target.hosts, lambda: _name_latest(engine, Path(save_dir).absolute(), tag))
     return done
+
+
+def _refuse_second(folder: Path) -> None:
+    """Refuse to write a checkpoint into another: a load would have to choose."""
+    if (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint that adafisher_dist.ds.save_checkpoint saved, and engine.save_checkpoint would"
+            " write a second one into it. Give another tag, or delete or rename that one. Nothing was saved."
+        )
 
 
 def _name_latest(engine: Any, root: Path, tag: str) -> None:

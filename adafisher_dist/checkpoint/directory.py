@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
 
@@ -112,10 +114,13 @@ class CheckpointDirectory:
             raise CheckpointError(f"{self.folder} exists and is no checkpoint of adafisher_dist; choose another name.")
         self.root.mkdir(parents=True, exist_ok=True)
         for path in list(self.root.iterdir()):
-            if path.name.startswith(".") and path.name.endswith(_TEMPORARY):
-                _remove(path)
-            elif path.name.startswith(".") and path.name.endswith(_REPLACED):
-                _roll_back(path)
+            if path not in (self.saving, self._replaced):
+                try:
+                    _clear(path)
+                except OSError as error:  # another user's, say: it is in nobody's way
+                    logger.warning("What a killed save has left, %s, cannot be taken away: %s", path, error)
+        for path in (self.saving, self._replaced):
+            _clear(path)
         self.saving.mkdir()
 
     def publish(self, latest: bool) -> None:
@@ -139,11 +144,12 @@ class CheckpointDirectory:
             sync(self.root)
             if latest:
                 (self.root / f".{LATEST}.saving").rename(self.root / LATEST)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too
             try:
                 self.folder.rename(self.saving)
             except OSError:
-                raise PublishedError(f"`{LATEST}` could not be changed: {os_problem(error)}") from error
+                told = os_problem(error) if isinstance(error, OSError) else type(error).__name__
+                raise PublishedError(f"`{LATEST}` could not be changed: {told}") from error
             raise
 
     def clear_away(self, keep_last: int | None) -> None:
@@ -191,24 +197,38 @@ def latest_tag(root: Path) -> str | None:
         raise CheckpointError(f"{error} {those_in(root)}") from error
     if tag is not None:
         try:
-            CheckpointDirectory(root, tag)
+            tagged(root, tag)
         except ValueError as error:
             raise CheckpointError(f"{root / LATEST} is damaged: {error} {ANOTHER_TAG} {those_in(root)}") from error
     return tag
 
 
 def tags(root: Path) -> list[str]:
-    """The checkpoints in a folder, the oldest first."""
+    """The checkpoints in a folder, the oldest first, by when they were saved."""
     if not root.is_dir():
         return []
     own = [path for path in root.iterdir() if not path.name.startswith(".") and not path.is_symlink()]
     found = []
     for path in own:
         with suppress(OSError):  # it has none, or another process is deleting it
-            status = (path / MANIFEST).stat()
-            if S_ISREG(status.st_mode):
-                found.append((status.st_mtime_ns, path.name))
+            if S_ISREG((path / MANIFEST).stat().st_mode):
+                found.append((saved_at(path / MANIFEST), path.name))
     return [name for _, name in sorted(found)]
+
+
+def saved_at(manifest: Path) -> tuple[str, int]:
+    """What orders checkpoints by age: when each was saved, to the second, and the file's own time.
+
+    A copy may have other times than what was copied.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    modified = manifest.stat().st_mtime_ns
+    with manifest.open("rb") as file:
+        found = re.search(rb'"created": ?"([0-9T:+-]+)"', file.read(4096))  # it is near the beginning
+    time = datetime.fromtimestamp(modified / 1e9, timezone.utc).isoformat(timespec="seconds")
+    return found[1].decode() if found else time, modified
 
 
 def folder_of(path: Path) -> Path | None:
@@ -255,8 +275,20 @@ def checkpoint_directory(path: Path) -> CheckpointDirectory:
     path = path.absolute()
     tag = latest_tag(path)
     if tag is not None and not (path / MANIFEST).is_file():
-        return CheckpointDirectory(path, tag)
+        return tagged(path, tag)
     return CheckpointDirectory(path.parent, path.name)
+
+
+def tagged(root: Path, tag: str) -> CheckpointDirectory:
+    """The checkpoint of a tag; those of DeepSpeed's own function may be paths in the folder.
+
+    Raises:
+        ValueError: it leads out of the folder, or cannot be a name.
+    """
+    *parents, name = tag.split("/")
+    for parent in parents:
+        CheckpointDirectory(root, parent)
+    return CheckpointDirectory(root.joinpath(*parents), name)
 
 
 def is_in_place(folder: Path, handle: int) -> bool:
@@ -304,6 +336,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _clear(path: Path) -> None:
+    """Take away what a killed save has left, if this is such; bring back what it was to replace."""
+    if path.name.startswith(".") and path.name.endswith(_TEMPORARY) and os.path.lexists(path):
+        _remove(path)
+    elif path.name.startswith(".") and path.name.endswith(_REPLACED) and os.path.lexists(path):
+        _roll_back(path)
 
 
 def _roll_back(replaced: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from reprlib import repr as short
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,11 @@ def _shared(own: Any, target: CheckpointTarget) -> Iterator[tuple[int, Any]]:
     for thing in (target.optimizer, target.wrapper, target.module, *getattr(own, "__dict__", {}).values()):
         if isinstance(thing, Optimizer | nn.Module) or hasattr(thing, "param_groups"):
             yield id(thing), thing
+        for inner in thing if isinstance(thing, list | tuple) else [thing]:
+            if isinstance(inner, MethodType) and inner.__self__ is not own:  # LambdaLR(optimizer, trainer.rate)
+                yield id(inner.__self__), inner.__self__
+            elif hasattr(inner, "load_state_dict") and hasattr(inner, "optimizer"):  # a scheduler in this one
+                yield from _shared(inner, target)
 
 
 @contextmanager

@@ -53,6 +53,16 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
     return encoded
 
 
+def has_tensors(encoded: Any) -> bool:
+    """Whether what `encode` returned has tensors or arrays."""
+    inner = [encoded]
+    while inner:
+        if any(isinstance(item, dict) and item.keys() & {"$tensor", "$array"} for item in inner):
+            return True
+        inner = [item for holder in inner if isinstance(holder, dict | list) for item in _items(holder)]
+    return False
+
+
 def depth(value: Any) -> int:
     """How deep JSON is nested; without recursion, and not much further than `MOST_LEVELS`."""
     levels, inner = 0, [value]

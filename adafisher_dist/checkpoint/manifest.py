@@ -23,6 +23,9 @@ from adafisher_dist.checkpoint.chunks import Chunks, Shards
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged, reason_and_remedy
 from adafisher_dist.checkpoint.files import open_file
 
+# Bytes of a shard's header: what the safetensors library reads at most.
+LONGEST_HEADER = 100_000_000
+
 # Bytes of a manifest that is read, or written. Of Llama-7B at 1,024 ranks it has 2 million; as
 # Python's objects it may take 50 times as many.
 LARGEST_MANIFEST = 1 << 28

@@ -12,15 +12,20 @@ from math import isclose, prod
 from reprlib import repr as short
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
 from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
 from adafisher_dist.checkpoint import orders
+from adafisher_dist.checkpoint.encoding import dtype_of
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, Manifest
 from adafisher_dist.checkpoint.targets import (
     OWN_SETTINGS,
     CheckpointTarget,
     config_facts,
+    extra_state_key,
     members_of_groups,
     with_extra_state,
 )
@@ -28,7 +33,6 @@ from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.settings import state_config
 
 _SHOWN = 20
-_EXTRA = "_extra_state"  # what torch calls it in a state dict
 
 
 @dataclass(slots=True)
@@ -90,7 +94,7 @@ def match(
     found = Match()
     model = manifest.about["model"]
     stored = {**model["parameters"], **model["buffers"]}
-    modules = [f"{name}.{_EXTRA}" if name else _EXTRA for name in model["extra_state"]]
+    modules = {extra_state_key(name): name for name in model["extra_state"]}
     old_names = _renamed([*stored, *model["aliases"], *modules], rename or {})
     _match_extra_states(target, old_names, modules, found)
     old_names = {name: old for name, old in old_names.items() if old not in modules}
@@ -109,6 +113,11 @@ def match(
             found.problems.append(
                 f"{name} has shape {whole_shape(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
             )
+        elif weights and not stored[old].get(LEFT_OUT) and _are_of_two_kinds(dtype_of(stored[old]["dtype"]), tensor):
+            found.problems.append(
+                f"{name} is {tensor.dtype} in the model, and was {stored[old]['dtype']}: integers, as the codes of a"
+                " quantised weight, are no numbers without their scales, which no conversion knows"
+            )
         else:
             fitting[name] = model["aliases"].get(old, old)
     for name, old in old_names.items():
@@ -124,6 +133,11 @@ def match(
         _match_states(manifest, target, fitting, found)
         _match_groups(manifest, target, fitting, found)
     return found
+
+
+def _are_of_two_kinds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether one has integers and the other has not."""
+    return (dtype.is_floating_point or dtype.is_complex) != (tensor.is_floating_point() or tensor.is_complex())
 
 
 def refuse(found: Match, what: str, remedy: str) -> None:
@@ -181,13 +195,13 @@ def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:
 
 
 def _match_extra_states(
-    target: CheckpointTarget, old_names: Mapping[str, str], saved: Sequence[str], found: Match
+    target: CheckpointTarget, old_names: Mapping[str, str], saved: Mapping[str, str], found: Match
 ) -> None:
-    here = {f"{name}.{_EXTRA}" if name else _EXTRA: name for name, _ in with_extra_state(target)}
+    here = {extra_state_key(name): name for name, _ in with_extra_state(target)}
     new_names = {name: old for name, old in old_names.items() if old in saved}
     for name, module in here.items():
         if name in new_names:
-            found.extra_states[module] = new_names[name].removesuffix(_EXTRA).removesuffix(".")
+            found.extra_states[module] = saved[new_names[name]]
         else:
             found.problems.append(f"{name} is not in the checkpoint")
     found.problems += [

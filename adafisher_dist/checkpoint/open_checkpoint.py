@@ -25,7 +25,7 @@ from adafisher_dist.checkpoint.chunks import ByFile, Chunk
 from adafisher_dist.checkpoint.directory import is_in_place
 from adafisher_dist.checkpoint.errors import CheckpointError, reason, reason_and_remedy
 from adafisher_dist.checkpoint.files import open_file
-from adafisher_dist.checkpoint.manifest import File, Manifest, dtype_name, read
+from adafisher_dist.checkpoint.manifest import LONGEST_HEADER, File, Manifest, dtype_name, read
 from adafisher_dist.checkpoint.writer import ID, as_bytes
 
 PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
@@ -33,9 +33,6 @@ PAUSES = (0.0, 0.02, 0.1, 0.3, 0.5)
 
 # Files that a process has open besides: libraries, sockets, logs.
 _OTHERS = 256
-
-# What the safetensors library reads at most.
-_LONGEST_HEADER = 100_000_000
 
 
 class Vanished(CheckpointError):
@@ -191,7 +188,7 @@ class OpenCheckpoint:
         """Where a shard's header contradicts the manifest: the checkpoint's id, or its tensors."""
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
         try:
-            header = json.loads(os.pread(handle, length, 8)) if length <= min(nbytes - 8, _LONGEST_HEADER) else None
+            header = json.loads(os.pread(handle, length, 8)) if length <= min(nbytes - 8, LONGEST_HEADER) else None
             placed = {key: entry for key, entry in header.items() if key != "__metadata__"}  # type: ignore[union-attr]
             own = header.get("__metadata__", {}).get(ID, self.manifest.about["id"])  # type: ignore[union-attr]
         except (ValueError, TypeError, AttributeError, RecursionError):

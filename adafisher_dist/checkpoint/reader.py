@@ -42,6 +42,21 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
             progress.add(range_.numel * tensors[range_.key].dtype.itemsize)
 
 
+def _check_that_it_fits(values: Tensor, range_: Range) -> None:
+    """Refuse numbers that would become infinite in float16.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if range_.dtype != torch.float16 or values.dtype == torch.float16:
+        return
+    if bool((values.to(torch.float16).isinf() & values.isfinite()).any()):
+        raise CheckpointError(
+            f"{range_.key} has numbers that float16 has not, up to {float(values.abs().max()):.3g} (float16 ends at"
+            " 65504): load it into a model in bfloat16 or float32"
+        )
+
+
 class _Reads:
     """Reads of one load, on threads."""
 
@@ -71,6 +86,7 @@ class _Reads:
     def bring(self, buffer: Tensor, range_: Range) -> None:
         """Copy what was read to its place, and give the buffer back."""
         here = range_.in_place()
+        _check_that_it_fits(buffer, range_)
         if here is None:
             range_.unpack(buffer.to(range_.device, range_.dtype))
         else:

@@ -58,8 +58,14 @@ class Saving:
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="adafisher-checkpoint", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="adafisher-checkpoint", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads; the other ranks have begun to write
+            logger.warning("This save cannot go on in the background, and keeps training waiting: %s", error)
+            run()
+        else:
+            self._thread = thread
 
     def done(self) -> bool:
         """Whether nothing is being written any more."""
@@ -211,7 +217,14 @@ def _compare_steps(by_rank: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
 def _merged(described: list[dict[str, Any]]) -> dict[str, Any]:
     """What the ranks describe, where they hold different experts or stages, as one."""
     whole = described[0]
-    for other in described[1:]:
+    for rank, other in enumerate(described[1:], 1):
+        for name, state in other["model"]["extra_state"].items():
+            if name not in whole["model"]["extra_state"] and encoding.has_tensors(state):
+                raise CheckpointError(
+                    f"The extra state of {name}, which rank 0 does not hold, has tensors (on rank {rank}), and only"
+                    " rank 0's can be saved. Have its get_extra_state return numbers, strings or bytes. Nothing was"
+                    " saved."
+                )
         for kind, entries in whole["model"].items():
             entries |= {name: entry for name, entry in other["model"][kind].items() if name not in entries}
         state = whole["optimizer"]["state"]

@@ -26,8 +26,11 @@ from adafisher_dist.settings import StateConfig
 OWN_SETTINGS = (
     *("block_size", "rows_per_block", "block_grid", "max_blocks"),
     *("fisher_dtype", "exponent", "grafting", "inverse_update_freq", "packed", "memory_budget_gb"),
+    "stochastic_rounding",  # which only weights in bfloat16 can have
     *("name", "moe"),  # what DeepSpeed knows a group by
 )
+
+_EXTRA = "_extra_state"
 
 # What torch puts into the names of parameters when it wraps a module in place.
 _IN_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -107,7 +110,8 @@ def collect_target(
 
 def _with_others(target: CheckpointTarget) -> CheckpointTarget:
     """The same, knowing what the other ranks hold."""
-    own = {*target.parameters, *target.buffers, *target.aliases}
+    extra = {name for name, _ in with_extra_state(target)}
+    own = {*target.parameters, *target.buffers, *target.aliases, *(extra_state_key(name) for name in extra)}
     holders: dict[str, int] = {}
     for rank, names in enumerate(target.hosts.gather(sorted(own))):
         for name in names:
@@ -127,13 +131,18 @@ def _by_first_name(
     """Each tensor by its first name; fills `first` (id → first name), `aliases` (other → first)."""
     found: dict[str, Tensor] = {}
     for raw, tensor in named:
-        expert = next((prefix for prefix in experts if raw.startswith(prefix)), "")
-        name = clean(experts.get(expert, "") + raw.removeprefix(expert))
+        name = _on_all_ranks(raw, experts)
         if first.setdefault(id(tensor), name) == name:
             found[name] = tensor
         else:
             aliases[name] = first[id(tensor)]
     return found
+
+
+def _on_all_ranks(raw: str, experts: Mapping[str, str]) -> str:
+    """A name of this rank's module, with the numbers that experts have over all ranks."""
+    expert = next((prefix for prefix in experts if raw.startswith(prefix)), "")
+    return clean(experts.get(expert, "") + raw.removeprefix(expert))
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -184,9 +193,15 @@ def describe(target: CheckpointTarget, tensors: list[Tensor]) -> dict[str, Any]:
 
 def with_extra_state(target: CheckpointTarget) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have some, by name."""
+    experts = expert_names(target.module)
     for name, part in target.module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
-            yield clean(name), part
+            yield _on_all_ranks(f"{name}.", experts).removesuffix("."), part
+
+
+def extra_state_key(name: str) -> str:
+    """The name that torch's state dicts give a module's extra state."""
+    return f"{name}.{_EXTRA}" if name else _EXTRA
 
 
 def _groups(target: CheckpointTarget, tensors: list[Tensor]) -> list[dict[str, Any]]:

@@ -61,9 +61,7 @@ def master_of(wrapper: Any, tensor: Tensor, given_parameters: GivenParameters) -
     """
     # DeepSpeed knows an mpu of sequence parallelism by this function.
     parallel = wrapper.mpu is not None and not hasattr(wrapper.mpu, "initialize_sequence_parallel")
-    refuse_modes(
-        wrapper, {"model or pipeline parallelism": parallel, "fused_lamb_legacy": wrapper.fused_lamb_legacy}
-    )
+    refuse_modes(wrapper, {"model or pipeline parallelism": parallel, "fused_lamb_legacy": wrapper.fused_lamb_legacy})
     _refuse_loss_scale(wrapper)
     for masters, members in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, members, strict=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adafisher_dist.checkpoint.directory import folder_of
+from adafisher_dist.checkpoint.directory import folder_of, saved_at
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
@@ -44,7 +45,8 @@ def checkpoints_in(root: Path) -> list[Listed]:
     for path in root.iterdir():
         folder = None if path.name.startswith(".") else folder_of(path)
         if folder is not None:
-            found.append(((folder / MANIFEST).stat().st_mtime_ns, path.name, folder))
+            with suppress(OSError):  # another process is deleting it
+                found.append((saved_at(folder / MANIFEST), path.name, folder))
     try:
         latest = read_latest(root)
     except CheckpointError:  # which is told of where the newest is looked for
