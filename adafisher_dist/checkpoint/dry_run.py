@@ -111,16 +111,17 @@ def scheduler(own: Any, state: Any, target: CheckpointTarget) -> None:
         ) from error
 
 
-def _shared(own: Any, target: CheckpointTarget) -> Iterator[tuple[int, Any]]:
+def _shared(own: Any, target: CheckpointTarget, seen: frozenset[int] = frozenset()) -> Iterator[tuple[int, Any]]:
     """What a copy of a scheduler refers to as the scheduler itself does."""
+    seen |= {id(own)}
     for thing in (target.optimizer, target.wrapper, target.module, *getattr(own, "__dict__", {}).values()):
         if isinstance(thing, Optimizer | nn.Module) or hasattr(thing, "param_groups"):
             yield id(thing), thing
         for inner in thing if isinstance(thing, list | tuple) else [thing]:
-            if isinstance(inner, MethodType) and inner.__self__ is not own:  # LambdaLR(optimizer, trainer.rate)
+            if isinstance(inner, MethodType) and id(inner.__self__) not in seen:  # LambdaLR(optimizer, trainer.rate)
                 yield id(inner.__self__), inner.__self__
-            elif hasattr(inner, "load_state_dict") and hasattr(inner, "optimizer"):  # a scheduler in this one
-                yield from _shared(inner, target)
+            elif id(inner) not in seen and hasattr(inner, "load_state_dict") and hasattr(inner, "optimizer"):
+                yield from _shared(inner, target, seen)  # a scheduler in this one
 
 
 @contextmanager
