@@ -48,13 +48,18 @@ if [ -n "$hostfile" ]; then
         done >"$DS_ENV_FILE"
         export DS_ENV_FILE
     fi
-elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(gpus_here)" -ge 1 ]; then
+elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && gpus=$(gpus_here) && [ "$gpus" -ge 1 ]; then
     # With --num_gpus DeepSpeed would start on the first GPUs of the machine, and not on these.
-    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
-    ranks=${ranks:-${#visible[@]}}
-    [ "$ranks" -le "${#visible[@]}" ] ||
-        die "--ranks $ranks, and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES." "Start as many ranks as GPUs at most."
-    command+=(--hostfile /dev/null --include "localhost:$(IFS=,; echo "${visible[*]:0:ranks}")")
+    ranks=${ranks:-$gpus}
+    [ "$ranks" -le "$gpus" ] ||
+        die "--ranks $ranks, and torch sees $gpus GPU(s): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES." \
+            "Start as many ranks as GPUs at most."
+    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES// /}"
+    chosen=$(IFS=,; echo "${visible[*]:0:ranks}")
+    [[ $chosen =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+        die "CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, and DeepSpeed's launcher knows GPUs by numbers alone." \
+            "Give numbers, or start $here/torchrun.sh."
+    command+=(--hostfile /dev/null --include "localhost:$chosen")
 else
     # No file of nodes that lies at DeepSpeed's usual place is meant here.
     command+=(--hostfile /dev/null --num_gpus "${ranks:-$(ranks_here)}")

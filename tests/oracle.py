@@ -209,10 +209,10 @@ class Oracle:
         state.k += due
         for block in state.blocks:
             block.k = state.k
-            own_squares = not block.dense or (len(block.where) == 1 and h["grafting"] == "rms")
-            if own_squares:  # an element's own second moment keeps up with its momentum
+            of_few = not block.dense or (len(block.where) <= 8 and h["grafting"] == "rms")
+            if of_few:  # second moments of few squares keep up with the momentum
                 block.k = state.t
-            if due or own_squares:
+            if due or of_few:
                 part = g[block.where]
                 block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
                 if h["grafting"] == "rms" and block.dense and len(part) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import json
 import math
@@ -280,12 +281,14 @@ class Trainer:
         raise AssertionError("says the test: a trainer may hold gigabytes")
 
 
+@pytest.mark.parametrize("in_part", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_load_does_not_copy_what_a_schedule_is_a_method_of(nested: bool, tmp_path: Path) -> None:
+def test_a_load_does_not_copy_what_a_schedule_is_a_method_of(nested: bool, in_part: bool, tmp_path: Path) -> None:
     def built() -> tuple[nn.Module, AdaFisher, Any]:
         module = nn.Linear(4, 4)
         optimizer = AdaFisher(module.parameters(), lr=1e-2)
-        schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, Trainer().rate) for _ in range(2)]
+        rate: Any = functools.partial(Trainer().rate) if in_part else Trainer().rate
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for _ in range(2)]
         if not nested:
             return module, optimizer, schedulers[0]
         return module, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones=[2])
@@ -305,3 +308,40 @@ def test_a_load_does_not_copy_what_a_schedule_is_a_method_of(nested: bool, tmp_p
         type(again).load_state_dict = load
     assert loads[0] is not again, "it is tried on a copy first"
     assert again.last_epoch == scheduler.last_epoch and again.get_last_lr() == scheduler.get_last_lr()
+
+
+class Follows(torch.optim.lr_scheduler.LRScheduler):
+    """A scheduler that holds another, and a method of it."""
+
+    def __init__(self, optimizer: AdaFisher) -> None:
+        self.after = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        self.ask = self.after.get_last_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        return [0.5 * rate for rate in self.ask()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch, "after": self.after.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last_epoch = state["last_epoch"]
+        self.after.load_state_dict(state["after"])
+
+
+def test_a_refused_load_leaves_a_scheduler_in_a_scheduler_alone(tmp_path: Path) -> None:
+    module = nn.Linear(4, 4)
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    scheduler = Follows(optimizer)
+    scheduler.after.last_epoch = 5
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    module = nn.Linear(4, 5)  # does not fit
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    scheduler = Follows(optimizer)
+    with pytest.raises(CheckpointError, match="Nothing was changed"):
+        load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    assert scheduler.after.last_epoch == 0
+    module = nn.Linear(4, 4)
+    scheduler = Follows(optimizer := AdaFisher(module.parameters(), lr=1e-2))
+    load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    assert scheduler.after.last_epoch == 5

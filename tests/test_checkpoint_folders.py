@@ -147,21 +147,31 @@ def test_latest_may_not_lead_out_of_its_folder(tmp_path: Path) -> None:
 # ---- failures to publish ----
 
 
-def test_ctrl_c_while_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands there afterwards is what the error says."""
+@pytest.mark.parametrize("at", ["a.replaced", "a", "sync", "latest"])
+def test_ctrl_c_while_it_is_published(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come when the system has done what was asked; the error says what stands there."""
     save_checkpoint(tmp_path / "a", *made(), extra={"epoch": 1})
-    sync = directory.sync
+    rename, sync, pressed = os.rename, directory.sync, [at]
 
-    def interrupted(path: Path) -> None:
+    def then_interrupted(source: Any, target: Any, **more: Any) -> None:
+        rename(source, target, **more)
+        if [Path(target).name.removeprefix(".")] == pressed:
+            raise KeyboardInterrupt(pressed.pop())
+
+    def interrupted_sync(path: Path) -> None:
         sync(path)
-        if path == tmp_path and (tmp_path / ".a.replaced").exists():
+        if at == "sync" and path == tmp_path and (tmp_path / ".a.replaced").exists():
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises((CheckpointError, KeyboardInterrupt)) as error:
-        patched.setattr(directory, "sync", interrupted)
+        patched.setattr(os, "rename", then_interrupted)
+        patched.setattr(directory, "sync", interrupted_sync)
         save_checkpoint(tmp_path / "a", *made(), extra={"epoch": 2})
-    assert "Nothing was published" in str(error.value)
-    assert epoch_in(tmp_path) == 1
+    published = at == "latest"
+    assert ("was published and is whole" if published else "Nothing was published") in str(error.value)
+    assert epoch_in(tmp_path) == epoch_in(tmp_path / "a") == (2 if published else 1)
+    save_checkpoint(tmp_path / "a", *made(), extra={"epoch": 3})
+    assert epoch_in(tmp_path) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
 
 

@@ -182,7 +182,7 @@ def test_codes_are_no_numbers(saved: torch.dtype, into: torch.dtype, tmp_path: P
     """A base in 8 bits, loaded over one in 16, or the reverse."""
     save_checkpoint(tmp_path / "a", *frozen_and_trained(torch.full((8, 8), 3).to(saved)))
     module, optimizer = frozen_and_trained(torch.full((8, 8), 5).to(into))
-    with pytest.raises(CheckpointError, match=rf"weight is {into} in the model, and was {saved}: integers"):
+    with pytest.raises(CheckpointError, match=rf"weight is {into} in the model, and was {saved}: it is not converted"):
         load_checkpoint(tmp_path / "a", module, optimizer)
     restored = load_checkpoint(tmp_path / "a", module, optimizer, strict=False)
     assert [line.split()[0] for line in restored.not_restored] == ["weight"]
@@ -225,3 +225,10 @@ def test_stochastic_rounding_stays_the_optimizers_own(tmp_path: Path) -> None:
         assert load_checkpoint(tmp_path / str(saved), module, optimizer).not_restored == []
         assert optimizer.param_groups[0]["stochastic_rounding"] == (into == torch.bfloat16)
         step(module, optimizer)
+
+
+def test_an_8_bit_float_loads_into_float16(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", *frozen_and_trained(torch.full((8, 8), 1.5).to(torch.float8_e4m3fn)))
+    module, optimizer = frozen_and_trained(torch.zeros(8, 8, dtype=torch.float16))
+    assert load_checkpoint(tmp_path / "a", module, optimizer).not_restored == []
+    assert (module.weight == 1.5).all()

@@ -148,27 +148,35 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("words", "visible", "told_ranks"),
+    ("words", "visible", "gpus", "told_ranks"),
     [
-        ("deepspeed.sh", None, "--num_gpus 8"),
-        ("deepspeed.sh", "4,5,7", "--include localhost:4,5,7"),
-        ("deepspeed.sh --ranks 2", "4,5,7", "--include localhost:4,5"),
-        ("torchrun.sh", "4,5,7", "--nproc-per-node 3"),
+        ("deepspeed.sh", None, 8, "--num_gpus 8"),
+        ("deepspeed.sh", "", 0, "--num_gpus 1"),
+        ("deepspeed.sh", "4,5,7", 3, "--include localhost:4,5,7"),
+        ("deepspeed.sh --ranks 2", "4, 5,7", 3, "--include localhost:4,5 "),
+        ("deepspeed.sh", "0,1,2,3", 2, "--include localhost:0,1 "),  # a machine of two
+        ("deepspeed.sh", "3,-1,2", 1, "--include localhost:3 "),  # as CUDA reads it
+        ("torchrun.sh", "GPU-4,GPU-5,GPU-7", 3, "--nproc-per-node 3"),
     ],
 )
-def test_ranks_run_on_the_gpus_that_are_visible(words: str, visible: str | None, told_ranks: str, fakes: Path) -> None:
-    gpus = 8 if visible is None else visible.count(",") + 1
+def test_ranks_run_on_the_gpus_that_are_visible(
+    words: str, visible: str | None, gpus: int, told_ranks: str, fakes: Path
+) -> None:  # fmt: skip
     program(fakes, "python", SEES_GPUS.format(gpus=gpus, python=sys.executable))
     own = {"PYTHON": str(fakes / "python")} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     launcher, *options = words.split()
     assert told_ranks in " ".join(told(call(LAUNCH / launcher, *options, "--dry-run", "launch/train.py", **own)))
 
 
-def test_more_ranks_than_visible_gpus_are_refused(fakes: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "visible", "message"),
+    [("3", "4,5", "--ranks 3, and torch sees 2 GPU(s)"), ("2", "GPU-4,GPU-5", "knows GPUs by numbers alone")],
+)
+def test_gpus_that_deepspeed_cannot_take_are_refused(ranks: str, visible: str, message: str, fakes: Path) -> None:
     program(fakes, "python", SEES_GPUS.format(gpus=2, python=sys.executable))
-    own = {"PYTHON": str(fakes / "python"), "CUDA_VISIBLE_DEVICES": "4,5"}
-    done = call(LAUNCH / "deepspeed.sh", "--ranks", "3", "--dry-run", "launch/train.py", **own)
-    assert done.returncode == 2 and "--ranks 3, and CUDA_VISIBLE_DEVICES is 4,5" in done.stderr
+    own = {"PYTHON": str(fakes / "python"), "CUDA_VISIBLE_DEVICES": visible}
+    done = call(LAUNCH / "deepspeed.sh", "--ranks", ranks, "--dry-run", "launch/train.py", **own)
+    assert done.returncode == 2 and message in done.stderr
 
 
 # ---- what they refuse ----

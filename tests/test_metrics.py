@@ -331,6 +331,25 @@ def test_a_measured_step_that_is_taken_anew_is_measured_once() -> None:
         assert {**found, "communication_ms": 0} == {**wanted, "communication_ms": 0}, step
 
 
+@pytest.mark.parametrize("then", ["reset", "flush"])
+def test_a_measured_step_that_was_not_taken_is_not_told_of(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_inf, "is_meant_for", lambda device: True)
+    parameter = nn.Parameter(torch.ones(8, 8))
+    optimizer = AdaFisher([parameter], **SETTINGS)
+    told: list[int] = []
+    optimizer.report_metrics(lambda step, found: told.append(step), every=3)
+    for call in range(1, 8):
+        parameter.grad = torch.full((8, 8), float("nan") if call == 3 else 1.0)
+        optimizer.step()
+        if call == 3 and then == "reset":
+            optimizer.state.clear()
+        elif call == 3:
+            optimizer.flush_metrics()
+            assert told == []
+    optimizer.flush_metrics()
+    assert told == ([3] if then == "reset" else [3, 6])
+
+
 @pytest.mark.parametrize("skipped", [False, True])
 def test_an_error_after_a_measured_step_stops_all(skipped: bool) -> None:
     (_, first), (_, second) = run_ranks(taken_anew, 2, skipped, True)

@@ -205,8 +205,8 @@ def test_stages_keep_their_own_extra_state(tmp_path: Path) -> None:
     assert run_ranks(with_notes, 1, 1, tmp_path, None, deepspeed=True) == [{**saved_there[0], **saved_there[1]}]
 
 
-def tied_engine(rows: int, width: int, **settings: Any) -> Any:
-    """Of two stages, both of which have the same table."""
+def tied_engine(rows: int, width: int, second: bool = False, **settings: Any) -> Any:
+    """Of two stages, both of which have the same table; `second`: in a param group of its own."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
@@ -218,19 +218,23 @@ def tied_engine(rows: int, width: int, **settings: Any) -> Any:
     specs = [
         TiedLayerSpec("table", nn.Embedding, rows, width),
         LayerSpec(nn.Linear, width, width),
-        LayerSpec(nn.Tanh),
+        LayerSpec(nn.Linear, width, width) if second else LayerSpec(nn.Tanh),  # a group has parameters in each stage
         TiedLayerSpec("table", nn.Embedding, rows, width, forward_fn=head),
     ]
     loss = nn.CrossEntropyLoss()
     module = PipelineModule(specs, num_stages=2, loss_fn=loss, partition_method="uniform", seed_layers=False)
+    tied_weights = [p for name, p in module.named_parameters() if "table" in name]
+    rest = [p for name, p in module.named_parameters() if "table" not in name]
+    groups = [{"params": rest}, {"params": tied_weights, **(settings if second else {})}]
     config = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
-        "optimizer": {"type": "AdaFisher", "params": {**copy.deepcopy(PARAMS), **settings}},
+        "optimizer": {"type": "AdaFisher", "params": {**copy.deepcopy(PARAMS), **({} if second else settings)}},
         "zero_optimization": {"stage": 1},
     }
-    engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    given = {"model_parameters": groups} if second else {}
+    engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False, **given)
     return engine
 
 
@@ -260,14 +264,21 @@ def tied(
     return float(np.abs(both[0] - both[1]).max()), all(np.array_equal(resumed[n], straight[n]) for n in straight)
 
 
-@pytest.mark.parametrize(("rows", "width", "settings"), [(40, 4, {}), (12, 8, {"max_blocks": 0})])
+@pytest.mark.parametrize(
+    ("rows", "width", "settings"),
+    [(40, 4, {}), (12, 8, {"max_blocks": 0}), (40, 4, {"second": True}), (12, 8, {"second": True, "max_blocks": 0})],
+)
 def test_tied_tables_stay_the_same(rows: int, width: int, settings: dict[str, Any], tmp_path: Path) -> None:
     assert run_ranks(tied, 2, rows, width, settings, tmp_path, deepspeed=True) == [(0.0, True)] * 2
 
 
 def refused_ties(rank: int, world: int) -> list[str]:
     found = []
-    for rows, width, settings in ((12, 8, {}), (40, 4, {"max_blocks": 100}), (40, 4, {"block_grid": "flat"})):
+    cases: list[tuple[int, int, dict[str, Any]]] = [
+        *((12, 8, {"second": second}) for second in (False, True)),
+        *((40, 4, settings) for settings in ({"max_blocks": 100}, {"block_grid": "flat"})),
+    ]
+    for rows, width, settings in cases:
         with pytest.raises(RuntimeError) as told:
             train_tied(tied_engine(rows, width, **settings), rows, 0, 1)
         found.append(str(told.value))

@@ -252,12 +252,16 @@ def test_a_gradient_that_the_fisher_has_not_seen(rows: int, max_blocks: int | No
     gradients = [torch.zeros(5, 7), torch.ones(5, 7)]
     settings = {"rows_per_block": rows, "max_blocks": max_blocks, "grafting": grafting, "fisher_update_freq": 2}
     parameter, optimizer = run(gradients, **settings)
-    sees_every_one = max_blocks == 0 or (rows == 1 and grafting == "rms")
+    sees_every_one = max_blocks == 0 or grafting == "rms"
     assert parameter.any() == sees_every_one
     assert parameter.abs().max() <= 0.1 and state_is_finite(optimizer)
 
 
-@pytest.mark.parametrize("blocks", [{"max_blocks": 0}, {"rows_per_block": 1}, {"block_grid": "flat"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "blocks",
+    [{"max_blocks": 0}, {"block_grid": "flat"}, {}, *({"rows_per_block": rows} for rows in (1, 2, 4, 8, 9))],
+    ids=str,
+)
 def test_rare_fisher_updates_bound_the_update(blocks: dict[str, Any]) -> None:
     """No element is divided by a square of long ago, which may be 0 by chance."""
     generator = torch.Generator().manual_seed(0)
@@ -306,6 +310,44 @@ if how == "nothing":  # what is set later still counts
     assert matmul.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+ORDERS = """
+import itertools, torch
+from adafisher_dist.numerics.precision import full_precision
+cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+ways = [
+    *((torch.set_float32_matmul_precision, value) for value in ("highest", "high", "medium")),
+    *((lambda value: setattr(cuda, "allow_tf32", value), value) for value in (True, False)),
+    *((lambda value: setattr(cuda, "fp32_precision", value), value) for value in ("tf32", "ieee", "none")),
+    *((lambda value: setattr(cpu, "fp32_precision", value), value) for value in ("bf16", "tf32", "ieee", "none")),
+    *((lambda value: setattr(torch.backends, "fp32_precision", value), value) for value in ("tf32", "ieee", "none")),
+]
+def read(ask):
+    try:
+        return ask()
+    except RuntimeError:
+        return "torch refuses"
+def state():
+    own = [cuda.fp32_precision, cpu.fp32_precision, torch.backends.fp32_precision]
+    return [read(lambda: cuda.allow_tf32), *own, read(torch.get_float32_matmul_precision)]
+for number in (1, 2, 3):
+    for order in itertools.product(ways, repeat=number):
+        for device, matmul in (("cuda", cuda), ("cpu", cpu)):
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.fp32_precision = cuda.fp32_precision = cpu.fp32_precision = "none"
+            for setter, value in order:
+                setter(value)
+            before = state()
+            with full_precision(torch.device(device)):
+                assert matmul.fp32_precision in ("none", "ieee"), ([value for _, value in order], state())
+            assert state() == before, ([value for _, value in order], before, state())
+"""
+
+
+def test_products_are_in_full_precision_whatever_was_set_before() -> None:
+    """In any order of up to three settings, by torch's older and newer names."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ORDERS], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

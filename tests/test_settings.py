@@ -98,6 +98,18 @@ def test_frequencies(fisher_update_freq: int, inverse_update_freq: int, setting:
     compare(values(SMALL), grads, block_size=4, **{"fisher_decay": 0.9, **freqs, **setting})
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("freq", [2, 5])
+def test_rare_updates_of_blocks_of_many_rows(freq: int, exponent: float) -> None:
+    """With up to 8 rows F is updated in every step whatever the frequency is; with 9 it is not."""
+    for shape in ((8, 6), (9, 6), (40, 6)):
+        oracles = [Oracle(values([shape]), fisher_update_freq=f, exponent=exponent) for f in (1, freq)]
+        grads = gradients([shape], 12)
+        ends = [[oracle.step(row)[0] for row in grads][-1] for oracle in oracles]
+        assert np.array_equal(*ends) == (shape[0] <= 8)
+        compare(values([shape]), grads, fisher_update_freq=freq, exponent=exponent)
+
+
 def test_old_factors_differ_from_fresh_ones() -> None:
     # Without this, the test above could pass with factors that are never old.
     settings = {"block_size": 4, "rows_per_block": 1, "fisher_decay": 0.9}

@@ -139,18 +139,27 @@ class CheckpointDirectory:
             self.folder.rename(self._replaced)
         elif self.folder.exists():
             self.folder.rmdir()  # it is empty
-        self.saving.rename(self.folder)
         try:
+            self.saving.rename(self.folder)
             sync(self.root)
             if latest:
                 (self.root / f".{LATEST}.saving").rename(self.root / LATEST)
-        except BaseException as error:  # Ctrl-C too
-            try:
+        except BaseException as error:  # Ctrl-C too, which may come when the system has done what it was asked for
+            if self._take_back(latest):
+                raise
+            if isinstance(error, OSError):
+                raise PublishedError(f"`{LATEST}` could not be changed: {os_problem(error)}") from error
+            raise PublishedError(f"It was interrupted by {type(error).__name__}") from error
+
+    def _take_back(self, latest: bool) -> bool:
+        """Take its name away again, unless `latest` has it by now; whether it could."""
+        if latest and not (self.root / f".{LATEST}.saving").exists():
+            return False
+        with suppress(OSError):
+            if not self.saving.exists():
                 self.folder.rename(self.saving)
-            except OSError:
-                told = os_problem(error) if isinstance(error, OSError) else type(error).__name__
-                raise PublishedError(f"`{LATEST}` could not be changed: {told}") from error
-            raise
+            return True
+        return False
 
     def clear_away(self, keep_last: int | None) -> None:
         """Delete what was replaced, and the oldest checkpoints of the root."""

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from reprlib import repr as short
 from types import MethodType
 from typing import Any
@@ -111,17 +112,26 @@ def scheduler(own: Any, state: Any, target: CheckpointTarget) -> None:
         ) from error
 
 
-def _shared(own: Any, target: CheckpointTarget, seen: frozenset[int] = frozenset()) -> Iterator[tuple[int, Any]]:
+def _shared(own: Any, target: CheckpointTarget) -> Iterator[tuple[int, Any]]:
     """What a copy of a scheduler refers to as the scheduler itself does."""
-    seen |= {id(own)}
-    for thing in (target.optimizer, target.wrapper, target.module, *getattr(own, "__dict__", {}).values()):
+    things = [target.optimizer, target.wrapper, target.module, *_held(own)]
+    ids = {id(own), *map(id, things)}
+    for thing in things:
         if isinstance(thing, Optimizer | nn.Module) or hasattr(thing, "param_groups"):
             yield id(thing), thing
-        for inner in thing if isinstance(thing, list | tuple) else [thing]:
-            if isinstance(inner, MethodType) and id(inner.__self__) not in seen:  # LambdaLR(optimizer, trainer.rate)
-                yield id(inner.__self__), inner.__self__
-            elif id(inner) not in seen and hasattr(inner, "load_state_dict") and hasattr(inner, "optimizer"):
-                yield from _shared(inner, target, seen)  # a scheduler in this one
+        while isinstance(thing, partial):
+            thing = thing.func
+        if isinstance(thing, MethodType) and id(thing.__self__) not in ids:  # LambdaLR(optimizer, trainer.rate)
+            yield id(thing.__self__), thing.__self__
+
+
+def _held(own: Any, seen: frozenset[int] = frozenset()) -> list[Any]:
+    """What a scheduler holds, also in lists, and what schedulers hold that it holds."""
+    values = [value for value in getattr(own, "__dict__", {}).values() if id(value) not in seen]
+    found = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    seen |= {id(own), *map(id, found)}
+    inner = [item for item in found if hasattr(item, "load_state_dict") and hasattr(item, "optimizer")]
+    return found + [item for scheduler in inner for item in _held(scheduler, seen)]
 
 
 @contextmanager

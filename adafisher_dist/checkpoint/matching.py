@@ -115,8 +115,8 @@ def match(
             )
         elif weights and not stored[old].get(LEFT_OUT) and _are_of_two_kinds(dtype_of(stored[old]["dtype"]), tensor):
             found.problems.append(
-                f"{name} is {tensor.dtype} in the model, and was {stored[old]['dtype']}: integers, as the codes of a"
-                " quantised weight, are no numbers without their scales, which no conversion knows"
+                f"{name} is {tensor.dtype} in the model, and was {stored[old]['dtype']}: it is not converted, since"
+                " integers may be a quantised weight's codes, which are no numbers without their scales"
             )
         else:
             fitting[name] = model["aliases"].get(old, old)

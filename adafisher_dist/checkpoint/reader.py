@@ -48,7 +48,7 @@ def _check_that_it_fits(values: Tensor, range_: Range) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    if range_.dtype != torch.float16 or values.dtype == torch.float16:
+    if range_.dtype != torch.float16 or values.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return
     if bool((values.to(torch.float16).isinf() & values.isfinite()).any()):
         raise CheckpointError(

@@ -70,7 +70,8 @@ def _refuse_tied(wrapper: Any, members: Sequence[Tensor], parameters: Sequence[P
     for tensor, parameter in zip(members, parameters, strict=True):
         if not getattr(tensor, "ds_pipe_replicated", False):
             continue
-        group = normalized(wrapper.optimizer.param_groups[parameter.info.group])
+        # Not the optimizer's `param_groups`, of which DeepSpeed shows it one at a time in a step.
+        group = normalized(wrapper.optimizer._registry.groups[parameter.info.group])
         settings = {key: group[key] for key in GRID_SETTINGS if group[key] != "auto"}
         if make_grid(parameter.shape, **{"block_size": 1, **settings}).dense_row_groups:
             raise UnsupportedLayoutError(

@@ -32,18 +32,19 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
 def _on_cuda() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     try:
-        allowed = matmul.allow_tf32
+        precision = torch.get_float32_matmul_precision() if matmul.allow_tf32 else "highest"
     except RuntimeError:  # somebody has set it by torch 2.9's names, and torch refuses a mixture of both
         with _precision(matmul):
             yield
         return
-    with _highest() if allowed else nullcontext():
+    # "high", or "medium", which to set allow_tf32 again would make "high"
+    with _highest(precision):
         yield
 
 
 @contextmanager
 def _on_cpu() -> Iterator[None]:
-    with _highest() if _MKLDNN is None else _precision(_MKLDNN):
+    with _highest(torch.get_float32_matmul_precision()) if _MKLDNN is None else _precision(_MKLDNN):
         yield
 
 
@@ -58,13 +59,14 @@ def _precision(matmul: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        matmul.fp32_precision = "none"  # where it was of all products, it is again
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before
 
 
 @contextmanager
-def _highest() -> Iterator[None]:
-    """Full float32, by the older names, which are of CPUs and GPUs together."""
-    precision = torch.get_float32_matmul_precision()  # "high", or "medium", which allow_tf32 would make "high"
+def _highest(precision: str) -> Iterator[None]:
+    """Full float32 in place of `precision`, by the older names, of CPUs and GPUs together."""
     if precision == "highest":
         yield
         return

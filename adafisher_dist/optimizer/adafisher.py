@@ -77,7 +77,7 @@ class AdaFisher(ShardedOptimizer):
         max_blocks: dense blocks of a parameter, at most; elements past them are updated
             elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
         fisher_update_freq: steps between updates of F. Elements without blocks, and blocks of
-            one row, are brought up to date in every step all the same.
+            up to 8 rows, are brought up to date in every step all the same.
         inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); fewer
             in the first steps, when F changes most. Above 1 it is kept, and each step refreshes
             some of the blocks.
@@ -264,6 +264,7 @@ class AdaFisher(ShardedOptimizer):
         """Report the last measured step now, and not at the next one. All ranks call it."""
         stepper = self._registry.stepper
         if stepper.meter is not None:
+            stepper.resolve_pending()
             stepper.meter.deliver(self._registry.ranks(), stepper.skipped)
 
     def num_parameters(self) -> int:

@@ -114,7 +114,7 @@ class Meter:
             raise ValueError(f"Metrics are taken every so many steps, a whole number from 1 on, and not {every!r}.")
         self._callback, self._every = callback, every
         self._step: int | None = None  # that is being measured
-        self._skipped = 0  # steps when it began
+        self._void = False  # whether that step, as the device found, changed nothing
         self._measured = _Measured()
         self._readings: list[_Reading] = []
         self._waits: list[Waits] = []
@@ -130,12 +130,10 @@ class Meter:
 
         A collective when another step's metrics are due.
         """
-        if step != self._step:
+        if step != self._step or self._void:
             self.deliver(group, skipped)
-        elif skipped > self._skipped:  # it changed nothing, and is taken anew
-            self.forget()
         if step > 0 and step % self._every == 0:
-            self._step, self._skipped = step, skipped
+            self._step = step
             self._waits.append(Waits())
             collectives.measure_waits(self._waits[-1])
 
@@ -163,6 +161,8 @@ class Meter:
 
     def deliver(self, group: Group, skipped: int) -> None:
         """Combine what the ranks measured, if anything; call back on the first. A collective."""
+        if self._void:
+            self.forget()
         if self._step is None:
             return
         self._attempt(self._read)
@@ -181,9 +181,13 @@ class Meter:
             self._warned = True
             logger.warning("AdaFisher's metrics of step %d are left out; %s.", step, "; ".join(problems))
 
+    def void(self) -> None:
+        """Note that the last step changed nothing: if it was measured, it will not be told of."""
+        self._void = self._step is not None
+
     def forget(self) -> None:
         """Do not tell of what has been measured, as of a step that failed. All ranks call it."""
-        self._step, self._measured, self._readings, self._waits = None, _Measured(), [], []
+        self._step, self._void, self._measured, self._readings, self._waits = None, False, _Measured(), [], []
         collectives.measure_waits(None)
 
     def _attempt(self, work: Callable[[], object]) -> None:

@@ -125,6 +125,8 @@ class Stepper:
                     self.incomplete |= WHOLE if verdict.amid or pending.part else frozenset()
                 elif not verdict.took_place:
                     self.skipped += pending.part == 0
+                    if self.meter is not None:
+                        self.meter.void()
 
     def check_complete(self) -> None:
         """Refuse to go on with a state that a failed step or load left incomplete.
