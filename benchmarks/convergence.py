@@ -14,10 +14,12 @@ tables of convergence.md. How long steps take is measured apart: convergence_tim
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any
 
 import common
@@ -57,8 +59,12 @@ class Cell:
 
     Attributes:
         leaders: only AdaFisher, AdamW and the two best rivals of TUNED_ON.
-        rates: parts of the best learning rate of TUNED_ON. Where there are several, the best is
-            chosen with the tuning seed, among up to MOST_LRS where it is the largest or smallest.
+        rates: parts of the best learning rate on the task `near`. Where there are several, the best
+            is chosen with the tuning seed, among up to MOST_LRS where it is the largest or
+            smallest.
+        near: a task whose best rate is known, or three: the rate of the first, changed with the
+            number of steps as it changed from the third's to the second's (a power of it). So what
+            was found is carried on, for everybody alike, where trials would take days.
         only: a name; None for all.
     """
 
@@ -66,6 +72,7 @@ class Cell:
     seeds: int
     leaders: bool = True
     rates: tuple[float, ...] = (1.0,)
+    near: tuple[str, ...] = (TUNED_ON,)
     only: str | None = None
 
 
@@ -81,10 +88,10 @@ CELLS = (
     Cell("vit", 3, rates=(1.0, 0.3)),
     Cell("laws64x20large", 3, rates=(1.0, 2.0)),
     Cell("laws96x20", 3, rates=(1.0, 0.5)),
-    Cell("laws96x40", 1, rates=(1.0, 0.5), only=BASE),
-    Cell("laws128x20", 2, rates=(0.5,)),
-    Cell("laws96x80", 1, rates=(0.5,)),
-    Cell("laws128x40", 1, rates=(0.5,), only=BASE),
+    Cell("laws96x40", 1, near=("laws96x20", "laws64x40", TUNED_ON), only=BASE),
+    Cell("laws96x80", 1, near=("laws96x20", "laws64x80", TUNED_ON)),
+    Cell("laws128x20", 2, near=("laws96x20", "laws96x20", TUNED_ON)),
+    Cell("laws128x40", 1, near=("laws128x20", "laws64x40", TUNED_ON), only=BASE),
 )
 QUICK_TASKS = ("cnn", "vit")
 
@@ -143,11 +150,38 @@ def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]
     The former are none until the rate is known.
     """
     _, best = tuning(name, done)
-    if best is None:
+    rate = rate_near(cell, name, done)
+    if best is None or rate is None:
         return [], []
-    tried = [replace(best, task=cell.task, lr=best.lr * part) for part in cell.rates]
+    tried = [replace(best, task=cell.task, lr=rate * part) for part in cell.rates]
     tried, chosen = of_rates(tried, done) if len(tried) > 1 else ([], tried[0])
     return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried
+
+
+def rate_near(cell: Cell, name: str, done: Done) -> float | None:
+    """The learning rate that `Cell.near` stands for, to three digits; None until it is known."""
+    rates = [rate for task in cell.near if (rate := rate_on(task, name, done)) is not None]
+    if len(rates) < len(cell.near):
+        return None
+    if len(rates) == 1:
+        return rates[0]
+    first, longer, shorter = map(steps_of, cell.near)
+    power = math.log(steps_of(cell.task) / first) / math.log(longer / shorter)
+    return float(f"{rates[0] * (rates[1] / rates[2]) ** power:.3g}")
+
+
+@cache
+def steps_of(task: str) -> int:
+    return task_of(task).steps
+
+
+def rate_on(task: str, name: str, done: Done) -> float | None:
+    """A name's best learning rate on a task; None until it is known."""
+    if task == TUNED_ON:
+        _, best = tuning(name, done)
+        return best.lr if best else None
+    runs, _ = final_runs(next(cell for cell in CELLS if cell.task == task), name, done)
+    return runs[0].lr if runs else None
 
 
 def names_of(cell: Cell, done: Done) -> list[str]:
