@@ -256,8 +256,8 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
             ranks that see the same files; on others DeepSpeed fails as it would have, since no
             rank's file of its own has such a state.
     """
-    from adafisher_dist.checkpoint.directory import SUBFOLDER
     from adafisher_dist.checkpoint.errors import CheckpointError
+    from adafisher_dist.checkpoint.folders import SUBFOLDER
     from adafisher_dist.checkpoint.latest import read_latest
     from adafisher_dist.checkpoint.manifest import MANIFEST
 

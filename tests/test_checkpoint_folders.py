@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint import directory
+from adafisher_dist.checkpoint import directory, folders
 from adafisher_dist.tools import listing
 from adafisher_dist.tools.cli import app
 
@@ -70,10 +70,10 @@ def test_a_copied_folder_keeps_the_newest(tmp_path: Path) -> None:
         place = text.index(b'"created": "') + len(b'"created": "')
         manifest.write_bytes(text[:place] + f"2026-01-0{step}".encode() + text[place + 10 :])
         os.utime(manifest, (10.0**9 - step, 10.0**9 - step))
-    assert directory.tags(tmp_path) == ["step1", "step2", "step3", "step4"]
+    assert folders.tags(tmp_path) == ["step1", "step2", "step3", "step4"]
     assert [found.tag for found in listing.checkpoints_in(tmp_path)] == ["step1", "step2", "step3", "step4"]
     save_checkpoint(tmp_path / "step5", *made(), keep_last=2)
-    assert directory.tags(tmp_path) == ["step4", "step5"]
+    assert folders.tags(tmp_path) == ["step4", "step5"]
 
 
 def test_a_listing_while_another_job_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

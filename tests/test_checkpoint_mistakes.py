@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher, CheckpointError, ds, load_checkpoint, save_checkpoint
-from adafisher_dist.checkpoint.directory import those_in
+from adafisher_dist.checkpoint.folders import those_in
 from adafisher_dist.checkpoint.matching import Match, keep_apart
 
 # ---- param groups ----

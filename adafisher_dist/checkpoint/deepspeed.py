@@ -12,9 +12,10 @@ from typing import Any
 
 from adafisher_dist.checkpoint import foreign
 from adafisher_dist.checkpoint.all_ranks import attempt, run_on_all_ranks
-from adafisher_dist.checkpoint.directory import SUBFOLDER, CheckpointDirectory, folder_of, tagged, those_in
+from adafisher_dist.checkpoint.directory import CheckpointDirectory, tagged
 from adafisher_dist.checkpoint.dry_run import Part
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.folders import SUBFOLDER, folder_of, those_in
 from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
 from adafisher_dist.checkpoint.loading import load
 from adafisher_dist.checkpoint.manifest import MANIFEST

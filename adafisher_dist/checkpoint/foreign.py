@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
-from adafisher_dist.checkpoint.directory import SUBFOLDER, those_in
 from adafisher_dist.checkpoint.errors import CheckpointError, reason
 from adafisher_dist.checkpoint.files import check_regular
+from adafisher_dist.checkpoint.folders import SUBFOLDER, those_in
 from adafisher_dist.checkpoint.latest import LATEST, read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.comm.host_groups import HostGroup

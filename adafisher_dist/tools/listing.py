@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adafisher_dist.checkpoint.directory import folder_of, saved_at
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.folders import folder_of, saved_at
 from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST, read
 
