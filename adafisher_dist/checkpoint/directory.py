@@ -282,9 +282,11 @@ def _remove(path: Path) -> None:
 
 def _clear(path: Path) -> None:
     """Take away what a killed save has left, if this is such; bring back what it was to replace."""
-    if path.name.startswith(".") and path.name.endswith(_TEMPORARY) and os.path.lexists(path):
+    if not path.name.startswith(".") or not os.path.lexists(path):
+        return
+    if path.name.endswith(_TEMPORARY):
         _remove(path)
-    elif path.name.startswith(".") and path.name.endswith(_REPLACED) and os.path.lexists(path):
+    elif path.name.endswith(_REPLACED):
         _roll_back(path)
 
 
