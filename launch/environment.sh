@@ -35,11 +35,15 @@ need_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 should be a whole number, at least 1, and is '$2'." "See $launcher --help."
 }
 
-# The Python that has this project: $PYTHON, an active environment, the project's own .venv, or the first on the path.
+# The Python that has this project: $PYTHON, an active environment (a venv or conda's), the project's own .venv, or the
+# first on the path.
 # Its folder goes to the front of the path, for torchrun, deepspeed and mpirun.
 find_python() {
-    local found=${PYTHON:-}
-    for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} "$(dirname "$here")/.venv/bin/python" "$(command -v python3 || true)"; do
+    local found=${PYTHON:-} active=${VIRTUAL_ENV:-} candidate
+    # Conda's base is active wherever conda is: nobody has chosen it.
+    [ -n "$active" ] || [ "${CONDA_DEFAULT_ENV:-base}" = base ] || active=${CONDA_PREFIX:-}
+    local candidates=(${active:+"$active/bin/python"} "$(dirname "$here")/.venv/bin/python" "$(command -v python3 || true)")
+    for candidate in "${candidates[@]}"; do
         [ -n "$found" ] || ! [ -x "$candidate" ] || found=$candidate
     done
     [ -n "$found" ] || die "no python3 found." "Install Python 3.10 or later, or set PYTHON=/path/to/python."

@@ -49,6 +49,7 @@ if [ "$nodes" = 1 ] && [ -z "$host" ]; then
 else
     [ -n "$host" ] || die "--nodes $nodes needs --host." "Name the node where all meet, as in --host node1."
     [[ $host =~ :[0-9]+$ && ! $host =~ :.*: ]] && port=${host##*:} host=${host%:*} || port=29500
+    need_module psutil psutil
     place=$("$python" "$here/network.py" "$host" "$port") ||
         die "--host $host is of no use." "Give a name or an address that all nodes know, of a network that they share."
     read -r is_host address found <<<"$place"

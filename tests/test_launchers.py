@@ -25,7 +25,7 @@ TINY = "--steps 8 --width 16 --layers 1 --heads 2 --seq-len 16 --corpus-mb 0.2 -
 def call(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command without what this process's launcher may have left in the environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMP", "GLOO", "NCCL"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "PYTHON", "VIRTUAL_ENV"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"):
         kept.pop(name, None)
     return subprocess.run(
         [str(word) for word in command],
@@ -215,6 +215,35 @@ def test_a_python_without_the_project_is_refused(tmp_path: Path, fakes: Path) ->
     assert done.returncode == 2 and "there is no such program" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "is_taken"),
+    [
+        ({"VIRTUAL_ENV": "own"}, True),
+        ({"CONDA_PREFIX": "own", "CONDA_DEFAULT_ENV": "training"}, True),
+        ({"CONDA_PREFIX": "own", "CONDA_DEFAULT_ENV": "base"}, False),
+    ],
+)
+def test_the_python_of_an_active_environment_is_taken(
+    environment: dict[str, str], is_taken: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program(tmp_path / "bin", "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # where there is no .venv
+    own = {name: str(tmp_path) if value == "own" else value for name, value in environment.items()}
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = call(LAUNCH / "torchrun.sh", "--dry-run", "launch/train.py", PYTHON="", PATH=path, **own)
+    assert (str(tmp_path / "bin" / "python") in told(done)) == is_taken
+
+
+def test_several_nodes_without_psutil_are_refused(fakes: Path) -> None:
+    hide = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == 'psutil' else f(n)"
+    words = f'if [ "$1" = -c ]; then shift; one=$1; shift; set -- -c "{hide}; $one" "$@"; fi'
+    program(fakes, "python", f'#!/bin/sh\n{words}\nexec {sys.executable} "$@"\n')
+    own = {"PYTHON": str(fakes / "python")}
+    done = call(LAUNCH / "torchrun.sh", "--nodes", "2", "--host", "localhost", "launch/train.py", **own)
+    assert done.returncode == 2 and "has no module psutil" in done.stderr and "install psutil" in done.stderr
+
+
 def test_another_mpi_is_refused(fakes: Path) -> None:
     program(fakes, "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # whose folder is put first on the path
     program(fakes, "mpirun", "#!/bin/sh\necho HYDRA build details\n")
@@ -237,7 +266,9 @@ def test_trainings_by_each_launcher_on_this_machine(tmp_path: Path) -> None:
     """torchrun, mpirun, DeepSpeed's launcher, and Slurm's job with stand-ins: the same losses."""
     fakes = tmp_path / "fakes"
     fakes.mkdir()
-    program(fakes, "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[1-1]" ] && echo 127.0.0.1\n')
+    program(
+        fakes, "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames node[1-1]" ] && seq -f 127.0.0.%g 1 99999\n'
+    )  # a pipe is full
     program(fakes, "srun", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nSLURM_PROCID=0 exec "$@"\n')
     spool = tmp_path / "slurm_script"
     shutil.copy(LAUNCH / "slurm.sbatch", spool)  # as Slurm does
