@@ -140,6 +140,8 @@ def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems
             problems.append(error)
         else:
             taken = own.setdefault("momentum", first)
+            if "momentum" not in written and first > defaults["fisher_decay"]:
+                own.setdefault("fisher_decay", first)  # Adam's second beta is above the first: see `doubts_of`
             notice = (
                 f"AdaFisher: betas={tuple(written['betas'])} are Adam's. momentum is {taken}"
                 f"{', the first of them' if 'momentum' not in written else ', as given'}; the second is for"

@@ -152,9 +152,11 @@ def load_checkpoint(
     """Load a checkpoint into an engine, at any world size, ZeRO stage and precision.
 
     It was saved by `save_checkpoint`, this one or `adafisher_dist.save_checkpoint`, or by
-    DeepSpeed's `engine.save_checkpoint`. The first arguments are those of `engine.load_checkpoint`,
-    the others those of `adafisher_dist.load_checkpoint`. What does not fit is an error; with
-    strict=False (or load_module_strict=False) it is logged, and left as it is.
+    `engine.save_checkpoint` of an engine with AdaFisher; those of other optimizers load by
+    `engine.load_checkpoint(…, load_optimizer_states=False)`. The first arguments are those of
+    `engine.load_checkpoint`, the others those of `adafisher_dist.load_checkpoint`. What does not
+    fit is an error; with strict=False (or load_module_strict=False) it is logged, and left as it
+    is.
 
     Returns:
         The checkpoint's folder and the client state; (None, None) where `tag` is None and
@@ -196,7 +198,7 @@ def adopt_engine() -> None:
     @wraps(choose)
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: Any) -> Any:
         if isinstance(basic_optimizer, AdaFisher):
-            refuse_config(self)
+            refuse_config(self, basic_optimizer.param_groups)
             basic_optimizer._registry.sync_param_groups()  # DeepSpeed has taken empty groups away
         return choose(self, basic_optimizer)
 
@@ -249,30 +251,40 @@ def adopt_engine() -> None:
 def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any]) -> None:
     """Refuse to resume another optimizer from AdaFisher's state.
 
-    DeepSpeed would fail for a missing key.
+    DeepSpeed would fail for a missing key, or with no message at all.
 
     Raises:
-        CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it. On all
-            ranks that see the same files; on others DeepSpeed fails as it would have, since no
-            rank's file of its own has such a state.
+        CheckpointError: the state of the optimizer is asked for, and AdaFisher saved it; or the
+            checkpoint has no files of DeepSpeed's. On all ranks that see the same files; on others
+            DeepSpeed fails as it would have, since no rank's file of its own has such a state.
     """
     from adafisher_dist.checkpoint.errors import CheckpointError
     from adafisher_dist.checkpoint.folders import SUBFOLDER
     from adafisher_dist.checkpoint.latest import read_latest
     from adafisher_dist.checkpoint.manifest import MANIFEST
 
-    if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
-        return
-    if flags["load_module_only"] or engine.load_universal_checkpoint():
-        return
     root = Path(load_dir)
     try:
         name = str(tag) if tag is not None else read_latest(root)
     except CheckpointError:  # DeepSpeed tells what is wrong with it
         return
-    if name is not None and (root / name / SUBFOLDER / MANIFEST).is_file():
+    if name is None:
+        return
+    folder = root / name
+    if (folder / MANIFEST).is_file() and not any(folder.glob("*.pt")):
         raise CheckpointError(
-            f"{root / name} was saved by AdaFisher, whose state {type(engine.basic_optimizer).__name__} cannot"
+            f"{folder} was saved by adafisher_dist.ds.save_checkpoint, which writes no files of DeepSpeed's; this"
+            " engine reads no others. Export its weights (python -m adafisher_dist export"
+            f" {folder} --to safetensors) and load them into the model, or save by engine.save_checkpoint. Nothing was"
+            " changed."
+        )
+    if not isinstance(engine.basic_optimizer, Optimizer) or not flags["load_optimizer_states"]:
+        return
+    if flags["load_module_only"] or engine.load_universal_checkpoint():
+        return
+    if (folder / SUBFOLDER / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} was saved by AdaFisher, whose state {type(engine.basic_optimizer).__name__} cannot"
             " take over. Load with load_optimizer_states=False: weights, learning rate schedule and counters. Nothing"
             " was changed."
         )

@@ -196,6 +196,24 @@ def problems_of(group: dict[str, Any]) -> list[Exception]:
     return found
 
 
+def doubts_of(group: Mapping[str, Any]) -> list[str]:
+    """What is valid in a param group's settings, but hardly meant."""
+    found = []
+    momentum, decay, freq = group["momentum"], group["fisher_decay"], group["fisher_update_freq"]
+    if momentum**2 > decay and group["grafting"] == "rms":
+        found.append(
+            f"momentum={momentum:g} forgets more slowly than fisher_decay={decay:g}: where gradients become 0 (experts"
+            " or tokens that do not occur for a while), weights go on by the old ones, faster and faster. Set"
+            f" fisher_decay to {max(momentum, DEFAULTS['fisher_decay']):g} or more."
+        )
+    if freq > 1 and group["grafting"] == "rms":
+        found.append(
+            f"fisher_update_freq={freq} has no effect: with grafting='rms' F bounds each update, and is brought up to"
+            " date in every step. Leave it out."
+        )
+    return found
+
+
 def raise_all(problems: Sequence[Exception]) -> None:
     """One error for all of them, if there are any.
 
@@ -268,8 +286,8 @@ def hint_of(value: object) -> str:
     return _AUTO if value == "auto" else _QUOTED + (_YAML if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else "")
 
 
-# Of a setting that is no share: the product of two still is a float32.
-LARGEST = 1e18
+# Of a setting that is no share: the squares of a block's row of them still sum up to a float32.
+LARGEST = 1e15
 
 
 def check_number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:

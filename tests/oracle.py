@@ -131,7 +131,7 @@ class State:
     m: np.ndarray
     blocks: list[Block]
     t: int = 0  # steps
-    k: int = 0  # updates that `fisher_update_freq` asked for
+    k: int = 0  # updates of F
 
 
 class Oracle:
@@ -205,14 +205,11 @@ class Oracle:
         mu, rho = h["momentum"], h["fisher_decay"]
         state.t += 1
         state.m = mu * state.m + (1 - mu) * g
-        due = (state.t - 1) % h["fisher_update_freq"] == 0
+        due = h["grafting"] == "rms" or (state.t - 1) % h["fisher_update_freq"] == 0
         state.k += due
         for block in state.blocks:
-            block.k = state.k
-            of_few = not block.dense or (len(block.where) <= 8 and h["grafting"] == "rms")
-            if of_few:  # second moments of few squares keep up with the momentum
-                block.k = state.t
-            if due or of_few:
+            block.k = state.k if block.dense else state.t
+            if due or not block.dense:
                 part = g[block.where]
                 block.square = rho * block.square + (1 - rho) * np.mean(part**2, axis=1)
                 if h["grafting"] == "rms" and block.dense and len(part) > 1:
@@ -273,7 +270,8 @@ def dense_direction(
     """The u of a dense block, (vectors, r)."""
     if h["grafting"] == "none":
         s = m_hat @ block.inverse
-        return block.d ** -h["exponent"] * s if block.d > 0 else np.zeros_like(s)
+        d = max(block.d, np.trace(f_hat) / len(f_hat))
+        return d ** -h["exponent"] * s if block.d > 0 else np.zeros_like(s)
     assert h["grafting"] == "rms", h["grafting"]
     s = (m_hat if len(m_hat) == 1 else scaled_rows(m_hat, square, h["exponent"])) @ block.inverse
     if not s.any():
@@ -281,6 +279,8 @@ def dense_direction(
     w = polar_factor(s)
     moment = np.diag(f_hat)[None, :]
     if len(m_hat) > 1:
+        root = np.sqrt(square)[:, None]
+        w = w * root / (root + h["eps"])
         moment = square[:, None] * moment / (np.mean(moment) or 1)
     a = by_diagonal(m_hat, moment, h)
     return w * np.linalg.norm(a) / np.linalg.norm(w)

@@ -193,6 +193,8 @@ def switched(rank: int, world: int, stage: int, precision: str, folder: str) -> 
             moved = max(float(np.abs(value - before[name]).max()) for name, value in masters(engine).items())
             assert 0 < moved < 0.5
         engine = engine_of(config(stage, world, precision=precision))
+        with pytest.raises(CheckpointError, match=r"of DeepSpeed's own, and .* names it.*load_optimizer_states=False"):
+            ds.load_checkpoint(engine, folder, load_optimizer_states=False)
         if stage == 3:
             with pytest.raises(CheckpointError, match="of what the file latest in"):
                 engine.load_checkpoint(folder, "older", load_module_only=True)
@@ -238,6 +240,10 @@ def adafishers_into_adamw(rank: int, world: int, stage: int, folder: str) -> Non
     assert all(np.array_equal(value, before[name]) for name, value in full_weights(other).items())
     other.load_checkpoint(folder, load_optimizer_states=False)
     assert all(np.array_equal(value, saved[name]) for name, value in full_weights(other).items())
+    ds.save_checkpoint(engine, f"{folder}/ours")
+    for flags in ({}, {"load_optimizer_states": False}, {"load_module_only": True}):
+        with pytest.raises(CheckpointError, match=r"writes no files of DeepSpeed's.* export "):
+            other.load_checkpoint(f"{folder}/ours", **flags)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -47,7 +47,7 @@ def test_the_fisher_of_one_vector_is_symmetric_to_the_last_bit(size: int, dtype:
         values = rng.standard_normal((4, 1, size)) * np.exp(3 * rng.standard_normal(size))
         gradient_NRB = torch.tensor(values, dtype=wide)
         seed_N = seeds(torch.arange(4, dtype=torch.int32), update) if dtype == torch.bfloat16 else None
-        fisher.update(fisher_NBB, gradient_NRB, 0.95, seed_N=seed_N)
+        fisher.update(fisher_NBB, gradient_NRB, fisher.Decay(0.95, 0.05), seed_N=seed_N)
         assert torch.equal(fisher_NBB, fisher_NBB.mT)
 
 
@@ -108,7 +108,7 @@ def test_the_fallbacks(rows: int) -> None:
         whole_NBB[3, 0, 1] = whole_NBB[3, 1, 0] = 3.0
         blocks.fisher.copy_(pack(whole_NBB) if packed else whole_NBB)
         update_NRB = torch.arange(35.0 * rows, dtype=blocks.momentum_NRB.dtype).view(5, rows, 7)
-        own = step_settings({**DEFAULTS, "damping": 0.01, "fisher_update_freq": 2})
+        own = step_settings({**DEFAULTS, "damping": 0.01, "fisher_decay": 1.0, "bias_correction": False})  # F as it is
         update_blocks(blocks, update_NRB, StepContext(own, step=2, updates=1))
         return blocks, update_NRB
 

@@ -257,17 +257,58 @@ def test_a_gradient_that_the_fisher_has_not_seen(rows: int, max_blocks: int | No
     assert parameter.abs().max() <= 0.1 and state_is_finite(optimizer)
 
 
+@pytest.mark.parametrize("where", ["nowhere", "all", "rows", "columns"])
 @pytest.mark.parametrize(
-    "blocks",
-    [{"max_blocks": 0}, {"block_grid": "flat"}, {}, *({"rows_per_block": rows} for rows in (1, 2, 4, 8, 9))],
-    ids=str,
+    "blocks", [{"max_blocks": 0}, {"block_grid": "flat"}, {}, *({"rows_per_block": rows} for rows in (1, 8))], ids=str
 )
-def test_rare_fisher_updates_bound_the_update(blocks: dict[str, Any]) -> None:
-    """No element is divided by a square of long ago, which may be 0 by chance."""
+def test_rare_fisher_updates_bound_the_update(blocks: dict[str, Any], where: str) -> None:
+    """No element is divided by a square of long ago, or by what 400 steps have left of it."""
     generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(256, 128, generator=generator) for _ in range(12)]
-    parameter, _ = run(gradients, fisher_update_freq=10, weight_decay=0.0, **blocks)
-    assert parameter.abs().max() < 12 * 0.1 * 3
+    absent = torch.zeros(64, 64, dtype=torch.bool)
+    absent[{"nowhere": [], "all": slice(None), "rows": slice(0, 20), "columns": (slice(None), slice(0, 20))}[where]] = 1
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    optimizer = AdaFisher([parameter], lr=0.1, fisher_update_freq=10, weight_decay=0.0, **blocks)
+    for step in range(424):
+        gradient = torch.randn(64, 64, generator=generator)
+        parameter.grad = gradient.masked_fill_(absent, 0.0) if 12 <= step < 412 else gradient
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert (parameter - before).abs().max() < 0.1 * 8
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_old_factors_bound_the_update_after_a_time_without_gradients(exponent: float) -> None:
+    """Without grafting it is divided by the mean curvature, of which 300 steps leave little."""
+    generator = torch.Generator().manual_seed(0)
+    largest = []
+    for inverse_update_freq in (1, 10):
+        parameter = nn.Parameter(torch.zeros(16, 16))
+        own = {"grafting": "none", "exponent": exponent, "inverse_update_freq": inverse_update_freq}
+        optimizer = AdaFisher([parameter], lr=1e-3, weight_decay=0.0, **own)
+        for step in range(450):
+            parameter.grad = torch.randn(16, 16, generator=generator) * (0.0 if 100 <= step < 420 else 1e-2)
+            optimizer.step()
+        largest.append(float(parameter.detach().abs().max()))
+    assert largest[1] < 10 * largest[0]
+
+
+@pytest.mark.parametrize("noise", [1e-18, 1e-12, 1e-9])
+def test_rows_of_rounding_errors_hardly_move(noise: float) -> None:
+    """As by Adam, whose ε they are below: they take nothing from the others' length."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.full((64, 1), noise)
+    scale[:4] = 1e-3
+    gradients = [torch.randn(64, 64, generator=generator) * scale for _ in range(40)]
+    moved = [run(gradients, weight_decay=0.0, **own)[0].abs() for own in ({}, {"max_blocks": 0})]
+    assert moved[0][:4].mean() > 0.7 * moved[1][:4].mean()
+    assert moved[0][4:].max() < 10 * moved[1][4:].max()
+
+
+@pytest.mark.parametrize("own", [{"damping": 1e15}, {"damping": 1e15, "eps": 1e15, "block_size": 600}], ids=str)
+def test_the_largest_damping_leaves_the_direction(own: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameter, _ = run([torch.randn(64, 600, generator=generator) * 1e9], weight_decay=0.0, **{"eps": 1e-8, **own})
+    assert parameter.any()
 
 
 # ---- what a user allows their model ----

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEFAULTS, Oracle
 
+from adafisher_dist import AdaFisher
+
 COMBINATIONS = [
     dict(zip(("exponent", "grafting", "max_blocks", "block_grid", "bias_correction", "nesterov"), chosen, strict=True))
     for chosen in itertools.product(
@@ -98,16 +100,42 @@ def test_frequencies(fisher_update_freq: int, inverse_update_freq: int, setting:
     compare(values(SMALL), grads, block_size=4, **{"fisher_decay": 0.9, **freqs, **setting})
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1.0])
-@pytest.mark.parametrize("freq", [2, 5])
-def test_rare_updates_of_blocks_of_many_rows(freq: int, exponent: float) -> None:
-    """With up to 8 rows F is updated in every step whatever the frequency is; with 9 it is not."""
-    for shape in ((8, 6), (9, 6), (40, 6)):
-        oracles = [Oracle(values([shape]), fisher_update_freq=f, exponent=exponent) for f in (1, freq)]
-        grads = gradients([shape], 12)
-        ends = [[oracle.step(row)[0] for row in grads][-1] for oracle in oracles]
-        assert np.array_equal(*ends) == (shape[0] <= 8)
-        compare(values([shape]), grads, fisher_update_freq=freq, exponent=exponent)
+@pytest.mark.parametrize("grafting", ["rms", "none"])
+@pytest.mark.parametrize("shape", [(1, 60), (40, 6)], ids=str)
+def test_rare_updates_are_of_plain_blocks_alone(
+    shape: tuple[int, ...], grafting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where F bounds the update it is updated in every step, and the setting is told of."""
+    found = []
+    for freq in (1, 5):
+        parameter = torch.nn.Parameter(torch.from_numpy(values([shape])[0]))
+        optimizer = AdaFisher([("a", parameter)], fisher_update_freq=freq, grafting=grafting)
+        for (gradient,) in gradients([shape], 12):
+            parameter.grad = torch.from_numpy(gradient)
+            optimizer.step()
+        updates = optimizer.fisher_stats()["a"].fisher_updates
+        assert updates == (12 if freq == 1 or grafting == "rms" else 3)
+        found.append(parameter.detach())
+    is_plain = grafting == "none" and shape[0] > 1  # a vector has no blocks
+    assert torch.equal(*found) == (not is_plain)
+    assert ("fisher_update_freq=5 has no effect" in caplog.text) == (grafting == "rms")
+
+
+def test_a_momentum_that_outlasts_the_fisher_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """√V would shrink faster than M where gradients end; the remedy keeps it from that."""
+    left = []
+    for own in ({"momentum": 0.99}, {"momentum": 0.99, "fisher_decay": 0.99}, {"betas": (0.99, 0.999)}):
+        caplog.clear()
+        parameter = torch.nn.Parameter(torch.zeros(16, 16))
+        optimizer = AdaFisher([parameter], lr=1.0, weight_decay=0.0, **own)
+        assert ("Set fisher_decay to 0.99 or more" in caplog.text) == (own == {"momentum": 0.99})
+        for step in range(900):
+            parameter.grad = torch.ones(16, 16) * (step < 100)
+            optimizer.step()
+        left.append(float(parameter.detach().abs().max()))
+    assert left[0] > 5 * left[1] and left[2] == left[1]
+    assert AdaFisher([parameter], betas=(0.9, 0.999)).defaults["fisher_decay"] == 0.97
+    assert AdaFisher([parameter], betas=(0.99, 0.999), fisher_decay=0.98).defaults["fisher_decay"] == 0.98
 
 
 def test_old_factors_differ_from_fresh_ones() -> None:

@@ -18,12 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adafisher_dist.blocks.sharding
-from adafisher_dist import AdaFisher, load_checkpoint, save_checkpoint
+from adafisher_dist import AdaFisher, UnsupportedLayoutError, load_checkpoint, save_checkpoint
 from adafisher_dist.numerics.rounding import add_stochastically, seeds_of_weights
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2, "stochastic_rounding": True,
 }  # fmt: skip
+WITHOUT = {key: value for key, value in SETTINGS.items() if key != "stochastic_rounding"}
 CPU = torch.device("cpu")
 
 
@@ -93,10 +94,9 @@ def test_seeds_are_those_of_the_elements() -> None:
 def test_a_step_is_that_of_the_oracle_but_for_the_rounding() -> None:
     generator = np.random.default_rng(7)
     shapes = [(9, 20), (5,), ()]
-    settings = {key: value for key, value in SETTINGS.items() if key != "stochastic_rounding"}
     parameters = [nn.Parameter(torch.from_numpy(generator.normal(size=s)).bfloat16()) for s in shapes]
     optimizer = AdaFisher(parameters, **SETTINGS)
-    oracle = Oracle([p.detach().double().numpy() for p in parameters], arithmetic=np.float32, **settings)
+    oracle = Oracle([p.detach().double().numpy() for p in parameters], arithmetic=np.float32, **WITHOUT)
     for _ in range(10):
         gradients = [torch.from_numpy(generator.normal(size=s)).bfloat16() for s in shapes]
         for index, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
@@ -258,7 +258,10 @@ def refused(rank: int, world: int, stage: int) -> None:
     from engines import config, engine_of
     from engines import train as train_engine
 
-    engine = engine_of(config(stage, world, SETTINGS, precision="bf16"))
+    with pytest.raises(UnsupportedLayoutError, match=r"params\.stochastic_rounding is true.* Leave it out"):
+        engine_of(config(stage, world, SETTINGS, precision="bf16"))
+    engine = engine_of(config(stage, world, WITHOUT, precision="bf16"))
+    engine.basic_optimizer.param_groups[0]["stochastic_rounding"] = True
     with pytest.raises(ValueError, match=r"stepped in torch\.float32") as error:
         train_engine(engine, 0, 1, rank, world)
     assert "stochastic_rounding" in str(error.value)
@@ -269,7 +272,10 @@ def refused_in_bf16(rank: int, world: int, stage: int) -> None:
     from engines import train as train_engine
 
     bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    engine = engine_of(config(stage, world, SETTINGS, precision="bf16", bf16=bf16))
+    with pytest.raises(UnsupportedLayoutError, match=r"with bf16_master_weights_and_grads, which has no such copies"):
+        engine_of(config(stage, world, SETTINGS, precision="bf16", bf16=bf16))
+    engine = engine_of(config(stage, world, WITHOUT, precision="bf16", bf16=bf16))
+    engine.basic_optimizer.param_groups[0]["stochastic_rounding"] = True
     with pytest.raises(RuntimeError, match=f"not supported under ZeRO-{stage}") as error:
         train_engine(engine, 0, 1, rank, world)
     assert "bf16_master_weights_and_grads" in str(error.value)

@@ -125,10 +125,11 @@ def load_checkpoint(
     With the same number of ranks and layout, training goes on bit for bit; with others, to float
     rounding. The settings of the param groups (lr, damping, …) are restored, as by torch.optim;
     those that shape the state (block_size, rows_per_block, block_grid, max_blocks, fisher_dtype,
-    exponent, grafting, inverse_update_freq, packed) and memory_budget_gb stay as they are, but for
-    block_size="auto", which takes the checkpoint's, and the state is converted to this optimizer's
-    fisher_dtype and packing. Each rank that took part in the save gets its own random number
-    generators back; ranks beyond those keep theirs. A collective. Nothing is unpickled.
+    exponent, grafting, inverse_update_freq, packed), memory_budget_gb and stochastic_rounding stay
+    as they are, but for block_size="auto", which takes the checkpoint's, and the state is converted
+    to this optimizer's fisher_dtype and packing. Each rank that took part in the save gets its own
+    random number generators back; ranks beyond those keep theirs. A collective. Nothing is
+    unpickled.
 
     Args:
         path: the checkpoint's folder, or one of checkpoints: the one that `latest` names.

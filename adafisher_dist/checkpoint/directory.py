@@ -85,6 +85,11 @@ class CheckpointDirectory:
         if not os.path.exists(self.folder):
             what = "is a link that leads nowhere" if self.folder.is_symlink() else "does not exist"
             raise CheckpointError(f"{self.folder} {what}{named}. {those_in(self.root)}")
+        if any(self.folder.glob("*_model_states.pt")):
+            raise CheckpointError(
+                f"{self.folder} is a checkpoint of DeepSpeed's own{named}, without AdaFisher's state. If another"
+                " optimizer saved it, engine.load_checkpoint(…, load_optimizer_states=False) loads its weights."
+            )
         told = those_in(self.folder if folders_in(self.folder) else self.root)
         raise CheckpointError(f"{self.folder} is no checkpoint of adafisher_dist{named}. {told}")
 

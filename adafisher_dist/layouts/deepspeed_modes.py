@@ -6,7 +6,7 @@ waited for its data. All ranks have the same config, so all of them raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from adafisher_dist.comm.host_groups import host_group
@@ -94,13 +94,14 @@ _MODES = (
 )  # fmt: skip
 
 
-def refuse_config(engine: Any) -> None:
+def refuse_config(engine: Any, groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse what a DeepSpeed engine's config asks for, before its optimizer is wrapped.
 
     A collective where the config has `use_node_local_storage`.
 
     Args:
         engine: a DeepSpeedEngine that has its config, and is about to train with AdaFisher.
+        groups: the optimizer's param groups.
 
     Raises:
         UnsupportedLayoutError: on all ranks; names each key, its value, why, and what to do.
@@ -111,7 +112,7 @@ def refuse_config(engine: Any) -> None:
         value = _at(engine._config, mode.attribute)
         if value is not None and (not mode.stages or stage in mode.stages) and mode.refused(value):
             problems.append(f"{mode.key} is {_as_written(value)}: {mode.why}. {mode.remedy}.")
-    problems += [*_bf16_masters(engine), *_node_local_storage(engine)]
+    problems += [*_bf16_masters(engine), *_rounding(engine, groups), *_node_local_storage(engine)]
     if problems:
         raise UnsupportedLayoutError(f"AdaFisher does not support this DeepSpeed config. {' '.join(problems)}")
 
@@ -143,6 +144,18 @@ def _bf16_masters(engine: Any) -> list[str]:
     return [
         f"bf16.bf16_master_weights_and_grads is true: {_MASTERS} if the optimizer is offloaded, and for others with"
         f' "bf16_optimizer_states": true. Add that without offload_optimizer, or leave both out: then the {_COPIES}.'
+    ]
+
+
+def _rounding(engine: Any, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is wrong where weights are to be rounded by chance."""
+    as_given = engine.zero_optimization_stage() == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
+    if as_given or not any(group.get("stochastic_rounding") for group in groups):
+        return []
+    return [
+        f"optimizer.params.stochastic_rounding is true: it is for weights in bfloat16 that have no copy, and {_COPIES},"
+        " which lose nothing. Leave it out; with bf16_master_weights_and_grads, which has no such copies, rounding by"
+        " chance is not supported."
     ]
 
 

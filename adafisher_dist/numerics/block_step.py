@@ -19,15 +19,18 @@ from torch import Tensor
 from adafisher_dist.numerics import fisher, fused_step
 from adafisher_dist.numerics.block_stack import BlockStack, Numbers
 from adafisher_dist.numerics.factors import FALLBACKS, Factor, factorize, inverted, solve
+from adafisher_dist.numerics.fisher import Decay
 from adafisher_dist.numerics.packing import pack
 from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.numerics.rounding import rounding_noise, seeds
-from adafisher_dist.numerics.update_rule import diagonal_update, natural_update, orthogonal_update, scale_rows
+from adafisher_dist.numerics.update_rule import (
+    diagonal_update,
+    natural_update,
+    orthogonal_update,
+    row_shares,
+    scale_rows,
+)
 from adafisher_dist.settings import StateConfig, StepSettings
-
-# Rows that share a block, at most, with which F is updated in every step: `fisher_update_freq=10`
-# lets an element change by 18 times lr with 4, and by 4 times with 8, as without (LOG.md).
-FEW_ROWS = 8
 
 # Where F is 0, A is δ + ε on its diagonal, and the square of that has to be a number of float32's.
 LEAST_IN_A = 1e-18
@@ -69,7 +72,14 @@ class StepContext:
 
     def every_step(self) -> StepContext:
         """The same where F has been updated in each step."""
+        if self.settings.fisher_update_freq == 1 and self.updates == self.step:  # as nearly always
+            return self
         return replace(self, settings=self.settings._replace(fisher_update_freq=1), updates=self.step)
+
+    def fisher_decay(self, like: Tensor) -> Decay:
+        """ρ and 1 − ρ; the latter is taken here, since float32 would lose its digits."""
+        rho = self.settings.fisher_decay
+        return Decay(self.if_stepping(rho, 1.0, like), self.if_stepping(1 - rho, 0.0, like))
 
     def if_stepping(self, on: float, off: float, like: Tensor) -> float | Tensor:
         """One number or the other, as `should_step` has it on the device."""
@@ -117,10 +127,9 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
         hat_NRB = (momentum_NRB * (mu * context.momentum_correction)).add_(gradient_NRB, alpha=1 - mu)
     else:
         hat_NRB = momentum_NRB * context.momentum_correction
-    decay = context.if_stepping(own.fisher_decay, 1.0, momentum_NRB)  # ρ
+    decay = context.fisher_decay(momentum_NRB)
     if not blocks.shape.dense:
-        if context.updates_fisher:
-            fisher.update_diagonal(blocks.fisher, gradient_NRB[:, 0], decay, _seeds(blocks, context))
+        fisher.update_diagonal(blocks.fisher, gradient_NRB[:, 0], decay, _seeds(blocks, context))
         moment_N11 = blocks.fisher.to(hat_NRB.dtype).unsqueeze(2) * context.fisher_correction
         update_NRB = diagonal_update(hat_NRB, moment_N11, own.eps)
     elif config.grafting == "rms":
@@ -129,7 +138,8 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
         scaled_NRB = scale_rows(hat_NRB, weight_NR, config.exponent)
         solved = _precondition(blocks, gradient_NRB, scaled_NRB, weight_NR, context, decay)
         moment_NRB = fisher.second_moment(solved.diagonal_NB, square_NR)
-        update_NRB = orthogonal_update(solved.vectors_NRB, diagonal_update(hat_NRB, moment_NRB, own.eps))
+        share_NR = None if square_NR is None else row_shares(square_NR, own.eps)
+        update_NRB = orthogonal_update(solved.vectors_NRB, diagonal_update(hat_NRB, moment_NRB, own.eps), share_NR)
     else:
         solved = _precondition(blocks, gradient_NRB, hat_NRB, None, context, decay)
         update_NRB = natural_update(solved.vectors_NRB, solved.d_N, config.exponent)
@@ -139,13 +149,13 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
 
 
 def _context_of(blocks: BlockStack, context: StepContext) -> StepContext:
-    """What these blocks take the step with: some are not asked how often to update F.
+    """What these blocks take the step with: not all are asked how often to update F.
 
-    V must not lag behind the momentum where it is of few squares at a time: an element whose first
-    ones were by chance near 0 would be moved by all later gradients over them.
+    Where V bounds the update it must not lag behind the momentum: where gradients were small for a
+    while, those that come next would be divided by what was left of the old squares.
     """
-    of_few = not blocks.shape.dense or (blocks.shape.rows <= FEW_ROWS and blocks.config.grafting == "rms")
-    return context.every_step() if of_few and context.updates < context.step else context
+    has_moments = not blocks.shape.dense or blocks.config.grafting == "rms"
+    return context.every_step() if has_moments else context
 
 
 def _update_fused(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext) -> None:
@@ -161,22 +171,23 @@ def _update_fused(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
         *damping(blocks.config, own),
         own.eps,
     )
-    fused_step.step(blocks, gradient_NRB, scalars, context.updates_fisher, _seeds(blocks, context), context.should_step)
+    fused_step.step(blocks, gradient_NRB, scalars, _seeds(blocks, context), context.should_step)
 
 
-def _mean_squares(
-    blocks: BlockStack, gradient_NRB: Tensor, context: StepContext, decay: float | Tensor
-) -> Tensor | None:
-    """ŵ of rows, (N, R), brought up to date when F is; None where blocks have one row."""
+def _mean_squares(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext, decay: Decay) -> Tensor | None:
+    """ŵ of rows, (N, R), brought up to date; None where blocks have one row."""
     if blocks.square_NR is None:
         return None
-    if context.updates_fisher:
-        fisher.update_squares(blocks.square_NR, gradient_NRB, decay)
+    fisher.update_squares(blocks.square_NR, gradient_NRB, decay)
     return blocks.square_NR * context.fisher_correction
 
 
 class _Preconditioned(NamedTuple):
-    """Vectors times A^(−p), the present diagonal of F̂, and A's d, which may be some steps old."""
+    """Vectors times A^(−p), the present diagonal of F̂, and the d that goes with A.
+
+    That is the larger of A's own, where A is some steps old, and of the present one: what comes
+    after a time without gradients would be divided by the little that was left.
+    """
 
     vectors_NRB: Tensor
     diagonal_NB: Tensor
@@ -185,7 +196,7 @@ class _Preconditioned(NamedTuple):
 
 def _precondition(
     blocks: BlockStack, gradient_NRB: Tensor, vectors_NRB: Tensor, weight_NR: Tensor | None, context: StepContext,
-    decay: float | Tensor,
+    decay: Decay,
 ) -> _Preconditioned:  # fmt: skip
     """Update F, and multiply each row by A^(−p)."""
     count, keeps = len(blocks), blocks.config.keeps_factors
@@ -210,7 +221,8 @@ def _precondition(
     if keeps:
         _refresh(blocks, _due(blocks, context), context)
         factor = Factor(blocks.state["factor"], blocks.state["curvature"])
-        return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=factor.d_N)
+        d_N = torch.where(factor.d_N > 0, torch.maximum(factor.d_N, result.diagonal_NB.mean(dim=1)), 0.0)
+        return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=d_N)
     return result
 
 

@@ -7,10 +7,22 @@ Fisher, d mean curvature, A = F̂/d + (δ + ε) I with F̂ = F · correction, p 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from adafisher_dist.numerics.rounding import round_stochastically, seeds_of_elements
+
+
+class Decay(NamedTuple):
+    """How an average takes in a gradient: ρ of what it was, and 1 − ρ of the new.
+
+    0-d tensors where the device decides whether they are 1 and 0, which changes nothing.
+    """
+
+    old: float | Tensor
+    new: float | Tensor
 
 
 def gradient_limit(dtype: torch.dtype, block_size: int) -> float:
@@ -21,7 +33,7 @@ def gradient_limit(dtype: torch.dtype, block_size: int) -> float:
 def update(
     fisher_NBB: Tensor,
     gradient_NRB: Tensor,
-    decay: float | Tensor,
+    decay: Decay,
     weight_NR: Tensor | None = None,
     seed_N: Tensor | None = None,
 ) -> None:
@@ -37,44 +49,42 @@ def update(
     Args:
         fisher_NBB: F.
         gradient_NRB: g.
-        decay: ρ; a 0-d tensor where the device decides whether it is 1.
+        decay: ρ.
         weight_NR: by what each row is multiplied first; see `row_weights`.
         seed_N: int32, for each block; needed for bfloat16. The same seeds give the same rounding on
             any rank.
     """
-    h_NRB = gradient_NRB * ((1 - decay) / gradient_NRB.shape[1]) ** 0.5
+    h_NRB = gradient_NRB * (decay.new / gradient_NRB.shape[1]) ** 0.5
     if weight_NR is not None:
         h_NRB *= weight_NR.unsqueeze(2)
     rounded = fisher_NBB.dtype != gradient_NRB.dtype
     wide_NBB = fisher_NBB.to(gradient_NRB.dtype) if rounded else fisher_NBB
     if h_NRB.shape[1] == 1:  # by element: on a CPU faster than a product of matrices (LOG.md, 2026-11-25)
-        wide_NBB.mul_(decay).addcmul_(h_NRB.mT, h_NRB)
-    elif isinstance(decay, Tensor):
-        wide_NBB.mul_(decay).baddbmm_(h_NRB.mT, h_NRB)
+        wide_NBB.mul_(decay.old).addcmul_(h_NRB.mT, h_NRB)
+    elif isinstance(decay.old, Tensor):
+        wide_NBB.mul_(decay.old).baddbmm_(h_NRB.mT, h_NRB)
     else:
-        wide_NBB.baddbmm_(h_NRB.mT, h_NRB, beta=decay)
+        wide_NBB.baddbmm_(h_NRB.mT, h_NRB, beta=decay.old)
     if rounded:
         assert seed_N is not None
         round_stochastically(wide_NBB, seeds_of_elements(seed_N, fisher_NBB.shape[1]))
         fisher_NBB.copy_(wide_NBB)
 
 
-def update_diagonal(
-    fisher_N1: Tensor, gradient_N1: Tensor, decay: float | Tensor, seed_N: Tensor | None = None
-) -> None:
+def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: Decay, seed_N: Tensor | None = None) -> None:
     """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; else as `update`."""
     if fisher_N1.dtype == gradient_N1.dtype:
-        fisher_N1.lerp_(gradient_N1.square(), 1 - decay)
+        fisher_N1.lerp_(gradient_N1.square(), decay.new)
     else:
         assert seed_N is not None
-        wide_N1 = fisher_N1.to(gradient_N1.dtype).lerp_(gradient_N1.square(), 1 - decay)
+        wide_N1 = fisher_N1.to(gradient_N1.dtype).lerp_(gradient_N1.square(), decay.new)
         round_stochastically(wide_N1, seed_N[:, None])
         fisher_N1.copy_(wide_N1)
 
 
-def update_squares(square_NR: Tensor, gradient_NRB: Tensor, decay: float | Tensor) -> None:
+def update_squares(square_NR: Tensor, gradient_NRB: Tensor, decay: Decay) -> None:
     """For each row w ← ρ w + (1 − ρ) ‖g‖² / B, in place: it tells the rows of a block apart."""
-    square_NR.lerp_(gradient_NRB.square().mean(dim=2), 1 - decay)
+    square_NR.lerp_(gradient_NRB.square().mean(dim=2), decay.new)
 
 
 def row_weights(square_NR: Tensor) -> Tensor:

@@ -141,7 +141,6 @@ def step_kernel(
     SQUARES: tl.constexpr,
     PACKED: tl.constexpr,
     ROUNDED: tl.constexpr,
-    UPDATES: tl.constexpr,
     GATED: tl.constexpr,
     TINY: tl.constexpr,
     STEPS: tl.constexpr,
@@ -171,10 +170,9 @@ def step_kernel(
     if SQUARES:
         at_R = n * rows + i_R
         square_R = tl.load(square_ptr + at_R, i_R < rows, 0.0)
-        if UPDATES:
-            mean_R = tl.sum(gradient_RB * gradient_RB, axis=1) / columns
-            square_R += fisher_weight * (mean_R - square_R)
-            tl.store(square_ptr + at_R, square_R, i_R < rows)
+        mean_R = tl.sum(gradient_RB * gradient_RB, axis=1) / columns
+        square_R += fisher_weight * (mean_R - square_R)
+        tl.store(square_ptr + at_R, square_R, i_R < rows)
         square_R *= correction
         weight_R = tl.where(square_R > 0, 1.0 / tl.sqrt_rn(square_R), 0.0)  # tl.sqrt of a subnormal is 0
         vectors_RB = _without_scale(vectors_RB * weight_R[:, None])
@@ -191,21 +189,19 @@ def step_kernel(
         at_BB = n * columns * columns + k_B[:, None] * columns + j_B[None, :]
         stored_BB = inside_BB
     fisher_BB = tl.load(fisher_ptr + at_BB, inside_BB, 0.0).to(tl.float32)
-    if UPDATES:
-        weighed_RB *= tl.sqrt_rn(fisher_weight / rows)
-        fisher_BB = tl.dot(tl.trans(weighed_RB), weighed_RB, fisher_BB * decay, input_precision="tf32x3")
+    weighed_RB *= tl.sqrt_rn(fisher_weight / rows)
+    fisher_BB = tl.dot(tl.trans(weighed_RB), weighed_RB, fisher_BB * decay, input_precision="tf32x3")
     # Only the lower triangle counts, which is what checkpoints keep.
     fisher_BB = tl.where(k_B[:, None] >= j_B[None, :], fisher_BB, tl.trans(fisher_BB))
-    if UPDATES:
-        if ROUNDED:
-            seed = tl.load(seed_ptr + n).to(tl.uint32, bitcast=True)
-            mixed_BB = ((low_BB << 16) + high_BB).to(tl.uint32, bitcast=True)
-            mixed_BB = _scramble(_scramble(mixed_BB) ^ seed) & 0xFFFF
-            bits_BB = fisher_BB.to(tl.uint32, bitcast=True) + mixed_BB
-            fisher_BB = (bits_BB & 0xFFFF0000).to(tl.float32, bitcast=True)
-            tl.store(fisher_ptr + at_BB, fisher_BB.to(tl.bfloat16), stored_BB)
-        else:
-            tl.store(fisher_ptr + at_BB, fisher_BB, stored_BB)
+    if ROUNDED:
+        seed = tl.load(seed_ptr + n).to(tl.uint32, bitcast=True)
+        mixed_BB = ((low_BB << 16) + high_BB).to(tl.uint32, bitcast=True)
+        mixed_BB = _scramble(_scramble(mixed_BB) ^ seed) & 0xFFFF
+        bits_BB = fisher_BB.to(tl.uint32, bitcast=True) + mixed_BB
+        fisher_BB = (bits_BB & 0xFFFF0000).to(tl.float32, bitcast=True)
+        tl.store(fisher_ptr + at_BB, fisher_BB.to(tl.bfloat16), stored_BB)
+    else:
+        tl.store(fisher_ptr + at_BB, fisher_BB, stored_BB)
 
     curvature_B = tl.sum(tl.where(diagonal_BB, fisher_BB, 0.0), axis=0)
     mean = tl.sum(curvature_B, axis=0) / columns
@@ -225,5 +221,7 @@ def step_kernel(
 
     if SQUARES:  # of one row the direction is its own
         vectors_RB = _polar_factor(vectors_RB, R > B, PA, PB, PC)
+        root_R = tl.sqrt_rn(square_R)
+        vectors_RB *= (root_R / (root_R + eps))[:, None]
     norm = _norm(vectors_RB)
     tl.store(gradient_ptr + at_RB, vectors_RB * (length / tl.where(norm > 0, norm, 1.0)), inside_RB)

@@ -129,8 +129,7 @@ def _hindrance(device: torch.device) -> str:
 
 
 def step(
-    blocks: BlockStack, gradient_NRB: Tensor, own: Scalars, updates: bool, seed_N: Tensor | None,
-    should_step: Tensor | None,
+    blocks: BlockStack, gradient_NRB: Tensor, own: Scalars, seed_N: Tensor | None, should_step: Tensor | None,
 ) -> None:  # fmt: skip
     """Take a step of blocks: their gradient goes into their state, the update takes its place.
 
@@ -138,7 +137,6 @@ def step(
         blocks: of which `can_step` said so.
         gradient_NRB: gradient, then update; contiguous.
         own: the numbers of the step.
-        updates: whether F and w are updated.
         seed_N: by which this update of a bfloat16 F is rounded, (N,) int32.
         should_step: see `block_step.StepContext`.
     """
@@ -168,7 +166,6 @@ def step(
             SQUARES=blocks.square_NR is not None,
             PACKED=config.packed,
             ROUNDED=config.fisher_dtype == torch.bfloat16,
-            UPDATES=updates,
             GATED=should_step is not None,
             TINY=torch.finfo(torch.float32).tiny,
             STEPS=len(steps),

@@ -19,15 +19,27 @@ def scale_rows(vectors_NRB: Tensor, weight_NR: Tensor | None, exponent: float) -
     return _without_scale(vectors_NRB)
 
 
-def orthogonal_update(vectors_NRB: Tensor, by_diagonal_NRB: Tensor) -> Tensor:
+def orthogonal_update(vectors_NRB: Tensor, by_diagonal_NRB: Tensor, share_NR: Tensor | None) -> Tensor:
     """The polar factor of each block, as long as `by_diagonal_NRB`; of zeros, zeros.
 
     The polar factor of X = U Σ Vᵀ is U Vᵀ: of all matrices of this spectral norm that with the most
-    progress along X.
+    progress along X. It makes rows about equally long: `share_NR` is what each row is to have of it
+    (`row_shares`), and None where blocks have one row.
     """
     x_NRB = polar_factor(vectors_NRB)
+    if share_NR is not None:
+        x_NRB.mul_(share_NR.unsqueeze(2))
     norm_N11, length_N11 = (torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True) for v in (x_NRB, by_diagonal_NRB))
     return x_NRB.mul_(torch.where(norm_N11 > 0, length_N11 / norm_N11, 0.0))
+
+
+def row_shares(square_NR: Tensor, eps: float) -> Tensor:
+    """√ŵ / (√ŵ + ε) of each row: 1 but where its gradients are no larger than ε.
+
+    As by Adam, such rows, whose gradients are often rounding alone, hardly move.
+    """
+    root_NR = square_NR.sqrt()
+    return root_NR / (root_NR + eps)
 
 
 def natural_update(vectors_NRB: Tensor, d_N: Tensor, exponent: float) -> Tensor:

@@ -37,7 +37,7 @@ class AdaFisher(ShardedOptimizer):
         w ← ρ w + (1−ρ) gᵀg / r, of each row    ŵ = w / (1 − ρᵏ)
         F ← ρ F + (1−ρ) mean(g gᵀ / ŵ)          F̂ = F / (1 − ρᵏ),  d = tr(F̂) / r
         S = diag(ŵ)^(−p) M̂ (F̂/d + (δ+ε) I)^(−p)
-        U = polar(S), scaled to the norm of M̂ / (√V + ε) with V = ŵ diag(F̂)ᵀ / d
+        U = diag(√ŵ / (√ŵ + ε)) polar(S), scaled to the norm of M̂ / (√V + ε), V = ŵ diag(F̂)ᵀ / d
         Θ ← Θ − η λ Θ − η U
 
     Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and
@@ -76,8 +76,8 @@ class AdaFisher(ShardedOptimizer):
         bias_correction: divide the averages by 1 − decayᵗ, since they begin at zero.
         max_blocks: dense blocks of a parameter, at most; elements past them are updated
             elementwise, as by Adam. 0: all of them. None: no limit, but tables have none.
-        fisher_update_freq: steps between updates of F. Elements without blocks, and blocks of
-            up to 8 rows, are brought up to date in every step all the same.
+        fisher_update_freq: steps between updates of F with grafting="none"; else F, by which each
+            update is bounded, is updated in every step.
         inverse_update_freq: steps between refreshes of a block's (F̂/d + (δ+ε) I)^(−p); fewer
             in the first steps, when F changes most. Above 1 it is kept, and each step refreshes
             some of the blocks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from adafisher_dist.optimizer.registry import ParameterRegistry
 
@@ -15,6 +16,7 @@ class Notices:
     def __init__(self, registry: ParameterRegistry) -> None:
         self._registry = registry
         self._told_of_betas = False
+        self._told: set[str] = set()
         self.told_of_no_gradients = False
 
     def betas(self, notice: str | None) -> None:
@@ -23,6 +25,14 @@ class Notices:
             self._told_of_betas = True
             if self._registry.ranks().is_first:
                 logger.warning("%s", notice)
+
+    def doubts(self, told: Iterable[str]) -> None:
+        """Settings that are hardly meant: each once, however many param groups have it."""
+        for doubt in told:
+            if doubt not in self._told:
+                self._told.add(doubt)
+                if self._registry.ranks().is_first:
+                    logger.warning("AdaFisher: %s", doubt)
 
     def skipped(self, count: int) -> None:
         """A step changed nothing: logged for the 1st, 2nd, 4th, 8th, … such step.

@@ -16,7 +16,7 @@ from adafisher_dist.optimizer import offloading, state_dicts
 from adafisher_dist.optimizer.consolidated import Consolidated, consolidate, for_torch_checkpoint
 from adafisher_dist.optimizer.notices import Notices
 from adafisher_dist.optimizer.registry import ParameterRegistry
-from adafisher_dist.settings import OF_ALL_GROUPS, normalize
+from adafisher_dist.settings import OF_ALL_GROUPS, doubts_of, normalize
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.consistency import raise_if_any_failed
 
@@ -74,6 +74,7 @@ class ShardedOptimizer(Optimizer):
             raise
         self._registry.register(len(self.param_groups) - 1)
         self._notices.betas(notice)
+        self._notices.doubts(doubts_of(group))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim has it; docs/reference.md lists the keys.

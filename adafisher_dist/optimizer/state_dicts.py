@@ -207,6 +207,12 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
             raise ValueError(f"{misfit}: {key} is {saved[key]!r}.")
         if shape is not None and tuple(shape) not in ((), place):
             raise ValueError(f"{misfit}: {key} has shape {tuple(shape)}, needed is {place}.")
+    steps, updates = (torch.as_tensor(saved[key], device="cpu") for key in COUNTERS)
+    if not bool(((steps % 1 == 0) & (updates % 1 == 0) & (updates >= 0) & (updates <= steps)).all()):
+        raise ValueError(
+            f"{misfit}: step and fisher_updates should be whole numbers, of which the second is at least 0 and at most"
+            f" the first, and are {steps.tolist()} and {updates.tolist()}."
+        )
     for key, (view, _, rows) in wanted.items():
         if key not in saved:
             continue

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from adafisher_dist.numerics.block_step import StepContext
+from adafisher_dist.settings import StateConfig, StepSettings
 from adafisher_dist.state.shard import Shard
 from adafisher_dist.stepping.inputs import Inputs
 
@@ -22,7 +23,7 @@ def count_step(shard: Shard, inputs: Inputs, should_step: Tensor | None) -> list
     """Count the step of the parameters that have a gradient; what each takes it with."""
     groups = shard.group_of_parameter
     active = _active(shard, inputs)
-    every = np.array([1 if settings is None else settings.fisher_update_freq for settings in inputs.settings])
+    every = np.array([_interval(*of_group) for of_group in zip(inputs.settings, shard.configs, strict=True)])
     counts = shard.counters.numpy()
     counts[:, 0] += active
     counts[:, 1] += active & ((counts[:, 0] - 1) % every[groups] == 0)
@@ -42,6 +43,11 @@ def count_step(shard: Shard, inputs: Inputs, should_step: Tensor | None) -> list
             known[key] = StepContext(settings, step, updates, should_step)
         contexts.append(known[key])
     return contexts
+
+
+def _interval(settings: StepSettings | None, config: StateConfig) -> int:
+    """Steps between updates of F: `block_step` makes one in every step but with grafting="none"."""
+    return 1 if settings is None or config.grafting == "rms" else settings.fisher_update_freq
 
 
 def _active(shard: Shard, inputs: Inputs) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -84,6 +84,7 @@ def inputs_of(shard: Shard, groups: Groups) -> Inputs:
             or gradient.shape != before.shape
             or gradient.layout != torch.strided
             or gradient.is_complex()
+            or _overlaps(weight)
         ):
             _refuse(shard, index, weight, gradient)
         own = inputs.settings[shard.groups[index]]
@@ -133,11 +134,20 @@ def _check_rounding(shard: Shard, index: int, dtype: torch.dtype) -> None:
         )
 
 
+def _overlaps(weight: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor."""
+    return not weight.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
+    )
+
+
 def _refuse(shard: Shard, index: int, weight: Tensor, gradient: Tensor) -> None:
     before = shard.stored[index]
     if gradient.layout != torch.strided or gradient.is_complex():
         kind = "complex" if gradient.is_complex() else "sparse"
         problem = f"has a {kind} gradient, which AdaFisher does not support. For embeddings, use sparse=False."
+    elif _overlaps(weight):
+        problem = "has elements that share memory (as after expand()), so that they cannot change. Clone it."
     elif gradient.shape != weight.shape:
         problem = f"has a gradient of shape {tuple(gradient.shape)}, but is {tuple(weight.shape)}."
     else:

@@ -211,8 +211,8 @@ def _fall_back(device: torch.device, packed: bool, rows: int) -> tuple[BlockStac
     whole_NBB[1, 0, 1] = whole_NBB[1, 1, 0] = 1.05  # indefinite by little: more damping helps
     whole_NBB[2, 0, 1] = whole_NBB[2, 1, 0] = 3.0  # by much: the diagonal
     stack.fisher.copy_(pack(whole_NBB) if packed else whole_NBB)
-    # F is used as it is.
-    return stack, step(stack, case.gradients(device, 1)[0], 2, case.settings(damping=0.01, fisher_update_freq=2))
+    as_it_is = {"fisher_decay": 1 - 2**-53, "bias_correction": False}  # F
+    return stack, step(stack, case.gradients(device, 1)[0], 2, case.settings(damping=0.01, **as_it_is))
 
 
 def not_numbers(here: Here) -> str:
@@ -224,7 +224,7 @@ def not_numbers(here: Here) -> str:
             stack = case.make(here.device)
             step(stack, gradient_NRB, 1, case.settings())
             stack.fisher[1] = value
-            updates.append(host(step(stack, gradient_NRB, 2, case.settings(fisher_update_freq=2)))[::2])
+            updates.append(host(step(stack, gradient_NRB, 2, case.settings()))[::2])
         apart = max(far(update, updates[0]) for update in updates)
         assert apart < 1e-6, f"{case}: u of the neighbours apart by {apart:.2g}"
     return "of ∞, NaN and 3e37 in a block's F its neighbours notice nothing"
