@@ -8,9 +8,12 @@ import json
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from layout_runs import Run
 from models import batch, distance, model, same_state, train_steps, weights
+from ranks import run_ranks
 from torch import nn
 
 from adafisher_dist import AdaFisher, UnsupportedLayoutError, load_checkpoint, save_checkpoint
@@ -50,6 +53,54 @@ def test_removed_state_starts_anew(how: str) -> None:
     counts = {name: int(optimizer.state[p]["step"]) for name, p in module.named_parameters() if p.requires_grad}
     assert counts["mix.weight"] == 1
     assert counts["inner.weight"] == (4 if how == "one entry" else 1)
+
+
+class Lookahead:
+    """As timm has it: slow weights in the state of the optimizer that it is around."""
+
+    def __init__(self, optimizer: AdaFisher) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        for p in [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]:
+            state = self.optimizer.state[p]
+            slow = state.setdefault("lookahead_slow_buff", p.detach().clone())
+            if self.steps % 3 == 0:
+                slow.lerp_(p.detach(), 0.5)
+                p.data.copy_(slow)
+
+
+def test_entries_of_others_in_the_state_stay(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module, twin = model(), model()
+    optimizer = AdaFisher(module.named_parameters(), lr=1e-2)
+    optimizer.state[module.scale]["mine"] = ["before the first step"]
+    around = Lookahead(optimizer)
+
+    def steps(around: Lookahead, module: nn.Module, first: int, last: int) -> None:
+        for step in range(first, last):
+            x, y = batch(step, 0, 1)
+            around.optimizer.zero_grad()
+            nn.functional.mse_loss(module(x), y).backward()
+            around.step()
+
+    steps(around, module, 0, 4)
+    assert optimizer.state[module.scale]["mine"] == ["before the first step"]
+    assert sum("mine" in entry for entry in copy.deepcopy(optimizer).state.values()) == 1
+    other = AdaFisher(twin.named_parameters(), lr=1e-2)
+    again = Lookahead(other)
+    again.steps = around.steps
+    twin.load_state_dict(module.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert set(other.state[twin.scale]) >= {"mine", "lookahead_slow_buff", "step"}
+    steps(around, module, 4, 8)
+    steps(again, twin, 4, 8)
+    assert distance(weights(module), weights(twin)) == 0
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    assert "'lookahead_slow_buff', 'mine' in optimizer.state is not AdaFisher's" in caplog.text
+    load_checkpoint(tmp_path / "a", twin, other)
+    assert "mine" not in other.state[twin.scale] and int(other.state[twin.scale]["step"]) == 8
 
 
 def test_a_replaced_state_that_does_not_fit_is_an_error() -> None:
@@ -309,7 +360,7 @@ def test_groups_shrink_and_grow(caplog: pytest.LogCaptureFixture, tmp_path: Any)
     gone = names.index("mix.weight")
     removed = optimizer.param_groups.pop(gone)["params"][0]
     train_steps(module, optimizer, 3, 5)
-    assert removed not in optimizer.state and "forgets the state of 1 parameter(s)" in caplog.text
+    assert int(optimizer.state[removed]["step"]) == 3 and "keeps the state of 1 parameter(s)" in caplog.text
     saved = optimizer.state_dict()
     assert len(saved["param_groups"]) == len(names) - 1
     assert optimizer.num_parameters() == len(saved["state"]) == len(names) - 2  # and a frozen one
@@ -328,6 +379,68 @@ def test_groups_shrink_and_grow(caplog: pytest.LogCaptureFixture, tmp_path: Any)
     optimizer.add_param_group({"params": [removed]})
     train_steps(module, optimizer, 5, 7)
     assert int(optimizer.state[removed]["step"]) == 2 and int(optimizer.state[module.scale]["step"]) == 7
+
+
+def in_turns(rank: int, world: int, layout: str, how: str) -> dict[str, Any]:
+    """Two halves of the parameters train in turns of two steps; returns weights and step counts."""
+    run = Run(layout, rank, world)
+    optimizer, whole = run.optimizer, run.optimizer.param_groups
+    halves = [[{**g, "params": g["params"][half::2]} for g in whole] for half in (0, 1)]
+    for turn in range(4):
+        now = halves[turn % 2]
+        if how == "other groups":
+            optimizer.param_groups = now
+        elif how == "other lists":
+            for group, members in zip(whole, now, strict=True):
+                group["params"] = members["params"]
+        wanted = {id(p) for group in now for p in group["params"]}
+        for step in range(2 * turn, 2 * turn + 2):
+            x, y = batch(step, rank, world)
+            nn.functional.mse_loss(run.module(x), y).backward()
+            for p in run.plain.parameters():
+                p.grad = p.grad if id(p) in wanted else None
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = [(name, p) for name, p in run.plain.named_parameters() if p.requires_grad]
+    return {**run.weights(), **{f"steps of {name}": np.array(optimizer.state[p]["step"]) for name, p in trained}}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["other groups", "other lists"])
+@pytest.mark.parametrize(("layout", "world"), [("alone", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_layers_that_train_in_turns_keep_their_state(layout: str, world: int, how: str) -> None:
+    """As where the others only have no gradient."""
+    wanted = run_ranks(in_turns, world, layout, "no gradient")
+    for found, want in zip(run_ranks(in_turns, world, layout, how), wanted, strict=True):
+        assert all(value == 4 for name, value in found.items() if name.startswith("steps of "))
+        for name, value in want.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_what_is_absent_is_left_out_of_state_dicts_and_can_be_deleted(tmp_path: Any) -> None:
+    module = model()
+    optimizer = AdaFisher([{"params": [p]} for p in module.parameters()], lr=1e-2)
+    train_steps(module, optimizer, 0, 2)
+    whole = list(optimizer.param_groups)
+    here = [group for group in whole if group["params"][0] is not module.mix.weight]
+    before = optimizer.memory_usage()["rank"]["fisher"]
+    optimizer.param_groups = here
+    train_steps(module, optimizer, 2, 3)
+    assert len(optimizer.state_dict()["state"]) == len(here) - 1  # and a frozen one
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    copied = copy.deepcopy(optimizer)
+    assert int(copied.state[copied.param_groups[0]["params"][0]]["step"]) == 3
+    optimizer.param_groups = whole
+    train_steps(module, optimizer, 3, 4)
+    assert int(optimizer.state[module.mix.weight]["step"]) == 3, "the third step was without it"
+    optimizer.param_groups = here
+    train_steps(module, optimizer, 4, 5)
+    del optimizer.state[module.mix.weight]
+    train_steps(module, optimizer, 5, 6)
+    assert module.mix.weight not in optimizer.state and optimizer.memory_usage()["rank"]["fisher"] <= before
+    optimizer.param_groups = whole
+    train_steps(module, optimizer, 6, 7)
+    assert int(optimizer.state[module.mix.weight]["step"]) == 1 and int(optimizer.state[module.scale]["step"]) == 7
 
 
 def test_parameters_put_into_a_group_by_hand() -> None:

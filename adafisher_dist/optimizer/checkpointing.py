@@ -10,6 +10,7 @@ from torch import Tensor
 from adafisher_dist import layouts
 from adafisher_dist.comm.host_groups import HostGroup
 from adafisher_dist.layouts.storage import ParameterInfo, Storage
+from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.consolidated import as_dtensors
 from adafisher_dist.state.shard import Shard
 
@@ -59,7 +60,9 @@ class CheckpointAccess:
         """Take over the state that the user has set, and that of a copied optimizer."""
         registry = self._registry
         registry.drop_unused_shards()
-        waiting = [tensor for tensor in registry.given_parameters if self._optimizer.state.get(tensor)]
+        entries = [(tensor, self._optimizer.state.get(tensor, {})) for tensor in registry.given_parameters]
+        self._optimizer._notices.left_out(key for _, entry in entries for key in state_dicts.foreign_part(entry))
+        waiting = [tensor for tensor, entry in entries if state_dicts.own_part(entry)]
         registry.init_shards([tensor for tensor in waiting if tensor not in registry.stepper])
         registry.sync_user_state(registry.shards)
 

@@ -29,10 +29,18 @@ class Notices:
     def doubts(self, told: Iterable[str]) -> None:
         """Settings that are hardly meant: each once, however many param groups have it."""
         for doubt in told:
-            if doubt not in self._told:
-                self._told.add(doubt)
-                if self._registry.ranks().is_first:
-                    logger.warning("AdaFisher: %s", doubt)
+            self._once(doubt)
+
+    def left_out(self, keys: Iterable[object]) -> None:
+        """Entries of `state` that are not AdaFisher's, where it alone is saved."""
+        if names := ", ".join(sorted(set(map(repr, keys)))):
+            self._once(f"{names} in optimizer.state is not AdaFisher's: what is saved leaves it out.")
+
+    def _once(self, told: str) -> None:
+        if told not in self._told:
+            self._told.add(told)
+            if self._registry.ranks().is_first:
+                logger.warning("AdaFisher: %s", told)
 
     def skipped(self, count: int) -> None:
         """A step changed nothing: logged for the 1st, 2nd, 4th, 8th, … such step.

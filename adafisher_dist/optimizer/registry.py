@@ -53,6 +53,7 @@ class ParameterRegistry:
         self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
         self.join_contexts = layouts.JoinContexts()
+        self._told_of_absent = False
         self.forget_shards()
 
     def forget_shards(self, meter: Meter | None = None) -> None:
@@ -76,7 +77,7 @@ class ParameterRegistry:
 
     def current_tensors(self) -> list[tuple[Shard, int, Tensor]]:
         """The stored tensors in the param groups: shard, number in the shard, and tensor."""
-        return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if i not in s.removed]
+        return [(s, i, t) for s in self.shards for i, t in enumerate(s.storage.tensors) if s.stands(i)]
 
     def init_shards(self, tensors: list[Tensor]) -> None:
         """Build shards for tensors that have none yet."""
@@ -86,7 +87,8 @@ class ParameterRegistry:
         for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             for index, tensor in enumerate(shard.storage.tensors):
-                state_dicts.restore(shard, index, self.optimizer.state.get(tensor, {}), own=True)
+                own = state_dicts.own_part(self.optimizer.state.get(tensor, {}))
+                state_dicts.restore(shard, index, own, own=True)
             self.install(shard)
 
     def begin_step(self, errors: DeferredErrors) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
@@ -137,7 +139,11 @@ class ParameterRegistry:
         """Take a shard in, and show its state in the optimizer's."""
         self.stepper.add(shard)
         for index, tensor in enumerate(shard.storage.tensors):
-            self.optimizer.state[tensor] = dict(shard.views[index])
+            self._show(tensor, shard.views[index])
+
+    def _show(self, tensor: Tensor, views: dict[str, Tensor]) -> None:
+        others = state_dicts.foreign_part(self.optimizer.state.get(tensor, {}))
+        self.optimizer.state[tensor] = {**views, **others}
 
     def sync_param_groups(self) -> None:
         """Take note of parameters that were put into the param groups or taken out. Local.
@@ -149,39 +155,32 @@ class ParameterRegistry:
         there is no nn.Parameter, or has another shape; `layouts` refuses it.
         """
         groups = self.optimizer.param_groups
-        if self.given_parameters.stands_as(groups):
+        deleted = replaced_parameters.deleted_while_absent(self.stepper.planned, self.optimizer.state)
+        if self.given_parameters.stands_as(groups) and not deleted:
             return
         held = [tensor for shard in self.stepper.planned for tensor in shard.active_tensors]
         if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return
         current_tensors = [tensor for group in groups for tensor in group["params"]]
-        new = [tensor for tensor in current_tensors if self.given_parameters.find(tensor) is None]
+        known = self.given_parameters.find
+        new = [tensor for tensor in current_tensors if known(tensor) is None and tensor not in self.stepper]
         here = set(map(id, current_tensors))
         gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
         if not self._may_sync(current_tensors, new, gone, held):
             return
-        replacements = replaced_parameters.find_replacements(
-            self.shards, self.given_parameters, groups, self.optimizer.state
-        )
+        given, state = self.given_parameters, self.optimizer.state
+        replacements = replaced_parameters.find_replacements(self.shards, given, groups, state)
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
-        forgotten = []
         for shard, index, successor in replacements:
             old = shard.storage.tensors[index]
             replaced_parameters.replace_tensor(shard, index, successor)
             self.stepper.replace(old, successor)
-            if successor is None and self.optimizer.state.get(old):
-                forgotten.append(shard.storage.name_of(index))
-        for tensor in gone:
-            self.optimizer.state.pop(tensor, None)
+            state.pop(old, None)
         self.given_parameters, self.groups = given_parameters, groups
-        for shard in self.shards:
-            replaced_parameters.rename(shard, given_parameters)
-        if forgotten and self.ranks().is_first:
-            logger.warning(
-                "AdaFisher forgets the state of %d parameter(s) that stand in no param group any more, as %s.",
-                len(forgotten),
-                forgotten[0],
-            )
+        absent = replaced_parameters.settle(self.shards, given_parameters)
+        if absent and not self._told_of_absent and self.ranks().is_first:
+            logger.warning(replaced_parameters.KEPT, len(absent), absent[0])
+        self._told_of_absent |= bool(absent)
 
     def _may_sync(
         self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor], held: list[Tensor]
@@ -208,8 +207,9 @@ class ParameterRegistry:
                     continue
                 if entry is not None and len(entry) == len(views) and all(map(is_, entry.values(), views.values())):
                     continue  # as nearly always
-                if entry is None or not (entry.keys() == views.keys() and all(entry[k] is views[k] for k in views)):
-                    changed.append((shard, index, entry))
+                own = None if entry is None else state_dicts.own_part(entry)
+                if own is None or not (own.keys() == views.keys() and all(own[k] is views[k] for k in views)):
+                    changed.append((shard, index, own))
         if changed:  # or what the last step counted would be undone later, if it turns out not to count
             self.stepper.resolve_pending([shard for shard, _, _ in changed])
         for shard, index, entry in self._apart(changed):
@@ -218,7 +218,7 @@ class ParameterRegistry:
             else:
                 for value in shard.views[index].values():
                     value.zero_()
-            self.optimizer.state[shard.storage.tensors[index]] = dict(shard.views[index])
+            self._show(shard.storage.tensors[index], shard.views[index])
 
     def _apart(self, changed: list[_Changed]) -> list[_Changed]:
         """The same, with copies of values that lie in a shard's own memory.

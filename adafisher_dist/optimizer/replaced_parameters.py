@@ -2,7 +2,8 @@
 
 Libraries put a new parameter where an old one stood and hand its state on: `state[new] =
 state.pop(old)`. The blocks of the old one, which ranks may share, then belong to the new one, if it
-has the same shape. What is taken out of the groups is removed: its state is forgotten.
+has the same shape. What is taken out of the groups may come back, as where layers are trained in
+turns: its state stays, as with torch's optimizers, until it is deleted from `state`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from adafisher_dist.state.shard import Shard, TensorSpec
 # successor, if there is one.
 Replacement = tuple[Shard, int, Tensor | None]
 
+KEPT = (
+    "AdaFisher keeps the state of %d parameter(s) that stand in no param group now, as %s, for when they come back;"
+    " state dicts and checkpoints leave it out. `del optimizer.state[parameter]` frees it."
+)
+
 
 def find_replacements(
     shards: Sequence[Shard],
@@ -29,11 +35,12 @@ def find_replacements(
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Tensor, Any],
 ) -> list[Replacement]:
-    """The stored tensors that have left the param groups, and who follows them.
+    """The stored tensors that have left the param groups and `state`, and who follows them.
 
     That is the parameter of the same shape, dtype and device that has their state, as the very
     tensors that the shard has, or else the one that stands at their place: whether it has a copy of
-    the state, or nothing, and so starts anew.
+    the state, or nothing, and so starts anew. While `state` has the old one's, only one that has a
+    state of its own follows it.
 
     Args:
         shards: all of them.
@@ -46,7 +53,13 @@ def find_replacements(
     """
     offload.refuse(shards)
     standing = {id(tensor) for group in groups for tensor in group["params"]}
-    new = {id(t): t for group in groups for t in group["params"] if given_parameters.find(t) is None}
+    with_state = {id(tensor) for shard in shards for tensor in shard.storage.tensors}
+    new = {
+        id(t): t
+        for group in groups
+        for t in group["params"]
+        if given_parameters.find(t) is None and id(t) not in with_state
+    }
     vacant = [
         (shard, index)
         for shard in shards
@@ -64,11 +77,15 @@ def find_replacements(
     for shard, index in vacant:
         assign(shard, index, next((heirs[id(v)] for v in shard.views[index].values() if id(v) in heirs), None))
     for shard, index in vacant:
-        if (id(shard), index) not in found:
-            group, number = places[id(shard.storage.tensors[index])]
+        old = shard.storage.tensors[index]
+        if (id(shard), index) not in found and id(old) in places:
+            group, number = places[id(old)]
             members = groups[group]["params"] if group < len(groups) else []
-            assign(shard, index, members[number] if number < len(members) else None)
-    return [(shard, index, found.get((id(shard), index))) for shard, index in vacant]
+            successor: Tensor | None = members[number] if number < len(members) else None
+            if successor is not None and (state.get(successor) or not state.get(old)):
+                assign(shard, index, successor)
+    followed = [(shard, index, found.get((id(shard), index))) for shard, index in vacant]
+    return [(s, i, heir) for s, i, heir in followed if heir is not None or not state.get(s.storage.tensors[i])]
 
 
 def fits(shard: Shard, index: int, tensor: Tensor) -> bool:
@@ -89,8 +106,16 @@ def replace_tensor(shard: Shard, index: int, successor: Tensor | None) -> None:
     shard.storage = replace(shard.storage, tensors=tensors)
 
 
-def rename(shard: Shard, given_parameters: GivenParameters) -> None:
-    """Let a shard know its parameters' places in the param groups as they stand now."""
-    found = {p.tensor: given_parameters.find(shard.storage.tensors[p.tensor]) for p in shard.storage.parameters}
-    parameters = [replace(p, info=found[p.tensor] or p.info) for p in shard.storage.parameters]
-    shard.storage = replace(shard.storage, parameters=parameters)
+def settle(shards: Sequence[Shard], given_parameters: GivenParameters) -> list[str]:
+    """Let shards know what stands in the param groups now, and where; names what does not."""
+    for shard in shards:
+        infos = [given_parameters.find(tensor) for tensor in shard.storage.tensors]
+        shard.absent = {i for i, info in enumerate(infos) if info is None and i not in shard.removed}
+        parameters = [replace(p, info=infos[p.tensor] or p.info) for p in shard.storage.parameters]
+        shard.storage = replace(shard.storage, parameters=parameters)
+    return [shard.storage.name_of(index) for shard in shards for index in sorted(shard.absent)]
+
+
+def deleted_while_absent(shards: Sequence[Shard], state: Mapping[Tensor, Any]) -> bool:
+    """Whether the user has deleted the state of a parameter that stands in no param group."""
+    return any(not state.get(shard.storage.tensors[index]) for shard in shards for index in shard.absent)

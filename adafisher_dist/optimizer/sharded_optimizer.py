@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -96,7 +98,7 @@ class ShardedOptimizer(Optimizer):
         shards = self._registry.shards
         if state_dicts.is_partial(shards) or not any(shard.storage.group.size > 1 for shard in shards):
             self._consolidated = None
-            return {**super().state_dict(), state_dicts.META: state_dicts.describe(shards)}
+            return {**self._packed(self._standing()), state_dicts.META: state_dicts.describe(shards)}
         if self._consolidated is None:
             raise RuntimeError(
                 "This rank holds only its own blocks, so its state_dict() would not be the whole state. Call"
@@ -107,14 +109,21 @@ class ShardedOptimizer(Optimizer):
 
     def _with_state(self, whole: Consolidated) -> dict[str, Any]:
         """A state dict with this state in the place of the optimizer's own."""
+        chosen = {tensor: whole.entries[id(tensor)] for tensor in self.state if id(tensor) in whole.entries}
+        return {**self._packed(chosen), state_dicts.META: whole.about}
+
+    def _standing(self) -> dict[Any, Any]:
+        """`state` but for parameters that stand in no param group, which torch could not pack."""
+        here = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        return {key: value for key, value in self.state.items() if not isinstance(key, Tensor) or id(key) in here}
+
+    def _packed(self, state: dict[Any, Any]) -> dict[str, Any]:
         own = self.state
         try:  # the base class packs whatever `state` holds
-            chosen = {tensor: whole.entries[id(tensor)] for tensor in own if id(tensor) in whole.entries}
-            self.state = type(own)(dict, chosen)
-            result = super().state_dict()
+            self.state = type(own)(dict, state)
+            return super().state_dict()
         finally:
             self.state = own
-        return {**result, state_dicts.META: whole.about}
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Collect the whole state on the CPU of rank `to` (None: all) for the next `state_dict()`.
@@ -146,9 +155,13 @@ class ShardedOptimizer(Optimizer):
                 layout.
         """
         prepared: list[Shard] = []
+        others: dict[Tensor, dict[str, Any]] = {}
 
         def prepare_load(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             prepared.extend(_shards_with(self._registry, saved))
+            for tensor, entry in _saved_states(self.param_groups, saved):
+                if foreign := state_dicts.foreign_part(entry):
+                    others[tensor] = {key: _on(tensor, value) for key, value in foreign.items()}
             return {**saved, "state": {}, "param_groups": _completed(self._registry, saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
@@ -157,6 +170,8 @@ class ShardedOptimizer(Optimizer):
             self._registry.groups = self.param_groups
             for shard in prepared:
                 self._registry.install(shard)
+            for tensor, entry in others.items():
+                self.state[tensor].update(entry)
 
         # As hooks, so that the user's own hooks see what they would with any other optimizer.
         before = self.register_load_state_dict_pre_hook(prepare_load)
@@ -183,7 +198,7 @@ class ShardedOptimizer(Optimizer):
             )
         self._registry.sync_user_state(self._registry.shards)
         # Copies: a view would drag along the whole stack that it is a part of.
-        own = {tensor: {key: value.clone() for key, value in entry.items()} for tensor, entry in self.state.items()}
+        own = {tensor: {key: _copied(value) for key, value in entry.items()} for tensor, entry in self.state.items()}
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
@@ -250,14 +265,13 @@ def _shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[
     state_dicts.check_format(saved)
     registry.sync_param_groups()
     own = [tensor for group in registry.optimizer.param_groups for tensor in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
     lengths, saved_lengths = (
         [len(group["params"]) for group in groups]
         for groups in (registry.optimizer.param_groups, saved["param_groups"])
     )
     if lengths != saved_lengths and state_dicts.is_whole(saved):
         return []  # torch's own check reports it
-    states = {id(t): saved["state"][n] for t, n in zip(own, numbers, strict=False) if n in saved["state"]}
+    states = {id(tensor): entry for tensor, entry in _saved_states(registry.optimizer.param_groups, saved)}
     if not states:
         return []
     chosen = [tensor for tensor in own if id(tensor) in states]
@@ -287,6 +301,21 @@ def _shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[
         for index, tensor in enumerate(shard.storage.tensors):
             state_dicts.restore(shard, index, states[id(tensor)], own=not state_dicts.is_whole(saved))
     return shards
+
+
+def _saved_states(groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The parameters, in order, that a state dict has an entry for."""
+    own = [tensor for group in groups for tensor in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    return [(t, saved["state"][n]) for t, n in zip(own, numbers, strict=False) if n in saved["state"]]
+
+
+def _on(tensor: Tensor, value: Any) -> Any:
+    return value.to(tensor.device) if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _completed(registry: ParameterRegistry, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ past max_blocks.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,9 @@ META = "adafisher_dist"
 CONSOLIDATE = "consolidate_state_dict()"  # in messages
 COUNTERS = ("step", "fisher_updates")
 
+# What AdaFisher calls its entries; others in `optimizer.state` are of users and of other libraries.
+_OWN = re.compile("step|fisher_updates|(momentum|fisher|square|factor|curvature)_.+")
+
 Wanted = dict[str, tuple[Tensor, int, int]]  # by key: this rank's view, the row where it begins, rows in all
 
 
@@ -43,6 +47,16 @@ def describe(shards: list[Shard]) -> dict[str, Any]:
     storage = next(shard.storage for shard in shards if not shard.storage.replicated)
     part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
     return {**about(part), "plan": [shard.digest() for shard in shards]}
+
+
+def own_part(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What AdaFisher, or one with other blocks, put into an entry of `state`."""
+    return {key: value for key, value in entry.items() if isinstance(key, str) and _OWN.fullmatch(key)}
+
+
+def foreign_part(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What users and other libraries put there, as Lookahead its slow weights."""
+    return {key: value for key, value in entry.items() if not (isinstance(key, str) and _OWN.fullmatch(key))}
 
 
 def is_partial(shards: list[Shard]) -> bool:
@@ -195,7 +209,7 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
     misfit = f"The saved optimizer state of {shard.storage.name_of(tensor)} does not fit"
     needed = {key for key, (view, _, _) in wanted.items() if len(view) or not own}
     missing = sorted({*needed, *COUNTERS} - set(saved))
-    unknown = sorted(set(saved) - {*wanted, *COUNTERS})
+    unknown = sorted(set(own_part(saved)) - {*wanted, *COUNTERS})
     if missing or unknown:
         raise ValueError(
             f"{misfit}: missing {missing}, unexpected {unknown}. It was saved for another shape, world size or block"

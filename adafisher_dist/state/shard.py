@@ -58,6 +58,8 @@ class Shard:
         removed: the numbers of the stored tensors that the user has taken out of the param groups,
             or replaced by others that do not fit in their places. Nobody gives them a gradient, or
             sees their state, any more.
+        absent: the numbers of those that stand in no param group now, and whose state
+            `optimizer.state` still has: they may come back.
         offloaded: the state, while it is on the host; None while it is on its device.
         tensor_of_parameter: for each parameter, the number of the stored tensor that holds it.
         first_elements: by stored tensor, where each holds one parameter: that one's number, and the
@@ -76,6 +78,7 @@ class Shard:
     views: list[dict[str, Tensor]]
     checked: bool = False
     removed: set[int] = field(default_factory=set)
+    absent: set[int] = field(default_factory=set)
     offloaded: Offloaded | None = None
     tensor_of_parameter: Numbers = field(init=False)
     first_elements: dict[int, tuple[int, int]] = field(init=False)
@@ -122,13 +125,17 @@ class Shard:
 
     @property
     def active(self) -> list[tuple[int, Parameter]]:
-        """The parameters, with their numbers, but those of removed tensors."""
-        return [(i, p) for i, p in enumerate(self.storage.parameters) if p.tensor not in self.removed]
+        """The parameters, with their numbers, whose tensors stand in the param groups."""
+        return [(i, p) for i, p in enumerate(self.storage.parameters) if self.stands(p.tensor)]
 
     @property
     def active_tensors(self) -> list[Tensor]:
         """The stored tensors that stand in the param groups."""
-        return [tensor for index, tensor in enumerate(self.storage.tensors) if index not in self.removed]
+        return [tensor for index, tensor in enumerate(self.storage.tensors) if self.stands(index)]
+
+    def stands(self, index: int) -> bool:
+        """Whether a stored tensor, by its number, stands in the param groups."""
+        return index not in self.removed and index not in self.absent
 
     @property
     def stepped(self) -> bool:

@@ -46,7 +46,7 @@ def fisher_stats(shard: Shard) -> dict[str, ParameterStats]:
     for parameter, grid, ladder, updates in zip(
         shard.storage.parameters, shard.grids, ladders, updates_of, strict=True
     ):
-        if parameter.tensor in shard.removed:
+        if not shard.stands(parameter.tensor):
             continue
         blocks = grid.num_blocks
         result[parameter.name] = ParameterStats(
