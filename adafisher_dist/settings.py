@@ -105,7 +105,7 @@ class StepSettings(NamedTuple):
 def step_settings(group: Mapping[str, Any]) -> StepSettings:
     """Those of a validated param group; a tensor lr as a number."""
     values = {name: group[name] for name in StepSettings._fields}
-    return StepSettings(**{**values, "lr": float(values["lr"])})
+    return StepSettings(**{**values, "lr": max(float(values["lr"]), 0.0)})
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
     kinds = tuple(map(type, rest.values()))
     if _UNCHANGING.issuperset(kinds):
         with suppress(TypeError, ValueError):  # they are raised below, with all that is wrong
-            check_number(result, "lr", low=0.0)
+            _rate(result)
             return {**_checked(tuple(rest.items()), kinds), "lr": result["lr"]}
     normalize(result)
     return result
@@ -173,7 +173,7 @@ def problems_of(group: dict[str, Any]) -> list[Exception]:
         except (TypeError, ValueError) as error:
             found.append(error)
 
-    check(check_number, "lr", low=0.0)
+    check(_rate)
     check(check_number, "weight_decay", low=0.0)
     check(check_number, "damping", low=0.0)
     check(check_number, "momentum", low=0.0, below=1.0)
@@ -289,6 +289,9 @@ def hint_of(value: object) -> str:
 # Of a setting that is no share: the squares of a block's row of them still sum up to a float32.
 LARGEST = 1e15
 
+# What float32 leaves of a learning rate where a schedule should have reached 0, at most.
+_ROUNDING = 1e-8
+
 
 def check_number(group: dict[str, Any], name: str, low: float, below: float | None = None, why: str = "") -> None:
     """Check a number, and make it a float in place, unless it is a tensor lr.
@@ -314,6 +317,19 @@ def check_number(group: dict[str, Any], name: str, low: float, below: float | No
     if not (low <= number < below if below is not None else low <= number <= LARGEST):
         bound = f"at least {low:g} and " + (f"below {below:g}" if below is not None else f"at most {LARGEST:g}")
         raise ValueError(f"{name} should be {bound}, got {short(value)}.{' Reason: ' + why + '.' if why else ''}")
+
+
+def _rate(group: dict[str, Any]) -> None:
+    """Check a learning rate.
+
+    One that rounding has made negative, as torch's LinearLR does at the end of a schedule to 0,
+    counts as 0 in steps and stays as it is, since the scheduler goes on from it.
+    """
+    if isinstance(group["lr"], float) and -_ROUNDING < group["lr"] < 0:
+        return
+    if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() == 1 and -_ROUNDING < float(group["lr"]) < 0:
+        return
+    check_number(group, "lr", low=0.0)
 
 
 def _integer(group: dict[str, Any], name: str, low: int) -> None:

@@ -114,6 +114,30 @@ def test_a_replaced_state_that_does_not_fit_is_an_error() -> None:
     assert distance(weights(module), before) == 0
 
 
+@pytest.mark.parametrize(("step", "updates"), [(-2, -2), (2, 3), (3.7, 3.0), (float("nan"), 1.0), (2, -1)])
+def test_counts_that_cannot_be_are_refused(step: float, updates: float) -> None:
+    module = model()
+    optimizer = AdaFisher(module.parameters(), lr=1e-2)
+    train_steps(module, optimizer, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    next(iter(saved["state"].values())).update(step=torch.tensor(step), fisher_updates=torch.tensor(updates))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="step and fisher_updates should be whole numbers"):
+        optimizer.load_state_dict(saved)
+    assert same_state(optimizer.state_dict(), before)
+
+
+def test_a_parameter_whose_elements_share_memory_is_refused() -> None:
+    parameter, other = nn.Parameter(torch.ones(6, 1).expand(6, 6)), nn.Parameter(torch.ones(4))
+    optimizer = AdaFisher([("wide", parameter), ("other", other)])
+    parameter.grad, other.grad = torch.ones(6, 6), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"wide has elements that share memory.* Clone it"):
+        optimizer.step()
+    parameter.grad = None
+    optimizer.step()
+    assert not torch.equal(other.detach(), torch.ones(4))
+
+
 def test_a_parameter_of_another_shape_is_an_error() -> None:
     parameter = nn.Parameter(torch.ones(4))
     optimizer = AdaFisher([("weight", parameter)], lr=0.1)

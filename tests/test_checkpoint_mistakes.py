@@ -57,6 +57,68 @@ def test_groups_that_were_one_and_are_alike_take_its_settings(tmp_path: Path) ->
     assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [(0.05, 1e-2)] * 2
 
 
+@pytest.mark.parametrize("tensor_rate", [False, True])
+def test_a_rate_that_rounding_has_made_negative(tensor_rate: bool, tmp_path: Path) -> None:
+    """As torch's LinearLR ends where its factor begins with 1/3."""
+
+    def build() -> tuple[nn.Module, AdaFisher, torch.optim.lr_scheduler.LRScheduler]:
+        module = nn.Linear(6, 8)
+        optimizer = AdaFisher(module.parameters(), lr=torch.tensor(1e-3) if tensor_rate else 1e-3, weight_decay=0.5)
+        return module, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=4)
+
+    module, optimizer, scheduler = build()
+    for _ in range(4):
+        module(torch.ones(3, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    if tensor_rate:
+        optimizer.param_groups[0]["lr"].fill_(-1e-11)  # float32 in place of a scheduler's recursion
+    assert -1e-8 < optimizer.param_groups[0]["lr"] < 0, "rounding went the other way: this shows nothing"
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    again, other, follower = build()
+    load_checkpoint(tmp_path / "a", again, other, lr_scheduler=follower)
+    other.load_state_dict(optimizer.state_dict())
+    again(torch.ones(3, 6)).square().mean().backward()
+    other.step()
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), module.parameters(), strict=True))
+    with pytest.raises(ValueError, match="lr should be at least 0"):
+        AdaFisher(module.parameters(), lr=-1e-7)
+
+
+# ---- tensors without values, or of other kinds ----
+
+
+def on_meta(rank: int, world: int, folder: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    module, optimizer = trained(0.1)
+    save_checkpoint(folder / "a", module, optimizer)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    frozen = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4, device="meta").requires_grad_(False))
+    if world > 1:
+        fully_shard(empty)
+    for there in (empty, frozen):
+        other = AdaFisher([p for p in there.named_parameters() if p[1].requires_grad])
+        for call in (load_checkpoint, save_checkpoint):
+            with pytest.raises(ValueError, match=r"are on the meta device and hold no values, as .*to_empty"):
+                call(folder / "a", there, other)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.dist)])
+def test_a_model_without_values(world: int, tmp_path: Path) -> None:
+    run_ranks(on_meta, world, tmp_path)
+
+
+def test_a_sparse_buffer_is_named(tmp_path: Path) -> None:
+    module, optimizer = trained(0.1)
+    module.register_buffer("adjacency", torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"adjacency is sparse \(torch\.sparse_coo\).*persistent=False"):
+        save_checkpoint(tmp_path / "a", module, optimizer)
+    module.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
+    save_checkpoint(tmp_path / "a", module, optimizer)
+
+
 def test_groups_that_differ_between_ranks() -> None:
     """As of a pipeline's stages, each of which may have one group alone; all decide alike."""
     stages = [[(0, {"weight_decay": 0.1, "lr": 0.1})], [(0, {"weight_decay": 0.0, "lr": 0.1 + 1e-17}), (1, {})], []]

@@ -323,6 +323,7 @@ def refused(rank: int, world: int) -> list[str]:
 def test_other_dtensors_are_refused() -> None:
     for messages in run_ranks(refused, 4):
         assert all("weight is a DTensor with placements" in message for message in messages)
+        assert ["For replicas alone use DDP" in message for message in messages] == [False, True, False, False, False]
 
 
 def fsdp1(rank: int, world: int) -> str:

@@ -117,6 +117,23 @@ def test_the_fallbacks(rows: int) -> None:
     assert torch.equal(dense_NRB, packed_NRB)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_decay_near_1_is_the_same_where_the_device_decides(dense: bool) -> None:
+    """1 − ρ of a float32 ρ would be 0 here, and nothing would ever train."""
+    found = []
+    for should_step in (None, torch.ones((), dtype=torch.int32)):
+        config = StateConfig(8, 4, "rows", None, torch.float32, 0.5, "rms", keeps_factors=False, packed=False)
+        blocks = allocate(
+            0, BlockShape(8 if dense else 1, 4 if dense else 1, dense), config, np.arange(3), torch.device("cpu")
+        )
+        update_NRB = torch.randn(3, *blocks.momentum_NRB.shape[1:], generator=torch.Generator().manual_seed(0))
+        own = step_settings({**DEFAULTS, "fisher_decay": 1 - 1e-8})
+        update_blocks(blocks, update_NRB, StepContext(own, 1, 1, should_step))
+        assert update_NRB.abs().max() > 0.1
+        found.append(update_NRB)
+    assert torch.allclose(*found, atol=1e-4)
+
+
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 3), (2, 2)])
 def test_memory(rows: int, blocks: int) -> None:
     """Half of F, and the factors and the rest as they were."""

@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from models import batch, distance, model, same_state, train_steps, weights
 from torch import nn
 
-from adafisher_dist import AdaFisher
+from adafisher_dist import AdaFisher, save_checkpoint
 from adafisher_dist.settings import DEFAULTS
 
 SETTINGS: list[dict[str, Any]] = [
@@ -210,6 +212,35 @@ def test_groups_keep_their_own_settings() -> None:
     optimizer.set_lr(0.4)
     assert [optimizer.get_lr(i) for i in range(2)] == [0.4, 0.4]
     assert optimizer.num_parameters() == 2
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_waits_for_the_end_of_a_step(presses: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who saves when interrupted can; a second one does not wait."""
+    from adafisher_dist.stepping import step as stepping
+
+    compute = stepping.compute_chunk
+
+    def pressed(*arguments: Any) -> None:
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+        compute(*arguments)
+
+    module = nn.Linear(6, 8)
+    optimizer = AdaFisher(module.parameters())
+    module(torch.ones(3, 6)).sum().backward()
+    with monkeypatch.context() as patched:
+        patched.setattr(stepping, "compute_chunk", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if presses == 1:
+        assert int(optimizer.state[module.weight]["step"]) == 1
+        save_checkpoint(tmp_path / "a", module, optimizer)
+        optimizer.step()
+    else:
+        with pytest.raises(RuntimeError, match="incomplete"):
+            optimizer.step()
 
 
 def test_a_new_rate_after_a_load_holds_for_a_scheduler_that_is_built_then() -> None:

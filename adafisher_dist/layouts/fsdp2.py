@@ -68,11 +68,18 @@ def _cut(parameter: Tensor, name: str) -> _Cut:
         if by_rows and strided == in_parts:
             return _Cut(rows, part, dim)
     raise UnsupportedLayoutError(
-        f"{name} is a DTensor with placements {tuple(placements)}. AdaFisher knows those of fully_shard, (Shard(0),) on"
-        " a 1-D mesh and (Replicate(), Shard(0)) on a 2-D mesh (HSDP), and those of fully_shard after"
-        " parallelize_module, as (_StridedShard(0), Shard(0)) and (Shard(0), Shard(1)). Another dimension is not"
-        " supported: leave shard_placement_fn out. Neither is tensor parallelism without fully_shard."
+        f"{name} is a DTensor with placements {tuple(placements)}.{_of_replicas(placements)} AdaFisher knows those"
+        " of fully_shard, (Shard(0),) on a 1-D mesh and (Replicate(), Shard(0)) on a 2-D mesh (HSDP), and those of"
+        " fully_shard after parallelize_module, as (_StridedShard(0), Shard(0)) and (Shard(0), Shard(1)). Another"
+        " dimension is not supported: leave shard_placement_fn out. Neither is tensor parallelism without fully_shard."
     )
+
+
+def _of_replicas(placements: Sequence[Any]) -> str:
+    """What to do about a parameter that all ranks hold, as torch's replicate() makes them."""
+    if not all(isinstance(placement, Replicate) for placement in placements):
+        return ""
+    return " For replicas alone use DDP, or fully_shard on a mesh of (replicas, 1)."
 
 
 def check(parameter: Tensor, name: str) -> None:

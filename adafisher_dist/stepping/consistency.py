@@ -137,6 +137,7 @@ def fingerprint(prints: Fingerprints) -> int:
 
 _SYNCHRONISE = (
     " Leave gradient synchronisation on in the last backward before step(): under DDP no no_sync(), and no local SGD."
+    " Where some parameters take no part in a loss, DDP averages others neither without find_unused_parameters=True."
 )
 
 _REPLICAS_DIFFER = "The replicas of an HSDP mesh hold different parameters or gradients." + _SYNCHRONISE
@@ -161,7 +162,9 @@ def fingerprints_of(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> Finger
             "The ranks planned different blocks: their parameters' shapes, order, or block settings differ (or one of"
             " them has begun anew, by reset_state() or load_state_dict()). Build, reset and load the same model and"
             f" optimizer on every rank. Or they run different versions of adafisher_dist, this one {__version__}:"
-            " install the same everywhere.",
+            " install the same everywhere. Ranks that are to hold different parameters (stages of a pipeline, say) need"
+            " a process_group each, of the ranks that hold the same; inside ZeroRedundancyOptimizer, which shards by"
+            " itself, use AdaFisher alone instead.",
         ),
         (
             sharding.digest([shard.counters.numpy().tobytes() for shard in shards]),
