@@ -325,11 +325,10 @@ def _rate(group: dict[str, Any]) -> None:
     One that rounding has made negative, as torch's LinearLR does at the end of a schedule to 0,
     counts as 0 in steps and stays as it is, since the scheduler goes on from it.
     """
-    if isinstance(group["lr"], float) and -_ROUNDING < group["lr"] < 0:
-        return
-    if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() == 1 and -_ROUNDING < float(group["lr"]) < 0:
-        return
-    check_number(group, "lr", low=0.0)
+    lr = group["lr"]
+    a_number = lr.numel() == 1 and not lr.is_complex() if isinstance(lr, torch.Tensor) else isinstance(lr, float)
+    if not (a_number and -_ROUNDING < float(lr) < 0):
+        check_number(group, "lr", low=0.0)
 
 
 def _integer(group: dict[str, Any], name: str, low: int) -> None:

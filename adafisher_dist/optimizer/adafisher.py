@@ -18,6 +18,7 @@ from adafisher_dist.optimizer.sharded_optimizer import ShardedOptimizer
 from adafisher_dist.settings import DEFAULTS, normalize, preset
 from adafisher_dist.state import statistics
 from adafisher_dist.stepping import metrics
+from adafisher_dist.stepping.interrupts import waiting_interrupts
 
 if TYPE_CHECKING:
     from typing import Self
@@ -206,8 +207,9 @@ class AdaFisher(ShardedOptimizer):
         errors.attempt(lambda: registry.init_shards(new))
         before = registry.stepper.skipped
         try:
-            part = layouts.part_of_step(self)
-            registry.stepper.step(groups, registry.ranks(), errors, part, registry.gradient_limit)
+            part, ranks = layouts.part_of_step(self), registry.ranks()
+            with waiting_interrupts(ranks.total_size == 1):  # several ranks may have to be freed from a wait
+                registry.stepper.step(groups, ranks, errors, part, registry.gradient_limit)
         except Exception:
             registry.forget_unstepped()
             raise

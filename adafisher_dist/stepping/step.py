@@ -25,7 +25,6 @@ from adafisher_dist.stepping.counting import count_step, next_step
 from adafisher_dist.stepping.exchange import Exchange, exchange_for
 from adafisher_dist.stepping.found_inf import Pending, Verdict
 from adafisher_dist.stepping.inputs import Groups, inputs_of
-from adafisher_dist.stepping.interrupts import waiting_interrupts
 from adafisher_dist.stepping.metrics import Meter
 from adafisher_dist.stepping.updating import Observe
 
@@ -207,14 +206,6 @@ class Stepper:
         if decision is None:
             self.skipped += collected.part == 0
             return
-        with waiting_interrupts(ranks.total_size == 1):  # several ranks may have to be freed from a wait
-            self._carry_out(collected, decision, ranks)
-        self.sent = collectives.sent - sent_before
-        if self.meter is not None and not decision.is_idle:
-            self.meter.end(decision.calls, self.sent)
-
-    def _carry_out(self, collected: Collected, decision: Decision, ranks: Group) -> None:
-        """All that changes something."""
         errors, should_step = decision.errors, decision.should_step
         self.incomplete = WHOLE  # until all ranks have done their part
         observe = self._begin_to_measure(decision, collected, ranks)
@@ -231,6 +222,9 @@ class Stepper:
             errors.attempt(inputs.write_back)
         self._settle(decision, collected, ranks)
         self.incomplete = frozenset()
+        self.sent = collectives.sent - sent_before
+        if self.meter is not None and not decision.is_idle:
+            self.meter.end(decision.calls, self.sent)
 
     def _prepare(
         self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: Callable[[], float]
