@@ -27,6 +27,7 @@ from adafisher_dist.checkpoint.targets import (
     config_facts,
     extra_state_key,
     members_of_groups,
+    problem_of_values,
     with_extra_state,
 )
 from adafisher_dist.layouts.storage import whole_shape
@@ -113,6 +114,8 @@ def match(
             found.problems.append(
                 f"{name} has shape {whole_shape(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
             )
+        elif weights and not stored[old].get(LEFT_OUT) and (problem := problem_of_values(tensor)) is not None:
+            found.problems.append(f"{name} {problem}")
         elif weights and not stored[old].get(LEFT_OUT) and _are_of_two_kinds(dtype_of(stored[old]["dtype"]), tensor):
             found.problems.append(
                 f"{name} is {tensor.dtype} in the model, and was {stored[old]['dtype']}: it is not converted, since"

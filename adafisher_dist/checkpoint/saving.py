@@ -169,6 +169,7 @@ def save(
     def collect() -> tuple[str, int | None, dict[str, tuple[int, ...]], str]:
         kept = _checked_number(keep_last)
         target.access.check_complete()
+        targets.check_values(target)
         target.access.gather_state()
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))

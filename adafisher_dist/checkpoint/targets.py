@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from adafisher_dist import layouts
 from adafisher_dist.blocks.parts import Parts
 from adafisher_dist.checkpoint import encoding
-from adafisher_dist.checkpoint.all_ranks import run_on_all_ranks
 from adafisher_dist.checkpoint.errors import CheckpointError
 from adafisher_dist.checkpoint.manifest import LEFT_OUT
 from adafisher_dist.comm.host_groups import HostGroup
@@ -86,7 +85,7 @@ def collect_target(
     """Name everything. A collective where ranks hold different experts or stages.
 
     Raises:
-        ValueError: the optimizer has a parameter that is not in the model; or see `_check_memory`.
+        ValueError: the optimizer has a parameter that is not in the model.
     """
     for part in module.modules():
         if hasattr(part, "reshard") and hasattr(part, "unshard"):  # FSDP2, which keeps a root whole after evaluation
@@ -102,7 +101,6 @@ def collect_target(
             f"The optimizer has {len(foreign)} parameters that are not in the model, as {foreign[0]}. Save and load the"
             " model that it was built for (after fully_shard, where that is used)."
         )
-    run_on_all_ranks(hosts, lambda: _check_memory({**parameters, **buffers}))
     names = {info.position: first[id(tensor)] for tensor, info in access.parameters()}
     target = CheckpointTarget(
         module, optimizer, access, wrapper, hosts, names, parameters, buffers, aliases,
@@ -111,23 +109,32 @@ def collect_target(
     return _with_others(target) if experts or layouts.group_of_stage(module) is not None else target
 
 
-def _check_memory(named: Mapping[str, Tensor]) -> None:
-    """Refuse what cannot be read from, or into.
+def problem_of_values(tensor: Tensor) -> str | None:
+    """Why a parameter's or buffer's values can neither be saved nor loaded, if so."""
+    here = local(tensor)
+    if here.is_meta:
+        return (
+            "is on the meta device, where nothing has values: give it memory by module.to_empty(device=…), and build"
+            " the optimizer after that"
+        )
+    if here.layout != torch.strided:
+        return (
+            f"is sparse ({here.layout}), and checkpoints hold dense tensors: keep it dense, or leave it out by"
+            " register_buffer(…, persistent=False)"
+        )
+    return None
+
+
+def check_values(target: CheckpointTarget) -> None:
+    """Refuse to save what has no values.
 
     Raises:
-        ValueError: a parameter or buffer is on the meta device, or is sparse.
+        ValueError: names it.
     """
-    here = {name: local(tensor) for name, tensor in named.items()}
-    if meta := [name for name, tensor in here.items() if tensor.is_meta]:
-        raise ValueError(
-            f"{len(meta)} parameters or buffers are on the meta device and hold no values, as {meta[0]}. Give them"
-            ' memory first, by module.to_empty(device="cuda"), and build the optimizer after that.'
-        )
-    if sparse := [name for name, tensor in here.items() if tensor.layout != torch.strided]:
-        raise ValueError(
-            f"{sparse[0]} is sparse ({here[sparse[0]].layout}), and checkpoints hold dense tensors: keep it dense, or"
-            " out of them, by register_buffer(…, persistent=False)."
-        )
+    for name, tensor in {**target.parameters, **target.buffers}.items():
+        problem = None if name in target.left_out else problem_of_values(tensor)
+        if problem is not None:
+            raise ValueError(f"{name} {problem}.")
 
 
 def _with_others(target: CheckpointTarget) -> CheckpointTarget:

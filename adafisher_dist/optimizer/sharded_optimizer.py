@@ -264,17 +264,19 @@ def _shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[
     """Shards that hold a saved state; the optimizer itself is not touched."""
     state_dicts.check_format(saved)
     registry.sync_param_groups()
-    own = [tensor for group in registry.optimizer.param_groups for tensor in group["params"]]
+    given = [tensor for group in registry.optimizer.param_groups for tensor in group["params"]]
     lengths, saved_lengths = (
         [len(group["params"]) for group in groups]
         for groups in (registry.optimizer.param_groups, saved["param_groups"])
     )
     if lengths != saved_lengths and state_dicts.is_whole(saved):
         return []  # torch's own check reports it
-    states = {id(tensor): entry for tensor, entry in _saved_states(registry.optimizer.param_groups, saved)}
+    entries = _saved_states(registry.optimizer.param_groups, saved)
+    # An entry of others' alone is of a parameter without a step.
+    states = {id(t): own for t, entry in entries if (own := state_dicts.own_part(entry)) or not entry}
     if not states:
         return []
-    chosen = [tensor for tensor in own if id(tensor) in states]
+    chosen = [tensor for tensor in given if id(tensor) in states]
     shards: list[Shard] = []
 
     def check() -> None:
