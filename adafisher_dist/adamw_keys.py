@@ -140,7 +140,8 @@ def _translate(written: Mapping[str, Any], defaults: Mapping[str, Any], problems
             problems.append(error)
         else:
             taken = own.setdefault("momentum", first)
-            if "momentum" not in written and first > defaults["fisher_decay"]:
+            decay = defaults["fisher_decay"]
+            if "momentum" not in written and first**2 > decay == DEFAULTS["fisher_decay"]:
                 own.setdefault("fisher_decay", first)  # Adam's second beta is above the first: see `doubts_of`
             notice = (
                 f"AdaFisher: betas={tuple(written['betas'])} are Adam's. momentum is {taken}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,29 @@ def test_deepspeeds_own_files_cannot_be_written(stage: int, tmp_path: Path) -> N
     for told in run_ranks(interrupted, 2, stage, str(tmp_path), deepspeed=True):
         assert f"could not write its own files of {tmp_path / 'c'}: " in told and "Input/output error" in told
         assert "complete" in told and "the tag 'c'" in told and "latest" in told
+
+
+def pressed_in_a_part(rank: int, world: int, stage: int, folder: str) -> None:
+    from adafisher_dist.stepping import step as stepping
+
+    engine = engine_of(config(stage, world), groups=True)
+    train(engine, 0, 2, rank, world)
+    compute = stepping.compute_chunk
+
+    def pressed(*arguments: Any) -> None:
+        stepping.compute_chunk = compute
+        signal.raise_signal(signal.SIGINT)
+
+    stepping.compute_chunk = pressed
+    with pytest.raises(KeyboardInterrupt):
+        train(engine, 2, 3, rank, world)
+    with pytest.raises(RuntimeError, match="incomplete"):
+        ds.save_checkpoint(engine, folder)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ctrl_c_in_one_of_several_parts_of_a_step_is_no_whole_step(stage: int, tmp_path: Path) -> None:
+    run_ranks(pressed_in_a_part, 1, stage, str(tmp_path), deepspeed=True)
 
 
 # ---- what another optimizer saved ----

@@ -119,7 +119,7 @@ def problem_of_values(tensor: Tensor) -> str | None:
         )
     if here.layout != torch.strided:
         return (
-            f"is sparse ({here.layout}), and checkpoints hold dense tensors: keep it dense, or leave it out by"
+            f"is no dense tensor ({here.layout}), as those of checkpoints are: make it dense, or leave it out by"
             " register_buffer(…, persistent=False)"
         )
     return None

@@ -70,11 +70,11 @@ class StepContext:
         own = self.settings
         return 1 / (1 - own.fisher_decay**self.updates) if own.bias_correction else 1.0
 
-    def every_step(self) -> StepContext:
-        """The same where F has been updated in each step."""
-        if self.settings.fisher_update_freq == 1 and self.updates == self.step:  # as nearly always
+    def every_step(self, updates: int) -> StepContext:
+        """The same where F is updated in each step, and has been so often."""
+        if self.settings.fisher_update_freq == 1 and self.updates == updates:  # as nearly always
             return self
-        return replace(self, settings=self.settings._replace(fisher_update_freq=1), updates=self.step)
+        return replace(self, settings=self.settings._replace(fisher_update_freq=1), updates=updates)
 
     def fisher_decay(self, like: Tensor) -> Decay:
         """ρ and 1 − ρ; the latter is taken here, since float32 would lose its digits."""
@@ -154,8 +154,9 @@ def _context_of(blocks: BlockStack, context: StepContext) -> StepContext:
     Where V bounds the update it must not lag behind the momentum: where gradients were small for a
     while, those that come next would be divided by what was left of the old squares.
     """
-    has_moments = not blocks.shape.dense or blocks.config.grafting == "rms"
-    return context.every_step() if has_moments else context
+    if not blocks.shape.dense:
+        return context.every_step(context.step)
+    return context.every_step(context.updates) if blocks.config.grafting == "rms" else context
 
 
 def _update_fused(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext) -> None:

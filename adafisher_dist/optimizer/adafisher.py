@@ -208,7 +208,9 @@ class AdaFisher(ShardedOptimizer):
         before = registry.stepper.skipped
         try:
             part, ranks = layouts.part_of_step(self), registry.ranks()
-            with waiting_interrupts(ranks.total_size == 1):  # several ranks may have to be freed from a wait
+            # Several ranks may have to be freed from a wait, and after one of several parts a step
+            # is half.
+            with waiting_interrupts(ranks.total_size == 1 and (part is None or part.calls == 1)):
                 registry.stepper.step(groups, ranks, errors, part, registry.gradient_limit)
         except Exception:
             registry.forget_unstepped()

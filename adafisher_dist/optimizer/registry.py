@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adafisher_dist import layouts
-from adafisher_dist.blocks import estimate
 from adafisher_dist.comm import collectives
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.layouts.storage import GivenParameters, Storage, whole_shape
+from adafisher_dist.layouts.storage import GivenParameters, Storage
 from adafisher_dist.numerics import fisher
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
+from adafisher_dist.optimizer.auto_block_size import choose_block_size
 from adafisher_dist.settings import is_auto, normalized, state_config
 from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, build
@@ -53,7 +53,7 @@ class ParameterRegistry:
         self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
         self.join_contexts = layouts.JoinContexts()
-        self._told_of_absent = False
+        self._told_of_absent = 0
         self.forget_shards()
 
     def forget_shards(self, meter: Meter | None = None) -> None:
@@ -83,7 +83,7 @@ class ParameterRegistry:
         """Build shards for tensors that have none yet."""
         storages = self.storages_of(tensors)
         if storages:
-            self._choose_block_size(storages)
+            choose_block_size(storages, self.given_parameters, self.groups, self.ranks())
         for shard in self._build(storages, self.optimizer.param_groups):
             # A copied or unpickled optimizer has a state, but no shard.
             for index, tensor in enumerate(shard.storage.tensors):
@@ -109,37 +109,18 @@ class ParameterRegistry:
         for tensor in list(self.optimizer.state):
             step = self.optimizer.state[tensor].get("step")
             if tensor not in self.stepper and step is not None and not step.any():
-                del self.optimizer.state[tensor]
-
-    def _choose_block_size(self, storages: list[Storage]) -> None:
-        """Replace "auto" by the largest block size in the memory budget, alike on all ranks."""
-        checked = [normalized(group) for group in self.groups]  # a user may have written anything into them
-        if all(group["block_size"] != "auto" for group in checked):
-            return
-        has_experts = any(layouts.group_of_expert(parameter) is not None for parameter in self.given_parameters)
-        if has_experts or any(storage.group.total_size < self.ranks().total_size for storage in storages):
-            raise ValueError(
-                'block_size="auto" is not for ranks that hold different parameters (experts, stages, tensor-parallel'
-                " parts): give a number, and see what it takes by memory_usage()."
-            )
-        shapes: list[list[tuple[int, ...]]] = [[] for _ in self.groups]
-        for parameter, info in self.given_parameters.items():
-            shapes[info.group].append(whole_shape(parameter))
-        by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, checked, strict=True)]
-        storage, budget = storages[0], checked[0]["memory_budget_gb"]
-        kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
-        size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
-        for group in self.groups:
-            if group["block_size"] == "auto":
-                group["block_size"] = size
-        if storage.group.is_first:
-            logger.info("AdaFisher: block_size %d is the largest that takes at most %g GB a rank.", size, budget)
+                self._forget(tensor)
 
     def install(self, shard: Shard) -> None:
         """Take a shard in, and show its state in the optimizer's."""
         self.stepper.add(shard)
         for index, tensor in enumerate(shard.storage.tensors):
             self._show(tensor, shard.views[index])
+
+    def _forget(self, tensor: Tensor) -> None:
+        others = state_dicts.foreign_part(self.optimizer.state.pop(tensor, {}))
+        if others:
+            self.optimizer.state[tensor] = others
 
     def _show(self, tensor: Tensor, views: dict[str, Tensor]) -> None:
         others = state_dicts.foreign_part(self.optimizer.state.get(tensor, {}))
@@ -155,32 +136,34 @@ class ParameterRegistry:
         there is no nn.Parameter, or has another shape; `layouts` refuses it.
         """
         groups = self.optimizer.param_groups
-        deleted = replaced_parameters.deleted_while_absent(self.stepper.planned, self.optimizer.state)
-        if self.given_parameters.stands_as(groups) and not deleted:
+        given, state = self.given_parameters, self.optimizer.state
+        if given.stands_as(groups) and not replaced_parameters.absence_ended(self.stepper.planned, given, state):
             return
         held = [tensor for shard in self.stepper.planned for tensor in shard.active_tensors]
-        if any(self.given_parameters.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
+        if any(given.find(tensor) is None for tensor in held):  # DeepSpeed's, in the parameters' places
             return
         current_tensors = [tensor for group in groups for tensor in group["params"]]
-        known = self.given_parameters.find
-        new = [tensor for tensor in current_tensors if known(tensor) is None and tensor not in self.stepper]
+        new = [tensor for tensor in current_tensors if given.find(tensor) is None and tensor not in self.stepper]
         here = set(map(id, current_tensors))
         gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
         if not self._may_sync(current_tensors, new, gone, held):
             return
-        given, state = self.given_parameters, self.optimizer.state
         replacements = replaced_parameters.find_replacements(self.shards, given, groups, state)
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
-        for shard, index, successor in replacements:
+        misfits = replaced_parameters.misfits(self.shards, given_parameters, groups)
+        if misfits and self.ranks().is_first:
+            logger.warning(replaced_parameters.FORGOTTEN, len(misfits), misfits[0][0].storage.name_of(misfits[0][1]))
+        for shard, index, successor in [*replacements, *misfits]:
             old = shard.storage.tensors[index]
             replaced_parameters.replace_tensor(shard, index, successor)
             self.stepper.replace(old, successor)
             state.pop(old, None)
         self.given_parameters, self.groups = given_parameters, groups
         absent = replaced_parameters.settle(self.shards, given_parameters)
-        if absent and not self._told_of_absent and self.ranks().is_first:
-            logger.warning(replaced_parameters.KEPT, len(absent), absent[0])
-        self._told_of_absent |= bool(absent)
+        if len(absent) >= max(1, 2 * self._told_of_absent):
+            self._told_of_absent = len(absent)
+            if self.ranks().is_first:
+                logger.warning(replaced_parameters.KEPT, len(absent), absent[0])
 
     def _may_sync(
         self, current_tensors: list[Tensor], new: list[Tensor], gone: list[Tensor], held: list[Tensor]
@@ -203,11 +186,13 @@ class ParameterRegistry:
         for shard in shards:
             for index, tensor in enumerate(shard.storage.tensors):
                 views, entry = shard.views[index], self.optimizer.state.get(tensor)
-                if index in shard.removed:
+                if index in shard.removed or (entry is None and index in shard.absent):
                     continue
                 if entry is not None and len(entry) == len(views) and all(map(is_, entry.values(), views.values())):
                     continue  # as nearly always
                 own = None if entry is None else state_dicts.own_part(entry)
+                if entry and not own and views["step"].any():
+                    own = entry  # renamed, say: it is told of as what does not fit
                 if own is None or not (own.keys() == views.keys() and all(own[k] is views[k] for k in views)):
                     changed.append((shard, index, own))
         if changed:  # or what the last step counted would be undone later, if it turns out not to count
@@ -254,7 +239,7 @@ class ParameterRegistry:
         unused = [shard for shard in self.prebuilt if not shard.stepped]
         for shard in unused:
             for tensor in shard.active_tensors:
-                self.optimizer.state.pop(tensor, None)
+                self._forget(tensor)
         self.stepper.drop(unused)
         self.prebuilt = []
 

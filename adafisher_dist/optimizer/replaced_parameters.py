@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.layouts.storage import GivenParameters
+from adafisher_dist.settings import is_auto, normalized, state_config
 from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, TensorSpec
 
@@ -25,7 +26,11 @@ Replacement = tuple[Shard, int, Tensor | None]
 
 KEPT = (
     "AdaFisher keeps the state of %d parameter(s) that stand in no param group now, as %s, for when they come back;"
-    " state dicts and checkpoints leave it out. `del optimizer.state[parameter]` frees it."
+    " state dicts and checkpoints leave it out. `del optimizer.state[parameter]` gives it up."
+)
+FORGOTTEN = (
+    "AdaFisher forgets the state of %d parameter(s), as %s: they have come back in another param group than those that"
+    " they shared one with, with other block settings, or in another shape, dtype or device."
 )
 
 
@@ -39,8 +44,8 @@ def find_replacements(
 
     That is the parameter of the same shape, dtype and device that has their state, as the very
     tensors that the shard has, or else the one that stands at their place: whether it has a copy of
-    the state, or nothing, and so starts anew. While `state` has the old one's, only one that has a
-    state of its own follows it.
+    the state, or nothing, and so starts anew. While `state` has the old one's, nobody follows it by
+    place.
 
     Args:
         shards: all of them.
@@ -82,7 +87,7 @@ def find_replacements(
             group, number = places[id(old)]
             members = groups[group]["params"] if group < len(groups) else []
             successor: Tensor | None = members[number] if number < len(members) else None
-            if successor is not None and (state.get(successor) or not state.get(old)):
+            if not state.get(old):
                 assign(shard, index, successor)
     followed = [(shard, index, found.get((id(shard), index))) for shard, index in vacant]
     return [(s, i, heir) for s, i, heir in followed if heir is not None or not state.get(s.storage.tensors[i])]
@@ -106,6 +111,33 @@ def replace_tensor(shard: Shard, index: int, successor: Tensor | None) -> None:
     shard.storage = replace(shard.storage, tensors=tensors)
 
 
+def misfits(
+    shards: Sequence[Shard], given_parameters: GivenParameters, groups: Sequence[dict[str, Any]]
+) -> list[Replacement]:
+    """What comes back, and cannot go on with its blocks, with nobody in its place.
+
+    Its shape, dtype or device has changed; or it stands in a param group with other block settings
+    (where `block_size` is "auto", that of the blocks is taken), or in another than those with which
+    it shared one, and whose blocks are stepped with one group's settings.
+    """
+    found: list[Replacement] = []
+    for shard in shards:
+        infos = [given_parameters.find(tensor) for tensor in shard.storage.tensors]
+        stand = {shard.groups[i]: info.group for i, info in enumerate(infos) if info and i not in shard.absent}
+        for index in sorted(shard.absent):
+            info, config = infos[index], shard.configs[shard.groups[index]]
+            if info is None:
+                continue
+            group = groups[info.group]
+            if is_auto(group["block_size"]):
+                group["block_size"] = config.block_size
+            same_group = stand.setdefault(shard.groups[index], info.group) == info.group
+            same_blocks = fits(shard, index, shard.storage.tensors[index]) and state_config(normalized(group)) == config
+            if not (same_group and same_blocks):
+                found.append((shard, index, None))
+    return found
+
+
 def settle(shards: Sequence[Shard], given_parameters: GivenParameters) -> list[str]:
     """Let shards know what stands in the param groups now, and where; names what does not."""
     for shard in shards:
@@ -116,6 +148,7 @@ def settle(shards: Sequence[Shard], given_parameters: GivenParameters) -> list[s
     return [shard.storage.name_of(index) for shard in shards for index in sorted(shard.absent)]
 
 
-def deleted_while_absent(shards: Sequence[Shard], state: Mapping[Tensor, Any]) -> bool:
-    """Whether the user has deleted the state of a parameter that stands in no param group."""
-    return any(not state.get(shard.storage.tensors[index]) for shard in shards for index in shard.absent)
+def absence_ended(shards: Sequence[Shard], given_parameters: GivenParameters, state: Mapping[Tensor, Any]) -> bool:
+    """Whether a parameter that stood in no param group has come back, or its state was deleted."""
+    absent = [shard.storage.tensors[index] for shard in shards for index in shard.absent]
+    return any(given_parameters.find(tensor) is not None or not state.get(tensor) for tensor in absent)

@@ -105,11 +105,15 @@ class ShardedOptimizer(Optimizer):
                 " optimizer.consolidate_state_dict() on all ranks first, after the last step, then state_dict() on the"
                 " rank that saves."
             )
-        return self._with_state(self._consolidated)
+        whole = self._with_state(self._consolidated)
+        if self._consolidated.on_rank is None:
+            for tensor, entry in _saved_states(self.param_groups, whole):
+                entry.update(state_dicts.foreign_part(self.state.get(tensor, {})))
+        return whole
 
     def _with_state(self, whole: Consolidated) -> dict[str, Any]:
         """A state dict with this state in the place of the optimizer's own."""
-        chosen = {tensor: whole.entries[id(tensor)] for tensor in self.state if id(tensor) in whole.entries}
+        chosen = {tensor: dict(whole.entries[id(tensor)]) for tensor in self._standing() if id(tensor) in whole.entries}
         return {**self._packed(chosen), state_dicts.META: whole.about}
 
     def _standing(self) -> dict[Any, Any]:
@@ -272,8 +276,9 @@ def _shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[
     if lengths != saved_lengths and state_dicts.is_whole(saved):
         return []  # torch's own check reports it
     entries = _saved_states(registry.optimizer.param_groups, saved)
-    # An entry of others' alone is of a parameter without a step.
-    states = {id(t): own for t, entry in entries if (own := state_dicts.own_part(entry)) or not entry}
+    # An entry of others' alone is of a parameter without a step; if all are, they are not ours.
+    ours = any(state_dicts.own_part(entry) for _, entry in entries)
+    states = {id(t): entry for t, entry in entries if not (ours and entry) or state_dicts.own_part(entry)}
     if not states:
         return []
     chosen = [tensor for tensor in given if id(tensor) in states]

@@ -46,7 +46,7 @@ def describe(shards: list[Shard]) -> dict[str, Any]:
         return about()
     storage = next(shard.storage for shard in shards if not shard.storage.replicated)
     part = f"{storage.layout}, rank {storage.group.rank} of {storage.group.size}"
-    return {**about(part), "plan": [shard.digest() for shard in shards]}
+    return {**about(part), "plan": [shard.digest() for shard in shards if shard.active_tensors]}
 
 
 def own_part(entry: Mapping[str, Any]) -> dict[str, Any]:
