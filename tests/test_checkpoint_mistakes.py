@@ -117,7 +117,7 @@ def test_a_sparse_buffer_is_named(tmp_path: Path) -> None:
     module, optimizer = trained(0.1)
     module.register_buffer("adjacency", torch.eye(3).to_sparse())
     with pytest.raises(
-        (CheckpointError, ValueError), match=r"adjacency is sparse \(torch\.sparse_coo\).*persistent=False"
+        (CheckpointError, ValueError), match=r"adjacency is no dense tensor \(torch\.sparse_coo\).*persistent=False"
     ):
         save_checkpoint(tmp_path / "a", module, optimizer)
     module.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
