@@ -171,6 +171,7 @@ def pressed_in_a_part(rank: int, world: int, stage: int, folder: str) -> None:
         signal.raise_signal(signal.SIGINT)
 
     stepping.compute_chunk = pressed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes in the background ignore
     with pytest.raises(KeyboardInterrupt):
         train(engine, 2, 3, rank, world)
     with pytest.raises(RuntimeError, match="incomplete"):
