@@ -271,7 +271,8 @@ def _refuse_ours(engine: Any, load_dir: Any, tag: Any, flags: Mapping[str, Any])
     if name is None:
         return
     folder = root / name
-    if (folder / MANIFEST).is_file() and not any(folder.glob("*.pt")):
+    is_ours = (folder / MANIFEST).is_file() and any(folder.glob("*.safetensors"))
+    if is_ours and not any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{folder} was saved by adafisher_dist.ds.save_checkpoint, which writes no files of DeepSpeed's; this"
             " engine reads no others. Export its weights (python -m adafisher_dist export"

@@ -114,7 +114,7 @@ def match(
             found.problems.append(
                 f"{name} has shape {whole_shape(tensor)}, and {tuple(stored[old]['shape'])} in the checkpoint"
             )
-        elif weights and not stored[old].get(LEFT_OUT) and (problem := problem_of_values(tensor)) is not None:
+        elif not stored[old].get(LEFT_OUT) and (problem := problem_of_values(tensor)) is not None:
             found.problems.append(f"{name} {problem}")
         elif weights and not stored[old].get(LEFT_OUT) and _are_of_two_kinds(dtype_of(stored[old]["dtype"]), tensor):
             found.problems.append(

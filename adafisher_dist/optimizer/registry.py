@@ -148,7 +148,7 @@ class ParameterRegistry:
         gone = [tensor for tensor in self.given_parameters if id(tensor) not in here]
         if not self._may_sync(current_tensors, new, gone, held):
             return
-        replacements = replaced_parameters.find_replacements(self.shards, given, groups, state)
+        replacements = replaced_parameters.find_replacements(self.shards, given, groups, new, state)
         given_parameters = self._list_parameters()  # may refuse; nothing has changed by then
         misfits = replaced_parameters.misfits(self.shards, given_parameters, groups)
         if misfits and self.ranks().is_first:

@@ -38,6 +38,7 @@ def find_replacements(
     shards: Sequence[Shard],
     given_parameters: GivenParameters,
     groups: Sequence[Mapping[str, Any]],
+    newcomers: Sequence[Tensor],
     state: Mapping[Tensor, Any],
 ) -> list[Replacement]:
     """The stored tensors that have left the param groups and `state`, and who follows them.
@@ -51,6 +52,7 @@ def find_replacements(
         shards: all of them.
         given_parameters: what stood in the param groups before.
         groups: the param groups.
+        newcomers: what stands in them and neither stood there before nor has blocks.
         state: of the optimizer.
 
     Raises:
@@ -58,13 +60,7 @@ def find_replacements(
     """
     offload.refuse(shards)
     standing = {id(tensor) for group in groups for tensor in group["params"]}
-    with_state = {id(tensor) for shard in shards for tensor in shard.storage.tensors}
-    new = {
-        id(t): t
-        for group in groups
-        for t in group["params"]
-        if given_parameters.find(t) is None and id(t) not in with_state
-    }
+    new = {id(tensor): tensor for tensor in newcomers}
     vacant = [
         (shard, index)
         for shard in shards
@@ -83,12 +79,10 @@ def find_replacements(
         assign(shard, index, next((heirs[id(v)] for v in shard.views[index].values() if id(v) in heirs), None))
     for shard, index in vacant:
         old = shard.storage.tensors[index]
-        if (id(shard), index) not in found and id(old) in places:
+        if (id(shard), index) not in found and id(old) in places and not state.get(old):
             group, number = places[id(old)]
             members = groups[group]["params"] if group < len(groups) else []
-            successor: Tensor | None = members[number] if number < len(members) else None
-            if not state.get(old):
-                assign(shard, index, successor)
+            assign(shard, index, members[number] if number < len(members) else None)
     followed = [(shard, index, found.get((id(shard), index))) for shard, index in vacant]
     return [(s, i, heir) for s, i, heir in followed if heir is not None or not state.get(s.storage.tensors[i])]
 

@@ -275,10 +275,9 @@ def _shards_with(registry: ParameterRegistry, saved: Mapping[str, Any]) -> list[
     )
     if lengths != saved_lengths and state_dicts.is_whole(saved):
         return []  # torch's own check reports it
-    entries = _saved_states(registry.optimizer.param_groups, saved)
-    # An entry of others' alone is of a parameter without a step; if all are, they are not ours.
-    ours = any(state_dicts.own_part(entry) for _, entry in entries)
-    states = {id(t): entry for t, entry in entries if not (ours and entry) or state_dicts.own_part(entry)}
+    states = {id(tensor): entry for tensor, entry in _saved_states(registry.optimizer.param_groups, saved)}
+    if any(map(state_dicts.own_part, states.values())):  # what has others' entries alone had no step
+        states = {key: entry for key, entry in states.items() if not entry or state_dicts.own_part(entry)}
     if not states:
         return []
     chosen = [tensor for tensor in given if id(tensor) in states]

@@ -225,7 +225,8 @@ def check(shard: Shard, tensor: int, saved: Mapping[str, Any], own: bool = False
     if not bool(((steps % 1 == 0) & (updates % 1 == 0) & (updates >= 0) & (updates <= steps)).all()):
         raise ValueError(
             f"{misfit}: step and fisher_updates should be whole numbers, of which the second is at least 0 and at most"
-            f" the first, and are {steps.tolist()} and {updates.tolist()}."
+            f" the first, and are {steps.tolist()} and {updates.tolist()}. The state dict was altered or is damaged:"
+            " load another."
         )
     for key, (view, _, rows) in wanted.items():
         if key not in saved:
