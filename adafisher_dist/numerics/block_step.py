@@ -142,7 +142,7 @@ def update_blocks(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
         update_NRB = orthogonal_update(solved.vectors_NRB, diagonal_update(hat_NRB, moment_NRB, own.eps), share_NR)
     else:
         solved = _precondition(blocks, gradient_NRB, hat_NRB, None, context, decay)
-        update_NRB = natural_update(solved.vectors_NRB, solved.d_N, config.exponent)
+        update_NRB = natural_update(solved.vectors_NRB, _curvature(solved, config), config.exponent)
     if context.should_step is not None:
         update_NRB = torch.where(context.should_step.bool(), update_NRB, 0.0)
     gradient_NRB.copy_(update_NRB)
@@ -184,11 +184,7 @@ def _mean_squares(blocks: BlockStack, gradient_NRB: Tensor, context: StepContext
 
 
 class _Preconditioned(NamedTuple):
-    """Vectors times A^(−p), the present diagonal of F̂, and the d that goes with A.
-
-    That is the larger of A's own, where A is some steps old, and of the present one: what comes
-    after a time without gradients would be divided by the little that was left.
-    """
+    """Vectors times A^(−p), the present diagonal of F̂, and A's d, which may be some steps old."""
 
     vectors_NRB: Tensor
     diagonal_NB: Tensor
@@ -222,9 +218,19 @@ def _precondition(
     if keeps:
         _refresh(blocks, _due(blocks, context), context)
         factor = Factor(blocks.state["factor"], blocks.state["curvature"])
-        d_N = torch.where(factor.d_N > 0, torch.maximum(factor.d_N, result.diagonal_NB.mean(dim=1)), 0.0)
-        return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=d_N)
+        return result._replace(vectors_NRB=solve(factor, vectors_NRB), d_N=factor.d_N)
     return result
+
+
+def _curvature(solved: _Preconditioned, config: StateConfig) -> Tensor:
+    """The d that the natural gradient is divided by: A's own, or the present one if it is larger.
+
+    Where A is some steps old, what comes after a time without gradients would be divided by the
+    little that was left.
+    """
+    if not config.keeps_factors:
+        return solved.d_N
+    return torch.where(solved.d_N > 0, torch.maximum(solved.d_N, solved.diagonal_NB.mean(dim=1)), 0.0)
 
 
 def _seeds(blocks: BlockStack, context: StepContext) -> Tensor | None:
