@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engines import backward, config, engine_of, train
-from models import Odd, batch, model
+from models import batch, model
 from ranks import run_ranks
 from rich.filesize import decimal
 from step_costs import counted_collectives
@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import estimate, host_time
-from adafisher_dist.blocks.estimate import AUTO_BLOCK_SIZES, LAYOUTS, transformer_shapes
+from adafisher_dist.blocks.estimate import LAYOUTS, transformer_shapes
 from adafisher_dist.blocks.model_memory import model_memory
 from adafisher_dist.settings import DEFAULTS, StateConfig, normalize, state_config
 from adafisher_dist.tools.cli import app
@@ -238,7 +238,7 @@ def _listed(item: Any) -> list[Tensor]:
 def test_the_model_and_adamw(layout: str, dtype: torch.dtype, world: int) -> None:
     """Beside a real engine's tensors."""
     found = run_ranks(with_adamw, world, layout, dtype, deepspeed=layout.startswith("zero"))
-    plan = estimate.plan_of(SHAPES, layout, world, kind_of({}), torch.float32)
+    plan = estimate.plan_of([(SHAPES, kind_of({}))], layout, world, torch.float32)
     for rank, seen in enumerate(found):
         foretold = model_memory([prod(shape) for shape in SHAPES], layout, plan.stored_spans, rank, dtype)
         assert asdict(foretold) == seen
@@ -294,102 +294,6 @@ def test_arithmetic(rows: int, size: int, freq: int, exponent: float) -> None:
 def test_a_transformer_that_is_made_up(parameters: int) -> None:
     shapes = transformer_shapes(parameters)
     assert sum(rows * columns for rows, columns in shapes) == pytest.approx(parameters, rel=0.01)
-
-
-# ---- block_size="auto" ----
-
-
-def automatic(rank: int, world: int, stage: int, budget: float):
-    params = {"lr": 1e-2, "block_size": "auto", "rows_per_block": 1, "memory_budget_gb": budget}
-    engine = engine_of(config(stage, world, params), groups=True)
-    train(engine, 0, 2, rank, world)
-    optimizer = engine.basic_optimizer
-    return [group["block_size"] for group in optimizer.param_groups], optimizer.memory_usage()["rank"]["total"]
-
-
-@pytest.mark.dist
-@pytest.mark.deepspeed
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_auto_uses_what_more_ranks_give(stage: int) -> None:
-    """Equal on all ranks, within the budget, larger on more ranks; a group's own size is kept."""
-    budget = 20e-6
-    sizes = []
-    for world in (1, 3):
-        results = run_ranks(automatic, world, stage, budget, deepspeed=True)
-        assert all(found == results[0][0] for found, _ in results)
-        assert all(total <= budget * 1e9 for _, total in results)
-        first, second = results[0][0]
-        assert second == 4 and first in AUTO_BLOCK_SIZES
-        sizes.append(first)
-    assert sizes[1] > sizes[0]
-
-
-def step(module: Odd, optimizer: AdaFisher, number: int) -> None:
-    x, y = batch(number, 0, 1)
-    optimizer.zero_grad()
-    nn.functional.mse_loss(module(x), y).backward()
-    optimizer.step()
-
-
-def test_auto_is_the_largest_that_fits() -> None:
-    for budget in (14e-6, 20e-6, 1.0):
-        module = model()
-        optimizer = AdaFisher(module.parameters(), block_size="auto", rows_per_block=1, memory_budget_gb=budget)
-        assert optimizer.param_groups[0]["block_size"] == "auto"
-        step(module, optimizer, 0)
-        chosen = optimizer.param_groups[0]["block_size"]
-        assert optimizer.memory_usage()["rank"]["total"] <= budget * 1e9
-        larger = [size for size in AUTO_BLOCK_SIZES if size > chosen]
-        if larger:
-            kind = kind_of({"block_size": larger[-1], "rows_per_block": 1})
-            assert estimate.estimate(SHAPES, "ddp", 1, kind).memory["total"] > budget * 1e9
-        else:
-            assert chosen == 128
-
-
-def test_a_budget_that_nothing_fits() -> None:
-    module = model()
-    optimizer = AdaFisher(module.parameters(), block_size="auto", memory_budget_gb=1e-6)
-    with pytest.raises(ValueError, match=r"needs .* GB a rank even with blocks of one element, and .* is 1e-06"):
-        step(module, optimizer, 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"block_size": "auto"}, "needs memory_budget_gb"),
-        ({"memory_budget_gb": 1.0}, 'is for block_size="auto", and block_size is 128'),
-        ({"block_size": "auto", "memory_budget_gb": -1.0}, "memory_budget_gb should be at least 0"),
-        ({"block_size": "large"}, "block_size should be an integer, got 'large'"),
-    ],
-)
-def test_bad_budgets(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
-        AdaFisher(model().parameters(), **settings)
-
-
-@pytest.mark.parametrize("stepped", [False, True])
-def test_a_checkpoint_brings_its_block_size(tmp_path: Any, stepped: bool) -> None:
-    """Resumed where another size would be chosen, training goes on with the checkpoint's blocks."""
-    from adafisher_dist import load_checkpoint, save_checkpoint
-
-    module = model()
-    settings: dict[str, Any] = {"lr": 1e-2, "block_size": "auto", "rows_per_block": 1}
-    optimizer = AdaFisher(module.parameters(), memory_budget_gb=14e-6, **settings)
-    for number in range(3):
-        step(module, optimizer, number)
-    save_checkpoint(tmp_path / "a", module, optimizer)
-    again = model()
-    other = AdaFisher(again.parameters(), memory_budget_gb=1.0, **settings)
-    if stepped:
-        step(again, other, 7)
-        assert other.param_groups[0]["block_size"] == 128
-    load_checkpoint(tmp_path / "a", again, other)
-    for number in range(3, 6):
-        step(module, optimizer, number)
-        step(again, other, number)
-    assert other.param_groups[0]["block_size"] == optimizer.param_groups[0]["block_size"] < 128
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 
 # ---- the command ----

@@ -27,7 +27,7 @@ def told(shapes: Shapes, layout: str, ranks: int, rank: int, settings: dict[str,
     """Bytes of one of the ranks that share parameters of these shapes."""
     group = {**DEFAULTS, **settings}
     normalize(group)
-    return sum(cost.memory(plan_of(shapes, layout, ranks, state_config(group), torch.float32), rank).values())
+    return sum(cost.memory(plan_of([(shapes, state_config(group))], layout, ranks, torch.float32), rank).values())
 
 
 def of_experts(rank: int, world: int, degree: int) -> tuple[int, int]:

@@ -287,7 +287,7 @@ def _largest_to_mean(shapes: list[tuple[int, ...]], layout: str, world: int) -> 
 def _planned(shapes: list[tuple[int, ...]], layout: str, world: int) -> cost.PlanSummary:
     group: dict[str, Any] = {**DEFAULTS}
     normalize(group)
-    return plan_of(shapes, layout, world, state_config(group), torch.float32)
+    return plan_of([(shapes, state_config(group))], layout, world, torch.float32)
 
 
 def flat_partitions(grids: list[Grid], world: int, padding: int) -> Placement:

@@ -22,6 +22,7 @@ from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.settings import StateConfig
 
 Shapes = Sequence[tuple[int, ...]]
+Groups = Sequence[tuple[Shapes, StateConfig]]
 
 LAYOUTS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -65,16 +66,16 @@ def layout_named(name: str) -> str:
     }[name]  # fmt: skip
 
 
-def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight_dtype: torch.dtype) -> PlanSummary:
-    """The plan for parameters of these shapes, all in one param group.
+def plan_of(groups: Groups, layout: str, world: int, weight_dtype: torch.dtype) -> PlanSummary:
+    """The plan for parameters of these shapes, as one shard has them.
 
     Args:
-        shapes: of the parameters, in order.
+        groups: of each param group the shapes of its parameters, in order, and the settings that
+            shape their state.
         layout: one of `LAYOUTS`.
         world: ranks that share the blocks.
-        config: the settings that shape the state.
         weight_dtype: of the tensors that the optimizer steps, where they are gathered ("ddp",
-            "zero0").
+            "zero0"): that which holds all of theirs.
 
     Raises:
         ValueError: the layout is unknown, or there is no rank.
@@ -82,14 +83,14 @@ def plan_of(shapes: Shapes, layout: str, world: int, config: StateConfig, weight
     if world < 1:
         raise ValueError(f"The world size should be at least 1, got {world}.")
     replicated = layout in ("ddp", "zero0")
+    shapes = [shape for of_group, _ in groups for shape in of_group]
+    configs = [config for of_group, config in groups for _ in of_group]
+    numbers = [number for number, (of_group, _) in enumerate(groups) for _ in of_group]
     stored_spans = _stored_spans([prod(shape) for shape in shapes], shapes, layout, world)
-    grids = [grid_of(shape, config) for shape in shapes]
+    grids = [grid_of(shape, config) for shape, config in zip(shapes, configs, strict=True)]
     assignment = sharding.assign(grids, stored_spans, replicated)
     cut = () if replicated else sharding.cut_by_boundaries(assignment, stored_spans, grids)
-    groups = [0] * len(grids)
-    return PlanSummary(
-        grids, [config] * len(grids), groups, stored_spans, assignment, cut, replicated, weight_dtype.itemsize
-    )
+    return PlanSummary(grids, configs, numbers, stored_spans, assignment, cut, replicated, weight_dtype.itemsize)
 
 
 def _stored_spans(numels: Sequence[int], shapes: Shapes, layout: str, world: int) -> Placement:
@@ -110,8 +111,8 @@ def estimate(
     shapes: Shapes, layout: str, world: int, config: StateConfig, weight_dtype: torch.dtype = torch.float32,
     inverse_update_freq: int = 1,
 ) -> Estimate:  # fmt: skip
-    """What a setting costs; see `plan_of` for the arguments and what is raised."""
-    return estimate_of(plan_of(shapes, layout, world, config, weight_dtype), inverse_update_freq)
+    """What a setting costs with one param group; see `plan_of` for the rest and what is raised."""
+    return estimate_of(plan_of([(shapes, config)], layout, world, weight_dtype), inverse_update_freq)
 
 
 def estimate_of(plan: PlanSummary, inverse_update_freq: int = 1, model: Sequence[int] = (0,)) -> Estimate:
@@ -184,15 +185,12 @@ def transformer_shapes(parameters: int) -> list[tuple[int, ...]]:
     return ([(rest, width)] if rest else []) + layer * layers
 
 
-def largest_block_size(
-    groups: Sequence[tuple[Shapes, StateConfig]], layout: str, world: int, weight_dtype: torch.dtype, budget: float
-) -> int:
+def largest_block_size(groups: Groups, layout: str, world: int, weight_dtype: torch.dtype, budget: float) -> int:
     """The largest block size with which no rank needs more than `budget` bytes.
 
     Args:
-        groups: the shapes and settings of each param group; those whose block_size is a number keep
-            it.
-        layout: see `plan_of`.
+        groups: see `plan_of`; those whose block_size is a number keep it.
+        layout: likewise. ZeRO has a shard for each group, and the others one for all.
         world: likewise.
         weight_dtype: likewise.
         budget: bytes a rank.
@@ -200,14 +198,12 @@ def largest_block_size(
     Raises:
         ValueError: not even blocks of one element fit; names what they need.
     """
-
-    def need(shapes: Shapes, config: StateConfig) -> int:
-        return estimate(shapes, layout, world, config, weight_dtype).memory["total"] if shapes else 0
-
-    fixed = sum(need(shapes, config) for shapes, config in groups if config.block_size != AUTO)
+    filled = [(shapes, config) for shapes, config in groups if shapes]
     for size in AUTO_BLOCK_SIZES:
-        sized = [(shapes, config._replace(block_size=size)) for shapes, config in groups if config.block_size == AUTO]
-        needed = fixed + sum(need(shapes, config) for shapes, config in sized)
+        sized = [(s, c._replace(block_size=size) if c.block_size == AUTO else c) for s, c in filled]
+        shards = [[group] for group in sized] if layout in ("zero1", "zero2", "zero3") else [sized]
+        plans = [plan_of(shard, layout, world, weight_dtype) for shard in shards]
+        needed = sum(memory_of(plan)["memory"]["total"] for plan in plans)
         if needed <= budget:
             return size
     raise ValueError(

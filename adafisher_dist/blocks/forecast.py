@@ -80,7 +80,7 @@ def forecast_of(asked: Asked, block_sizes: Sequence[int]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     model: list[ModelMemory] = []
     for size in block_sizes:
-        plan = plan_of(asked.shapes, asked.layout, asked.world, asked.config(block_size=size), asked.stepped_dtype)
+        plan = plan_of([(asked.shapes, asked.config(block_size=size))], asked.layout, asked.world, asked.stepped_dtype)
         numels = [grid.numel for grid in plan.grids]
         model = [
             model_memory(numels, asked.layout, plan.stored_spans, rank, asked.weight_dtype)

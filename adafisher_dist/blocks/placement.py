@@ -148,7 +148,7 @@ def rows_of(shape: Sequence[int], rank: int, world: int) -> tuple[int, int]:
 
 
 def _rows_numel(shape: Sequence[int], world: int) -> int:
-    numel, rows = prod(shape), shape[0]
+    numel, rows = prod(shape), shape[0] if shape else 1
     return -(-rows // world) * (numel // max(1, rows))
 
 

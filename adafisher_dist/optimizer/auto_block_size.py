@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
+
+import torch
 
 from adafisher_dist import layouts
 from adafisher_dist.blocks import estimate
@@ -43,8 +46,9 @@ def choose_block_size(
         shapes[info.group].append(whole_shape(parameter))
     by_group = [(of_group, state_config(group)) for of_group, group in zip(shapes, checked, strict=True)]
     storage, budget = storages[0], checked[0]["memory_budget_gb"]
-    kind, dtype = estimate.layout_named(storage.layout), storage.values(0).dtype
-    size = estimate.largest_block_size(by_group, kind, storage.group.size, dtype, budget * 1e9)
+    dtype = reduce(torch.promote_types, (one.values(i).dtype for one in storages for i in range(len(one.tensors))))
+    layout = estimate.layout_named(storage.layout)
+    size = estimate.largest_block_size(by_group, layout, storage.group.size, dtype, budget * 1e9)
     for group in groups:
         if group["block_size"] == "auto":
             group["block_size"] = size
