@@ -66,11 +66,11 @@ def row_groups(
 def by_element(shape: Sequence[int], max_blocks: int | None) -> bool:
     """Whether a parameter is a vector, or a table: a matrix with one side over 8 times the other.
 
-    Of those with a side of 30,000, as of vocabularies, more than 4 times.
+    Of those with a side of 30,000 to 33,000, as of vocabularies, more than 4 times.
     """
     matrix = matrices_of(shape)[0]
     short, long = sorted((len(matrix), len(matrix[0])))
-    return len(matrix) == 1 or (max_blocks is None and long > (4 if long >= 30_000 else 8) * short)
+    return len(matrix) == 1 or (max_blocks is None and long > (4 if 30_000 <= long <= 33_000 else 8) * short)
 
 
 def matrices_of(shape: Sequence[int]) -> list[list[range]]:

@@ -254,7 +254,7 @@ def test_the_table_of_embeddings_and_heads_is_that_of_the_code() -> None:
     from adafisher_dist.settings import state_config
 
     rows = re.findall(r"^\| [^|]+ \| \((\d+), (\d+)\) \| (\w+) \|$", text("embeddings_and_heads.md"), re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 13
     for high, wide, told in rows:
         dense = grid_of((int(high), int(wide)), state_config(DEFAULTS)).dense_row_groups
         assert told == ("blocks" if dense else "elements"), (high, wide)

@@ -19,7 +19,7 @@ from adafisher_dist import AdaFisher
 from adafisher_dist.blocks import cost, placement, sharding
 from adafisher_dist.blocks.estimate import plan_of
 from adafisher_dist.blocks.fields import saved_offset
-from adafisher_dist.blocks.grid import Grid, make_grid
+from adafisher_dist.blocks.grid import Grid, doubtful_tables, make_grid
 from adafisher_dist.blocks.placement import Placement
 from adafisher_dist.blocks.sharding import Span, StoredSpan
 from adafisher_dist.settings import DEFAULTS, normalize, state_config
@@ -89,17 +89,17 @@ def test_runs_are_the_blocks_of_the_oracle(
 
 TABLES = [
     (8, 65), (65, 8), (1, 3, 1, 25), (25, 1, 3), (2, 3, 2, 5), (5, 2, 40), (50257, 768), (16, 4096), (32000, 4096),
-    (7499, 30000),
+    (7499, 30000), (32768, 6144), (33000, 8249),
 ]  # fmt: skip
 MATRICES = [
     (8, 64), (64, 8), (1, 3, 1, 24), (24, 1, 3), (3, 3, 2, 4), (5, 5, 40), (4096, 1024), (16, 128), (29999, 4096),
-    (30000, 7500),
+    (30000, 7500), (33001, 8249), (36864, 4608), (35840, 5120), (57344, 8192),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", TABLES + MATRICES, ids=str)
 def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
-    """If one side is over 8 times the other (4 from 30,000 on), and max_blocks is not given."""
+    """If one side is over 8 times the other (4 from 30,000 to 33,000), without max_blocks."""
     grid, limited = (make_grid(shape, 16, 4, "rows", limit) for limit in (None, 10**9))
     assert by_element(shape, None) == (grid.dense_blocks == 0) == (shape in TABLES)
     assert limited.dense_blocks == limited.num_blocks and not by_element(shape, 10**9)
@@ -110,6 +110,13 @@ def test_tables_are_those_of_the_oracle(shape: tuple[int, ...]) -> None:
         assert (grid.row_groups, grid.num_blocks) == (len(row_groups(shape, 16, "rows", 4)),) * 2
         elements = [range(run.start, run.start + run.num_blocks) for run in grid.runs(0, grid.numel)]
         assert elements == [range(prod(shape))]
+
+
+def test_tables_that_may_be_hidden_layers() -> None:
+    """Fused projections are in each layer; adapters and routers are narrow, vocabularies few."""
+    layer = [(24576, 1536), (7168, 7168), (16, 4096), (256, 7168), (7168,), (50, 1, 700)]
+    assert doubtful_tables([(129280, 7168)] * 2 + layer * 3) == [((24576, 1536), 3)]
+    assert not doubtful_tables([(129280, 7168)] * 2 + layer * 2)
 
 
 @many

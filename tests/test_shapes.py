@@ -140,3 +140,18 @@ def test_vectors_learn_as_with_adamw() -> None:
 
     for shape in ((768,), (1, 5000), (5000, 1)):
         assert left(AdaFisher, shape) <= left(torch.optim.AdamW, shape)
+
+
+def test_layers_that_look_like_tables_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, of all ranks by the first; not where a param group decides what has blocks."""
+    for settings, told in (({}, 1), ({"max_blocks": 10}, 0)):
+        layers = [nn.Parameter(torch.zeros(4200, 512)) for _ in range(3)]
+        optimizer = AdaFisher(layers, **settings)
+        for _ in range(2):
+            for layer in layers:
+                layer.grad = torch.zeros_like(layer)
+            optimizer.step()
+        found = [record.getMessage() for record in caplog.records if "have no blocks" in record.getMessage()]
+        assert len(found) == told
+        assert not told or found[0].startswith("AdaFisher: 3 parameters of shape (4200, 512) have no blocks")
+        caplog.clear()

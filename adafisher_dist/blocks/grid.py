@@ -14,12 +14,16 @@ from adafisher_dist.settings import StateConfig
 LARGEST_WINDOW = 32
 
 # A matrix whose one side is more than so many times the other is a table (of tokens, of few
-# outputs, of adapters): its elements are alone, as Adam's. Grouped keys and values are up to 8
-# times as wide as high; hidden layers 4 times, and seldom as long as the vocabularies of 32,000
-# whose tables are less than 8 times as high as wide.
+# outputs, of adapters): its elements are alone, as Adam's. Hidden layers are mostly up to 8 times
+# as wide as high. So are the tables of vocabularies of 32,000 and a few tokens in wide models; few
+# hidden layers have that length.
 LARGEST_RATIO = 8
 LARGEST_RATIO_OF_VOCABULARIES = 4
-LEAST_VOCABULARY = 30_000
+VOCABULARIES = range(30_000, 33_001)
+
+# Tables as wide as this, of which a model has so many of one shape, may be hidden layers.
+LEAST_WIDTH_OF_LAYERS = 512
+LEAST_NUMBER_OF_LAYERS = 3
 
 # The settings that tell how a parameter is cut: arguments of `make_grid`.
 GRID_SETTINGS = ("block_size", "rows_per_block", "block_grid", "max_blocks")
@@ -268,7 +272,14 @@ def view(shape: Sequence[int]) -> tuple[int, int, int]:
 def is_table(shape: Sequence[int]) -> bool:
     """Whether a parameter of this shape is a vector or a table, whose elements are alone."""
     short, long = sorted(view(shape)[1:])
-    return long > (LARGEST_RATIO_OF_VOCABULARIES if long >= LEAST_VOCABULARY else LARGEST_RATIO) * short
+    return long > (LARGEST_RATIO_OF_VOCABULARIES if long in VOCABULARIES else LARGEST_RATIO) * short
+
+
+def doubtful_tables(shapes: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], int]]:
+    """Shapes of tables that are many and wide, so that they may be hidden layers; and how many."""
+    counts = Counter(tuple(shape) for shape in shapes if is_table(shape))
+    most = [(shape, count) for shape, count in counts.items() if count >= LEAST_NUMBER_OF_LAYERS]
+    return [(shape, count) for shape, count in most if min(view(shape)[1:]) >= LEAST_WIDTH_OF_LAYERS]
 
 
 def _even(total: int, most: int) -> int:

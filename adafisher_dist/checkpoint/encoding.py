@@ -36,7 +36,7 @@ def encode(value: object, where: str, tensors: list[Tensor]) -> Any:
 
     Args:
         value: made of None, numbers, strings, bytes, paths, lists, tuples, sets, dicts, namespaces,
-            numpy values, dtypes, devices, and plain tensors.
+            numpy values but for times, dtypes, devices, and plain tensors.
         where: what it is called, for the error: "client_state".
         tensors: takes the tensors and arrays in it.
 
@@ -92,7 +92,9 @@ def _encode(value: object, where: str, tensors: list[Tensor]) -> Any:
         return _encode_dict(value, where, tensors)
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and type(value) in (np.ndarray, np.memmap)):
         return _put_aside(value, where, tensors)
-    if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, complex, str, bytes):
+    # Times lose their unit: numpy makes plain integers of some.
+    is_time = isinstance(value, np.datetime64 | np.timedelta64)
+    if isinstance(value, np.generic) and not is_time and type(value.item()) in (bool, int, float, complex, str, bytes):
         return {"$numpy": [value.dtype.str, _encode(value.item(), where, tensors)]}
     for other, (name, as_json) in _ATOMS.items():
         if isinstance(value, other):
@@ -134,7 +136,7 @@ def decode(value: Any, tensors: Sequence[Tensor]) -> Any:
     if name == "$dict":
         return {decode(key, tensors): decode(item, tensors) for key, item in content}
     if name == "$counter":
-        return Counter({decode(key, tensors): item for key, item in content})
+        return Counter({decode(key, tensors): decode(item, tensors) for key, item in content})
     if name == "$namespace":
         return argparse.Namespace(**decode(content, tensors))
     for kind, (sequence, _) in _SEQUENCES.items():

@@ -85,7 +85,7 @@ def _open_together(
         try:
             opened = stack.enter_context(OpenCheckpoint(found_again(lambda: find(where)[1], gone)))
             matched = match(opened.manifest, target, options.rename, options.weights, options.states)
-            check_stored(opened.manifest, target, matched, f"{opened.folder}")
+            check_stored(opened.manifest, matched, f"{opened.folder}")
             needed = _needed_files(opened, target, options, matched)
             opened.hold([*needed, *_share(opened.manifest, target)])
         except Vanished as error:

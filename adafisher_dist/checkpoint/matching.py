@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import isclose, prod
+from math import isclose
 from reprlib import repr as short
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
-from adafisher_dist.blocks.parts import Parts, saved_offsets, saved_parts
-from adafisher_dist.checkpoint import orders
+from adafisher_dist.blocks.parts import Parts, saved_parts
+from adafisher_dist.checkpoint import lengths, orders
 from adafisher_dist.checkpoint.encoding import dtype_of
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, LEFT_OUT, WEIGHTS_ONLY, Manifest
@@ -155,30 +155,27 @@ def refuse(found: Match, what: str, remedy: str) -> None:
         raise CheckpointError(f"{what} does not fit:\n  " + "\n  ".join(lines) + f"\nNothing was changed. {remedy}")
 
 
-def check_stored(manifest: Manifest, target: CheckpointTarget, found: Match, what: str) -> None:
+def check_stored(manifest: Manifest, found: Match, what: str) -> None:
     """Check that the tensors to be read exist, and are as large as the manifest's facts say.
 
     Raises:
         CheckpointError: one is not: the manifest contradicts itself.
     """
-    for key, numel in _needed(manifest, target, found):
+    for key, numel in _needed(manifest, found):
         stored = manifest.tensors.get(key)
         if numel and (stored is None or stored.numel != numel):
             there = 0 if stored is None else stored.numel
             raise damaged(what, f"it has {there} elements of {key}, and should have {numel}", "Nothing was changed.")
 
 
-def _needed(manifest: Manifest, target: CheckpointTarget, found: Match) -> Iterator[tuple[str, int]]:
+def _needed(manifest: Manifest, found: Match) -> Iterator[tuple[str, int]]:
     """The keys of all tensors that will be read, and their elements."""
-    for name, old in found.weights.items():
-        kind, tensors = ("weight", target.parameters) if name in target.parameters else ("buffer", target.buffers)
-        yield f"{kind}/{old}", prod(whole_shape(tensors[name]))
-    for name, old in found.states.items():
-        settings = manifest.about["optimizer"]["state"][old]["structure"]
-        grids = _grids(settings, whole_shape(target.parameters[name]), _saved_parts(manifest, old))
-        kept = ("factor", "curvature") if settings["keeps_factors"] else ()
-        for kind in ("momentum", "fisher", "square", *kept):
-            yield f"{kind}/{old}", saved_offsets(kind, grids)[-1]
+    weights = set(found.weights.values())
+    for key, numel in lengths.of_weights(manifest.about):
+        if key.partition("/")[2] in weights:
+            yield key, numel
+    for old in found.states.values():
+        yield from lengths.of_state(manifest.about, old)
 
 
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from adafisher_dist.blocks.parts import PARTS
+from adafisher_dist.checkpoint import lengths
 from adafisher_dist.checkpoint.chunks import MOST_CHUNKS, Chunk, collect
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.errors import CheckpointError
@@ -223,6 +224,7 @@ class ShardWriter(StorageWriter):
             stored: Any = metadata.state_dict_metadata[key]
             table = collect(key, stored.size[0], sorted(chunks, key=lambda c: c.start), names)
             tensors[key] = StoredTensor(stored.properties.dtype, stored.size[0], table)
+        self._check_complete(tensors)
         self._check_files(files)
         cut = any(PARTS in fact for fact in self.about["model"]["parameters"].values())
         manifest = Manifest(self.about, files, tensors, WITH_PARTS if cut else CHECKPOINT_FORMAT)
@@ -237,6 +239,19 @@ class ShardWriter(StorageWriter):
             self.published = True
             raise
         self.published = True
+
+    def _check_complete(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Refuse to publish what no load would take, as where ranks left out different parts."""
+        needed = dict(lengths.of_weights(self.about))
+        for name in self.about["optimizer"]["state"]:
+            needed.update(lengths.of_state(self.about, name))
+        for key, numel in needed.items():
+            held = tensors[key].numel if key in tensors else 0
+            if held != numel:
+                raise CheckpointError(
+                    f"the ranks wrote {held} of the {numel} elements of {key}: all have to save the same model, with"
+                    " the same parameters frozen and the same exclude_frozen_parameters"
+                )
 
     def _check_files(self, files: Mapping[str, File]) -> None:
         for name, file in files.items():

@@ -30,19 +30,29 @@ def calling_wrapper(optimizer: Optimizer) -> tuple[Any, str]:
     this looks on the call stack: what calls `step` or `load_state_dict` is the wrapper, by
     construction. (None, "") where there is none.
     """
-    for frame in frames():
+    for frame in _deepspeed_frames():
         owner = frame.f_locals.get("self")
-        if type(owner).__module__.startswith("deepspeed.") and getattr(owner, "optimizer", None) is optimizer:
+        if getattr(owner, "optimizer", None) is optimizer:
             return owner, frame.f_code.co_name
     return None, ""
 
 
 def frames() -> Iterator[FrameType]:
-    """The call stack, from the function that asks to the outermost."""
+    """The call stack, from the function that asks to the outermost.
+
+    Before Python 3.13 `f_locals` puts a copy of them into the frame. That of a function with frames
+    among its locals keeps all of the stack alive, with what is deleted there, until Python looks
+    for cycles: ask a frame of another's code alone.
+    """
     frame = sys._getframe().f_back
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _deepspeed_frames() -> Iterator[FrameType]:
+    """Those of DeepSpeed's functions."""
+    return (frame for frame in frames() if str(frame.f_globals.get("__name__")).startswith("deepspeed."))
 
 
 class PartOfStep(NamedTuple):
@@ -65,9 +75,11 @@ def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartO
 
     `parts` has, for each wrapper, the name of the part's number in its `_optimizer_step`.
     """
-    for frame in frames():
-        owner, function = frame.f_locals.get("self"), frame.f_code.co_name
-        if function == "_optimizer_step" and owner is not None and getattr(owner, "optimizer", None) is optimizer:
+    for frame in _deepspeed_frames():
+        if frame.f_code.co_name != "_optimizer_step":
+            continue
+        owner = frame.f_locals.get("self")
+        if owner is not None and getattr(owner, "optimizer", None) is optimizer:
             known = parts.get(type(owner).__name__)
             if known is None:
                 return None
@@ -99,9 +111,9 @@ def _largest_gradient(wrapper: Any) -> Tensor:
 
 def engine_that_builds() -> Any:
     """The DeepSpeed engine on the call stack that is building its configured optimizer, or None."""
-    for frame in frames():
+    for frame in _deepspeed_frames():
         owner = frame.f_locals.get("self")
-        if type(owner).__module__.startswith("deepspeed.") and hasattr(owner, "monitor"):
+        if owner is not None and hasattr(owner, "monitor"):
             return owner
     return None
 

@@ -42,7 +42,7 @@ class AdaFisher(ShardedOptimizer):
         Θ ← Θ − η λ Θ − η U
 
     Leading dimensions stack matrices, as of experts; dimensions of 1 do not count. Vectors, and
-    tables (matrices whose one side is more than 8 times the other, or 4 times and at least 30,000
+    tables (matrices whose one side is more than 8 times the other, or 4 times and 30,000 to 33,000
     long: of tokens, of few outputs, LoRA's factors) are updated elementwise, as by Adam, with μ and
     ρ for its betas.
 

@@ -268,13 +268,16 @@ def _checked(
     """See `check_consistency`; tells of new shards."""
     fresh = [shard for shard in collected.shards if not shard.checked]
     usable = check_consistency(ranks, collected.shards, collected.inputs, usable, alike, errors, compare)
-    for shard in fresh if ranks.is_first else ():
-        errors.rescue(partial(_tell_of, shard))
+    if fresh and ranks.is_first:
+        errors.rescue(partial(_tell_of, fresh))
     return usable
 
 
-def _tell_of(shard: Shard) -> None:
-    logger.info(statistics.summary(shard))
+def _tell_of(shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        logger.info(statistics.summary(shard))
+    for doubt in statistics.doubts(shards):
+        logger.warning(doubt)
 
 
 def check_ranks(shards: Sequence[Shard], group: Group) -> None:
