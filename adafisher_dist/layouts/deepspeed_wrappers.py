@@ -63,11 +63,13 @@ class PartOfStep(NamedTuple):
         calls: how many there are.
         largest: to be called in the first: a 0-d bound of this rank's gradient elements in all the
             calls; ∞ or NaN where one is not finite.
+        empties_groups: whether what is stepped stands in a param group for the call alone.
     """
 
     number: int
     calls: int
     largest: Callable[[], Tensor]
+    empties_groups: bool
 
 
 def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartOfStep | None:
@@ -86,8 +88,9 @@ def part_of_step(optimizer: Optimizer, parts: Mapping[str, str | None]) -> PartO
             number = frame.f_locals.get(known)
             if not isinstance(number, int):
                 raise unexpected(owner, f"has no {known} in its _optimizer_step")
-            members = owner.fp16_groups if hasattr(owner, "fp16_groups") else owner.bit16_groups
-            return PartOfStep(number, len(members), partial(_largest_gradient, owner))
+            of_zero3 = hasattr(owner, "fp16_groups")
+            members = owner.fp16_groups if of_zero3 else owner.bit16_groups
+            return PartOfStep(number, len(members), partial(_largest_gradient, owner), of_zero3)
     return None
 
 
@@ -104,8 +107,8 @@ def _largest_gradient(wrapper: Any) -> Tensor:
     # still in 16 bits.
     first = wrapper.single_partition_of_fp32_groups[0].grad
     rest = [gradient for part in wrapper.averaged_gradients.values() if part is not None for gradient in part]
-    norms = torch._foreach_norm([gradient.float() for gradient in rest if gradient.numel()], torch.inf)
-    scaled = [value.to(first.device) / wrapper.loss_scale for value in norms]
+    norms = torch._foreach_norm([gradient for gradient in rest if gradient.numel()], torch.inf)
+    scaled = [value.to(first.device, torch.float32) / wrapper.loss_scale for value in norms]
     return torch.stack([torch.linalg.vector_norm(first, torch.inf), *scaled]).max()
 
 

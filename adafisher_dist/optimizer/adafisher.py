@@ -205,15 +205,18 @@ class AdaFisher(ShardedOptimizer):
             return loss
         errors.attempt(lambda: registry.sync_user_state(registry.stepper.shards_of(groups)))
         errors.attempt(lambda: registry.init_shards(new))
-        before = registry.stepper.skipped
+        before, part = registry.stepper.skipped, None
         try:
             part, ranks = layouts.part_of_step(self), registry.ranks()
             # Several ranks may have to be freed from a wait, and after one of several parts a step
             # is half.
             with waiting_interrupts(ranks.total_size == 1 and (part is None or part.calls == 1)):
-                registry.stepper.step(groups, ranks, errors, part, registry.gradient_limit)
-        except Exception:
-            registry.forget_unstepped()
+                registry.stepper.step(groups, ranks, errors, part, registry.of_all_parts)
+        except BaseException as error:  # Ctrl-C too
+            if isinstance(error, Exception):
+                registry.forget_unstepped()
+            if part is not None:
+                registry.restore_groups(part.empties_groups)
             raise
         self._consolidated = None
         if registry.stepper.skipped > before:

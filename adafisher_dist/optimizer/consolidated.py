@@ -42,7 +42,10 @@ class Consolidated:
 
 def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
     """Gather the state of replicated parameters; see `consolidate_state_dict`. A collective."""
-    group = registry.ranks()
+    group, errors = registry.ranks(), DeferredErrors()
+    errors.attempt(registry.stepper.check_complete)
+    errors.attempt(registry.sync_param_groups)
+    errors.attempt(lambda: registry.sync_user_state(registry.shards))
     if state_dicts.is_partial(registry.shards):
         raise RuntimeError(
             "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
@@ -53,7 +56,6 @@ def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
     keep = to is None or to == group.rank
     every = [(shard, index, id(tensor)) for shard, index, tensor in registry.current_tensors()]
     rooms: Entries = {}
-    errors = DeferredErrors()
     if keep:
         errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
     # Before others wait for this rank's part.

@@ -15,11 +15,13 @@ from adafisher_dist.comm import collectives
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.layouts.storage import GivenParameters, Storage
 from adafisher_dist.numerics import fisher
+from adafisher_dist.numerics.block_step import waits_for_nothing
 from adafisher_dist.optimizer import replaced_parameters, state_dicts
 from adafisher_dist.optimizer.auto_block_size import choose_block_size
 from adafisher_dist.settings import is_auto, normalized, state_config
 from adafisher_dist.state import offload
 from adafisher_dist.state.shard import Shard, build
+from adafisher_dist.stepping.agreement import OfAllParts
 from adafisher_dist.stepping.metrics import Meter
 from adafisher_dist.stepping.step import Stepper
 
@@ -110,6 +112,18 @@ class ParameterRegistry:
             step = self.optimizer.state[tensor].get("step")
             if tensor not in self.stepper and step is not None and not step.any():
                 self._forget(tensor)
+
+    def restore_groups(self, empty: bool) -> None:
+        """Have the param groups as they are between steps, after an error in a part of one.
+
+        DeepSpeed shows a part of them for the call, and undoes that only where the call returns.
+
+        Args:
+            empty: whether nothing stands in them between steps, as with ZeRO-3.
+        """
+        self.optimizer.param_groups = self.groups
+        for group in self.groups if empty else ():
+            group["params"] = []
 
     def install(self, shard: Shard) -> None:
         """Take a shard in, and show its state in the optimizer's."""
@@ -283,10 +297,12 @@ class ParameterRegistry:
             shards.append(build(storage, [order.index(number) for number in mine], configs, zeroed))
         return shards
 
-    def gradient_limit(self) -> float:
-        """The largest gradient element that blocks of all param groups can square and sum up."""
-        own = [state_config(normalized(group)) for group in self.groups if not is_auto(group["block_size"])]
-        return min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in own), default=math.inf)
+    def of_all_parts(self) -> OfAllParts:
+        """What holds for the blocks of all param groups."""
+        own = [state_config(normalized(group)) for group in self.groups]
+        sized = [config for config in own if not is_auto(config.block_size)]
+        limit = min((fisher.gradient_limit(s.compute_dtype, s.block_size) for s in sized), default=math.inf)
+        return OfAllParts(limit, all(map(waits_for_nothing, own)))
 
     def ranks(self) -> collectives.Group:
         """The ranks that take each step together: the device mesh's, or the process group's."""

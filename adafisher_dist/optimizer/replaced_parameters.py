@@ -26,7 +26,8 @@ Replacement = tuple[Shard, int, Tensor | None]
 
 KEPT = (
     "AdaFisher keeps the state of %d parameter(s) that stand in no param group now, as %s, for when they come back;"
-    " state dicts and checkpoints leave it out. `del optimizer.state[parameter]` gives it up."
+    " state dicts and checkpoints leave it out. `del optimizer.state[parameter]` gives it up; memory is freed when that"
+    " is so of all whose first gradients came in the same step."
 )
 FORGOTTEN = (
     "AdaFisher forgets the state of %d parameter(s), as %s: they have come back in another param group than those that"

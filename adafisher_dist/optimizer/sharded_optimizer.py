@@ -142,9 +142,6 @@ class ShardedOptimizer(Optimizer):
                 are sharded (ZeRO-1 to 3, FSDP2), and with them the state; or ranks did not come
                 within the timeout of the process group.
         """
-        self._registry.stepper.check_complete()
-        self._registry.sync_param_groups()
-        self._registry.sync_user_state(self._registry.shards)
         self._consolidated = consolidate(self._registry, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

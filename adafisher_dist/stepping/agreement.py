@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,19 @@ from adafisher_dist.stepping.inputs import Inputs, without_gradients
 logger = logging.getLogger("adafisher_dist")
 
 
+class OfAllParts(NamedTuple):
+    """What holds for all parts of a wrapper's step, each of which is a call of its own.
+
+    Attributes:
+        gradient_limit: how large a gradient element may be in any of them.
+        waits_for_nothing: whether no part's arithmetic has to wait for the device. If one does,
+            hosts decide on all of them: a part by the device would not know of one by the hosts.
+    """
+
+    gradient_limit: float
+    waits_for_nothing: bool
+
+
 @dataclass(slots=True, eq=False)
 class Collected:
     """What this rank knows of a call: who takes part, and how large gradients are and may be.
@@ -50,12 +64,14 @@ class Collected:
         part: the number of this part of a wrapper's step; 0 where it is all of one.
         calls: how many parts there are.
         metrics: which steps are measured, and which one is still to be told of; None where none is.
+        by_hosts: whether another part of the step waits for the device anyway.
     """
 
     exchanges: list[Exchange]
     part: int
     calls: int
     metrics: tuple[int, int | None] | None
+    by_hosts: bool = False
     inputs: list[Inputs] = field(default_factory=list)
     largest: list[tuple[Tensor, float]] = field(default_factory=list)
     counters: list[Tensor] = field(default_factory=list)
@@ -65,6 +81,14 @@ class Collected:
     def shards(self) -> list[Shard]:
         """Those that take part."""
         return [exchange.shard for exchange in self.exchanges]
+
+    def deciding_device(self) -> torch.device | None:
+        """The one that decides whether to step, if nothing else in the step waits for it."""
+        devices = {shard.device for shard in self.shards}
+        waits = self.by_hosts or not all(map(waits_for_nothing, self.shards))
+        if len(devices) != 1 or waits or not found_inf.is_meant_for(*devices):
+            return None
+        return devices.pop()
 
     def usable(self) -> bool:
         """Whether every gradient can be used. It waits for the device. A NaN is below no limit."""
@@ -112,7 +136,7 @@ class Decision:
 class _Agreed:
     """Of the last call of a part that all ranks took alike."""
 
-    exchanges: list[Exchange]
+    exchanges: list[Exchange]  # where a device decides
     device: torch.device | None  # that decides, where one does
     metrics: object
 
@@ -150,7 +174,7 @@ class Agreement:
         return self._by_device(before, before.device, collected, ranks, errors)
 
     def _by_hosts(self, collected: Collected, ranks: Group, errors: DeferredErrors) -> Decision | None:
-        device = _deciding_device(collected.shards)
+        device = collected.deciding_device()
         alike = _alike(collected, ranks, parts_of(collected.shards, ranks), errors)
         usable = True
         if device is None and errors.none:
@@ -163,7 +187,9 @@ class Agreement:
             parts = [group for group, _ in alike.parts]
             errors.attempt(lambda: self._idle.append(self._found_inf(ranks, device, parts)))
         usable = _checked(collected, ranks, usable, alike, errors, compare)
-        self._agreed[collected.part] = _Agreed(collected.exchanges, device, collected.metrics)
+        # Kept for those that go on while this rank cannot: hosts tell each other beforehand.
+        kept = [] if device is None else collected.exchanges
+        self._agreed[collected.part] = _Agreed(kept, device, collected.metrics)
         if not usable:
             return None
         calls = list(zip(collected.exchanges, collected.inputs, strict=True))
@@ -231,7 +257,7 @@ def _alike(
 
     def look() -> Alike:
         shared = {group: _fingerprints(collected, group, ranks) for group in (ranks, *parts)}
-        on_device = _deciding_device(collected.shards) is not None
+        on_device = collected.deciding_device() is not None
         of_call = fingerprints_of_call(parts, changed, collected.calls, on_device, collected.metrics)
         return Alike([*shared[ranks], *of_call], [(part, shared[part]) for part in parts])
 
@@ -252,14 +278,6 @@ def _idle(why: str) -> DeferredErrors:
     errors = DeferredErrors()
     errors.error = RuntimeError(why)
     return errors
-
-
-def _deciding_device(shards: Sequence[Shard]) -> torch.device | None:
-    """The one that decides whether to step, if nothing else in the step waits for it."""
-    devices = {shard.device for shard in shards}
-    if len(devices) != 1 or not all(map(waits_for_nothing, shards)) or not found_inf.is_meant_for(*devices):
-        return None
-    return devices.pop()
 
 
 def _checked(
@@ -295,7 +313,14 @@ def check_ranks(shards: Sequence[Shard], group: Group) -> None:
                 " knows of no other rank. Initialise it first, then load the state."
             )
         alike = own.total_size == group.total_size
-        if not (own.members <= group.members or (alike and group.replicas is not None)):
+        try:
+            within = own.members <= group.members
+        except KeyError as error:
+            raise RuntimeError(
+                "The process group that AdaFisher's state is spread over was destroyed. Call reset_state(), or load the"
+                " last checkpoint into a new optimizer."
+            ) from error
+        if not (within or (alike and group.replicas is not None)):
             raise UnsupportedLayoutError(
                 f"The parameters of one optimizer are spread over different ranks: {own.total_size} in the layout"
                 f" {shard.storage.layout}, and {group.total_size} take the step. Use an optimizer for each."

@@ -151,9 +151,10 @@ def fingerprints_of(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> Finger
         inputs: for each shard.
     """
     active = [bytes(gradient is not None for gradient in own.gradients) for own in inputs]
+    which = [(s.storage.group.size, [p.info.position for p in s.storage.parameters[:1]]) for s in shards]
     return [
         (
-            sharding.digest([shard.storage.group.size for shard in shards], active),
+            sharding.digest(which, active),
             "The ranks differ in which parameters have a gradient. Under DDP use find_unused_parameters=True, or give"
             " the same parameters a gradient on every rank.",
         ),

@@ -19,7 +19,7 @@ from adafisher_dist.numerics.block_step import StepContext
 from adafisher_dist.numerics.precision import full_precision
 from adafisher_dist.state.shard import Shard, compute_chunk, gradient_limit
 from adafisher_dist.stepping import consistency
-from adafisher_dist.stepping.agreement import Agreement, Collected, Decision, check_ranks
+from adafisher_dist.stepping.agreement import Agreement, Collected, Decision, OfAllParts, check_ranks
 from adafisher_dist.stepping.consistency import raise_if_any_failed
 from adafisher_dist.stepping.counting import count_step, next_step
 from adafisher_dist.stepping.exchange import Exchange, exchange_for
@@ -51,7 +51,7 @@ class Stepper:
         self._pending: list[Pending] = []
         self._faults: list[tuple[Pending, Verdict]] = []  # of which no call has told yet
         # Of the gradients of the step that a wrapper takes part by part, and what they may be.
-        self._bound: tuple[Tensor, float] | None = None
+        self._bound: tuple[Tensor, OfAllParts] | None = None
 
     # ---- shards ----
 
@@ -174,7 +174,8 @@ class Stepper:
     # ---- a step ----
 
     def step(
-        self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: Callable[[], float]
+        self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None,
+        of_all: Callable[[], OfAllParts],
     ) -> None:  # fmt: skip
         """Update the tensors with a gradient, all of them in a shard, unless `errors` has one.
 
@@ -195,14 +196,14 @@ class Stepper:
             errors: of this rank, so far.
             part: which part of a wrapper's step this is, all of which change something or none;
                 None for all of it.
-            limit: tells how large a gradient element may be in any of the parts.
+            of_all: tells what holds for all parts.
 
         Raises:
             RuntimeError: see `check_consistency` and `raise_if_any_failed`; also for a sparse
                 gradient, a changed structural setting, or after a step that failed half-way.
         """
         sent_before = Counter(collectives.sent)
-        collected, decision = self._prepare(groups, ranks, errors, part, limit)
+        collected, decision = self._prepare(groups, ranks, errors, part, of_all)
         if decision is None:
             self.skipped += collected.part == 0
             return
@@ -227,21 +228,26 @@ class Stepper:
             self.meter.end(decision.calls, self.sent)
 
     def _prepare(
-        self, groups: Groups, ranks: Group, errors: DeferredErrors, part: PartOfStep | None, limit: Callable[[], float]
+        self,
+        groups: Groups,
+        ranks: Group,
+        errors: DeferredErrors,
+        part: PartOfStep | None,
+        of_all: Callable[[], OfAllParts],
     ) -> tuple[Collected, Decision | None]:
         """All that comes before anything changes."""
         self._agreement.begin()
         number = 0 if part is None else part.number
         calls = 1 if part is None else part.calls
         plan = None if self.meter is None else self.meter.plan
-        collected = Collected(self._exchanges_of(groups), number, calls, plan)
+        collected = Collected(self._exchanges_of(groups), number, calls, plan, self._by_hosts(part))
         concerned = [*collected.shards, *self._agreement.expected(number)]
         errors.insist(lambda: self.resolve_pending(concerned))  # or this rank alone would not stop at a fault
         self._stop_at_faults(concerned, ranks)
         self._refuse_incomplete()
         if errors.none:
             with errors:
-                self._collect(collected, groups, ranks, part, limit)
+                self._collect(collected, groups, ranks, part, of_all)
         try:
             return collected, self._agreement.decide(collected, ranks, errors)
         except Exception:
@@ -249,9 +255,14 @@ class Stepper:
             self.incomplete |= WHOLE if number else frozenset()  # the parts before it have changed something
             raise
 
+    def _by_hosts(self, part: PartOfStep | None) -> bool:
+        """As in the step before, where a call cannot tell: settings of blocks do not change."""
+        return part is not None and self._bound is not None and not self._bound[1].waits_for_nothing
+
     def _collect(
-        self, into: Collected, groups: Groups, ranks: Group, part: PartOfStep | None, limit: Callable[[], float]
-    ) -> None:
+        self, into: Collected, groups: Groups, ranks: Group, part: PartOfStep | None,
+        of_all: Callable[[], OfAllParts],
+    ) -> None:  # fmt: skip
         """All of a call that this rank can do by itself, before the others have to know of it."""
         check_ranks(into.shards, ranks)
         for shard in into.shards:
@@ -262,11 +273,13 @@ class Stepper:
         into.counters += [shard.counters.clone() for shard in into.shards]
         into.largest += [(exchange.collect(inputs), gradient_limit(exchange.shard)) for exchange, inputs in pairs]
         if part is not None:
-            self._bound = (part.largest(), limit()) if part.number == 0 else self._bound
+            self._bound = (part.largest(), of_all()) if part.number == 0 else self._bound
             assert self._bound is not None
-            bound, allowed = self._bound
+            into.by_hosts = self._by_hosts(part)
+            bound, own = self._bound
             device = into.largest[0][0].device if into.largest else bound.device
-            into.largest.append((bound.to(device, non_blocking=True), allowed))
+            # To a CPU it would be read before it has come.
+            into.largest.append((bound.to(device, non_blocking=device.type != "cpu"), own.gradient_limit))
 
     def _begin_to_measure(self, decision: Decision, collected: Collected, ranks: Group) -> Observe | None:
         if self.meter is None or decision.is_idle:
