@@ -8,6 +8,7 @@ precision's rounding of the gradient is in both, and every step is compared with
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -376,7 +377,8 @@ def refused(rank: int, world: int, stage: int, precision: str, attribute: str, v
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
     with pytest.raises(UnsupportedLayoutError) as caught:
-        step_as_the_wrapper_would(engine.optimizer)
+        # A function of DeepSpeed's, as what looks for it on the stack knows by its module.
+        FunctionType(step_as_the_wrapper_would.__code__, {"__name__": "deepspeed.runtime.new"})(engine.optimizer)
     assert all(same(tensor, held) for tensor, held in zip(tensors, before, strict=True))
     return str(caught.value)
 

@@ -54,7 +54,7 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
         if target.wrapper is not None and options.weights:
             layouts.refresh_module(target.wrapper)
         run_on_all_ranks(hosts, finish)
-    except Exception:
+    except BaseException:  # Ctrl-C too, after which a notebook could go on
         target.access.mark_incomplete(options.parts)
         raise
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,11 @@ def save_with_deepspeed(
     later = engine.checkpoint_engine.is_decoupled()  # it writes all of its files, and `latest`, in the background
     target.optimizer._state_is_elsewhere = True
     try:
-        done = original(engine, save_dir, tag, client_state, save_latest and later, exclude_frozen_parameters, **more)
+        with _errors_kept(engine) as errors:
+            done = original(
+                engine, save_dir, tag, client_state, save_latest and later, exclude_frozen_parameters, **more
+            )
+        run_on_all_ranks(target.hosts, lambda: _raise_first(errors))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"DeepSpeed could not write its own files of {place.root}: {error}. AdaFisher's checkpoint, in"
@@ -127,6 +132,34 @@ def save_with_deepspeed(
     if save_latest and not later:
         run_on_all_ranks(target.hosts, lambda: _name_latest(engine, Path(save_dir).absolute(), tag))
     return done
+
+
+@contextmanager
+def _errors_kept(engine: Any) -> Iterator[list[Exception]]:
+    """Collect what fails in writing DeepSpeed's files, so that this rank comes to its barrier."""
+    files, errors = engine.checkpoint_engine, list[Exception]()
+
+    def save(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return original(*arguments, **keywords)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    original = files.save
+    own = vars(files).get("save")
+    files.save = save
+    try:
+        yield errors
+    finally:
+        if own is None:
+            del files.save
+        else:
+            files.save = own
+
+
+def _raise_first(errors: Sequence[Exception]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _refuse_second(folder: Path) -> None:

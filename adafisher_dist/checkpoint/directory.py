@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adafisher_dist.checkpoint.errors import CheckpointError, os_problem
-from adafisher_dist.checkpoint.folders import SUBFOLDER, folders_in, tags, those_in
+from adafisher_dist.checkpoint.folders import REPLACED, SUBFOLDER, folders_in, tags, those_in
 from adafisher_dist.checkpoint.latest import ANOTHER_TAG, LATEST, prepare_latest, read_latest
 from adafisher_dist.checkpoint.manifest import MANIFEST
 from adafisher_dist.comm.host_groups import beat
 
 logger = logging.getLogger("adafisher_dist")
 
-_TEMPORARY = (".saving", ".deleting")
-_REPLACED = ".replaced"
-
+_SAVING, _DELETING = ".saving", ".deleting"
 # Bytes of a name in a folder, and of what a tag gets around it while a checkpoint is replaced.
 _LONGEST_NAME = 255
-_AROUND_A_TAG = len(f".{_REPLACED}")
+_AROUND_A_TAG = len(f".{REPLACED}")
 
 
 class PublishedError(CheckpointError):
@@ -61,7 +59,7 @@ class CheckpointDirectory:
 
     @property
     def _replaced(self) -> Path:
-        return self.root / f".{self.tag}{_REPLACED}"
+        return self.root / f".{self.tag}{REPLACED}"
 
     def find(self) -> Path:
         """The folder of the complete checkpoint.
@@ -69,10 +67,11 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: there is none; names those that there are.
         """
-        # The second, where a save was killed between two renames; the third, where DeepSpeed's own
-        # function saved. Once more from the first: a save may just have published between the
-        # looks.
-        for folder in (self.folder, self._replaced, self.folder / SUBFOLDER, self.folder):
+        # The second, where a save was killed between two renames; then the same two where
+        # DeepSpeed's own function saved. Once more from the first: a save may just have published
+        # between the looks.
+        within = CheckpointDirectory(self.folder, SUBFOLDER)
+        for folder in (self.folder, self._replaced, within.folder, within._replaced, self.folder, within.folder):
             if (folder / MANIFEST).is_file():
                 return folder
         if any(self.folder.glob("*.safetensors")):
@@ -223,7 +222,10 @@ def checkpoint_directory(path: Path) -> CheckpointDirectory:
     tag = latest_tag(path)
     if tag is not None and not (path / MANIFEST).is_file():
         return tagged(path, tag)
-    return CheckpointDirectory(path.parent, path.name)
+    try:
+        return CheckpointDirectory(path.parent, path.name)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no checkpoint of adafisher_dist: {error} {those_in(path)}") from error
 
 
 def tagged(root: Path, tag: str) -> CheckpointDirectory:
@@ -246,12 +248,12 @@ def is_in_place(folder: Path, handle: int) -> bool:
         return False
     if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
         return False
-    put_aside = folder.name.startswith(".") and folder.name.endswith(_REPLACED)
+    put_aside = folder.name.startswith(".") and folder.name.endswith(REPLACED)
     return not (put_aside and (_name_before(folder) / MANIFEST).is_file())
 
 
 def _name_before(replaced: Path) -> Path:
-    return replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+    return replaced.with_name(replaced.name[1 : -len(REPLACED)])
 
 
 def find(where: Callable[[], CheckpointDirectory]) -> tuple[CheckpointDirectory, Path]:
@@ -289,9 +291,15 @@ def _clear(path: Path) -> None:
     """Take away what a killed save has left, if this is such; bring back what it was to replace."""
     if not path.name.startswith(".") or not os.path.lexists(path):
         return
-    if path.name.endswith(_TEMPORARY):
+    if path.name.endswith(_SAVING):  # whoever still writes it shall not publish what is left
+        leaving = path.with_name(path.name.removesuffix(_SAVING) + _DELETING)
+        if os.path.lexists(leaving):
+            _remove(leaving)
+        path.rename(leaving)
+        path = leaving
+    if path.name.endswith(_DELETING):
         _remove(path)
-    elif path.name.endswith(_REPLACED):
+    elif path.name.endswith(REPLACED):
         _roll_back(path)
 
 

@@ -53,8 +53,12 @@ def settings(target: CheckpointTarget, saved: Sequence[Mapping[str, Any]], match
         if lacking:
             raise ValueError(f"its param group {source} has no {', '.join(lacking)}.")
         for key in taken.keys() & _OF_SCHEDULERS:
-            if _is_number(group.get(key)) and not _is_number(taken[key]):
-                raise ValueError(f"{key} of its param group {source} should be a number, and is {short(taken[key])}.")
+            if _is_number(group.get(key)):
+                taken[key] = _plain(taken[key])  # where lr was a tensor, this was one too
+                if not _is_number(taken[key]):
+                    raise ValueError(
+                        f"{key} of its param group {source} should be a number, and is {short(taken[key])}."
+                    )
         trial = {**group, **taken}
         if number in matched.block_sizes:
             trial["block_size"] = matched.block_sizes[number]
@@ -175,6 +179,10 @@ def _check_alike(own: Any, saved: Any) -> None:
         if key not in saved:
             if key in _PROGRESS:
                 raise ValueError(f"it has no {key!r}")
+        elif type(value) in (int, float) and type(saved[key]) is type(value) and saved[key] == value:
+            continue  # of any size
+        elif isinstance(value, str) and saved[key] is None:
+            continue  # a phase that was over
         elif isinstance(value, bool | str | list | tuple | dict):
             kind = dict if isinstance(value, dict) else type(value)
             if not isinstance(saved[key], kind):

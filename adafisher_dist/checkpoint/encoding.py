@@ -23,6 +23,9 @@ from torch import Tensor
 # Of values that are nested in each other, as JSON: `decode` calls itself for each.
 MOST_LEVELS = 200
 
+# Of integers: Python writes and reads no more than 4,300 digits.
+_MOST_BITS = 1 << 13
+
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
@@ -77,7 +80,9 @@ def _items(holder: Mapping[str, Any] | Sequence[Any]) -> Iterable[Any]:
 
 
 def _encode(value: object, where: str, tensors: list[Tensor]) -> Any:
-    if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise TypeError(f"{where} is an integer of {value.bit_length()} bits; save its hex(…).")
+    if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
         return value if isfinite(value) else {"$float": repr(value)}
@@ -173,7 +178,7 @@ def _put_aside(value: Tensor | np.ndarray[Any, Any], where: str, tensors: list[T
         except (TypeError, ValueError) as error:  # the latter: bytes in another order
             raise TypeError(f"{where} is a numpy array of {value.dtype}, which torch does not know.") from error
     else:
-        tensor = value.detach()
+        tensor = value.detach().resolve_conj()
         if hasattr(tensor, "device_mesh") or tensor.layout != torch.strided or tensor.is_quantized:
             raise TypeError(f"{where} is a {type(value).__name__}, of layout {value.layout}; save a plain tensor.")
     tensors.append(tensor)

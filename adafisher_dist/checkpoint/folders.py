@@ -15,6 +15,9 @@ from adafisher_dist.checkpoint.manifest import MANIFEST
 # The folder with our checkpoint, in DeepSpeed's own of a tag.
 SUBFOLDER = "adafisher_dist"
 
+# What a folder's name gets, with a dot before it, until another checkpoint has its name.
+REPLACED = ".replaced"
+
 
 def tags(root: Path) -> list[str]:
     """The checkpoints in a folder, the oldest first, by when they were saved."""
@@ -46,7 +49,7 @@ def saved_at(manifest: Path) -> tuple[str, int]:
 
 def folder_of(path: Path) -> Path | None:
     """The folder with our manifest, of a path that may name a checkpoint, ours or DeepSpeed's."""
-    for folder in (path, path / SUBFOLDER):
+    for folder in (path, path / SUBFOLDER, path / f".{SUBFOLDER}{REPLACED}"):
         with suppress(OSError):  # it may not be looked into
             if (folder / MANIFEST).is_file():
                 return folder

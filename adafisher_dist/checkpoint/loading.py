@@ -44,7 +44,7 @@ def load(where: Callable[[], CheckpointDirectory], target: CheckpointTarget, opt
     same = hosts.gather(repr((options.strict, options.rename, options.verify, options.weights, options.states)))
     if len(set(same)) > 1:
         raise CheckpointError(f"The ranks load with different arguments (strict, rename, verify, …): {same}.")
-    with targets.partitioned(target.wrapper, "The checkpoint was loaded"), ExitStack() as stack:
+    with targets.partitioned(target, "The checkpoint was loaded"), ExitStack() as stack:
         opened, matched, needed = _open_together(where, target, options, stack)
         if options.states:
             keep_apart(matched, hosts.gather(own_settings(opened.manifest, target, matched)))

@@ -30,7 +30,7 @@ from adafisher_dist.checkpoint.targets import (
     problem_of_values,
     with_extra_state,
 )
-from adafisher_dist.layouts.storage import whole_shape
+from adafisher_dist.layouts.storage import local, whole_shape
 from adafisher_dist.settings import state_config
 
 _SHOWN = 20
@@ -116,16 +116,21 @@ def match(
             )
         elif not stored[old].get(LEFT_OUT) and (problem := problem_of_values(tensor)) is not None:
             found.problems.append(f"{name} {problem}")
-        elif weights and not stored[old].get(LEFT_OUT) and _are_of_two_kinds(dtype_of(stored[old]["dtype"]), tensor):
+        elif weights and not stored[old].get(LEFT_OUT) and _overlaps(tensor):
+            found.problems.append(f"{name} is expanded, so that its elements share memory: give it its own by .clone()")
+        elif weights and not stored[old].get(LEFT_OUT) and _kind(dtype_of(stored[old]["dtype"])) != _kind(tensor.dtype):
             found.problems.append(
                 f"{name} is {tensor.dtype} in the model, and was {stored[old]['dtype']}: it is not converted, since"
-                " integers may be a quantised weight's codes, which are no numbers without their scales"
+                " imaginary parts would be lost, and integers may be a quantised weight's codes, which are no numbers"
+                " without their scales"
             )
         else:
             fitting[name] = model["aliases"].get(old, old)
     for name, old in old_names.items():
         if name not in here and name not in target.elsewhere and old not in model["aliases"]:
             tied = target.aliases.get(name)
+            if tied is not None and fitting.get(tied) == old:
+                continue  # tied there as well, and by another of its names the first
             what = f"tied to {tied} in the model, and was a tensor of its own" if tied else "not in the model"
             found.problems.append(f"{old} is {what}" + ("" if name == old else f" (as {name})"))
     if weights:
@@ -138,9 +143,15 @@ def match(
     return found
 
 
-def _are_of_two_kinds(dtype: torch.dtype, tensor: Tensor) -> bool:
-    """Whether one has integers and the other has not."""
-    return (dtype.is_floating_point or dtype.is_complex) != (tensor.is_floating_point() or tensor.is_complex())
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that nothing can be read into them."""
+    here = local(tensor)
+    return any(size > 1 and stride == 0 for size, stride in zip(here.shape, here.stride(), strict=True))
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Dtypes of two kinds are not converted to each other: integers, reals, complex numbers."""
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def refuse(found: Match, what: str, remedy: str) -> None:

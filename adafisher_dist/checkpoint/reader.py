@@ -43,18 +43,32 @@ def read_ranges(opened: OpenCheckpoint, wanted: Sequence[Range]) -> None:
 
 
 def _check_that_it_fits(values: Tensor, range_: Range) -> None:
-    """Refuse numbers that would become infinite in float16.
+    """Refuse numbers that are beyond those of the dtype they are converted to.
 
     Raises:
         CheckpointError: there is one.
     """
-    if range_.dtype != torch.float16 or values.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    low, high = _bounds(range_.dtype)
+    own_low, own_high = _bounds(values.dtype)
+    if low <= own_low and 1.01 * high >= own_high:  # bfloat16 for float32 too
         return
-    if bool((values.to(torch.float16).isinf() & values.isfinite()).any()):
+    comparable = values.float() if values.is_floating_point() and values.itemsize == 1 else values
+    beyond = comparable[((comparable < low) | (comparable > high)) & comparable.isfinite()]
+    if len(beyond):
+        name, most = str(range_.dtype).removeprefix("torch."), max(beyond.tolist(), key=abs)
         raise CheckpointError(
-            f"{range_.key} has numbers that float16 has not, up to {float(values.abs().max()):.3g} (float16 ends at"
-            " 65504): load it into a model in bfloat16 or float32"
+            f"{range_.key} has numbers that {name} has not, as {most:.6g} ({name} ends at {high:.6g}): load it into a"
+            f" model in {str(values.dtype).removeprefix('torch.')}, or another dtype that has them"
         )
+
+
+def _bounds(dtype: torch.dtype) -> tuple[float, float]:
+    if dtype.is_complex:
+        dtype = dtype.to_real()
+    if dtype == torch.bool:
+        return 0, 1
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return info.min, info.max
 
 
 class _Reads:

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict_saver as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
-from adafisher_dist.checkpoint import encoding, local_ranges, random_state, ranges, targets
+from adafisher_dist.checkpoint import encoding, local_ranges, manifest, random_state, ranges, targets
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.manifest import dtype_name
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
 from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
 from adafisher_dist.checkpoint.writer import RangeSavePlanner, ShardWriter
@@ -34,6 +36,9 @@ from adafisher_dist.comm.host_groups import HostGroup, beat
 from adafisher_dist.optimizer.adafisher import AdaFisher
 from adafisher_dist.optimizer.checkpointing import CheckpointAccess
 from adafisher_dist.version import __version__
+
+# As manifests tell times. What was saved later may be of this job.
+_BEGAN = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -174,18 +179,21 @@ def save(
         tensors: list[Tensor] = []
         about.update(_about(target, facts, extra(), tensors))
         found.extend(_ranges(target, tensors))
+        for range_ in found:
+            dtype_name(range_.dtype)  # before a save that goes on in the background has begun
         if asynchronous:
             found[:] = [_copied(range_) for range_ in found]
         return about["id"], kept, targets.steps_of_parts(target), __version__
 
     saving = Saving(place.folder)
-    with targets.partitioned(target.wrapper, f"{place.folder} was {'copied' if asynchronous else 'saved'}"):
+    with targets.partitioned(target, f"{place.folder} was {'copied' if asynchronous else 'saved'}"):
         ids, kept, steps, versions = zip(*run_on_all_ranks(hosts, collect), strict=True)
         if len(set(versions)) > 1:
             raise CheckpointError(
                 f"The ranks run different versions of adafisher_dist, by rank {', '.join(versions)}: install the same"
                 " everywhere. Nothing was saved."
             )
+        run_on_all_ranks(hosts, lambda: _refuse_anothers(place, hosts))
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         _compare_steps(steps)
@@ -198,6 +206,26 @@ def save(
         _pending.append(saving)
         saving.start(lambda: _write(place, about, found, hosts, latest, keep_last, began, in_background=True))
     return saving
+
+
+def _refuse_anothers(place: CheckpointDirectory, hosts: HostGroup) -> None:
+    """Refuse to replace what other ranks of this job have saved, as stages of a pipeline might.
+
+    Raises:
+        CheckpointError: names the ranks.
+    """
+    if hosts.rank > 0 or hosts.handle is None or hosts.size == dist.get_world_size():
+        return
+    try:
+        about = manifest.read(place.folder).about
+    except (CheckpointError, OSError):  # there is none, or it is damaged
+        return
+    theirs = about.get("ranks", hosts.members)
+    if theirs != hosts.members and about["created"] >= _BEGAN:
+        raise CheckpointError(
+            f"{place.folder} was saved by the ranks {theirs} of this job, and the ranks {hosts.members} would replace"
+            " it. Ranks that save without the others need a folder of their own. Nothing was saved."
+        )
 
 
 def _compare_steps(by_rank: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
@@ -264,6 +292,7 @@ def _about(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"adafisher_dist": __version__, "torch": torch.__version__},
         "world_size": target.hosts.size,
+        "ranks": target.hosts.members,
         "layout": targets.layout_of(target),
         "step": max((entry["step"] for entry in state.values()), default=0),
         **facts,

@@ -302,23 +302,25 @@ def layout_of(target: CheckpointTarget) -> str:
 
 
 @contextmanager
-def partitioned(wrapper: Any, done: str) -> Iterator[None]:
+def partitioned(target: CheckpointTarget, done: str) -> Iterator[None]:
     """Keep ZeRO-3 parameters partitioned, as DeepSpeed's checkpoints need. A collective there.
 
     Args:
-        wrapper: DeepSpeed's of the optimizer, if there is one.
+        target: what is saved or loaded.
         done: what was done when the block has ended, for the error.
 
     Raises:
         CheckpointError: DeepSpeed could not gather those again that it keeps whole.
     """
+    wrapper = target.wrapper
     if hasattr(wrapper, "checkpoint_event_prologue"):
         wrapper.checkpoint_event_prologue()
     try:
         yield
     except BaseException:
-        with suppress(Exception):  # of a rank that is lost: it would hide what has failed before
-            _gather_again(wrapper)
+        with suppress(Exception):  # it would hide what has failed before
+            if not target.hosts.is_lost:
+                _gather_again(wrapper)
         raise
     try:
         _gather_again(wrapper)

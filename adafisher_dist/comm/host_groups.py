@@ -43,7 +43,17 @@ class HostGroup:
     @property
     def first(self) -> int:
         """The global number of the first of these ranks."""
-        return 0 if self.handle is None else int(dist.get_process_group_ranks(self.handle)[0])
+        return self.members[0]
+
+    @property
+    def members(self) -> list[int]:
+        """The global numbers of these ranks, in order."""
+        return [0] if self.handle is None else dist.get_process_group_ranks(self.handle)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a rank did not come: who waits for it once more waits in vain."""
+        return self.handle is not None and meetings(self.handle).failure is not None
 
     def gather(self, value: T) -> list[T]:
         """What each rank gives, in the order of the ranks.
