@@ -122,6 +122,27 @@ def test_extra_values_come_back(tmp_path: Path) -> None:
     assert back["bounded"].maxlen == 2 and back["deque"].maxlen is None
 
 
+def test_what_a_counter_counts_comes_back() -> None:
+    counts = Counter({"a": np.int64(3), "b": 2, "c": math.inf})
+    tensors: list[torch.Tensor] = []
+    back = encoding.decode(json.loads(json.dumps(encoding.encode(counts, "x", tensors))), tensors)
+    assert back == counts and type(back["a"]) is np.int64
+
+
+def test_a_conjugated_tensor_is_saved(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    value = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    save_checkpoint(tmp_path / "a", module, optimizer, extra=value)
+    assert torch.equal(load_checkpoint(tmp_path / "a", module, optimizer).extra, value.resolve_conj())
+
+
+def test_a_dtype_that_no_file_can_hold_is_told_of_before_a_save_in_the_background(tmp_path: Path) -> None:
+    module, optimizer = trained(count=1)
+    wide = torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(TypeError, match="complex128"):
+        save_checkpoint(tmp_path / "a", module, optimizer, extra=wide, asynchronous=True)
+
+
 def test_not_a_number_comes_back() -> None:
     assert math.isnan(encoding.decode(encoding.encode(math.nan, "x", []), []))
     back = encoding.decode(json.loads(json.dumps(encoding.encode(complex(math.nan, math.inf), "x", []))), [])
@@ -147,6 +168,9 @@ def _of_itself() -> dict[str, Any]:
         ({"x": np.zeros(1, dtype=[("a", "i4")])[0]}, r"extra\['x'\] is a numpy.void"),
         ({"x": np.longdouble(1) / 3}, r"extra\['x'\] is a numpy.longdouble"),
         ({"x": np.ma.array([1.0, 2.0], mask=[False, True])}, r"extra\['x'\] is a numpy.ma.*MaskedArray"),
+        ({"x": np.datetime64("2026-01-01", "ns")}, r"extra\['x'\] is a numpy.datetime64"),
+        ({"x": np.timedelta64(5, "M")}, r"extra\['x'\] is a numpy.timedelta64"),
+        ({"x": 10**4300}, r"extra\['x'\] is an integer of 14285 bits; save its hex"),
         (_of_itself(), "extra holds itself"),
     ],
 )

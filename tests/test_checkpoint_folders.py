@@ -42,7 +42,7 @@ def test_what_cannot_be_taken_away_stops_no_save(
     remove = shutil.rmtree
 
     def refuse(path: Any, *given: Any, **more: Any) -> None:
-        if Path(path).name in (".other.deleting", ".own.saving"):
+        if Path(path).name in (".other.deleting", ".own.deleting"):
             raise PermissionError(13, "Permission denied", str(path))
         remove(path, *given, **more)
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_taken_away_stops_no_save(
     assert f"{tmp_path}/.other.deleting, cannot be taken away" in caplog.text
     assert epoch_in(tmp_path) == 1
     (tmp_path / ".own.saving").mkdir()
-    with pytest.raises(CheckpointError, match=r"\.own\.saving: Permission denied"):
+    with pytest.raises(CheckpointError, match=r"\.own\.deleting: Permission denied"):
         save_checkpoint(tmp_path / "own", *made())
     assert epoch_in(tmp_path) == 1
 
@@ -89,6 +89,15 @@ def test_a_listing_while_another_job_deletes(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(listing, "folder_of", then_delete)
     assert [each.tag for each in listing.checkpoints_in(tmp_path)] == ["b"]
+
+
+def test_what_deepspeeds_function_was_about_to_replace_is_found(tmp_path: Path) -> None:
+    """A kill between the two renames of `engine.save_checkpoint` leaves it under another name."""
+    save_checkpoint(tmp_path / "a" / "adafisher_dist", *made(), extra={"epoch": 3})
+    (tmp_path / "a" / "latest").unlink()
+    kept = (tmp_path / "a" / "adafisher_dist").rename(tmp_path / "a" / ".adafisher_dist.replaced")
+    assert directory.CheckpointDirectory(tmp_path, "a").find() == kept == folders.folder_of(tmp_path / "a")
+    assert epoch_in(tmp_path / "a") == 3
 
 
 # ---- tags ----

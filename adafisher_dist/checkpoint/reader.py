@@ -50,7 +50,7 @@ def _check_that_it_fits(values: Tensor, range_: Range) -> None:
     """
     low, high = _bounds(range_.dtype)
     own_low, own_high = _bounds(values.dtype)
-    if low <= own_low and 1.01 * high >= own_high:  # bfloat16 for float32 too
+    if low <= own_low / 1.01 and own_high / 1.01 <= high:  # bfloat16 for float32 too
         return
     comparable = values.float() if values.is_floating_point() and values.itemsize == 1 else values
     beyond = comparable[((comparable < low) | (comparable > high)) & comparable.isfinite()]

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from adafisher_dist.checkpoint import encoding, local_ranges, manifest, random_s
 from adafisher_dist.checkpoint.all_ranks import attempt, by_cause, run_on_all_ranks, told
 from adafisher_dist.checkpoint.directory import CheckpointDirectory, PublishedError
 from adafisher_dist.checkpoint.errors import CheckpointError
+from adafisher_dist.checkpoint.latest import read_latest
 from adafisher_dist.checkpoint.manifest import dtype_name
 from adafisher_dist.checkpoint.ranges import Range, RangePiece
 from adafisher_dist.checkpoint.targets import CheckpointTarget, collect_target
@@ -209,23 +211,27 @@ def save(
 
 
 def _refuse_anothers(place: CheckpointDirectory, hosts: HostGroup) -> None:
-    """Refuse to replace what other ranks of this job have saved, as stages of a pipeline might.
+    """Refuse to save where other ranks of this job do, as stages of a pipeline might.
+
+    They would replace each other's checkpoints, or clear them away half written, and there is one
+    `latest`.
 
     Raises:
         CheckpointError: names the ranks.
     """
     if hosts.rank > 0 or hosts.handle is None or hosts.size == dist.get_world_size():
         return
-    try:
-        about = manifest.read(place.folder).about
-    except (CheckpointError, OSError):  # there is none, or it is damaged
-        return
-    theirs = about.get("ranks", hosts.members)
-    if theirs != hosts.members and about["created"] >= _BEGAN:
-        raise CheckpointError(
-            f"{place.folder} was saved by the ranks {theirs} of this job, and the ranks {hosts.members} would replace"
-            " it. Ranks that save without the others need a folder of their own. Nothing was saved."
-        )
+    newest, _ = attempt(lambda: read_latest(place.root))
+    for tag in dict.fromkeys((place.tag, newest or place.tag)):
+        found, _ = attempt(partial(manifest.read, place.root / tag))
+        about = {} if found is None else found.about
+        theirs = about.get("ranks", hosts.members)
+        if theirs != hosts.members and about["created"] >= _BEGAN:
+            raise CheckpointError(
+                f"{place.root / tag} was saved by the ranks {theirs} of this job, and here the ranks {hosts.members}"
+                f" save. Each group of ranks that save without the others needs a folder in the place of {place.root}."
+                " Nothing was saved."
+            )
 
 
 def _compare_steps(by_rank: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
