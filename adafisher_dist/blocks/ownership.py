@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from operator import neg
 
 from adafisher_dist.blocks.grid import Grid
 from adafisher_dist.blocks.placement import Placement, StoredParts
@@ -21,38 +24,48 @@ def owned_where_stored(stored: Placement, grids: Sequence[Grid]) -> tuple[Spans,
     runs: list[list[_Run]] = [[] for _ in range(len(stored))]
     loads = [0] * len(stored)
     shared: list[tuple[int, int, int]] = []  # minus the load, parameter, row group
-    for parameter, (parts, grid) in enumerate(zip(stored.parts, grids, strict=True)):
-        first = 0
-        # From row group to row group, past all that one rank stores whole: never rank by rank, of
-        # which there may be far more.
-        while first < grid.row_groups:
-            rank = parts.rank_of(grid.start(first))
-            last = max(first + 1, grid.row_groups_before(parts.bounds(rank)[1]))
-            load = grid.fisher_numel(last) - grid.fisher_numel(first)
-            if grid.start(last) <= parts.bounds(rank)[1]:
+    layouts = [replace(parts, tensor=0, offset=0) for parts in stored.parts]
+    for parameter, (parts, grid) in enumerate(zip(layouts, grids, strict=True)):
+        for rank, first, last, load in _runs_of(parts, grid):
+            if rank is None:
+                shared.append((-load, parameter, first))
+            else:
                 runs[rank].append((parameter, first, last))
                 loads[rank] += load
-            else:
-                shared.append((-load, parameter, first))
-            first = last
     for minus_load, parameter, row_group in sorted(shared):
-        rank = _least_loaded(stored.parts[parameter], grids[parameter], row_group, loads)
+        first, amounts = _holders(layouts[parameter], grids[parameter], row_group)
+        there = loads[first : first + len(amounts)]
+        # Of equally loaded ones that which stores most, and of those the first.
+        rank = first + min(zip(there, map(neg, amounts), range(len(there)), strict=True))[2]
         runs[rank].append((parameter, row_group, row_group + 1))
         loads[rank] -= minus_load
     return tuple(_joined(sorted(own), grids) for own in runs)
 
 
-def _least_loaded(parts: StoredParts, grid: Grid, row_group: int, loads: Sequence[int]) -> int:
-    """Of the ranks that store a part of a row group, the one to own it."""
+# Experts that are parameters of their own are alike by the thousand, and lie alike on the ranks.
+@lru_cache(maxsize=1024)
+def _runs_of(parts: StoredParts, grid: Grid) -> list[tuple[int | None, int, int, int]]:
+    """A parameter's row groups: the rank that stores them whole, if one does, and their load."""
+    found: list[tuple[int | None, int, int, int]] = []
+    first = 0
+    # From row group to row group, past all that one rank stores whole: never rank by rank, of which
+    # there may be far more.
+    while first < grid.row_groups:
+        rank = parts.rank_of(grid.start(first))
+        last = max(first + 1, grid.row_groups_before(parts.bounds(rank)[1]))
+        is_whole = grid.start(last) <= parts.bounds(rank)[1]
+        load = grid.fisher_numel(last) - grid.fisher_numel(first)
+        found.append((rank if is_whole else None, first, last, load))
+        first = last
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def _holders(parts: StoredParts, grid: Grid, row_group: int) -> tuple[int, list[int]]:
+    """The first rank that stores a part of a row group; how many elements it has, and the next."""
     start, stop = grid.start(row_group), grid.start(row_group + 1)
-
-    def stored(rank: int) -> int:
-        first, last = parts.bounds(rank)
-        return min(last, stop) - max(first, start)
-
     ranks = range(parts.rank_of(start), parts.rank_of(stop - 1) + 1)
-    least = min(loads[ranks.start : ranks.stop])
-    return max((rank for rank in ranks if loads[rank] == least), key=stored)  # the first of several
+    return ranks.start, [min(last, stop) - max(first, start) for first, last in map(parts.bounds, ranks)]
 
 
 def _joined(runs: Sequence[_Run], grids: Sequence[Grid]) -> Spans:

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from adafisher_dist.blocks.grid import BlockShape, Grid
@@ -138,8 +139,10 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
     weigh what they cost in memory and time. No run exceeds its even share by more than one row
     group.
     """
-    before = [grids[s.parameter].fisher_numel(grids[s.parameter].row_group_from(s.start)) for s in spans]
-    totals = [0, *accumulate(work((span,), grids) for span in spans)]
+    if parts == 1:
+        return (spans,)
+    before = [_work(grids[span.parameter], 0, span.start) for span in spans]
+    totals = [0, *accumulate(_work(grids[span.parameter], span.start, span.stop) for span in spans)]
 
     def boundary(part: int) -> tuple[int, int]:
         """(span, element) where this part begins."""
@@ -203,12 +206,17 @@ def split_where_cut(span: Span, place: StoredSpan, grid: Grid) -> Iterator[tuple
     Yields:
         Up to three parts in order, each with `place`, or None where not all of it is there.
     """
-    held = place.span
-    first = min(span.stop, grid.start(grid.row_group_from(max(span.start, held.start))))
-    last = max(first, min(span.stop, grid.start(grid.row_groups_before(held.stop))))
+    first, last = _held_whole(grid, span.start, span.stop, place.span.start, place.span.stop)
     for start, stop, here in ((span.start, first, None), (first, last, place), (last, span.stop, None)):
         if start < stop:
             yield Span(span.parameter, span.numel, start, stop), here
+
+
+@lru_cache(maxsize=1 << 16)
+def _held_whole(grid: Grid, start: int, stop: int, held_start: int, held_stop: int) -> tuple[int, int]:
+    """Of elements [start, stop), those in row groups that lie whole in what is held."""
+    first = min(stop, grid.start(grid.row_group_from(max(start, held_start))))
+    return first, max(first, min(stop, grid.start(grid.row_groups_before(held_stop))))
 
 
 def route(stored: Placement, owned: Sequence[Spans], rank: int) -> Route:
@@ -310,11 +318,12 @@ def aligned(numel: int) -> int:
 
 def work(spans: Spans, grids: Sequence[Grid]) -> int:
     """Elements of the Fisher in the blocks of the spans."""
-    total = 0
-    for span in spans:
-        grid = grids[span.parameter]
-        total += grid.fisher_numel(grid.row_group_from(span.stop)) - grid.fisher_numel(grid.row_group_from(span.start))
-    return total
+    return sum(_work(grids[span.parameter], span.start, span.stop) for span in spans)
+
+
+@lru_cache(maxsize=1 << 16)
+def _work(grid: Grid, start: int, stop: int) -> int:
+    return grid.fisher_numel(grid.row_group_from(stop)) - grid.fisher_numel(grid.row_group_from(start))
 
 
 def digest(*parts: object) -> int:
