@@ -57,8 +57,9 @@ bench-convergence: $(STAMP)  ## AdaFisher beside eight other optimizers: a day o
 	@$(BIN)/python benchmarks/convergence.py
 
 # A GPU machine is lent bare: this needs no .venv.
-gpu:  ## all that needs a GPU, in eight minutes, into runs/gpu; REHEARSE=1: tiny, on a CPU; PARTS="fast trains": some of it
-	@GPU_COMMAND='make gpu$(if $(REHEARSE), REHEARSE=1)$(if $(PARTS), PARTS="$(PARTS)")' \
+gpu:  ## all that needs a GPU, in eight minutes, into runs/gpu; REHEARSE=1: tiny, on a CPU; PARTS="fast trains": some; KERNEL=1: by the kernel
+	@GPU_COMMAND='make gpu$(if $(KERNEL), KERNEL=$(KERNEL))$(if $(REHEARSE), REHEARSE=1)$(if $(PARTS), PARTS="$(PARTS)")' \
+		$(if $(KERNEL),ADAFISHER_KERNEL=$(KERNEL)) \
 		$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) benchmarks/gpu/run.py \
 		$(if $(REHEARSE),--rehearse) $(if $(PARTS),--parts "$(PARTS)")
 

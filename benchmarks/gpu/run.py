@@ -9,7 +9,8 @@ FOLDER/gpu.md is made anew from all that is there, so that PARTS="fast" runs one
 keeps the others. Everything said goes to FOLDER/log.txt too.
 
 In the environment: PARTS and OUT stand for the options, COMMIT for git's answer where there is no
-.git, PART_SECONDS for what a part plans with. The status is 1 if a part failed, was cut, or
+.git, PART_SECONDS for what a part plans with. ADAFISHER_KERNEL is what users set: 1 shows the
+kernel, and nothing what they get without it. The status is 1 if a part failed, was cut, or
 reported a failed check.
 """
 
@@ -68,21 +69,30 @@ def environment(rehearse: bool, site: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "DS_ACCELERATOR": "cpu" if rehearse else "cuda",
-        "ADAFISHER_KERNEL": os.environ.get("ADAFISHER_KERNEL", "0" if rehearse else "1"),  # what is to be shown
+        "ADAFISHER_KERNEL": os.environ.get("ADAFISHER_KERNEL", "0"),
         "GPU_COMMAND": os.environ.get("GPU_COMMAND", " ".join(["python", *sys.argv])),
         "COMMIT": commit(),
     }
 
 
 def install_wheels(log: Log) -> bool:
-    """Install .gpu/wheels where they are needed; whether there is a folder with what they hold."""
+    """Install .gpu/wheels where they are needed; whether there is a folder with what they hold.
+
+    Raises:
+        SystemExit: some are needed, and there are none: a machine that is lent once is not to be
+            spent on what can be made of the rest. MISSING=1 in the environment does without them.
+    """
     wheels = sorted(WHEELS.glob("*.whl"))
     missing = [name for name in FROM_WHEELS if importlib.util.find_spec(name) is None]
     if not missing:
         return False
     if not wheels:
         if not SITE.exists():
-            log.say(f"Not installed: {', '.join(missing)}. `make gpu-wheels`, where there is a network, fetches them.")
+            told = f"Not installed: {', '.join(missing)}. `make gpu-wheels`, where there is a network, fetches them"
+            log.say(f"{told} into .gpu/wheels, which has to come along.")
+            if os.environ.get("MISSING") != "1":
+                log.say("Nothing was run. MISSING=1 makes the checks that do without them.")
+                raise SystemExit(2)
         return SITE.exists()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--upgrade", "--disable-pip-version-check", "--root-user-action", "ignore"]
