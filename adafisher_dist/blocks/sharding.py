@@ -140,7 +140,7 @@ def cut(spans: Spans, grids: Sequence[Grid], parts: int) -> tuple[Spans, ...]:
     group.
     """
     if parts == 1:
-        return (spans,)
+        return (tuple(span for span in spans if len(span)),)
     before = [_work(grids[span.parameter], 0, span.start) for span in spans]
     totals = [0, *accumulate(_work(grids[span.parameter], span.start, span.stop) for span in spans)]
 

@@ -175,6 +175,7 @@ def save(
 
     def collect() -> tuple[str, int | None, dict[str, tuple[int, ...]], str]:
         kept = _checked_number(keep_last)
+        _refuse_anothers(place, hosts)
         target.access.check_complete()
         targets.check_values(target)
         target.access.gather_state()
@@ -195,7 +196,6 @@ def save(
                 f"The ranks run different versions of adafisher_dist, by rank {', '.join(versions)}: install the same"
                 " everywhere. Nothing was saved."
             )
-        run_on_all_ranks(hosts, lambda: _refuse_anothers(place, hosts))
         if len(set(kept)) > 1:
             raise ValueError(f"The ranks give keep_last different values: {list(kept)}.")
         _compare_steps(steps)

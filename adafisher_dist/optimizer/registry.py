@@ -114,12 +114,9 @@ class ParameterRegistry:
                 self._forget(tensor)
 
     def restore_groups(self, empty: bool) -> None:
-        """Have the param groups as they are between steps, after an error in a part of one.
+        """After an error in a part of a step: DeepSpeed shows some param groups alone for the call.
 
-        DeepSpeed shows a part of them for the call, and undoes that only where the call returns.
-
-        Args:
-            empty: whether nothing stands in them between steps, as with ZeRO-3.
+        `empty`: whether nothing stands in them between steps, as with ZeRO-3.
         """
         self.optimizer.param_groups = self.groups
         for group in self.groups if empty else ():

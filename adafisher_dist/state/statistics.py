@@ -77,8 +77,8 @@ def usage(
     return found
 
 
-def doubts(shards: Sequence[Shard]) -> list[str]:
-    """A sentence for each shape of tables that may be hidden layers, with the remedy."""
+def doubts(shards: Sequence[Shard]) -> dict[tuple[int, ...], str]:
+    """By shape of tables that may be hidden layers, a sentence with the remedy."""
     shapes = [
         parameter.whole or parameter.shape
         for shard in shards
@@ -86,12 +86,12 @@ def doubts(shards: Sequence[Shard]) -> list[str]:
         for config in [shard.configs[shard.groups[parameter.tensor]]]
         if config.block_grid == "rows" and config.max_blocks is None
     ]
-    return [
-        f"AdaFisher: {count} parameters of shape {shape} have no blocks and are updated as by Adam, since one side is"
-        " so much longer than the other, as in a vocabulary's table. If they are hidden layers, give them a param group"
-        " with max_blocks=10**9, and they get blocks."
+    return {
+        shape: f"AdaFisher: {count} parameters of shape {shape} have no blocks and are updated as by Adam, since one"
+        " side is so much longer than the other, as in a vocabulary's table. If they are hidden layers, give them a"
+        " param group with max_blocks=10**9, and they get blocks."
         for shape, count in doubtful_tables(shapes)
-    ]
+    }
 
 
 def summary(shard: Shard) -> str:

@@ -148,6 +148,7 @@ class Agreement:
         self._calls = 0
         self._agreed: dict[int, _Agreed] = {}
         self._idle: list[FoundInf] = []  # made once, so that a step allocates nothing for it
+        self._doubtful: set[tuple[int, ...]] = set()  # shapes that were told of
         self._part_before: Tensor | None = None  # whether that part of the same step takes place, on the device
 
     def begin(self) -> None:
@@ -186,7 +187,7 @@ class Agreement:
         if device is not None:
             parts = [group for group, _ in alike.parts]
             errors.attempt(lambda: self._idle.append(self._found_inf(ranks, device, parts)))
-        usable = _checked(collected, ranks, usable, alike, errors, compare)
+        usable = self._checked(collected, ranks, usable, alike, errors, compare)
         # Kept for those that go on while this rank cannot: hosts tell each other beforehand.
         kept = [] if device is None else collected.exchanges
         self._agreed[collected.part] = _Agreed(kept, device, collected.metrics)
@@ -214,7 +215,7 @@ class Agreement:
                 errors = _idle("The ranks differ.")
             elif changed:
                 now = _alike(collected, ranks, parts_of(collected.shards, ranks), errors)
-                _checked(collected, ranks, True, now, errors, compare=True)
+                self._checked(collected, ranks, True, now, errors, compare=True)
         if not errors.none:
             # The others, who may not know yet, go through the collectives of the call before.
             calls = [(exchange, without_gradients(exchange.shard)) for exchange in before.exchanges]
@@ -230,6 +231,24 @@ class Agreement:
             errors.attempt(lambda: largest.append((1 - before, 0.0)))
         self._part_before = own.decide(largest, alike, errors)
         return self._part_before
+
+    def _checked(
+        self, collected: Collected, ranks: Group, usable: bool, alike: Alike, errors: DeferredErrors, compare: bool
+    ) -> bool:
+        """See `check_consistency`; tells of new shards."""
+        fresh = [shard for shard in collected.shards if not shard.checked]
+        usable = check_consistency(ranks, collected.shards, collected.inputs, usable, alike, errors, compare)
+        if fresh and ranks.is_first:
+            errors.rescue(partial(self._tell_of, fresh))
+        return usable
+
+    def _tell_of(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            logger.info(statistics.summary(shard))
+        for shape, doubt in statistics.doubts(shards).items():
+            if shape not in self._doubtful:  # the parts of a step may have the same
+                self._doubtful.add(shape)
+                logger.warning(doubt)
 
     def _found_inf(self, ranks: Group, device: torch.device, parts: Sequence[Group]) -> FoundInf:
         idle = next((own for own in self._idle if own.is_for(ranks, device, parts)), None)
@@ -278,24 +297,6 @@ def _idle(why: str) -> DeferredErrors:
     errors = DeferredErrors()
     errors.error = RuntimeError(why)
     return errors
-
-
-def _checked(
-    collected: Collected, ranks: Group, usable: bool, alike: Alike, errors: DeferredErrors, compare: bool
-) -> bool:
-    """See `check_consistency`; tells of new shards."""
-    fresh = [shard for shard in collected.shards if not shard.checked]
-    usable = check_consistency(ranks, collected.shards, collected.inputs, usable, alike, errors, compare)
-    if fresh and ranks.is_first:
-        errors.rescue(partial(_tell_of, fresh))
-    return usable
-
-
-def _tell_of(shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        logger.info(statistics.summary(shard))
-    for doubt in statistics.doubts(shards):
-        logger.warning(doubt)
 
 
 def check_ranks(shards: Sequence[Shard], group: Group) -> None:
