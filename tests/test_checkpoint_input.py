@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ from adafisher_dist.checkpoint import targets
 from adafisher_dist.checkpoint.directory import CheckpointDirectory
 from adafisher_dist.checkpoint.manifest import CHECKPOINT_FORMAT, MANIFEST, WITH_PARTS
 from adafisher_dist.checkpoint.open_checkpoint import OpenCheckpoint
+from adafisher_dist.comm.host_groups import HostGroup
 
 # ---- damage ----
 
@@ -155,16 +157,17 @@ class LosesARank:
 
 def test_a_rank_that_is_lost_hides_no_error() -> None:
     """DeepSpeed gathers parameters when a save or a load has ended, however it ended."""
+    lossy: Any = SimpleNamespace(wrapper=LosesARank(), hosts=HostGroup(None, 0, 1))
     with (
         pytest.raises(CheckpointError, match="step3 was not written"),
-        targets.partitioned(LosesARank(), "It was loaded"),
+        targets.partitioned(lossy, "It was loaded"),
     ):
         raise CheckpointError("step3 was not written")
     with (
         pytest.raises(
             CheckpointError, match=r"It was loaded, and.*could not gather.*closed by peer.*Start all ranks again"
         ),
-        targets.partitioned(LosesARank(), "It was loaded"),
+        targets.partitioned(lossy, "It was loaded"),
     ):
         pass
 
