@@ -15,6 +15,9 @@ import figures
 from common import ROOT
 from convergence_tasks import hidden_numel, task_of
 from matplotlib.figure import Figure
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import brentq
+from scipy.stats import t as student
 from trainings import Done, Result, Run
 
 BASE, OURS = "AdamW", "AdaFisher"
@@ -32,10 +35,15 @@ COLORS = {
 HEADINGS = ("optimizer", "lr, decay", "final loss", "seeds", "AdamW's tokens", "time", "bytes")
 LEGEND = """\
 Final loss: held out, the mean over fresh seeds ± its standard error. AdamW's tokens: how many times
-as many AdamW needs to that loss, by its losses at several budgets (linear in the logarithm of the
-tokens between them; > where AdamW has not got there at its largest). Time: processor seconds of a
-step over AdamW's, all measured in turn in one run (docs/convergence_times.json). Bytes: of
-optimizer state, AdaFisher's with its buffers, for each trained element."""
+as many AdamW needs to that loss, by its losses at several budgets (a monotone cubic in the
+logarithm of the tokens between them; > where AdamW has not got there at its largest). Time:
+processor seconds of a step over AdamW's, all measured in turn in one run
+(docs/convergence_times.json). Bytes: of optimizer state, AdaFisher's with its buffers, for each
+trained element."""
+PAIRED = """\
+Less its loss: AdaFisher's final loss less the best rival's, which has the same initial weights and
+batches seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0
+shows no difference."""
 
 
 class Point(NamedTuple):
@@ -77,14 +85,25 @@ def speed_up(curve: Sequence[Point], own: Point) -> tuple[float, float] | None:
     """
     if len(curve) < 2 or own.loss > curve[0].loss:
         return None
+    # Fritsch and Carlson's: the curve is convex, so that straight lines between its points would
+    # lie above it and flatter whoever is faster.
+    spline = PchipInterpolator([math.log(point.tokens) for point in curve], [point.loss for point in curve])
     for a, b in pairwise(curve):
         if b.loss <= own.loss <= a.loss and a.loss > b.loss:
-            slope = math.log(b.tokens / a.tokens) / (a.loss - b.loss)
-            found = a.tokens * math.exp(slope * (a.loss - own.loss)) / own.tokens
-            part = (a.loss - own.loss) / (a.loss - b.loss)
+            low, high = math.log(a.tokens), math.log(b.tokens)
+            place = _where(spline, own.loss, low, high)
+            part = (place - low) / (high - low)
             base = math.hypot((1 - part) * a.error, part * b.error)  # of AdamW's loss there
-            return found, found * slope * math.hypot(own.error, base)
+            found = math.exp(place) / own.tokens
+            return found, found / abs(float(spline(place, 1)) or math.inf) * math.hypot(own.error, base)
     return math.inf, math.nan
+
+
+def _where(curve: PchipInterpolator, loss: float, low: float, high: float) -> float:
+    """Where a falling curve has this loss, between two of its points."""
+    if float(curve(low)) <= loss:
+        return low
+    return high if float(curve(high)) >= loss else float(brentq(lambda at: float(curve(at)) - loss, low, high))
 
 
 def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
@@ -105,6 +124,7 @@ def numbers(rows: Rows) -> dict[str, list[dict[str, Any]]]:
             line["milliseconds"] = step.get(name)
             line["time"] = step[name] / step[BASE] if name in step else None
             line["bytes"] = results[0].state_bytes
+            line["finals"] = [result.final for result in results]
             line["losses"] = [statistics.fmean(each) for each in zip(*_full(results), strict=True)]
             lines.append(line)
         found[task] = sorted(lines, key=lambda line: line["loss"])
@@ -163,7 +183,7 @@ def summary(found: Found) -> str:
     """A line a task: the losses of those that are trained on all, and the speed-ups."""
     names = [name for name in COLORS if all(name in _by_name(rows) for rows in found.values() if len(rows) > 1)]
     rivals = [name for name in names if name not in (BASE, OURS)]
-    heads = ["task", *names, f"{OURS}: {BASE}'s tokens", "best rival's", "ours over the rival's"]
+    heads = ["task", *names, f"{OURS}: {BASE}'s tokens", "best rival's", "ours over the rival's", "less its loss"]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for task, rows in found.items():
         by_name = _by_name(rows)
@@ -173,8 +193,18 @@ def summary(found: Found) -> str:
             known = all(row["speed_up"] not in (None, math.inf) for row in (own, best))
             ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
             cells = [_loss(by_name[name]) for name in names]
-            lines.append(f"| {' | '.join([task, *cells, _faster(own), _faster(best), ratio])} |")
-    return "\n".join(lines) + "\n"
+            apart = paired(own["finals"], best["finals"])
+            lines.append(f"| {' | '.join([task, *cells, _faster(own), _faster(best), ratio, apart])} |")
+    return "\n".join([*lines, "", PAIRED]) + "\n"
+
+
+def paired(own: Sequence[float], other: Sequence[float]) -> str:
+    """The mean difference of trainings with the same seeds, and half its 95 % interval by t."""
+    apart = [a - b for a, b in zip(own, other, strict=True)]
+    if len(apart) < 2 or not all(map(math.isfinite, apart)):
+        return "–"
+    half = student.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / len(apart) ** 0.5
+    return f"{statistics.fmean(apart):+.4f} ± {half:.4f}"
 
 
 def rates(tuned: Tuned, done: Done) -> str:
