@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from adafisher_dist import AdaFisher, CheckpointError, load_checkpoint, save_checkpoint
 from adafisher_dist.checkpoint import applying
@@ -39,6 +39,10 @@ def stepped(module: nn.Module, lr: float | Tensor = 1e-2) -> AdaFisher:
         ),
         (torch.tensor([-1, 3]), torch.uint8, "uint8 has not, as -1"),
         (torch.tensor([2]), torch.bool, "bool has not, as 2"),
+        (torch.tensor([200], dtype=torch.uint8), torch.int8, "int8 has not, as 200"),
+        (torch.tensor([-3], dtype=torch.int32), torch.uint32, "uint32 has not, as -3"),
+        (torch.tensor([2**32 - 1], dtype=torch.uint32), torch.int32, "int32 has not, as"),
+        (torch.tensor([-1]).view(torch.uint64), torch.int64, "int64 has not, as"),
         (torch.tensor([3e40], dtype=torch.float64), torch.float32, r"float32 has not, as 3e\+40"),
         (torch.tensor([-1e5]), torch.float16, "float16 has not, as -100000"),
         (torch.tensor([1000.0]), torch.float8_e4m3fn, "float8_e4m3fn has not, as 1000"),
@@ -58,6 +62,13 @@ def test_what_a_dtype_cannot_hold_is_refused(saved: Tensor, into: torch.dtype, w
     [
         (torch.tensor([1, 100]), torch.int8),
         (torch.tensor([0, 1]), torch.bool),
+        (torch.tensor([1, 127], dtype=torch.uint8), torch.int8),
+        (torch.tensor([1, 127], dtype=torch.int8), torch.uint8),
+        (torch.tensor([5], dtype=torch.int32), torch.uint32),
+        (torch.tensor([5], dtype=torch.uint32), torch.int32),
+        (torch.tensor([5], dtype=torch.uint64), torch.int64),
+        (torch.tensor([65510.0]), torch.float16),
+        (torch.zeros(0, dtype=torch.int64), torch.int8),
         (torch.tensor([3e38, -torch.inf, torch.nan], dtype=torch.float64), torch.float32),
         (torch.tensor([3.38e38]).bfloat16().float(), torch.bfloat16),
         (torch.tensor([448.0, 2.0]).to(torch.float8_e4m3fn), torch.float32),
@@ -79,6 +90,16 @@ def test_a_buffer_whose_elements_share_memory_is_told_of_before_anything_changes
     with pytest.raises(CheckpointError, match=r"extra is expanded, so that .*\nNothing was changed"):
         load_checkpoint(tmp_path / "a", module, optimizer)
     assert torch.equal(module.weight, before)
+
+
+def test_an_expanded_buffer_without_elements(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", *with_buffer(torch.ones(1, 1).expand(0, 5)))
+    assert load_checkpoint(tmp_path / "a", *with_buffer(torch.ones(1, 1).expand(0, 5))).not_restored == []
+
+
+def test_a_conjugated_buffer_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"extra is the conjugate of another tensor.*resolve_conj"):
+        save_checkpoint(tmp_path / "a", *with_buffer(torch.tensor([1 + 2j]).conj()))
 
 
 class Tied(nn.Module):
@@ -119,6 +140,17 @@ def test_a_schedulers_own_values_pass(tmp_path: Path) -> None:
     scheduler = Phases(optimizer, "warm-up")
     load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
     assert scheduler.phase is None and scheduler.limit == sys.maxsize
+
+
+def test_a_scheduler_of_torchs_has_no_use_for_none(tmp_path: Path) -> None:
+    module = nn.Linear(4, 3)
+    optimizer = stepped(module)
+    scheduler = OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+    scheduler._anneal_func_type = None
+    save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
+    other = OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+    with pytest.raises(CheckpointError, match="'_anneal_func_type' should be a str, and is None"):
+        load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=other)
 
 
 def test_a_rate_that_was_a_tensor(tmp_path: Path) -> None:

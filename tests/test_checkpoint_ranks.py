@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ def test_ranks_that_save_alone_need_a_folder_of_their_own(own_tags: bool, tmp_pa
     assert all("by the ranks [0, 1] of this job, and here the ranks [2, 3] save" in each for each in told[2:])
     saved = read(tmp_path / "both" / ("stage0" if own_tags else "a"))
     assert set(saved.about["model"]["parameters"]) == {"layer0.weight", "layer0.bias"}
+
+
+def in_phases(rank: int, world: int, folder: str) -> None:
+    """All ranks train and save; then one goes on alone, into the same folder."""
+    model = nn.Linear(8, 8)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    alone = dist.new_group([0])
+    for name, group in (("first", None), ("second", alone)):
+        if name == "first" or rank == 0:
+            optimizer = AdaFisher(model.named_parameters(), lr=1e-2, process_group=group)
+            model(torch.ones(2, 8)).square().mean().backward()
+            optimizer.step()
+            save_checkpoint(Path(folder, name), model, optimizer)
+    dist.barrier()
+
+
+@pytest.mark.dist
+def test_some_of_the_ranks_may_go_on_alone(tmp_path: Path) -> None:
+    run_ranks(in_phases, 2, str(tmp_path))
+    assert read_latest(tmp_path) == "second"
 
 
 def test_a_folder_that_another_clears_away_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,17 +149,18 @@ def test_a_lost_rank_costs_the_timeout_once(tmp_path: Path) -> None:
     assert waited < 11
 
 
-def one_file_fails(rank: int, world: int, stage: int, folder: str) -> tuple[float, str]:
-    """DeepSpeed's own file of rank 1 alone cannot be written."""
-    engine = engine_of(config(stage, world))
+def one_file_fails(rank: int, world: int, failing: int, folder: str) -> tuple[float, str]:
+    """DeepSpeed's own files of one rank alone cannot be written: no room, or not pickled."""
+    engine = engine_of(config(1, world))
     train(engine, 0, 1, rank, world)
     engine.save_checkpoint(folder, "a")
-    if rank == 1:
+    if rank == failing:
 
         def fail(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device") if rank else pickle.PicklingError("No space for it")
 
         engine.checkpoint_engine.save = fail
+        engine._copy_recovery_script = fail
     began = time.monotonic()
     with pytest.raises(CheckpointError) as caught:
         engine.save_checkpoint(folder, "b")
@@ -148,6 +171,7 @@ def one_file_fails(rank: int, world: int, stage: int, folder: str) -> tuple[floa
 
 @pytest.mark.dist
 @pytest.mark.deepspeed
-def test_a_file_of_deepspeeds_that_one_rank_cannot_write_is_everybodys_error(tmp_path: Path) -> None:
-    for waited, told in run_ranks(one_file_fails, 2, 1, str(tmp_path), deepspeed=True, group_timeout=60):
-        assert waited < 30 and "No space left on device" in told and f"files of {tmp_path}/b" in told
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_file_of_deepspeeds_that_one_rank_cannot_write_is_everybodys_error(failing: int, tmp_path: Path) -> None:
+    for waited, told in run_ranks(one_file_fails, 2, failing, str(tmp_path), deepspeed=True, group_timeout=60):
+        assert waited < 30 and "No space" in told and f"files of {tmp_path}/b" in told

@@ -119,3 +119,37 @@ def apart(rank: int, world: int) -> list[list[float]]:
 @pytest.mark.dist
 def test_ranks_that_step_different_shards_are_stopped() -> None:
     assert run_ranks(apart, 2) == [[0.0, 0.0]] * 2
+
+
+def pressed_early(rank: int, world: int, stage: int, folder: str) -> float:
+    """Ctrl-C in the second part, before anything is agreed on; then a checkpoint is loaded."""
+    small = {"sub_group_size": 60} if stage == 3 else {}
+    undisturbed, engine = (engine_of(config(stage, world, zero=small), groups=True) for _ in range(2))
+    train(undisturbed, 0, 6, rank, world)
+    train(engine, 0, 3, rank, world)
+    registry = engine.basic_optimizer._registry
+    ds.save_checkpoint(engine, folder, "before")
+    real, calls = registry.sync_user_state, []
+
+    def pressed(shards: Any) -> None:
+        calls.append(shards)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(shards)
+
+    registry.sync_user_state = pressed
+    with pytest.raises(KeyboardInterrupt):
+        train(engine, 3, 4, rank, world)
+    registry.sync_user_state = real
+    engine.zero_grad()
+    ds.load_checkpoint(engine, folder, "before")
+    train(engine, 3, 6, rank, world)
+    found, want = masters(engine), masters(undisturbed)
+    return max(float(np.abs(found[name] - want[name]).max()) for name in want)
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ctrl_c_before_a_part_leaves_the_param_groups(stage: int, tmp_path: Path) -> None:
+    assert run_ranks(pressed_early, 1, stage, str(tmp_path), deepspeed=True) == [0.0]

@@ -276,8 +276,13 @@ def is_table(shape: Sequence[int]) -> bool:
 
 
 def doubtful_tables(shapes: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], int]]:
-    """Shapes of tables that are many and wide, so that they may be hidden layers; and how many."""
-    counts = Counter(tuple(shape) for shape in shapes if is_table(shape))
+    """Shapes of tables that are many and wide, so that they may be hidden layers.
+
+    With each the number of matrices, of which a parameter may be a stack.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for shape in shapes:
+        counts[tuple(shape)] += view(shape)[0] if is_table(shape) else 0
     most = [(shape, count) for shape, count in counts.items() if count >= LEAST_NUMBER_OF_LAYERS]
     return [(shape, count) for shape, count in most if min(view(shape)[1:]) >= LEAST_WIDTH_OF_LAYERS]
 

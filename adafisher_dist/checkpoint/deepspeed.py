@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,12 +116,12 @@ def save_with_deepspeed(
     later = engine.checkpoint_engine.is_decoupled()  # it writes all of its files, and `latest`, in the background
     target.optimizer._state_is_elsewhere = True
     try:
-        with _errors_kept(engine) as errors:
+        with _errors_kept(engine, not later) as errors:
             done = original(
                 engine, save_dir, tag, client_state, save_latest and later, exclude_frozen_parameters, **more
             )
         run_on_all_ranks(target.hosts, lambda: _raise_first(errors))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"DeepSpeed could not write its own files of {place.root}: {error}. AdaFisher's checkpoint, in"
             f" {SUBFOLDER}/ there, is complete, and is all that load_checkpoint needs: give it the tag {tag!r}, since"
@@ -135,26 +135,25 @@ def save_with_deepspeed(
 
 
 @contextmanager
-def _errors_kept(engine: Any) -> Iterator[list[Exception]]:
+def _errors_kept(engine: Any, kept: bool) -> Iterator[list[Exception]]:
     """Collect what fails in writing DeepSpeed's files, so that this rank comes to its barrier."""
-    files, errors = engine.checkpoint_engine, list[Exception]()
-
-    def save(*arguments: Any, **keywords: Any) -> Any:
-        try:
-            return original(*arguments, **keywords)
-        except (OSError, RuntimeError) as error:
-            errors.append(error)
-
-    original = files.save
-    own = vars(files).get("save")
-    files.save = save
-    try:
+    errors: list[Exception] = []
+    writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")] if kept else []
+    with ExitStack() as stack:
+        for owner, name in writers:
+            original = getattr(owner, name, None)
+            if original is not None:
+                own = vars(owner).get(name)
+                stack.callback(partial(delattr, owner, name) if own is None else partial(setattr, owner, name, own))
+                setattr(owner, name, partial(_tried, original, errors))
         yield errors
-    finally:
-        if own is None:
-            del files.save
-        else:
-            files.save = own
+
+
+def _tried(work: Callable[..., Any], errors: list[Exception], *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return work(*arguments, **keywords)
+    except Exception as error:
+        errors.append(error)
 
 
 def _raise_first(errors: Sequence[Exception]) -> None:

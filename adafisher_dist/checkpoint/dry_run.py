@@ -97,7 +97,7 @@ def scheduler(own: Any, state: Any, target: CheckpointTarget) -> None:
     """
     try:
         before = own.state_dict()
-        _check_alike(before, state)
+        _check_alike(before, state, type(own).__module__.startswith("torch."))
         with _param_groups_kept(target.optimizer):
             try:
                 other = copy.deepcopy(own, dict(_shared(own, target)))
@@ -161,7 +161,7 @@ def _param_groups_kept(optimizer: Optimizer) -> Iterator[None]:
 _PROGRESS = ("last_epoch", "base_lrs", "last_batch_iteration")
 
 
-def _check_alike(own: Any, saved: Any) -> None:
+def _check_alike(own: Any, saved: Any, is_torchs: bool) -> None:
     """Refuse a state of another kind of scheduler.
 
     torch's schedulers take any dict as their state. A wrong one would fail later, or train
@@ -181,7 +181,7 @@ def _check_alike(own: Any, saved: Any) -> None:
                 raise ValueError(f"it has no {key!r}")
         elif type(value) in (int, float) and type(saved[key]) is type(value) and saved[key] == value:
             continue  # of any size
-        elif isinstance(value, str) and saved[key] is None:
+        elif isinstance(value, str) and saved[key] is None and not is_torchs:
             continue  # a phase that was over
         elif isinstance(value, bool | str | list | tuple | dict):
             kind = dict if isinstance(value, dict) else type(value)

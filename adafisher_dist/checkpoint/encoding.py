@@ -24,7 +24,7 @@ from torch import Tensor
 MOST_LEVELS = 200
 
 # Of integers: Python writes and reads no more than 4,300 digits.
-_MOST_BITS = 1 << 13
+_MOST_BITS = 14_284
 
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 

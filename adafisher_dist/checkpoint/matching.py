@@ -146,7 +146,9 @@ def match(
 def _overlaps(tensor: Tensor) -> bool:
     """Whether elements share memory, so that nothing can be read into them."""
     here = local(tensor)
-    return any(size > 1 and stride == 0 for size, stride in zip(here.shape, here.stride(), strict=True))
+    return here.numel() > 0 and any(
+        size > 1 and stride == 0 for size, stride in zip(here.shape, here.stride(), strict=True)
+    )
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:

@@ -48,18 +48,28 @@ def _check_that_it_fits(values: Tensor, range_: Range) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    low, high = _bounds(range_.dtype)
-    own_low, own_high = _bounds(values.dtype)
+    (low, high), (own_low, own_high) = _bounds(range_.dtype), _bounds(values.dtype)
     if low <= own_low / 1.01 and own_high / 1.01 <= high:  # bfloat16 for float32 too
         return
-    comparable = values.float() if values.is_floating_point() and values.itemsize == 1 else values
-    beyond = comparable[((comparable < low) | (comparable > high)) & comparable.isfinite()]
+    if values.is_floating_point():
+        comparable = values.float() if values.itemsize == 1 else values
+        if range_.dtype.itemsize == 1:  # some of 8 bits have no infinity, and become their largest
+            beyond = comparable[comparable.isfinite() & (comparable.abs() > high)]
+        else:
+            beyond = comparable[comparable.isfinite() & ~comparable.to(range_.dtype).isfinite()]
+    else:  # torch compares integers with bounds of their own dtype alone
+        comparable = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)
+        least = 0 if values.dtype == torch.uint64 else max(low, own_low)  # what is negative then is too large
+        beyond = comparable[(comparable < least) | (comparable > min(high, own_high, _LARGEST))]
     if len(beyond):
         name, most = str(range_.dtype).removeprefix("torch."), max(beyond.tolist(), key=abs)
         raise CheckpointError(
             f"{range_.key} has numbers that {name} has not, as {most:.6g} ({name} ends at {high:.6g}): load it into a"
             f" model in {str(values.dtype).removeprefix('torch.')}, or another dtype that has them"
         )
+
+
+_LARGEST = torch.iinfo(torch.int64).max
 
 
 def _bounds(dtype: torch.dtype) -> tuple[float, float]:

@@ -226,7 +226,8 @@ def _refuse_anothers(place: CheckpointDirectory, hosts: HostGroup) -> None:
         found, _ = attempt(partial(manifest.read, place.root / tag))
         about = {} if found is None else found.about
         theirs = about.get("ranks", hosts.members)
-        if theirs != hosts.members and about["created"] >= _BEGAN:
+        nested = set(theirs) <= set(hosts.members) or set(theirs) >= set(hosts.members)  # one after the other, then
+        if not nested and about["created"] >= _BEGAN:
             raise CheckpointError(
                 f"{place.root / tag} was saved by the ranks {theirs} of this job, and here the ranks {hosts.members}"
                 f" save. Each group of ranks that save without the others needs a folder in the place of {place.root}."

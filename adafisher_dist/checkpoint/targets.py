@@ -117,6 +117,8 @@ def problem_of_values(tensor: Tensor) -> str | None:
             "is on the meta device, where nothing has values: give it memory by module.to_empty(device=…), and build"
             " the optimizer after that"
         )
+    if here.is_conj():
+        return "is the conjugate of another tensor, computed where it is read: give it values by .resolve_conj()"
     if here.layout != torch.strided:
         return (
             f"is no dense tensor ({here.layout}), as those of checkpoints are: make it dense, or leave it out by"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -13,7 +14,8 @@ from adafisher_dist import layouts
 from adafisher_dist.adamw_keys import translated
 from adafisher_dist.blocks import cost
 from adafisher_dist.comm.deferred_errors import DeferredErrors
-from adafisher_dist.layouts.deepspeed_wrappers import register_with_deepspeed
+from adafisher_dist.layouts.deepspeed_wrappers import PartOfStep, register_with_deepspeed
+from adafisher_dist.optimizer.registry import ParameterRegistry
 from adafisher_dist.optimizer.sharded_optimizer import ShardedOptimizer
 from adafisher_dist.settings import DEFAULTS, normalize, preset
 from adafisher_dist.state import statistics
@@ -189,35 +191,31 @@ class AdaFisher(ShardedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         registry, errors = self._registry, DeferredErrors()
-        errors.attempt(_refuse_capture)
-        if layouts.is_called_by_torch_checkpoint():  # it wants a state to be there; the gradients are its own zeros
-            # What fails here fails again in state_dict(), on all ranks.
-            errors.attempt(registry.sync_param_groups)
-            errors.attempt(registry.init_missing_shards)
-            return loss
-        groups, new = registry.begin_step(errors)
-        uneven = errors.result(lambda: registry.join_contexts.problem(new), None)
-        if uneven is not None:
-            raise uneven
-        if not groups:
-            self._notices.no_gradients()
-        if new and layouts.is_state_init_call(self):
-            return loss
-        errors.attempt(lambda: registry.sync_user_state(registry.stepper.shards_of(groups)))
-        errors.attempt(lambda: registry.init_shards(new))
-        before, part = registry.stepper.skipped, None
-        try:
-            part, ranks = layouts.part_of_step(self), registry.ranks()
+        part = layouts.part_of_step(self)
+        with _restored_after_an_error(registry, part):
+            errors.attempt(_refuse_capture)
+            if layouts.is_called_by_torch_checkpoint():  # it wants a state to be there; the gradients are its own zeros
+                # What fails here fails again in state_dict(), on all ranks.
+                errors.attempt(registry.sync_param_groups)
+                errors.attempt(registry.init_missing_shards)
+                return loss
+            groups, new = registry.begin_step(errors)
+            uneven = errors.result(lambda: registry.join_contexts.problem(new), None)
+            if uneven is not None:
+                raise uneven
+            if not groups:
+                self._notices.no_gradients()
+            if new and layouts.is_state_init_call(self):
+                return loss
+            if new:
+                errors.attempt(self._notices.tables)
+            errors.attempt(lambda: registry.sync_user_state(registry.stepper.shards_of(groups)))
+            errors.attempt(lambda: registry.init_shards(new))
+            before, ranks = registry.stepper.skipped, registry.ranks()
             # Several ranks may have to be freed from a wait, and after one of several parts a step
             # is half.
             with waiting_interrupts(ranks.total_size == 1 and (part is None or part.calls == 1)):
                 registry.stepper.step(groups, ranks, errors, part, registry.of_all_parts)
-        except BaseException as error:  # Ctrl-C too
-            if isinstance(error, Exception):
-                registry.forget_unstepped()
-            if part is not None:
-                registry.restore_groups(part.empties_groups)
-            raise
         self._consolidated = None
         if registry.stepper.skipped > before:
             self._notices.skipped(registry.stepper.skipped)
@@ -299,6 +297,25 @@ class AdaFisher(ShardedOptimizer):
             for key in ("lr", "initial_lr"):
                 if key in param_group:  # a tensor of its own each, since schedulers change it in place
                     param_group[key] = checked["lr"].clone() if isinstance(lr, Tensor) else checked["lr"]
+
+
+@contextmanager
+def _restored_after_an_error(registry: ParameterRegistry, part: PartOfStep | None) -> Iterator[None]:
+    """Undo what is left of a step, or of a part of a wrapper's, that fails, as by Ctrl-C.
+
+    DeepSpeed shows some of the param groups for the call, or puts parameters into them, and undoes
+    that only where the call returns.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception):
+            registry.forget_unstepped()
+        if part is not None:
+            registry.optimizer.param_groups = registry.groups
+            for group in registry.groups if part.empties_groups else ():
+                group["params"] = []
+        raise
 
 
 def _refuse_capture() -> None:

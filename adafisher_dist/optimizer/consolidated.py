@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adafisher_dist.comm.collectives import Group
 from adafisher_dist.comm.deferred_errors import DeferredErrors
 from adafisher_dist.optimizer import state_dicts
 from adafisher_dist.optimizer.registry import ParameterRegistry
@@ -46,6 +47,20 @@ def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
     errors.attempt(registry.stepper.check_complete)
     errors.attempt(registry.sync_param_groups)
     errors.attempt(lambda: registry.sync_user_state(registry.shards))
+    errors.attempt(lambda: _check(registry, group, to))
+    keep = to is None or to == group.rank
+    every = [(shard, index, id(tensor)) for shard, index, tensor in registry.current_tensors()]
+    rooms: Entries = {}
+    if keep:
+        errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
+    # Before others wait for this rank's part.
+    raise_if_any_failed(group, errors, "to gather the whole state", state_dicts.CONSOLIDATE)
+    for shard, index, key in every:
+        state_dicts.consolidate(shard, index, rooms.get(key))
+    return Consolidated(rooms, None if keep else to)
+
+
+def _check(registry: ParameterRegistry, group: Group, to: int | None) -> None:
     if state_dicts.is_partial(registry.shards):
         raise RuntimeError(
             "consolidate_state_dict() is for parameters that are the same on every rank. These are sharded"
@@ -53,16 +68,6 @@ def consolidate(registry: ParameterRegistry, to: int | None) -> Consolidated:
         )
     if to is not None and not 0 <= to < group.size:
         raise ValueError(f"consolidate_state_dict(to={to}): the process group has ranks 0 to {group.size - 1}.")
-    keep = to is None or to == group.rank
-    every = [(shard, index, id(tensor)) for shard, index, tensor in registry.current_tensors()]
-    rooms: Entries = {}
-    if keep:
-        errors.attempt(lambda: rooms.update({key: state_dicts.room(shard, index) for shard, index, key in every}))
-    # Before others wait for this rank's part.
-    raise_if_any_failed(group, errors, "to make room for the whole state", state_dicts.CONSOLIDATE)
-    for shard, index, key in every:
-        state_dicts.consolidate(shard, index, rooms.get(key))
-    return Consolidated(rooms, None if keep else to)
 
 
 def for_torch_checkpoint(registry: ParameterRegistry, known: Consolidated | None) -> Consolidated:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+from adafisher_dist.blocks.grid import doubtful_tables
+from adafisher_dist.layouts.storage import whole_shape
 from adafisher_dist.optimizer.registry import ParameterRegistry
+from adafisher_dist.settings import normalized
 
 logger = logging.getLogger("adafisher_dist")
 
@@ -30,6 +33,18 @@ class Notices:
         """Settings that are hardly meant: each once, however many param groups have it."""
         for doubt in told:
             self._once(doubt)
+
+    def tables(self) -> None:
+        """Tables that may be hidden layers: each shape once, with the remedy."""
+        groups, given = map(normalized, self._registry.groups), self._registry.given_parameters.items()
+        by_shape = [group["block_grid"] == "rows" and group["max_blocks"] is None for group in groups]
+        shapes = [whole_shape(p) for p, info in given if by_shape[info.group] and p.requires_grad]
+        for shape, count in doubtful_tables(shapes):
+            self._once(
+                f"parameters of shape {shape}, {count} matrices in all, have no blocks and are updated as by Adam,"
+                " since one side is so much longer than the other, as in a vocabulary's table. If they are hidden"
+                " layers, give them a param group with max_blocks=10**9, and they get blocks."
+            )
 
     def left_out(self, keys: Iterable[object]) -> None:
         """Entries of `state` that are not AdaFisher's, where it alone is saved."""

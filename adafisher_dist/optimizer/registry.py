@@ -113,15 +113,6 @@ class ParameterRegistry:
             if tensor not in self.stepper and step is not None and not step.any():
                 self._forget(tensor)
 
-    def restore_groups(self, empty: bool) -> None:
-        """After an error in a part of a step: DeepSpeed shows some param groups alone for the call.
-
-        `empty`: whether nothing stands in them between steps, as with ZeRO-3.
-        """
-        self.optimizer.param_groups = self.groups
-        for group in self.groups if empty else ():
-            group["params"] = []
-
     def install(self, shard: Shard) -> None:
         """Take a shard in, and show its state in the optimizer's."""
         self.stepper.add(shard)

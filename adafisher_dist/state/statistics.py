@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from adafisher_dist.blocks import cost
 from adafisher_dist.blocks.cost import PlanSummary
-from adafisher_dist.blocks.grid import doubtful_tables
 from adafisher_dist.numerics.factors import FALLBACKS
 from adafisher_dist.state.shard import Shard
 
@@ -75,23 +74,6 @@ def usage(
     for scope in found.values():
         scope["total"] = sum(scope.values())
     return found
-
-
-def doubts(shards: Sequence[Shard]) -> dict[tuple[int, ...], str]:
-    """By shape of tables that may be hidden layers, a sentence with the remedy."""
-    shapes = [
-        parameter.whole or parameter.shape
-        for shard in shards
-        for parameter in shard.storage.parameters
-        for config in [shard.configs[shard.groups[parameter.tensor]]]
-        if config.block_grid == "rows" and config.max_blocks is None
-    ]
-    return {
-        shape: f"AdaFisher: {count} parameters of shape {shape} have no blocks and are updated as by Adam, since one"
-        " side is so much longer than the other, as in a vocabulary's table. If they are hidden layers, give them a"
-        " param group with max_blocks=10**9, and they get blocks."
-        for shape, count in doubtful_tables(shapes)
-    }
 
 
 def summary(shard: Shard) -> str:

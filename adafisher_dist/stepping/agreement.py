@@ -148,7 +148,6 @@ class Agreement:
         self._calls = 0
         self._agreed: dict[int, _Agreed] = {}
         self._idle: list[FoundInf] = []  # made once, so that a step allocates nothing for it
-        self._doubtful: set[tuple[int, ...]] = set()  # shapes that were told of
         self._part_before: Tensor | None = None  # whether that part of the same step takes place, on the device
 
     def begin(self) -> None:
@@ -245,10 +244,6 @@ class Agreement:
     def _tell_of(self, shards: Sequence[Shard]) -> None:
         for shard in shards:
             logger.info(statistics.summary(shard))
-        for shape, doubt in statistics.doubts(shards).items():
-            if shape not in self._doubtful:  # the parts of a step may have the same
-                self._doubtful.add(shape)
-                logger.warning(doubt)
 
     def _found_inf(self, ranks: Group, device: torch.device, parts: Sequence[Group]) -> FoundInf:
         idle = next((own for own in self._idle if own.is_for(ranks, device, parts)), None)
