@@ -99,7 +99,7 @@ def mics(rank: int, world: int) -> str:
 
 
 def test_deepspeed_itself_refuses_mics() -> None:
-    """Its remedy for users is hpZ, which trains: see test_zero.py::test_hierarchical_partitions."""
+    """Its remedy is hpZ, which trains: test_zero_modes.py::test_hierarchical_partitions."""
     assert all("mics_shard_size" in message for message in run_ranks(mics, 2, deepspeed=True))
 
 

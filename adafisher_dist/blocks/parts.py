@@ -58,6 +58,13 @@ class Parts:
         return {PARTS: {"dim": self.dim, "count": self.count}}
 
 
+def grids_of(shape: Sequence[int], parts: Parts | None, settings: Mapping[str, Any]) -> list[Grid]:
+    """The blocks of a parameter, part by part where it is cut; `settings`: see `Parts.grids`."""
+    if parts is not None:
+        return parts.grids(settings)
+    return [make_grid(shape, **{key: settings[key] for key in GRID_SETTINGS})]
+
+
 def saved_parts(fact: Mapping[str, Any]) -> Parts | None:
     """How a parameter was cut when it was saved, from what the checkpoint says of it."""
     cut = fact.get(PARTS)

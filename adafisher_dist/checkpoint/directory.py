@@ -26,6 +26,7 @@ from adafisher_dist.comm.host_groups import beat
 logger = logging.getLogger("adafisher_dist")
 
 _SAVING, _DELETING = ".saving", ".deleting"
+
 # Bytes of a name in a folder, and of what a tag gets around it while a checkpoint is replaced.
 _LONGEST_NAME = 255
 _AROUND_A_TAG = len(f".{REPLACED}")

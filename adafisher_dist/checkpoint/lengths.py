@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from adafisher_dist.blocks.grid import GRID_SETTINGS, make_grid
-from adafisher_dist.blocks.parts import saved_offsets, saved_parts
+from adafisher_dist.blocks.parts import grids_of, saved_offsets, saved_parts
 from adafisher_dist.checkpoint.manifest import LEFT_OUT
 
 
@@ -24,8 +23,6 @@ def of_weights(about: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def of_state(about: Mapping[str, Any], name: str) -> Iterator[tuple[str, int]]:
     """Of a parameter's state: keys, and elements."""
     fact, structure = about["model"]["parameters"][name], about["optimizer"]["state"][name]["structure"]
-    parts = saved_parts(fact)
-    settings = {key: structure[key] for key in GRID_SETTINGS}
-    grids = [make_grid(fact["shape"], **settings)] if parts is None else parts.grids(structure)
+    grids = grids_of(fact["shape"], saved_parts(fact), structure)
     for kind in ("momentum", "fisher", "square", *(("factor", "curvature") if structure["keeps_factors"] else ())):
         yield f"{kind}/{name}", saved_offsets(kind, grids)[-1]

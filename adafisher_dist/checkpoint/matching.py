@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid, make_grid
-from adafisher_dist.blocks.parts import Parts, saved_parts
+from adafisher_dist.blocks.grid import GRID_SETTINGS, Grid
+from adafisher_dist.blocks.parts import Parts, grids_of, saved_parts
 from adafisher_dist.checkpoint import lengths, orders
 from adafisher_dist.checkpoint.encoding import dtype_of
 from adafisher_dist.checkpoint.errors import CheckpointError, damaged
@@ -262,7 +262,7 @@ def _problem_of_state(
             f"the Fisher of {name} was kept for grafting={there['grafting']!r}, here {own['grafting']!r}: it is of"
             " other vectors"
         )
-    if not _alike(_grids(own, shape, parts), _grids(there, shape, parts)):
+    if not _alike(grids_of(shape, parts, own), grids_of(shape, parts, there)):
         changed = [key for key in GRID_SETTINGS if own[key] != there[key]]
         settings = ", ".join(f"{key}={there[key]!r}, here {own[key]!r}" for key in changed)
         return f"the Fisher blocks of {name} were made with {settings}"
@@ -286,18 +286,11 @@ def _of_other_parts(name: str, shape: tuple[int, ...], parts: Parts | None, cut:
     )
 
 
-def _grids(settings: Mapping[str, Any], shape: Sequence[int], parts: Parts | None) -> list[Grid]:
-    """The blocks of a parameter, part by part.
+def _alike(own: Sequence[Grid], there: Sequence[Grid]) -> bool:
+    """Whether the state of one grid fits the other: the same blocks, or no dense ones in either.
 
     Other settings may make the same blocks, as block sizes above the length of its rows do.
     """
-    if parts is not None:
-        return parts.grids(settings)
-    return [make_grid(shape, **{key: settings[key] for key in GRID_SETTINGS})]
-
-
-def _alike(own: Sequence[Grid], there: Sequence[Grid]) -> bool:
-    """Whether the state of one grid fits the other: the same blocks, or no dense ones in either."""
     return own == there or not any(grid.dense_row_groups for grid in (*own, *there))
 
 

@@ -12,8 +12,7 @@ from reprlib import repr as short
 from typing import Any
 
 from adafisher_dist.blocks.fields import SAVED
-from adafisher_dist.blocks.grid import GRID_SETTINGS, make_grid
-from adafisher_dist.blocks.parts import PARTS, saved_parts
+from adafisher_dist.blocks.parts import PARTS, grids_of, saved_parts
 from adafisher_dist.checkpoint.encoding import MOST_LEVELS, depth, dtype_of
 
 # Counters are int64, and have to have room to go on.
@@ -172,9 +171,7 @@ def _check_structure(entry: Any, name: str, fact: Mapping[str, Any] | None) -> N
         raise _wrong(f"exponent of {inner}", "1.0 or 0.5", exponent)
     if _entry(structure, "grafting", inner) not in ("rms", "none"):
         raise _wrong(f"grafting of {inner}", "'rms' or 'none'", structure["grafting"])
-    whole = make_grid(fact["shape"], **{key: structure[key] for key in GRID_SETTINGS})
-    parts = saved_parts(fact)
-    grids = [whole] if parts is None else parts.grids(structure)
+    grids = grids_of(fact["shape"], saved_parts(fact), structure)
     counts = {"blocks": sum(g.num_blocks for g in grids), "dense_blocks": sum(g.dense_blocks for g in grids)}
     for key, count in counts.items():
         if whole_number_in(entry, key, where) != count:

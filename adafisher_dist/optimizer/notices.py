@@ -21,6 +21,7 @@ class Notices:
         self._told_of_betas = False
         self._told: set[str] = set()
         self.told_of_no_gradients = False
+        self._looked_at = 0, 0  # the parameters whose shapes were, and their groups
 
     def betas(self, notice: str | None) -> None:
         """How Adam's betas were taken: once, however many param groups have them."""
@@ -36,9 +37,14 @@ class Notices:
 
     def tables(self) -> None:
         """Tables that may be hidden layers: each shape once, with the remedy."""
-        groups, given = map(normalized, self._registry.groups), self._registry.given_parameters.items()
+        given = self._registry.given_parameters
+        looked_at = id(given), len(self._registry.groups)
+        if looked_at == self._looked_at:  # DeepSpeed steps them in parts, each of which is new once
+            return
+        self._looked_at = looked_at
+        groups = map(normalized, self._registry.groups)
         by_shape = [group["block_grid"] == "rows" and group["max_blocks"] is None for group in groups]
-        shapes = [whole_shape(p) for p, info in given if by_shape[info.group] and p.requires_grad]
+        shapes = [whole_shape(p) for p, info in given.items() if by_shape[info.group] and p.requires_grad]
         for shape, count in doubtful_tables(shapes):
             self._once(
                 f"parameters of shape {shape}, {count} matrices in all, have no blocks and are updated as by Adam,"
