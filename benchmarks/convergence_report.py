@@ -41,9 +41,10 @@ processor seconds of a step over AdamW's, all measured in turn in one run
 (docs/convergence_times.json). Bytes: of optimizer state, AdaFisher's with its buffers, for each
 trained element."""
 PAIRED = """\
-Less its loss: AdaFisher's final loss less the best rival's, which has the same initial weights and
-batches seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0
-shows no difference."""
+AdaFisher − best rival: the difference of the final losses with the same initial weights and batches,
+seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0 shows no
+difference. AdamW's tokens: how many times as many it needs to that loss; > where it has not got
+there with its longest training."""
 
 
 class Point(NamedTuple):
@@ -180,22 +181,29 @@ def _with_error(value: float, digits: int, error: float) -> str:
 
 
 def summary(found: Found) -> str:
-    """A line a task: the losses of those that are trained on all, and the speed-ups."""
+    """Of those that are trained on all tasks: a table of the losses, and one of the speed-ups."""
     names = [name for name in COLORS if all(name in _by_name(rows) for rows in found.values() if len(rows) > 1)]
     rivals = [name for name in names if name not in (BASE, OURS)]
-    heads = ["task", *names, f"{OURS}: {BASE}'s tokens", "best rival's", "ours over the rival's", "less its loss"]
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    losses, tokens = [], []
     for task, rows in found.items():
         by_name = _by_name(rows)
-        if len(by_name) > 1:
-            best = min((by_name[name] for name in rivals), key=lambda row: row["loss"])
-            own = by_name[OURS]
-            known = all(row["speed_up"] not in (None, math.inf) for row in (own, best))
+        if len(by_name) == 1:
+            continue
+        own, best = by_name[OURS], min((by_name[name] for name in rivals), key=lambda row: row["loss"])
+        losses.append([task, *(_loss(by_name[name]) for name in names), paired(own["finals"], best["finals"])])
+        if any(_place(by_name[name]) for name in names):
+            known = not (own["beyond"] or best["beyond"]) and own["speed_up"] and best["speed_up"]
             ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
-            cells = [_loss(by_name[name]) for name in names]
-            apart = paired(own["finals"], best["finals"])
-            lines.append(f"| {' | '.join([task, *cells, _faster(own), _faster(best), ratio, apart])} |")
-    return "\n".join([*lines, "", PAIRED]) + "\n"
+            tokens.append([task, *(_faster(by_name[name]) for name in names if name != BASE), ratio])
+    heads = ["AdamW's tokens", *(name for name in names if name != BASE), f"{OURS} / best rival"]
+    tables = [_table(["final loss", *names, f"{OURS} − best rival"], losses), _table(heads, tokens)]
+    return "\n\n".join([*tables, PAIRED]) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(cells) for cells in (heads, *rows)]
+    lines.insert(1, " | ".join(["---", *["---:"] * (len(heads) - 1)]))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def paired(own: Sequence[float], other: Sequence[float]) -> str:

@@ -297,7 +297,7 @@ def no_room(rank: int, world: int) -> str:
 
 def test_no_room_for_the_whole_state() -> None:
     messages = run_ranks(no_room, 3, timeout=60)
-    words = ["says the test" if rank == FAULTY else "rank 1 failed to make room" for rank in range(3)]
+    words = ["says the test" if rank == FAULTY else "rank 1 failed to gather the whole state" for rank in range(3)]
     assert all(word in text for word, text in zip(words, messages, strict=True))
 
 
