@@ -133,6 +133,8 @@ def normalize(group: dict[str, Any]) -> None:
 def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a param group's settings, checked: a user may have written anything into it.
 
+    A tensor lr is a number in it.
+
     Raises:
         TypeError: as `normalize`.
         ValueError: as `normalize`.
@@ -141,6 +143,8 @@ def normalized(group: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"A param group has lost {', '.join(missing)}: set it again.")
     result = {name: group[name] for name in DEFAULTS}
+    if _is_number(result["lr"]):
+        result["lr"] = float(result["lr"])  # once: where it is on an accelerator, the host waits for all before
     rest = {name: value for name, value in result.items() if name != "lr"}  # which a schedule changes in each step
     kinds = tuple(map(type, rest.values()))
     if _UNCHANGING.issuperset(kinds):
@@ -326,9 +330,14 @@ def _rate(group: dict[str, Any]) -> None:
     counts as 0 in steps and stays as it is, since the scheduler goes on from it.
     """
     lr = group["lr"]
-    a_number = lr.numel() == 1 and not lr.is_complex() if isinstance(lr, torch.Tensor) else isinstance(lr, float)
+    a_number = isinstance(lr, float) or _is_number(lr)
     if not (a_number and -_ROUNDING < float(lr) < 0):
         check_number(group, "lr", low=0.0)
+
+
+def _is_number(lr: object) -> bool:
+    """Whether it is a tensor that can be a learning rate."""
+    return isinstance(lr, torch.Tensor) and lr.numel() == 1 and not lr.is_complex()
 
 
 def _integer(group: dict[str, Any], name: str, low: int) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def test_each_kind_of_value_is_checked(path: Steps, value: Any, message: str, tm
 def test_a_random_state_that_is_none(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in a shard, whose checksum is right."""
 
-    def wrong() -> torch.Tensor:
-        state = json.loads(bytes(capture().numpy()).decode())
+    def wrong(model: Sequence[torch.Tensor]) -> torch.Tensor:
+        state = json.loads(bytes(capture(model).numpy()).decode())
         if which == "torch":
             state["torch"] = {"$bytes": ""}
         elif which == "numpy":

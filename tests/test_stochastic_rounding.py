@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adafisher_dist.blocks.sharding
 from adafisher_dist import AdaFisher, UnsupportedLayoutError, load_checkpoint, save_checkpoint
-from adafisher_dist.numerics.rounding import add_stochastically, seeds_of_weights
+from adafisher_dist.numerics.rounding import Elements, add_stochastically, seeds_of_weights
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2, "block_size": 8, "rows_per_block": 4, "damping": 0.2, "stochastic_rounding": True,
@@ -33,8 +33,8 @@ def rounded(values: np.ndarray, updates: np.ndarray, steps: int, position: int =
     found = np.empty((steps, len(values)))
     for step in range(steps):
         weights = torch.from_numpy(values).to(torch.bfloat16)
-        seeds = seeds_of_weights((len(values),), (1,), 0, position, step + 1, CPU)
-        add_stochastically(weights, torch.from_numpy(updates).float(), seeds)
+        elements = Elements((len(values),), (1,), 0, position, step + 1)
+        add_stochastically([weights], [torch.from_numpy(updates).float()], [elements])
         found[step] = weights.double().numpy()
     return found
 
@@ -82,13 +82,28 @@ def test_draws_are_independent() -> None:
 
 def test_seeds_are_those_of_the_elements() -> None:
     """A view of a parameter, however it is cut, has the seeds of its elements in the whole."""
-    whole = seeds_of_weights((7, 12), (12, 1), 0, 5, 9, CPU)
-    part = seeds_of_weights((2, 3, 4), (24, 4, 1), 12, 5, 9, CPU)
-    assert torch.equal(part, whole.view(-1)[12:60].view(2, 2, 3, 4)[:, 0])
+    whole = seeds_of((7, 12), (12, 1), 0)
+    part = seeds_of((2, 3, 4), (24, 4, 1), 12)
+    assert torch.equal(part, whole[12:60].view(2, 2, 3, 4)[:, 0].flatten())
     assert len(whole.unique()) == whole.numel()
-    far = seeds_of_weights((4,), (1,), 2**32 + 2**31 - 2, 5, 9, CPU)  # past what int32 counts
-    assert torch.equal(far, seeds_of_weights((4,), (1,), 2**31 - 2, 5, 9, CPU))
-    assert seeds_of_weights((), (), 3, 5, 9, CPU) == whole[0, 3]
+    assert torch.equal(seeds_of((3, 7), (2, 12), 1).view(3, 7), whole.view(7, 12).T[1:7:2])
+    far = seeds_of((4,), (1,), 2**32 + 2**31 - 2)  # past what int32 counts
+    assert torch.equal(far, seeds_of((4,), (1,), 2**31 - 2))
+    assert torch.equal(seeds_of((2, 2), (2**32 + 2, 1), 1), seeds_of((2, 2), (2, 1), 1))
+    assert seeds_of((), (), 3) == whole[3] and seeds_of((1, 1), (12, 1), 3) == whole[3]
+    other = Elements((5,), (1,), 2, 6, 9)
+    together = seeds_of_weights([Elements((7, 12), (12, 1), 0, 5, 9), other, Elements((4,), (1,), 8, 5, 9)], CPU)
+    assert torch.equal(together, torch.cat([whole, seeds_of_weights([other], CPU), whole[8:12]]))
+
+
+def test_seeds_stay_what_they_were() -> None:
+    """Those of a release: a training goes on from its checkpoint to the bit."""
+    expected = [-162318485, 580373090, -131969611, -1442932062, -1343940300, -163267357]
+    assert seeds_of((3, 2), (4, 2), 5).tolist() == expected
+
+
+def seeds_of(sizes: tuple[int, ...], strides: tuple[int, ...], first: int) -> Tensor:
+    return seeds_of_weights([Elements(sizes, strides, first, position=5, step=9)], CPU)
 
 
 def test_a_step_is_that_of_the_oracle_but_for_the_rounding() -> None:

@@ -44,7 +44,7 @@ def apply(opened: OpenCheckpoint, target: CheckpointTarget, options: Options, ma
         if checked.scheduler is not None:
             options.lr_scheduler.load_state_dict(checked.scheduler)
         if checked.random is not None:
-            random_state.restore(checked.random)
+            random_state.restore(checked.random, [*target.parameters.values(), *target.buffers.values()])
 
     if options.states:
         target.access.begin_load()

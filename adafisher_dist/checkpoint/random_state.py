@@ -1,9 +1,10 @@
-"""This process's random number generators: Python's, numpy's and torch's (CPU, accelerator)."""
+"""This process's random number generators: Python's, numpy's and torch's (CPU, CUDA)."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,23 @@ from torch import Tensor
 from adafisher_dist.checkpoint import encoding
 
 
-def capture() -> Tensor:
-    """Their state, as JSON, (bytes,) uint8."""
+def capture(model: Iterable[Tensor]) -> Tensor:
+    """Their state, as JSON, (bytes,) uint8.
+
+    Of CUDA devices the current one's, and those of the others that hold tensors of the model. A
+    process that has not used CUDA has none: to ask for one would occupy a GPU.
+    """
     tensors: list[Tensor] = []
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
+        others = _other_devices(model)
+        if others:
+            state["cuda_others"] = [torch.cuda.get_rng_state(device).numpy().tobytes() for device in others]
     encoded = encoding.encode(_without_arrays(state), "the random state", tensors)
     return torch.frombuffer(bytearray(json.dumps(encoded).encode()), dtype=torch.uint8)
 
@@ -48,21 +56,31 @@ def parse(captured: Tensor) -> dict[str, Any]:
         own = str(np.random.get_state(legacy=False)["bit_generator"])  # the kind that numpy's global generator has
         np.random.RandomState(getattr(np.random, own)()).set_state(state["numpy"])
         torch.Generator().set_state(_as_tensor(state["torch"]))
-        if "cuda" in state and torch.cuda.is_available():
-            torch.Generator("cuda").set_state(_as_tensor(state["cuda"]))
+        if torch.cuda.is_initialized():
+            for own in ([state["cuda"]] if "cuda" in state else []) + state.get("cuda_others", []):
+                torch.Generator("cuda").set_state(_as_tensor(own))
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"the state of the random number generators is none ({problem})") from error
     return dict(state)
 
 
-def restore(state: dict[str, Any]) -> None:
+def restore(state: dict[str, Any], model: Iterable[Tensor]) -> None:
     """Go on with the random numbers where `capture` was called, given what `parse` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(_as_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
+    if "cuda_others" in state and torch.cuda.is_initialized():
+        for device, own in zip(_other_devices(model), state["cuda_others"], strict=False):  # on fewer GPUs now
+            torch.cuda.set_rng_state(_as_tensor(own), device)
+
+
+def _other_devices(model: Iterable[Tensor]) -> list[int]:
+    """The CUDA devices of a model but for the current one, in order."""
+    held = {tensor.device.index for tensor in model if tensor.device.type == "cuda"}
+    return sorted(held - {torch.cuda.current_device()})
 
 
 def _as_tensor(state: bytes) -> Tensor:

@@ -316,7 +316,7 @@ def _ranges(target: CheckpointTarget, tensors: Sequence[Tensor]) -> list[Range]:
     rank = target.hosts.rank
     found = list(local_ranges.weights(target, stored, writing=True))
     found += local_ranges.state(target, target.access.shards, names, writing=True)
-    small = {f"random/{rank}": random_state.capture()}
+    small = {f"random/{rank}": random_state.capture([*target.parameters.values(), *target.buffers.values()])}
     if rank == 0:
         small |= {f"value/{number}": tensor.reshape(-1) for number, tensor in enumerate(tensors)}
     for key, tensor in small.items():

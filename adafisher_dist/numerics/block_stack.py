@@ -21,6 +21,9 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 # Elements of the Fisher that a CPU works on at a time: 2 MiB in float32, so that A and its factor
 # stay in its caches. Twice as fast as whole chunks at block sizes 32 to 64 (LOG.md, 2026-11-24).
 CPU_TILE_FISHER_NUMEL = 2**19
+# What an accelerator factorises at a time where factors are kept: 128 MiB, which is about a chunk
+# of a step, since its host waits once for each.
+DEVICE_FISHER_NUMEL = 2**25
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +100,11 @@ class BlockStack:
     def tile_rows(self) -> int:
         """Blocks whose Fisher a CPU works on at a time."""
         return max(1, CPU_TILE_FISHER_NUMEL // self.shape.columns**2)
+
+    @property
+    def refreshed_at_once(self) -> int:
+        """Blocks whose kept factors are made anew at a time."""
+        return self.tile_rows if self.device.type == "cpu" else max(1, DEVICE_FISHER_NUMEL // self.shape.columns**2)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[BlockStack, slice]]:
         """Of blocks [start, stop) what a CPU steps at a time, and which they are.

@@ -259,9 +259,9 @@ def _due(blocks: BlockStack, context: StepContext) -> Numbers:
 
 
 def _refresh(blocks: BlockStack, due: Numbers, context: StepContext) -> None:
-    """Make the kept A^(−p) of these blocks anew; in tiles on a GPU too, which bounds the memory."""
-    for begin in range(0, len(due), blocks.tile_rows):
-        numbers = due[begin : begin + blocks.tile_rows]
+    """Make the kept A^(−p) of these blocks anew, some at a time, which bounds the memory."""
+    for begin in range(0, len(due), blocks.refreshed_at_once):
+        numbers = due[begin : begin + blocks.refreshed_at_once]
         rows = torch.from_numpy(numbers).to(blocks.device)
         factor = factorize(blocks.whole(blocks.fisher.index_select(0, rows)), *_how(blocks, context))
         _count_fallbacks(blocks, numbers, factor)

@@ -78,7 +78,7 @@ def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: Decay, seed_N
     else:
         assert seed_N is not None
         wide_N1 = fisher_N1.to(gradient_N1.dtype).lerp_(gradient_N1.square(), decay.new)
-        round_stochastically(wide_N1, seed_N[:, None])
+        round_stochastically(wide_N1, seed_N[:, None].clone())
         fisher_N1.copy_(wide_N1)
 
 

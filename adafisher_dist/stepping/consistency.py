@@ -26,6 +26,8 @@ from adafisher_dist.version import __version__
 
 logger = logging.getLogger("adafisher_dist")
 
+# Elements whose bits are added up at a time: torch makes int64 copies of them for it.
+SUMMED_AT_ONCE = 2**24
 
 Fingerprints = Sequence[tuple[int, str]]
 """What must be the same on all ranks, and what to say if it is not."""
@@ -316,8 +318,7 @@ def _checksums(chosen: Sequence[Inputs], errors: DeferredErrors) -> list[int]:
 
 def _checksum(tensors: Sequence[Tensor]) -> int:
     """The sum of all bit patterns, each tensor's times its own odd number, modulo 2^62."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [tensor.contiguous().view(-1).view(bits[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    sums = [_sum_of_bits(tensor) for tensor in tensors]
     by_device: dict[torch.device, list[int]] = {}
     for index, value in enumerate(sums):
         by_device.setdefault(value.device, []).append(index)
@@ -326,3 +327,11 @@ def _checksum(tensors: Sequence[Tensor]) -> int:
         read = torch.stack([sums[index] for index in indices]).tolist()
         total += sum(value * (2 * index + 1) for index, value in zip(indices, read, strict=True))
     return int(total % (1 << 62))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.contiguous().view(-1).view(kind)
+    if flat.numel() <= SUMMED_AT_ONCE:
+        return flat.sum(dtype=torch.int64)
+    return torch.stack([part.sum(dtype=torch.int64) for part in flat.split(SUMMED_AT_ONCE)]).sum()

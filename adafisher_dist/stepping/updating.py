@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adafisher_dist.blocks.sharding import TensorPiece
-from adafisher_dist.numerics.rounding import add_stochastically, seeds_of_weights
+from adafisher_dist.numerics.rounding import Elements, add_stochastically
 from adafisher_dist.settings import StepSettings
 from adafisher_dist.state.runs import Run
 from adafisher_dist.state.shard import Shard
@@ -23,8 +23,8 @@ Observe = Callable[[list[Tensor], list[Tensor]], None]
 Of all chunks and all ranks together these are all weights that have a gradient, each once.
 """
 
-Seeds = Callable[[int], Tensor]
-"""By the number of a weight in such a list: an int32 seed for each of its elements."""
+Where = Callable[[int], Elements]
+"""By the number of a weight in such a list: which elements it has."""
 
 
 class PiecesByGroup:
@@ -57,11 +57,11 @@ class PiecesByGroup:
             rounded = settings is not None and settings.stochastic_rounding
             places = copies.places(inputs.flat_weights) if rounded else []
 
-            def seeds(number: int, places: list[tuple[int, int, int]] = places) -> Tensor:
+            def where(number: int, places: list[tuple[int, int, int]] = places) -> Elements:
                 tensor, start, stop = places[number]
-                return _seeds(self._shard, tensor, (stop - start,), (1,), start)
+                return _elements(self._shard, tensor, (stop - start,), (1,), start)
 
-            apply(weights, updates, together, settings, should_step, observe, seeds)
+            apply(weights, updates, together, settings, should_step, observe, where)
 
 
 def read_gradients(chunk: Chunk, inputs: Inputs) -> None:
@@ -101,24 +101,24 @@ def apply_runs(
 ) -> None:  # fmt: skip
     """`apply` the updates of some runs of a chunk to weights that lie as these do."""
 
-    def seeds(number: int) -> Tensor:
+    def where(number: int) -> Elements:
         run = runs[number]
-        return _seeds(shard, run.tensor, run.shape, run.strides, run.offset)
+        return _elements(shard, run.tensor, run.shape, run.strides, run.offset)
 
     updates, settings = [run.in_work for run in runs], inputs.settings[rows.blocks.group]
-    apply(weights, updates, rows.gradient_NRB, settings, should_step, observe, seeds)
+    apply(weights, updates, rows.gradient_NRB, settings, should_step, observe, where)
 
 
-def _seeds(shard: Shard, tensor: int, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-    """The seeds of a view of a stored tensor, which is a parameter or rows of one."""
+def _elements(shard: Shard, tensor: int, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Elements:
+    """Those of a view of a stored tensor, which is a parameter or rows of one."""
     number, first = shard.first_elements[tensor]
     step, position = int(shard.counters.numpy()[number, 0]), shard.storage.parameters[number].info.position
-    return seeds_of_weights(sizes, strides, first + offset, position, step, shard.device)
+    return Elements(sizes, strides, first + offset, position, step)
 
 
 def apply(
     weights: list[Tensor], updates: list[Tensor], together: Tensor | None, settings: StepSettings | None,
-    should_step: Tensor | None, observe: Observe | None, seeds: Seeds,
+    should_step: Tensor | None, observe: Observe | None, where: Where,
 ) -> None:  # fmt: skip
     """In place: u ← −lr·(u + λ·θ), θ ← θ + u.
 
@@ -129,7 +129,7 @@ def apply(
         settings: of their param group.
         should_step: see `Exchange.chunks`.
         observe: likewise.
-        seeds: of the weights, where they are rounded stochastically.
+        where: the weights are from, for those that are rounded stochastically.
     """
     if settings is None or not updates:
         return
@@ -141,8 +141,7 @@ def apply(
     else:
         torch._foreach_mul_(updates, -lr)
     if settings.stochastic_rounding:
-        for number, (weight, update) in enumerate(zip(weights, updates, strict=True)):
-            add_stochastically(weight, update, seeds(number))
+        add_stochastically(weights, updates, [where(number) for number in range(len(weights))])
     else:
         add_all(weights, updates)
     if observe is not None:

@@ -115,8 +115,14 @@ def blocks(here: Here) -> str:
         Case(size, rows, dtype, packed, p, grafting) for dtype in DTYPES for size, rows, packed, p, grafting in kinds
     ]
     # Processes of their own, since a kernel takes seconds to compile, and there are dozens.
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        apart = list(pool.map(_beside, cases, itertools.repeat(here.device)))
+    pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"))
+    limit = 0.6 * here.limit  # so that there is time for the other checks
+    try:
+        apart = list(pool.map(_beside, cases, itertools.repeat(here.device), timeout=limit))
+    except TimeoutError as error:
+        raise AssertionError(f"{len(cases)} kinds of blocks took longer than {limit:.0f} s") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     told, kernels = [], 0
     for dtype in DTYPES:
         own = [one for case, one in zip(cases, apart, strict=True) if case.dtype == dtype]

@@ -128,7 +128,7 @@ def watch(command: list[str], limit: float, found: dict[str, str], log: Log) -> 
     """A command in a process group of its own, which is ended as a whole."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=found, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", process_group=0,
+        text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     pump = threading.Thread(target=copy_lines, args=(process.stdout, log), daemon=True)
     pump.start()
