@@ -49,7 +49,11 @@ class Alike:
 def parts_of(shards: Sequence[Shard], ranks: Group) -> list[Group]:
     """The groups that hold some of the parameters, where the other ranks hold others instead."""
     groups = dict.fromkeys(shard.storage.group for shard in shards)
-    return [group for group in groups if group.total_size < ranks.total_size]
+    return [
+        group
+        for group in groups
+        if group.total_size < ranks.total_size or (group.replicas is not None and group != ranks)
+    ]
 
 
 def check_consistency(
@@ -161,7 +165,13 @@ def fingerprints_of(shards: Sequence[Shard], inputs: Sequence[Inputs]) -> Finger
             " the same parameters a gradient on every rank.",
         ),
         (
-            sharding.digest([(__version__, shard.digest()) for shard in shards if not shard.checked]),
+            sharding.digest(
+                [
+                    (__version__, shard.digest(), [p.name for p in shard.storage.parameters])
+                    for shard in shards
+                    if not shard.checked
+                ]
+            ),
             "The ranks planned different blocks: their parameters' shapes, order, or block settings differ (or one of"
             " them has begun anew, by reset_state() or load_state_dict()). Build, reset and load the same model and"
             f" optimizer on every rank. Or they run different versions of adafisher_dist, this one {__version__}:"
@@ -231,7 +241,10 @@ def _of_copies(
         for shard, own in zip(shards, inputs, strict=False)
         if shard.storage.replicated
         and shard.storage.group.size > 1
-        and shard.storage.group.members == ranks.members
+        and (
+            shard.storage.group.members == ranks.members
+            or (ranks.replicas is not None and shard.storage.group.total_size == ranks.total_size)
+        )
         and (everything or not shard.checked)
     ]
     sums = _checksums(chosen, errors)
