@@ -53,6 +53,19 @@ def test_what_is_deleted_in_the_caller_is_freed() -> None:
         assert alive() is None
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdaFisher])
+def test_a_deleted_optimizer_frees_its_state_and_its_model(kind: type[torch.optim.Optimizer]) -> None:
+    module = nn.Linear(16, 16)
+    optimizer = kind(module.parameters(), lr=1e-3)
+    for _ in range(2):
+        output_of_step(module, optimizer)
+    entries = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    alive = [weakref.ref(each) for each in (optimizer, module.weight, *entries)]
+    assert len(alive) > 6
+    del optimizer, module, entries
+    assert [reference() for reference in alive] == [None] * len(alive)
+
+
 def collected(rank: int, world: int, stage: int) -> list[int]:
     """Objects in cycles, of each of some steps of DeepSpeed's engine with and without its step."""
     engine = engine_of(config(stage, world, {"lr": 1e-2}))

@@ -365,6 +365,26 @@ def test_products_are_in_full_precision() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", ORDERS], check=True, timeout=120)
 
 
+def test_products_stay_in_full_precision_until_the_last_thread_leaves() -> None:
+    """The setting is the process's, and two optimizers may step in two threads."""
+    code = """
+import torch
+from adafisher_dist.numerics.precision import full_precision
+torch.set_float32_matmul_precision("medium")
+own = lambda: torch.backends.mkldnn.matmul.fp32_precision
+before = own()
+for _ in range(2):
+    first, second = (full_precision(torch.device("cpu")) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert own() in ("none", "ieee") != before, own()
+    second.__exit__(None, None, None)
+    assert own() == before == "bf16", own()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"grafting": "none"}, {"exponent": 1.0}, {"inverse_update_freq": 3}, {"max_blocks": 0}], ids=str
 )

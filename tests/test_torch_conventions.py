@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import batch, distance, model, same_state, train_steps, weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafisher_dist import AdaFisher, save_checkpoint
 from adafisher_dist.settings import DEFAULTS
@@ -113,6 +114,46 @@ def test_a_copy_goes_on_as_the_original(how: Any, taken: int) -> None:
     assert same_state(optimizer2.state_dict(), optimizer.state_dict())
     public = lambda o: {k for k in dir(o) if not k.startswith("_") and not callable(getattr(o, k))}  # noqa: E731
     assert public(optimizer2) == public(optimizer)
+
+
+def test_entries_of_no_parameter_go_along() -> None:
+    """Users may keep what they like in `state`, as in torch's optimizers."""
+    module = model()
+    optimizer = AdaFisher(module.parameters())
+    train_steps(module, optimizer, 0, 2)
+    optimizer.state["note"], optimizer.state["number"] = {"best": 1.5}, 5
+    again = AdaFisher(model().parameters())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for other in (again, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (other.state["note"], other.state["number"]) == ({"best": 1.5}, 5)
+    train_steps(module, optimizer, 2, 3)
+    assert optimizer.state["number"] == 5 and optimizer.state[module.mix.weight]["step"] == 3
+
+
+class CountedReads(TorchDispatchMode):
+    """How often a tensor becomes a number: where it is on an accelerator, its host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_tensor_lr_is_read_once_for_each_group() -> None:
+    def reads(lr: Any) -> int:
+        parameters = [nn.Parameter(torch.ones(6, 5)) for _ in range(2)]
+        optimizer = AdaFisher([{"params": [p], "lr": lr} for p in parameters])
+        for parameter in parameters:
+            parameter.grad = torch.ones(6, 5)
+        optimizer.step()
+        with CountedReads() as counted:
+            optimizer.step()
+        return counted.count
+
+    assert reads(torch.tensor(1e-3)) - reads(1e-3) == 2
 
 
 def test_hooks() -> None:

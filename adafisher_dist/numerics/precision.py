@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     The TF32, or on CPUs the bfloat16, that users allow to float32 products would round F to 10
     bits or fewer, and a step taken inside of `torch.autocast` would be one in 16 bits.
     """
-    with _without_autocast(device), _on_cuda() if device.type == "cuda" else _on_cpu():
+    with _without_autocast(device), _CUDA if device.type == "cuda" else _CPU:
         yield
 
 
@@ -26,6 +27,28 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+class _Shared:
+    """A change of torch's settings, which are the process's: until the last thread that needs it leaves."""
+
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self._change = change
+        self._changed = ExitStack()
+        self._lock = Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._changed.enter_context(self._change())
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._changed.close()
 
 
 @contextmanager
@@ -78,3 +101,6 @@ def _highest(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         if _MKLDNN is not None:  # allow_tf32 is of GPUs alone
             _MKLDNN.fp32_precision = on_cpu
+
+
+_CUDA, _CPU = _Shared(_on_cuda), _Shared(_on_cpu)

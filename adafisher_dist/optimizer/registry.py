@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,6 @@ class ParameterRegistry:
     `param_groups` and `state` belong to torch.
 
     Attributes:
-        optimizer: whose parameters they are.
         process_group: the user's.
         given_parameters: the parameters that it was given.
         groups: all its param groups; DeepSpeed takes some away while it steps one.
@@ -50,7 +50,7 @@ class ParameterRegistry:
     """
 
     def __init__(self, optimizer: Optimizer, process_group: ProcessGroup | None) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # which has this: a cycle would keep all memory until a collection
         self.process_group = process_group
         self.given_parameters = GivenParameters()
         self.groups: list[dict[str, Any]] = []
@@ -64,6 +64,13 @@ class ParameterRegistry:
             meter.forget()
         self.stepper = Stepper(meter)
         self.prebuilt: list[Shard] = []
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose parameters they are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None, "the optimizer is gone"
+        return optimizer
 
     @property
     def shards(self) -> list[Shard]:
@@ -108,8 +115,8 @@ class ParameterRegistry:
 
     def forget_unstepped(self) -> None:
         """Drop the state of tensors whose shards were planned in a failed step and are gone."""
-        for tensor in list(self.optimizer.state):
-            step = self.optimizer.state[tensor].get("step")
+        for tensor, entry in list(self.optimizer.state.items()):
+            step = entry.get("step") if isinstance(tensor, Tensor) else None  # users may have entries of their own
             if tensor not in self.stepper and step is not None and not step.any():
                 self._forget(tensor)
 

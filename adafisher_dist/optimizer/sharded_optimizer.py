@@ -163,7 +163,11 @@ class ShardedOptimizer(Optimizer):
             for tensor, entry in _saved_states(self.param_groups, saved):
                 if foreign := state_dicts.foreign_part(entry):
                     others[tensor] = {key: _on(tensor, value) for key, value in foreign.items()}
-            return {**saved, "state": {}, "param_groups": _completed(self._registry, saved["param_groups"])}
+            numbers = {number for group in saved["param_groups"] for number in group["params"]}
+            own = {
+                key: entry for key, entry in saved["state"].items() if key not in numbers
+            }  # a user's, of no parameter
+            return {**saved, "state": own, "param_groups": _completed(self._registry, saved["param_groups"])}
 
         def install(_: Optimizer) -> None:
             self._reset()
@@ -199,7 +203,10 @@ class ShardedOptimizer(Optimizer):
             )
         self._registry.sync_user_state(self._registry.shards)
         # Copies: a view would drag along the whole stack that it is a part of.
-        own = {tensor: {key: _copied(value) for key, value in entry.items()} for tensor, entry in self.state.items()}
+        own = {
+            tensor: {key: _copied(value) for key, value in entry.items()} if isinstance(tensor, Tensor) else entry
+            for tensor, entry in self.state.items()
+        }
         return {**super().__getstate__(), "state": type(self.state)(dict, own), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
