@@ -53,7 +53,7 @@ _FOREIGN = {key: (accepted, remedy) for keys, accepted, remedy in _BY_REMEDY for
 
 # What others call a setting. Suggested and not taken: the numbers do not mean quite the same.
 _BY_SETTING = {
-    "lr": ("learning_rate", "learningrate"),
+    "lr": ("learning_rate", "learningrate", "learn_rate", "lrate"),
     "momentum": ("beta", "beta1", "beta_1", "adam_beta1"),
     "fisher_decay": ("beta2", "beta_2", "adam_beta2", "shampoo_beta", "factor_decay"),
     "weight_decay": ("wd", "weightdecay"),

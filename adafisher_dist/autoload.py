@@ -20,7 +20,7 @@ NAME = "AdaFisher"
 # DeepSpeed compiles this at its first use on CPUs, for minutes at the most. Who is killed meanwhile
 # leaves a lock.
 _OPERATOR = "deepspeed_shm_comm"
-_MINUTES = 15
+_MINUTES = 3
 
 
 def register() -> None:
@@ -82,7 +82,7 @@ def _tell_of_locks() -> None:
         if minutes > _MINUTES:
             print(
                 f"adafisher_dist: {lock} is {minutes:.0f} minutes old. On CPUs deepspeed.init_distributed waits for as"
-                " long as it is there; a compilation that was killed has left it. If no other is going on, remove it:"
-                f" rm {lock}",
+                " long as it is there. A compilation takes a few minutes; one that was killed has left it. If none is"
+                f" going on, remove it: rm {lock}",
                 file=sys.stderr,
             )

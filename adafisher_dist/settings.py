@@ -284,7 +284,9 @@ _YAML = " YAML takes 1e-8 for text: write 1.0e-8 there."
 
 
 def hint_of(value: object) -> str:
-    """What to do about text where a number should be; nothing where it is no text."""
+    """What to do about text, or Adam's betas, where a number should be; else nothing."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return " If these are Adam's betas, give them by name: betas=(…, …)."
     if not isinstance(value, str):
         return ""
     return _AUTO if value == "auto" else _QUOTED + (_YAML if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else "")

@@ -170,7 +170,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         tmp_path: f"is no checkpoint of adafisher_dist. Checkpoints in {tmp_path}: none; there are some in {run}.",
         tmp_path / "no": f"{tmp_path / 'no'} does not exist. Checkpoints in {tmp_path}: none; there are some in {run}.",
         tmp_path / "link": f"{tmp_path / 'link'} is a link that leads nowhere. Checkpoints in {tmp_path}: none",
-        tmp_path / "empty" / "a": f"Checkpoints in {tmp_path / 'empty'}: none; give the folder that was saved to.",
+        tmp_path / "empty" / "a": f"Checkpoints in {tmp_path / 'empty'}: none; if there should be some, give the",
     }  # fmt: skip
     for path, words in told.items():
         with pytest.raises(CheckpointError) as caught:

@@ -204,7 +204,7 @@ def run(words: list[str], path: str = "", **more: Any) -> subprocess.CompletedPr
 def test_every_command_is_run_by_a_test() -> None:
     assert [command(line)[:2] for line in COMMANDS] == [
         ["pip", "install"],
-        ["python", "tests/smoke.py"],  # which `make release-check` runs: it takes minutes
+        ["python", "tests/smoke.py"],  # test_smoke.py runs it
         ["make", "demo"],
         ["make", "test"],
         ["python", "-m"],  # see below

@@ -306,7 +306,12 @@ def _tag_to_load(target: CheckpointTarget, root: Path, tag: Any) -> str | None:
         raise CheckpointError(f"The ranks would load different checkpoints of {root}: {tags}.")
     if tags[0] is None and target.hosts.rank == 0:
         what, where = (f"file `{LATEST}`", root) if os.path.isdir(root) else (f"folder {root.name}", root.parent)
-        logger.warning("There is no %s in %s, and no tag was given: nothing is loaded. %s", what, where, those_in(root))
+        logger.warning(
+            "There is no %s in %s, and no tag was given: nothing is loaded, as at a training's first start. %s",
+            what,
+            where,
+            those_in(root),
+        )
     return tags[0]
 
 

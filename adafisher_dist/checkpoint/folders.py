@@ -63,7 +63,9 @@ def those_in(root: Path) -> str:
     if found := _names_in(root):
         return f"Checkpoints in {root}: {', '.join(found)}; load one by its name."
     folders = ", ".join(str(path) for path in folders_in(root)[:100] if os.path.isfile(path / LATEST))
-    elsewhere = f"there are some in {folders}" if folders else "give the folder that was saved to"
+    elsewhere = (
+        f"there are some in {folders}" if folders else "if there should be some, give the folder that was saved to"
+    )
     return f"Checkpoints in {root}: none; {elsewhere}."
 
 

@@ -130,9 +130,11 @@ def target_of(module: nn.Module, optimizer: AdaFisher, wrapper: Any) -> Checkpoi
     """What is saved or loaded, when the last save has ended."""
     if not isinstance(optimizer, AdaFisher):
         raise TypeError(
-            f"The optimizer is a {type(optimizer).__name__}; these checkpoints are AdaFisher's. With DeepSpeed give the"
-            " engine to adafisher_dist.ds.save_checkpoint and load_checkpoint."
+            f"The optimizer should be an AdaFisher, got {type(optimizer).__name__}. With DeepSpeed give the engine to"
+            " adafisher_dist.ds.save_checkpoint and load_checkpoint."
         )
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"The model should be a torch.nn.Module, got {type(module).__name__}.")
     access = CheckpointAccess(optimizer)
     if wrapper is None:
         access.sync_param_groups()

@@ -153,8 +153,8 @@ def _rounding(engine: Any, groups: Iterable[Mapping[str, Any]]) -> list[str]:
     if as_given or not any(group.get("stochastic_rounding") for group in groups):
         return []
     return [
-        f"optimizer.params.stochastic_rounding is true: it is for weights in bfloat16 that have no copy, and {_COPIES},"
-        " which lose nothing. Leave it out; with bf16_master_weights_and_grads, which has no such copies, rounding by"
+        f"optimizer.params.stochastic_rounding is true: it is for weights in bfloat16 that have no copy, and {_COPIES}"
+        " and lose nothing. Leave it out; with bf16_master_weights_and_grads, which has no such copies, rounding by"
         " chance is not supported."
     ]
 

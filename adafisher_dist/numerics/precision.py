@@ -30,7 +30,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _Shared:
-    """A change of torch's settings, which are the process's: until the last thread that needs it leaves."""
+    """A change of torch's settings, which are the process's: until the last thread leaves."""
 
     def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
         self._change = change

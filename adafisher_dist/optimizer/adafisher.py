@@ -59,7 +59,7 @@ class AdaFisher(ShardedOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define groups; dense real tensors
-            of any shape, in float32, float64, bfloat16 or float16.
+            of any shape, in float32, float64, bfloat16 or float16 (frozen ones in any real dtype).
         lr: learning rate η; what suits AdamW suits here.
         momentum: decay μ of the gradient's average, in [0, 1).
         nesterov: look ahead with the newest gradient.

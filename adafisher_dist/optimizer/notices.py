@@ -69,10 +69,14 @@ class Notices:
         So a run that only skips neither stays silent nor fills the disk.
         """
         if self._registry.ranks().is_first and count.bit_count() == 1:
+            remedy = (
+                " If this goes on, the weights have diverged: load a checkpoint, and lower lr." if count > 1 else ""
+            )
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
-                " No parameter or state changed.",
+                " No parameter or state changed.%s",
                 count,
+                remedy,
             )
 
     def no_gradients(self) -> None:

@@ -52,7 +52,8 @@ class ShardedOptimizer(Optimizer):
         """Add a param group; only fisher_dtype and memory_budget_gb must equal the defaults.
 
         Raises:
-            TypeError: a parameter is complex, or not floating-point; a setting has the wrong type.
+            TypeError: a parameter is complex, or needs a gradient and is not floating-point; a
+                setting has the wrong type.
             ValueError: a setting is out of bounds, looks misspelt, or asks for what AdaFisher does
                 not do.
             UnsupportedLayoutError: a parameter's layout is not supported.

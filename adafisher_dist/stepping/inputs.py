@@ -177,10 +177,13 @@ def _settings(shard: Shard, groups: Groups) -> list[StepSettings | None]:
         result[number] = step_settings(checked)
         now, before = state_config(checked), shard.configs[number]
         if now != before:
-            names = [name for name in before._fields if getattr(now, name) != getattr(before, name)]
+            pairs = {name: (old, new) for name, old, new in zip(before._fields, before, now, strict=True) if old != new}
+            if pairs.pop("keeps_factors", None):
+                pairs["inverse_update_freq"] = ("1", "more") if now.keeps_factors else ("more than 1", "1")
+            told = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in pairs.items())
             raise ValueError(
-                f"{', '.join(names)} changed after the first step (from {before} to {now}); the state has the old"
-                " shape. Call reset_state() first, or build a new optimizer."
+                f"{', '.join(pairs)} changed after the first step ({told}), and the state has the old shape. Call"
+                " reset_state() first, or build a new optimizer."
             )
     return result
 

@@ -154,7 +154,7 @@ def estimate(
     world_size: Annotated[int, Option(help="Data-parallel ranks.")] = 8,
     zero_stage: Annotated[int | None, Option(help="DeepSpeed's, 0 to 3.", show_default=False)] = None,
     layout: Annotated[Layout | None, Option(help="Instead: another layout.", show_default=False)] = None,
-    block_size: Annotated[list[int] | None, Option(help="Repeat for several.  [default: 128]")] = None,
+    block_size: Annotated[list[int] | None, Option(help="Repeat for several.", show_default="128")] = None,
     rows_per_block: Annotated[int, Option(help="Rows that share a block, at most.")] = DEFAULTS["rows_per_block"],
     block_grid: Annotated[Grids, Option(help="How parameters are cut.")] = Grids.rows,
     exponent: Annotated[float, Option(callback=_finite, help="0.5 or 1.0.")] = 0.5,
