@@ -26,7 +26,7 @@ def capture(model: Iterable[Tensor]) -> Tensor:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
-    if torch.cuda.is_initialized():
+    if _has_used_cuda():
         state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
         others = _other_devices(model)
         if others:
@@ -56,7 +56,7 @@ def parse(captured: Tensor) -> dict[str, Any]:
         own = str(np.random.get_state(legacy=False)["bit_generator"])  # the kind that numpy's global generator has
         np.random.RandomState(getattr(np.random, own)()).set_state(state["numpy"])
         torch.Generator().set_state(_as_tensor(state["torch"]))
-        if torch.cuda.is_initialized():
+        if _has_used_cuda():
             for own in ([state["cuda"]] if "cuda" in state else []) + state.get("cuda_others", []):
                 torch.Generator("cuda").set_state(_as_tensor(own))
     except Exception as error:
@@ -72,9 +72,13 @@ def restore(state: dict[str, Any], model: Iterable[Tensor]) -> None:
     torch.set_rng_state(_as_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
-    if "cuda_others" in state and torch.cuda.is_initialized():
+    if "cuda_others" in state and _has_used_cuda():
         for device, own in zip(_other_devices(model), state["cuda_others"], strict=False):  # on fewer GPUs now
             torch.cuda.set_rng_state(_as_tensor(own), device)
+
+
+def _has_used_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _other_devices(model: Iterable[Tensor]) -> list[int]:

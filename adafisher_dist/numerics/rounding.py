@@ -77,7 +77,7 @@ def seeds_of_weights(elements: Sequence[Elements], device: torch.device) -> Tens
     """A seed for each element of some tensors, one after the other: int32, 1-d."""
     numels = [math.prod(own.sizes) for own in elements]
     number = torch.empty(sum(numels), dtype=torch.int32, device=device)
-    parts = number.split(numels)
+    parts = number.split_with_sizes(numels)
     for own, part in zip(elements, parts, strict=True):
         own.write_numbers(part)
     _scramble(number)
@@ -89,7 +89,7 @@ def seeds_of_weights(elements: Sequence[Elements], device: torch.device) -> Tens
     return number
 
 
-def add_stochastically(weights: Sequence[Tensor], updates: Sequence[Tensor], elements: Sequence[Elements]) -> None:
+def add_stochastically(weights: list[Tensor], updates: list[Tensor], elements: list[Elements]) -> None:
     """θ ← θ + u in float32, rounded to bfloat16's values so that the mean is kept; in place.
 
     Args:
@@ -113,10 +113,10 @@ def _together(weights: Sequence[Tensor]) -> Iterator[slice]:
     yield slice(begin, len(weights))
 
 
-def _add_stochastically(weights: Sequence[Tensor], updates: Sequence[Tensor], elements: Sequence[Elements]) -> None:
+def _add_stochastically(weights: list[Tensor], updates: list[Tensor], elements: list[Elements]) -> None:
     numels = [weight.numel() for weight in weights]
     flat = torch.empty(sum(numels), dtype=torch.float32, device=weights[0].device)
-    wide = [part.view(weight.shape) for part, weight in zip(flat.split(numels), weights, strict=True)]
+    wide = [part.view(weight.shape) for part, weight in zip(flat.split_with_sizes(numels), weights, strict=True)]
     torch._foreach_copy_(wide, weights)
     torch._foreach_add_(wide, updates)
     round_stochastically(flat, seeds_of_weights(elements, flat.device))

@@ -347,4 +347,4 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     flat = tensor.contiguous().view(-1).view(kind)
     if flat.numel() <= SUMMED_AT_ONCE:
         return flat.sum(dtype=torch.int64)
-    return torch.stack([part.sum(dtype=torch.int64) for part in flat.split(SUMMED_AT_ONCE)]).sum()
+    return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(flat, SUMMED_AT_ONCE)]).sum()
