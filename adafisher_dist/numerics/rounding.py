@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-# Weights that are rounded at a time, with 12 bytes of scratch each: on a CPU 3 MB, for its caches;
-# on an accelerator 200 MB, for few kernels.
+# Weights that are rounded at a time, or one tensor that has more, with 12 bytes of scratch each: on
+# a CPU 3 MB, for its caches; on an accelerator 200 MB, for few kernels.
 CPU_NUMEL, DEVICE_NUMEL = 2**18, 2**24
 
 Number = TypeVar("Number", int, Tensor)
@@ -81,10 +81,9 @@ def seeds_of_weights(elements: Sequence[Elements], device: torch.device) -> Tens
     for own, part in zip(elements, parts, strict=True):
         own.write_numbers(part)
     _scramble(number)
-    own_seeds = [_wrapped(_mixed(own.position, own.step)) for own in elements]
-    for seed, part in zip(
-        _scramble(torch.tensor(own_seeds, dtype=torch.int32, device="cpu")).tolist(), parts, strict=True
-    ):
+    of_parameters = [_wrapped(_mixed(own.position, own.step)) for own in elements]
+    seeds_of_parameters = _scramble(torch.tensor(of_parameters, dtype=torch.int32, device="cpu"))
+    for seed, part in zip(seeds_of_parameters.tolist(), parts, strict=True):
         part.bitwise_xor_(seed)
     return number
 

@@ -20,7 +20,7 @@ from correct_blocks import blocks, dead_rows, gate, ladder, not_numbers
 from correct_checkpoints import checkpoint, checkpoint_elsewhere
 from correct_comm import communication
 from correct_deepspeed import zero, zero_bad_gradient, zero_checkpoint
-from correct_optimizer import bad_gradients, metrics, metrics_wait, optimizer, tf32, waiting
+from correct_optimizer import bad_gradients, metrics, metrics_wait, moved_away, optimizer, rounding, tf32, waiting
 from correct_runner import Check
 from correct_trainings import both
 from correct_wrappers import fsdp2, replicated, scaler
@@ -36,6 +36,8 @@ def all_checks() -> dict[str, Check]:
         "gate": gate,
         "optimizer": optimizer,
         "tf32": tf32,
+        "rounding": rounding,
+        "moved-away": moved_away,
         "skipped": bad_gradients,
         "skipped-bf16": partial(bad_gradients, max_blocks=3, fisher_dtype=torch.bfloat16),
         "skipped-by-hosts": partial(bad_gradients, exponent=1.0, inverse_update_freq=2),

@@ -15,6 +15,7 @@ from correct_runner import Here, NotChecked
 from correct_trainings import INF, NAN, PARAMS, STEPS, Beside, Given, Settings, same_on_all, state_of, weights
 
 from adafisher_dist import AdaFisher
+from adafisher_dist.numerics.rounding import Elements, add_stochastically
 from adafisher_dist.stepping import found_inf
 from adafisher_dist.stepping.metrics import NAMES
 
@@ -70,6 +71,38 @@ def tf32(here: Here) -> str:
         for name in reversed(names):
             setattr(matmul, name, before[name])
     return f"within the same bounds with TF32 allowed by {' and by '.join(names)}"
+
+
+def rounding(here: Here) -> str:
+    """Weights in bfloat16 that are rounded by chance have the bits that they have on a CPU."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (3, 257, 129)
+    cut = Elements((257, 129), (129, 1), 257 * 129, 1, 7)
+    for dims, elements in ((shape, Elements(shape, (257 * 129, 129, 1), 2**31 - 9, 0, 7)), (shape[1:], cut)):
+        weight = torch.randn(dims, generator=generator).bfloat16()
+        update = 1e-3 * torch.randn(dims, generator=generator)
+        moved = [weight.to(here.device, copy=True), update.to(here.device)]
+        add_stochastically([weight], [update], [elements])
+        add_stochastically(moved[:1], moved[1:], [elements])
+        same_bits([moved[0].cpu()], [weight])
+    return "the same bits as on a CPU"
+
+
+def moved_away(here: Here) -> str:
+    """State on the host between steps, and a learning rate on the device, change nothing."""
+    module, twin = Given(here), Given(here)
+    lr = torch.tensor(PARAMS["lr"], dtype=torch.float64, device=here.device)
+    ours = AdaFisher(module.named_parameters(), **{**PARAMS, "lr": lr})
+    other = AdaFisher(twin.named_parameters(), **PARAMS)
+    for step in range(STEPS):
+        for given, trained in ((module, ours), (twin, other)):
+            given.take_gradients(step)
+            trained.step()
+        ours.offload_state(pin_memory=step % 2 == 0)
+        ours.reload_state()
+    same_bits([p.detach() for p in module.parameters()], [p.detach() for p in twin.parameters()])
+    same_bits(state_of(ours), state_of(other))
+    return f"{STEPS} steps, the same bits as without"
 
 
 # ---- gradients that are not finite ----
