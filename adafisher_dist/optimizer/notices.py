@@ -74,9 +74,8 @@ class Notices:
             )
             logger.warning(
                 "AdaFisher skipped a step: a gradient was NaN, infinite, or too large to square (%d skipped so far)."
-                " No parameter or state changed.%s",
+                " No parameter or state changed." + remedy,
                 count,
-                remedy,
             )
 
     def no_gradients(self) -> None:
