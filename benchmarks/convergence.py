@@ -6,10 +6,11 @@
     python benchmarks/convergence.py --repeat laws64x20 AdaFisher 1
 
 Each is tuned alike on the smallest model at 20 bytes a parameter, with a seed that is not reported:
-learning rate, weight decay, then two settings of its own. What is best there is trained with fresh
-seeds on all tasks, most of which try other learning rates too. Finished trainings go into
-docs/convergence.jsonl, what follows from them into docs/convergence.json, two pictures, and the
-tables of convergence.md. How long steps take is measured apart: convergence_times.py.
+learning rate, weight decay, the rate again where the decay is another, then two settings of its
+own. What is best there is trained with fresh seeds on all tasks, most of which try other rates too.
+Finished trainings go into docs/convergence.jsonl, what follows from them into
+docs/convergence.json, two pictures, and the tables of convergence.md. How long steps take is
+measured apart: convergence_times.py.
 """
 
 from __future__ import annotations
@@ -33,23 +34,26 @@ from typer import Argument, Option
 FILE = ROOT / "docs" / "convergence.jsonl"
 TUNED_ON, TUNING_SEED = "laws64x20", 100
 LRS = (2.5e-3, 5e-3, 1e-2, 2e-2)  # by twos, and further while the best is at the edge
-WDS = (0.1, 0.01, 0.5)
-MOST_LRS = 7
+WDS = (0.1, 0.01, 0.5)  # and further: ten times less, or twice as much
+MOST_LRS, MOST_WDS = 7, 5
 
 # By name: the builder, its fixed settings, and two more to try.
 Trials = tuple[dict[str, Any], dict[str, Any]]
 CONTENDERS: dict[str, tuple[str, dict[str, Any], Trials]] = {
     "AdamW": ("adamw", {}, ({"beta2": 0.99}, {"beta1": 0.95})),
     "AdaFisher": ("adafisher", {}, ({"fisher_decay": 0.99}, {"momentum": 0.95})),
-    "AdaFisher without F": ("prototype", {"a": 0, "length": 1, "nesterov": 1}, ({"momentum": 0.95}, {"rest": 0.5})),
+    "AdaFisher without F": (
+        "prototype", {"a": 0, "length": 1, "nesterov": 1, "own_tables": 1}, ({"momentum": 0.95}, {"rest": 0.5})
+    ),
     "Muon": ("muon", {}, ({"rest": 0.5}, {"rest": 2.0})),
     "NorMuon": ("normuon", {}, ({"rest": 0.5}, {"rest": 2.0})),
     "SOAP": ("soap", {}, ({"beta2": 0.9}, {"beta2": 0.99})),
     "SOAP, every 10": ("soap", {"every": 10}, ({"beta2": 0.9}, {"beta2": 0.99})),
     "KL-SOAP": ("kl_soap", {}, ({"beta2": 0.9}, {"beta2": 0.99})),
     "Kron": ("kron", {}, ({"momentum": 0.95}, {"pre_conditioner_update_probability": 1.0})),
-    "AdEMAMix": ("ademamix", {"beta3": 0.999}, ({"alpha": 2.0}, {"beta2": 0.95})),
-}
+    # The weight of the slow average, and its β₃, grow over the whole training, as its authors do.
+    "AdEMAMix": ("ademamix", {"beta3": 0.999, "t_alpha_beta3": 1320}, ({"alpha": 2.0}, {"beta2": 0.95})),
+}  # fmt: skip
 OURS, BASE = "AdaFisher", "AdamW"
 
 
@@ -103,11 +107,26 @@ def tuning(name: str, done: Done) -> tuple[list[Run], Run | None]:
     """The trials of a name that are known to be wanted so far, and the best once all are done."""
     builder, fixed, trials = CONTENDERS[name]
     runs, best = of_rates([Run(TUNED_ON, builder, lr, WDS[0], TUNING_SEED, written(fixed)) for lr in LRS], done)
-    for more in ([{"wd": wd} for wd in WDS[1:]], [{"settings": written({**fixed, **own})} for own in trials]):
-        if best is None:
-            break
-        runs += [replace(best, **each) for each in more]
+    if best is not None:
+        more, best = of_decays([best, *(replace(best, wd=wd) for wd in WDS[1:])], done)
+        runs += more[1:]
+    if best is not None and best.wd != WDS[0]:  # where another rate may be best
+        more, best = of_rates([replace(best, lr=best.lr * part) for part in (0.5, 1.0, 2.0)], done)
+        runs += [run for run in more if run not in runs]
+    if best is not None:
+        runs += [replace(best, settings=written({**fixed, **own})) for own in trials]
         best = best_of(runs, done)
+    return runs, best
+
+
+def of_decays(runs: list[Run], done: Done) -> tuple[list[Run], Run | None]:
+    """Trials that differ in their decay, more where the best is at an edge, and the best of all."""
+    runs = list(runs)
+    while (best := best_of(runs, done)) and len(runs) < MOST_WDS:
+        decays = sorted(run.wd for run in runs)
+        if best.wd not in (decays[0], decays[-1]):
+            break
+        runs.append(replace(best, wd=best.wd / 10 if best.wd == decays[0] else best.wd * 2))
     return runs, best
 
 
@@ -208,7 +227,8 @@ def quick(done: Done) -> Iterator[Run]:
 
 
 def one(run: Run) -> Result:
-    return train(run, task_of(run.task), ROOT / "runs" / "convergence" / "unfinished")
+    folder = ROOT / "runs" / "convergence" / "unfinished"
+    return train(run, task_of(run.task), folder, reported=run.seed != TUNING_SEED)
 
 
 # ---- the command ----

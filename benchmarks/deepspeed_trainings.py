@@ -31,7 +31,7 @@ from convergence_tasks import SEQ_LEN, SEQUENCES, task_of, text
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from trainings import CLIP, Done, Result, Run, carry_out, commit, processor, read, schedule, validate, versions
+from trainings import CLIP, Done, Result, Run, carry_out, commit, measured, processor, read, schedule, versions
 from typer import Option
 
 FILE = ROOT / "docs" / "deepspeed_trainings.jsonl"
@@ -79,7 +79,7 @@ def train(rank: int, world: int, run: Run) -> tuple[Any, ...]:
         engine.backward(step_loss(step))
         engine.step()
         if step + 1 in marks:
-            losses.append(validate(task, engine))
+            losses.append(measured(task.validate, engine))
     seconds = round(time.process_time() - began, 1)
     held = optimizers.state_bytes([engine.basic_optimizer]) / sum(p.numel() for p in task.build(0).parameters())
     used = f"{versions()}, deepspeed {deepspeed.__version__}"

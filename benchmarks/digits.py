@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from trainings import Task
 
-# Of the 1,797 digits. The last 297 are a test split, which nothing here looks at.
-TRAIN, VALIDATION = 1000, 500
+# Of the 1,797 digits. The last 297 are a test split, which nothing is chosen by.
+TRAIN, VALIDATION, TEST = 1000, 500, 297
 IMAGES = 64  # a batch
 STEPS = 1500
 
@@ -85,10 +85,15 @@ def loss(model: nn.Module, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module) -> float:
-    """The mean cross-entropy of the validation split."""
-    images, labels = (part[TRAIN : TRAIN + VALIDATION] for part in load())
+def held_out_loss(model: nn.Module, split: slice = slice(TRAIN, TRAIN + VALIDATION)) -> float:
+    """The mean cross-entropy of a split, the validation split by default."""
+    images, labels = (part[split] for part in load())
     return float(functional.cross_entropy(model(images), labels))
+
+
+def test_loss(model: nn.Module) -> float:
+    """That of the test split."""
+    return held_out_loss(model, slice(TRAIN + VALIDATION, TRAIN + VALIDATION + TEST))
 
 
 MODELS = {"cnn": CNN, "vit": ViT}
@@ -96,4 +101,4 @@ MODELS = {"cnn": CNN, "vit": ViT}
 
 def task_of(name: str) -> Task:
     """The training of one of MODELS to its end."""
-    return Task(STEPS, STEPS * IMAGES, lambda seed: MODELS[name](), loss, held_out_loss)
+    return Task(STEPS, STEPS * IMAGES, lambda seed: MODELS[name](), loss, held_out_loss, test_loss)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from trainings import CLIP, Task, schedule
+from trainings import CLIP, Task, measured, schedule
 
-RANK, SCALE = 8, 2.0
+# At these widths a rank of 8 would make factors that are no tables to AdaFisher, as those of real
+# models are: one side of them is more than 8 times the other.
+RANK, SCALE = 4, 2.0
 SEED, LR, WEIGHT_DECAY = 99, 1e-2, 0.1  # of the training before
 
 
@@ -35,14 +38,23 @@ def freeze_but_adapters(model: nn.Module, layers: nn.Module) -> None:
                 setattr(owner, name, LoRA(child))
 
 
-def load_pretrained(model: nn.Module, path: Path, task: Task) -> None:
+def load_pretrained(model: nn.Module, path: Path, task: Task, known: float | None = None) -> None:
     """Give a model the weights that AdamW has trained on a task, the same for every seed.
 
-    They are trained where the file is missing.
+    They are trained where the file is missing, with a warning where they do not end at the `known`
+    loss, with which committed trainings began: other processors round otherwise.
     """
     if not path.exists():
+        trained = _trained_by_adamw(task)
+        loss = measured(task.validate, trained)
+        if known not in (None, loss):
+            warnings.warn(
+                f"The model that is fine-tuned ends at {loss} before, and did at {known} where the committed"
+                " trainings began: compare fine-tunings of one machine.",
+                stacklevel=2,
+            )
         beside = path.with_suffix(f".{os.getpid()}")  # another worker may be at it too
-        torch.save(_trained_by_adamw(task).state_dict(), beside)
+        torch.save(trained.state_dict(), beside)
         beside.replace(path)
     model.load_state_dict(torch.load(path, weights_only=True))
 

@@ -102,7 +102,7 @@ def _normuon(named: Named, lr: float, weight_decay: float, own: Settings) -> lis
     from pytorch_optimizer.optimizer.muon import normuon
 
     normuon.zero_power_via_newton_schulz_5 = lambda x, num_steps, **_: polar(x, num_steps)  # in float32, as Muon's
-    hidden, rest = parted(named, lambda key, p: p.dim() == 2 and is_hidden(key, p))
+    hidden, rest = parted(named, lambda key, p: p.dim() > 1 and is_hidden(key, p))  # it flattens convolutions
     other = adamw(rest, lr * own.pop("rest", 1.0), weight_decay, {"beta2": own.pop("beta2", 0.95)})
     if not hidden:
         return other
@@ -145,18 +145,24 @@ def _ademamix(named: Named, lr: float, weight_decay: float, own: Settings) -> li
 
 
 def _prototype(named: Named, lr: float, weight_decay: float, own: Settings) -> list[Optimizer]:
-    """A candidate of development/prototype.py; tables are AdamW's unless `everything` is set."""
+    """A candidate of development/prototype.py; tables are AdamW's unless `everything` is set.
+
+    With `own_tables` they are AdaFisher's without blocks, and so are gains.
+    """
     sys.path.append(str(Path(__file__).parent / "development"))
     from prototype import Choice, Prototype
 
     known = {field.name for field in fields(Choice)}
     everything = bool(own.pop("everything", 0))
     hidden, rest = parted(named, lambda key, p: p.dim() > 1 and (everything or is_hidden(key, p)))
-    ratio, beta2 = own.pop("rest", 1.0), own.pop("beta2", 0.95)
+    ratio, beta2, own_tables = own.pop("rest", 1.0), own.pop("beta2", 0.95), own.pop("own_tables", 0)
     choice = Choice(**{key: own.pop(key) for key in list(own) if key in known})
     if own:
         raise ValueError(f"no such setting: {own}")
-    return [Prototype(hidden, lr, weight_decay, choice), *adamw(rest, lr * ratio, weight_decay, {"beta2": beta2})]
+    made = [Prototype(hidden, lr, weight_decay, choice)]
+    if own_tables:
+        return [*made, *_adafisher(rest, lr * ratio, weight_decay, {})]
+    return [*made, *adamw(rest, lr * ratio, weight_decay, {"beta2": beta2})]
 
 
 BUILDERS: dict[str, Builder] = {

@@ -40,6 +40,7 @@ class Task:
 
     Attributes:
         tokens: that a whole training sees: bytes of text, or images.
+        test: the held-out loss of data that nothing was chosen by, where there are such.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Task:
     build: Callable[[int], nn.Module]
     loss: Callable[[nn.Module, int, int], Tensor]
     validate: Callable[[nn.Module], float]
+    test: Callable[[nn.Module], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,14 @@ def written(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def train(run: Run, task: Task, unfinished: Path | None = None) -> Result:
+def train(run: Run, task: Task, unfinished: Path | None = None, reported: bool = False) -> Result:
     """Train from the seed's weights on the seed's batches.
 
     Args:
         run: what is trained.
         task: its task.
+        reported: whether nothing is chosen by it: its losses are those of the task's test data,
+            where it has any.
         unfinished: a folder where the training saves itself, and goes on from; it ends as one
             that was never stopped, to the bit.
     """
@@ -138,7 +142,7 @@ def train(run: Run, task: Task, unfinished: Path | None = None) -> Result:
             losses.append(None)
             break
         if step + 1 in marks:
-            losses.append(validate(task, model))
+            losses.append(measured(task.test if reported and task.test else task.validate, model))
     seconds = round(before + time.process_time() - began, 1)
     if saved:
         saved.path.unlink(missing_ok=True)
@@ -195,9 +199,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def validate(task: Task, model: nn.Module) -> float | None:
+def measured(loss_of: Callable[[nn.Module], float], model: nn.Module) -> float | None:
     model.eval()
-    loss = task.validate(model)
+    loss = loss_of(model)
     model.train()
     return round(loss, 5) if math.isfinite(loss) else None
 

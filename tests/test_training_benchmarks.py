@@ -64,7 +64,9 @@ def test_each_is_tuned_until_its_best_rate_is_inside_the_grid() -> None:
     runs, best = tuning(BASE, done)
     assert best == Run(TUNED_ON, "adamw", 8e-2, 0.01, TUNING_SEED, '{"beta1": 0.95}')
     assert sorted({run.lr for run in runs}) == [*LRS, 4e-2, 8e-2, 0.16]
-    assert len(runs) == len(done) == 7 + 2 + 2
+    assert sorted({run.wd for run in runs}) == [0.001, 0.01, 0.1, 0.5]
+    assert {run.lr for run in runs if run.wd == 0.01} == {4e-2, 8e-2, 0.16}  # with the best decay once more
+    assert len(runs) == len(done) == 7 + 3 + 2 + 2
     assert tuning(BASE, {})[1] is None and len(tuning(BASE, {})[0]) == len(LRS)
 
 
