@@ -27,6 +27,7 @@ import common
 import convergence_report
 import typer
 from common import ROOT, Quick
+from convergence_report import NEAR
 from convergence_tasks import task_of
 from trainings import Done, Result, Run, carry_out, read, train, written
 from typer import Argument, Option
@@ -66,9 +67,11 @@ class Cell:
         rates: parts of the best learning rate on the task `near`. Where there are several, the best
             is chosen with the tuning seed, among up to MOST_LRS where it is the largest or
             smallest.
-        near: a task whose best rate is known, or three: the rate of the first, changed with the
-            number of steps as it changed from the third's to the second's (a power of it). So what
-            was found is carried on, for everybody alike, where trials would take days.
+        near: a task whose best rate is known, or three: the good rate of the first, changed with
+            the number of steps as it changed from the third's to the second's (a power of it). So
+            what was found is carried on, for everybody alike, where trials would take days. The
+            good rate is the middle of those within NEAR of the best: which of them is the best one
+            is largely chance.
         only: a name; None for all.
     """
 
@@ -179,11 +182,12 @@ def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]
 
 def rate_near(cell: Cell, name: str, done: Done) -> float | None:
     """The learning rate that `Cell.near` stands for, to three digits; None until it is known."""
-    rates = [rate for task in cell.near if (rate := rate_on(task, name, done)) is not None]
+    if len(cell.near) == 1:
+        _, best = trials_on(cell.near[0], name, done)
+        return best.lr if best else None
+    rates = [rate for task in cell.near if (rate := good_rate(task, name, done)) is not None]
     if len(rates) < len(cell.near):
         return None
-    if len(rates) == 1:
-        return rates[0]
     first, longer, shorter = map(steps_of, cell.near)
     power = math.log(steps_of(cell.task) / first) / math.log(longer / shorter)
     return float(f"{rates[0] * (rates[1] / rates[2]) ** power:.3g}")
@@ -194,13 +198,22 @@ def steps_of(task: str) -> int:
     return task_of(task).steps
 
 
-def rate_on(task: str, name: str, done: Done) -> float | None:
-    """A name's best learning rate on a task; None until it is known."""
-    if task == TUNED_ON:
-        _, best = tuning(name, done)
+def good_rate(task: str, name: str, done: Done) -> float | None:
+    """The geometric mean of the rates tried on a task that end within NEAR of the best one."""
+    tried, best = trials_on(task, name, done)
+    if best is None or not tried:
         return best.lr if best else None
-    runs, _ = final_runs(next(cell for cell in CELLS if cell.task == task), name, done)
-    return runs[0].lr if runs else None
+    least = min(done[run].final for run in tried)
+    return statistics.geometric_mean([run.lr for run in tried if done[run].final <= least + NEAR])
+
+
+def trials_on(task: str, name: str, done: Done) -> tuple[list[Run], Run | None]:
+    """The rates that a name has tried on a task, all else at its best; and the best, once known."""
+    if task == TUNED_ON:
+        runs, best = tuning(name, done)
+        return [run for run in runs if best and replace(run, lr=best.lr) == best], best
+    runs, tried = final_runs(next(cell for cell in CELLS if cell.task == task), name, done)
+    return tried, runs[0] if runs else None
 
 
 def names_of(cell: Cell, done: Done) -> list[str]:
