@@ -41,10 +41,10 @@ processor seconds of a step over AdamW's, all measured in turn in one run
 (docs/convergence_times.json). Bytes: of optimizer state, AdaFisher's with its buffers, for each
 trained element."""
 PAIRED = """\
-AdaFisher − best rival: the difference of the final losses with the same initial weights and batches,
-seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0 shows no
-difference. AdamW's tokens: how many times as many it needs to that loss; > where it has not got
-there with its longest training."""
+AdaFisher − best rival: the difference of the final losses with the same initial weights and
+batches, seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0
+shows no difference. AdamW's tokens: how many times as many it needs to that loss; > where it has
+not got there with its longest training."""
 
 
 class Point(NamedTuple):

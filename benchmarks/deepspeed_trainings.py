@@ -79,7 +79,7 @@ def train(rank: int, world: int, run: Run) -> tuple[Any, ...]:
         engine.backward(step_loss(step))
         engine.step()
         if step + 1 in marks:
-            losses.append(measured(task.validate, engine))
+            losses.append(measured(task.test or task.validate, engine))
     seconds = round(time.process_time() - began, 1)
     held = optimizers.state_bytes([engine.basic_optimizer]) / sum(p.numel() for p in task.build(0).parameters())
     used = f"{versions()}, deepspeed {deepspeed.__version__}"
