@@ -385,8 +385,10 @@ def test_an_optimizer_of_another_model_or_class(call: Any, two: Path) -> None:
     run = trained(3)
     with pytest.raises(ValueError, match=r"parameters that are not in the model.*the model that it was built for"):
         call(two / "step1", model(), run.optimizer)
-    with pytest.raises(TypeError, match="The optimizer is a SGD; these checkpoints are AdaFisher's"):
+    with pytest.raises(TypeError, match="The optimizer should be an AdaFisher, got SGD"):
         call(two / "step1", run.module, torch.optim.SGD(run.module.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"The model should be a torch\.nn\.Module, got OrderedDict"):
+        call(two / "step1", run.module.state_dict(), run.optimizer)
     assert run.digest() == Digests()[3] and check(two, Digests(), 2) == 2
 
 
