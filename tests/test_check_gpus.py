@@ -48,7 +48,7 @@ def test_one_rank(tmp_path: Path) -> None:
     done = call(sys.executable, GPU / "correct.py", "--rehearse", "--out", tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     checks = found(tmp_path)
-    assert len(checks) == 56, list(checks)
+    assert len(checks) == 58, list(checks)
     assert {name for name, entry in checks.items() if not entry["ok"]} == set()
     assert "loaded bit for bit" in checks["zero3-checkpoint"]["said"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok ")]

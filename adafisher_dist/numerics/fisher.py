@@ -72,13 +72,13 @@ def update(
 
 
 def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: Decay, seed_N: Tensor | None = None) -> None:
-    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; else as `update`."""
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; seed_N is overwritten."""
     if fisher_N1.dtype == gradient_N1.dtype:
         fisher_N1.lerp_(gradient_N1.square(), decay.new)
     else:
         assert seed_N is not None
         wide_N1 = fisher_N1.to(gradient_N1.dtype).lerp_(gradient_N1.square(), decay.new)
-        round_stochastically(wide_N1, seed_N[:, None].clone())
+        round_stochastically(wide_N1, seed_N[:, None])
         fisher_N1.copy_(wide_N1)
 
 
