@@ -72,7 +72,10 @@ def update(
 
 
 def update_diagonal(fisher_N1: Tensor, gradient_N1: Tensor, decay: Decay, seed_N: Tensor | None = None) -> None:
-    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks; seed_N is overwritten."""
+    """Diag F ← ρ diag F + (1 − ρ) g², in place, for elements without blocks.
+
+    seed_N is overwritten.
+    """
     if fisher_N1.dtype == gradient_N1.dtype:
         fisher_N1.lerp_(gradient_N1.square(), decay.new)
     else:
