@@ -36,7 +36,7 @@ FILE = ROOT / "docs" / "convergence.jsonl"
 TUNED_ON, TUNING_SEED = "laws64x20", 100
 LRS = (2.5e-3, 5e-3, 1e-2, 2e-2)  # by twos, and further while the best is at the edge
 WDS = (0.1, 0.01, 0.5)  # and further: ten times less, or twice as much
-MOST_LRS, MOST_WDS = 7, 5
+MOST_LRS, MOST_WDS = 7, 7
 
 # By name: the builder, its fixed settings, and two more to try.
 Trials = tuple[dict[str, Any], dict[str, Any]]
