@@ -66,11 +66,11 @@ def test_a_scheduler_that_does_not_fit(tmp_path: Path) -> None:
     scheduler = CosineAnnealingLR(optimizer, 10)
     save_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=scheduler)
     save_checkpoint(tmp_path / "b", module, optimizer)
-    with pytest.raises(CheckpointError, match="state of a CosineAnnealingLR, and there is no"):
+    with pytest.raises(CheckpointError, match=r"state of a CosineAnnealingLR, and there is no .*: give lr_scheduler"):
         load_checkpoint(tmp_path / "a", module, optimizer)
     with pytest.raises(CheckpointError, match="is a MultiStepLR, and was a CosineAnnealingLR"):
         load_checkpoint(tmp_path / "a", module, optimizer, lr_scheduler=MultiStepLR(optimizer, [2]))
-    with pytest.raises(CheckpointError, match=r"(?s)no state of a learning rate scheduler.*Give lr_scheduler where"):
+    with pytest.raises(CheckpointError, match="no state of a learning rate scheduler: leave out lr_scheduler"):
         load_checkpoint(tmp_path / "b", module, optimizer, lr_scheduler=scheduler)
 
 

@@ -237,9 +237,10 @@ def _scheduler_problems(loaded: Loaded, options: Options) -> list[str]:
     if own is IGNORED or (saved is None and own is None):
         return []
     if saved is None:
-        return ["the checkpoint has no state of a learning rate scheduler"]
+        return ["the checkpoint has no state of a learning rate scheduler: leave out lr_scheduler"]
     if own is None:
-        return [f"the checkpoint has the state of a {saved['class']}, and there is no learning rate scheduler"]
+        kind = saved["class"]
+        return [f"the checkpoint has the state of a {kind}, and there is no learning rate scheduler: give lr_scheduler"]
     if saved["class"] != type(own).__name__:
         return [f"the learning rate scheduler is a {type(own).__name__}, and was a {saved['class']}"]
     return []

@@ -11,8 +11,8 @@ from adafisher_dist.checkpoint.dry_run import Part
 
 IGNORED = object()
 _REMEDY = (
-    "Give lr_scheduler where the checkpoint has one, and only there. For renamed parameters give"
-    " rename={old name: new name}; to restore what fits and be told of the rest, strict=False."
+    "For renamed parameters give rename={old name: new name}; to restore what fits and be told of the rest,"
+    " strict=False."
 )
 
 
