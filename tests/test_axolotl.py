@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
-from test_examples import EXAMPLES, assert_losses_fall, assert_same, succeed, trainer_losses
+from test_examples import assert_losses_fall, assert_same, trainer_losses
+from torchrun import EXAMPLES, succeed
 
 CALLS = str(Path(__file__).parent / "axolotl_calls.py")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchrun import succeed
 
 import adafisher_dist
 from adafisher_dist.checkpoint.latest import read_latest
@@ -165,15 +166,7 @@ SCRIPTS = {
 
 def run_script(script: str, ranks: int, folder: Path) -> str:
     (folder / script).write_text(SCRIPTS[script])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=280, env=environment)
-    # A process that uses torch's gloo aborts at its exit now and then, with any optimizer:
-    # troubleshooting.md, "The job aborts at its end". Each test looks at what was saved last.
-    aborted_at_exit = "terminate called without an active exception" in done.stderr and "(SIGABRT)" in done.stderr
-    failed = "Error" in done.stderr.replace("ChildFailedError", "")
-    assert done.returncode == 0 or (aborted_at_exit and not failed), done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return succeed(ranks, str(folder / script), cwd=folder)
 
 
 def test_each_script_for_several_ranks_is_run_below() -> None:

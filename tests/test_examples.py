@@ -9,39 +9,21 @@ from __future__ import annotations
 import ast
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torchrun import EXAMPLES, succeed
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 pytest.importorskip("accelerate", reason="the extra 'hf' is not installed")
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
 CONFIG = json.loads((ROOT / "configs/huggingface_zero2.json").read_text())
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 Losses = dict[int, float]  # by step
-
-
-def torchrun(world: int, script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run an example on CPU ranks, without network."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [*launcher, *(str(EXAMPLES / part) for part in script.split()), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("DS_ACCELERATOR", None)
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
-
-
-def succeed(world: int, script: str, *arguments: object, cwd: Path) -> str:
-    done = torchrun(world, script, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def assert_losses_fall(losses: Losses) -> None:
@@ -165,7 +147,7 @@ adafisher = (AdaFisher, {"lr": args.learning_rate})
 trainer = Trainer(llama(), args, train_dataset=training_set(), optimizer_cls_and_kwargs=adafisher)
 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 trainer.save_state()
-print("END", type(trainer.optimizer.optimizer).__name__, type(next(trainer.model.parameters())).__name__)
+print(f"END {type(trainer.optimizer.optimizer).__name__} {type(next(trainer.model.parameters())).__name__}")
 torch.distributed.destroy_process_group()
 """
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "state_dict_type": "SHARDED_STATE_DICT"}

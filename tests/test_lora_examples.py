@@ -15,16 +15,15 @@ pytest.importorskip("trl", reason="the extra 'lora' is not installed")
 
 from test_examples import (
     CONFIG,
-    EXAMPLES,
     ROOT,
     Losses,
     assert_losses_fall,
     assert_same,
     history,
-    succeed,
     trainer_config,
     trainer_losses,
 )
+from torchrun import EXAMPLES, succeed
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torchrun import EXAMPLES, succeed
 
 pytest.importorskip("torchtitan", reason="it is not installed: launch/venv.sh has how")
 
@@ -44,13 +44,9 @@ pytestmark = pytest.mark.dist
 
 
 def titan(folder: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [str(ROOT / "tests/torchtitan_on_cpu.py"), "--module", "torchtitan_container", "--config", "tiny"]
-    command += ["--dump_folder", str(folder), *ARGUMENTS, *arguments]
-    path = f"{ROOT / 'examples'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    script, path = str(ROOT / "tests/torchtitan_on_cpu.py"), f"{EXAMPLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    fixed = ["--module", "torchtitan_container", "--config", "tiny", "--dump_folder", folder]
+    succeed(RANKS, script, *fixed, *ARGUMENTS, *arguments, cwd=folder.parent, PYTHONPATH=path)
 
 
 Arrays = dict[str, np.ndarray]
