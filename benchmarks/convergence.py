@@ -72,6 +72,8 @@ class Cell:
             what was found is carried on, for everybody alike, where trials would take days. The
             good rate is the middle of those within NEAR of the best: which of them is the best one
             is largely chance.
+        decays: whether the same rates are tried with the first of WDS too, where the best one of
+            TUNED_ON is another.
         only: a name; None for all.
     """
 
@@ -80,6 +82,7 @@ class Cell:
     leaders: bool = True
     rates: tuple[float, ...] = (1.0,)
     near: tuple[str, ...] = (TUNED_ON,)
+    decays: bool = False
     only: str | None = None
 
 
@@ -87,13 +90,13 @@ class Cell:
 CELLS = (
     Cell(TUNED_ON, 5, leaders=False),
     Cell("laws64x40", 3, rates=(1.0, 0.5), only=BASE),
-    Cell("laws64x80", 3, rates=(1.0, 0.5)),
+    Cell("laws64x80", 3, rates=(1.0, 0.5), decays=True),
     Cell("laws64x160", 1, rates=(1.0, 0.5), only=BASE),
-    Cell("tune64", 3, rates=(1.0, 0.3, 0.1)),
-    Cell("lora64", 3, rates=(1.0, 0.3)),
-    Cell("cnn", 3, rates=(1.0, 0.3)),
-    Cell("vit", 3, rates=(1.0, 0.3)),
-    Cell("laws64x20large", 3, rates=(1.0, 2.0)),
+    Cell("tune64", 3, rates=(1.0, 0.3, 0.1), decays=True),
+    Cell("lora64", 3, rates=(1.0, 0.3), decays=True),
+    Cell("cnn", 3, rates=(1.0, 0.3), decays=True),
+    Cell("vit", 3, rates=(1.0, 0.3), decays=True),
+    Cell("laws64x20large", 3, rates=(1.0, 2.0), decays=True),
     Cell("laws96x20", 3, rates=(1.0, 0.5)),
     Cell("laws96x40", 1, near=("laws96x20", "laws64x40", TUNED_ON), only=BASE),
     Cell("laws96x80", 1, near=("laws96x20", "laws64x80", TUNED_ON)),
@@ -167,16 +170,19 @@ def leaders(done: Done) -> list[str] | None:
 
 
 def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]:
-    """A name's trainings of a cell with fresh seeds, and those that choose their learning rate.
+    """A name's trainings of a cell with fresh seeds, and those that choose their settings.
 
-    The former are none until the rate is known.
+    The former are none until the settings are known.
     """
     _, best = tuning(name, done)
     rate = rate_near(cell, name, done)
     if best is None or rate is None:
         return [], []
-    tried = [replace(best, task=cell.task, lr=rate * part) for part in cell.rates]
-    tried, chosen = of_rates(tried, done) if len(tried) > 1 else ([], tried[0])
+    first = [replace(best, task=cell.task, lr=rate * part) for part in cell.rates]
+    tried, chosen = of_rates(first, done) if len(first) > 1 else ([], first[0])
+    if chosen is not None and cell.decays and best.wd != WDS[0]:
+        more, other = of_rates([replace(run, wd=WDS[0]) for run in tried], done)
+        tried, chosen = [*tried, *more], best_of([chosen, other], done) if other else None
     return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried
 
 
@@ -208,12 +214,13 @@ def good_rate(task: str, name: str, done: Done) -> float | None:
 
 
 def trials_on(task: str, name: str, done: Done) -> tuple[list[Run], Run | None]:
-    """The rates that a name has tried on a task, all else at its best; and the best, once known."""
+    """The rates that a name has tried on a task, all else as on TUNED_ON; the best, once known."""
+    runs, best = tuning(name, done)
     if task == TUNED_ON:
-        runs, best = tuning(name, done)
         return [run for run in runs if best and replace(run, lr=best.lr) == best], best
     runs, tried = final_runs(next(cell for cell in CELLS if cell.task == task), name, done)
-    return tried, runs[0] if runs else None
+    tried = [run for run in tried if best and run.wd == best.wd]
+    return tried, best_of(tried, done) if tried else next(iter(runs), None)
 
 
 def names_of(cell: Cell, done: Done) -> list[str]:

@@ -41,10 +41,11 @@ processor seconds of a step over AdamW's, all measured in turn in one run
 (docs/convergence_times.json). Bytes: of optimizer state, AdaFisher's with its buffers, for each
 trained element."""
 PAIRED = """\
-AdaFisher − best rival: the difference of the final losses with the same initial weights and
-batches, seed by seed: the mean ± half of its 95 % interval (Student's t). An interval that holds 0
-shows no difference. AdamW's tokens: how many times as many it needs to that loss; > where it has
-not got there with its longest training."""
+Final loss: the mean ± its standard error. AdaFisher less the others: below 0 where AdaFisher ends
+lower; the difference with the same initial weights and batches, seed by seed: the mean ± half of
+its 95 % interval (Student's t). Bold: the interval does not hold 0. One that does shows neither a
+difference nor that there is none. AdamW's tokens: how many times as many it needs to that loss; >
+where it has not got there with its longest training."""
 
 
 class Point(NamedTuple):
@@ -184,19 +185,20 @@ def summary(found: Found) -> str:
     """Of those that are trained on all tasks: a table of the losses, and one of the speed-ups."""
     names = [name for name in COLORS if all(name in _by_name(rows) for rows in found.values() if len(rows) > 1)]
     rivals = [name for name in names if name not in (BASE, OURS)]
-    losses, tokens = [], []
+    others, losses, apart, tokens = [name for name in names if name != OURS], [], [], []
     for task, rows in found.items():
         by_name = _by_name(rows)
         if len(by_name) == 1:
             continue
         own, best = by_name[OURS], min((by_name[name] for name in rivals), key=lambda row: row["loss"])
-        losses.append([task, *(_loss(by_name[name]) for name in names), paired(own["finals"], best["finals"])])
+        losses.append([task, *(_loss(by_name[name]) for name in names)])
+        apart.append([task, *(paired(own["finals"], by_name[name]["finals"]) for name in others)])
         if any(_place(by_name[name]) for name in names):
             known = not (own["beyond"] or best["beyond"]) and own["speed_up"] and best["speed_up"]
             ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
             tokens.append([task, *(_faster(by_name[name]) for name in names if name != BASE), ratio])
     heads = ["AdamW's tokens", *(name for name in names if name != BASE), f"{OURS} / best rival"]
-    tables = [_table(["final loss", *names, f"{OURS} − best rival"], losses), _table(heads, tokens)]
+    tables = [_table(["final loss", *names], losses), _table([f"{OURS} less", *others], apart), _table(heads, tokens)]
     return "\n\n".join([*tables, PAIRED]) + "\n"
 
 
@@ -211,8 +213,10 @@ def paired(own: Sequence[float], other: Sequence[float]) -> str:
     apart = [a - b for a, b in zip(own, other, strict=True)]
     if len(apart) < 2 or not all(map(math.isfinite, apart)):
         return "–"
-    half = student.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / len(apart) ** 0.5
-    return f"{statistics.fmean(apart):+.4f} ± {half:.4f}"
+    middle, error = statistics.fmean(apart), statistics.stdev(apart) / len(apart) ** 0.5
+    half = student.ppf(0.975, len(apart) - 1) * error
+    told = f"{middle:+.4f} ± {half:.4f}"
+    return f"**{told}**" if round(abs(middle), 4) > round(half, 4) else told
 
 
 def rates(tuned: Tuned, done: Done) -> str:
@@ -230,6 +234,17 @@ def rates(tuned: Tuned, done: Done) -> str:
     return "\n".join(lines) + "\n"
 
 
+def best_rates(found: Found) -> str:
+    """A line a task that several are trained on: their learning rates, and AdamW's weight decay."""
+    shown = {task: _by_name(rows) for task, rows in found.items() if len(rows) > 1}
+    names = [name for name in COLORS if all(name in by_name for by_name in shown.values())]
+    cells = [
+        [task, *(f"{by_name[name]['lr']:.3g}" for name in names), f"{by_name[BASE]['wd']:g}"]
+        for task, by_name in shown.items()
+    ]
+    return _table(["best rate", *names, f"{BASE}'s decay"], cells) + "\n"
+
+
 def _first(runs: Sequence[Run]) -> tuple[float, str]:
     return runs[0].wd, runs[0].settings
 
@@ -241,7 +256,9 @@ def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 def blocks(rows: Rows, tuned: Tuned, done: Done) -> dict[str, str]:
     """What docs/convergence.md has between its comments."""
     found = numbers(rows)
-    return {"summary": summary(found), "rates": rates(tuned, done), "tasks": markdown(found)}
+    return {
+        "summary": summary(found), "rates": f"{rates(tuned, done)}\n{best_rates(found)}", "tasks": markdown(found)
+    }  # fmt: skip
 
 
 def write(rows: Rows, tuned: Tuned, done: Done) -> None:

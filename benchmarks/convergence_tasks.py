@@ -2,7 +2,7 @@
 
 laws64x20        a GPT on German law, 20 bytes a parameter beside the embeddings; any width of SIZES
 laws64x20large   the same with eight times the batch
-tune64, lora64   that GPT, trained by AdamW, on English documentation: whole, or adapters of rank 8
+tune64, lora64   that GPT, trained by AdamW, on English documentation: whole, or adapters of rank 4
 cnn, vit         digits, to the end of their training; development has them too
 """
 

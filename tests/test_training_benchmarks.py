@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,15 @@ def test_a_cells_rate_is_chosen_among_parts_of_the_best() -> None:
     assert run.lr == 4e-2 and convergence.rows(done)[TUNED_ON][OURS][0][0].lr == 8e-2
 
 
+def test_another_weight_decay_may_be_best_on_another_task() -> None:
+    done = all_of(lambda run: quadratic(run) + 2 * (run.task in ("tune64", "laws64x80") and run.wd != 0.1))
+    chosen = {task: by_name[BASE][0][0] for task, by_name in convergence.rows(done).items()}
+    assert chosen["tune64"].wd == chosen["laws64x80"].wd == 0.1
+    assert chosen[TUNED_ON].wd == chosen["cnn"].wd == chosen["laws96x80"].wd == 0.01
+    tried = {(run.lr, run.wd) for run in done if (run.task, run.optimizer, run.seed) == ("tune64", "adamw", 100)}
+    assert {lr for lr, wd in tried if wd == 0.1} == {lr for lr, wd in tried if wd == 0.01}  # as many trials
+
+
 def test_a_rate_is_carried_on_where_trials_would_take_days() -> None:
     """As it fell from 20 to 80 bytes at width 64, it falls at width 96; and so with the width."""
     falls = {"laws64x80": 4.0, "laws96x20": 2.0}
@@ -164,7 +174,12 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         OURS in by for by in convergence.rows(done).values()
     )
     ends = {row["optimizer"]: f"{row['loss']:.4f} ± 0.0000" for row in found["laws64x80"]}
-    assert f"| laws64x80 | {ends[BASE]} | {ends[OURS]} | {ends['Muon']} | {ends['NorMuon']} |" in report.summary(found)
+    told = report.summary(found)
+    assert f"| laws64x80 | {ends[BASE]} | {ends[OURS]} | {ends['Muon']} | {ends['NorMuon']} |\n" in told
+    assert re.search(r"\| laws64x80 \| \*\*\+0\.1000 ± 0\.0000\*\* \|( [+-]0\.0000 ± 0\.0000 \|){2}\n", told)
+    assert report.paired([1.0, 1.1, 1.3], [1.5, 1.7, 1.8]) == "**-0.5333 ± 0.1434**"  # t of 2 degrees: 4.303
+    assert report.paired([1.0, 1.1], [1.1, 1.1]) == "-0.0500 ± 0.6353"
+    assert "| laws64x80 | 0.08 | 0.08 | 0.08 | 0.08 | 0.01 |\n" in report.best_rates(found)
     page = tmp_path / "docs" / "convergence.md"
     page.parent.mkdir()
     for name in ("convergence.md", "convergence_times.json"):
