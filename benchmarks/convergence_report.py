@@ -82,8 +82,8 @@ def curves_of(rows: Rows) -> dict[str, list[Point]]:
 def speed_up(curve: Sequence[Point], own: Point) -> tuple[float, float] | None:
     """AdamW's tokens to this loss over the point's own, and the standard error.
 
-    Infinite past the end of AdamW's curve; None where the curve has one point alone, or begins with
-    a smaller loss.
+    Infinite past the end of AdamW's curve; None where that has no more tokens than the point, where
+    it has one point alone, or begins with a smaller loss.
     """
     if len(curve) < 2 or own.loss > curve[0].loss:
         return None
@@ -98,7 +98,7 @@ def speed_up(curve: Sequence[Point], own: Point) -> tuple[float, float] | None:
             base = math.hypot((1 - part) * a.error, part * b.error)  # of AdamW's loss there
             found = math.exp(place) / own.tokens
             return found, found / abs(float(spline(place, 1)) or math.inf) * math.hypot(own.error, base)
-    return math.inf, math.nan
+    return (math.inf, math.nan) if curve[-1].tokens > own.tokens else None
 
 
 def _where(curve: PchipInterpolator, loss: float, low: float, high: float) -> float:
@@ -193,7 +193,7 @@ def summary(found: Found) -> str:
         own, best = by_name[OURS], min((by_name[name] for name in rivals), key=lambda row: row["loss"])
         losses.append([task, *(_loss(by_name[name]) for name in names)])
         apart.append([task, *(paired(own["finals"], by_name[name]["finals"]) for name in others)])
-        if any(_place(by_name[name]) for name in names):
+        if any(_place(by_name[name]) for name in others if name != BASE) or _place(own):
             known = not (own["beyond"] or best["beyond"]) and own["speed_up"] and best["speed_up"]
             ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
             tokens.append([task, *(_faster(by_name[name]) for name in names if name != BASE), ratio])
@@ -289,7 +289,7 @@ def with_block(text: str, name: str, block: str) -> str:
 def draw(content: Mapping[str, Any]) -> Figure:
     """The speed-up by size and budget."""
     found = content["tasks"]
-    tasks = [task for task, rows in found.items() if len(rows) > 1 and any(_place(row) for row in rows)]
+    tasks = [task for task, rows in found.items() if any(_place(row) for row in rows if row["optimizer"] != BASE)]
     drawn = {row["optimizer"] for task in tasks for row in found[task] if _place(row)}
     names = [name for name in COLORS if name in drawn and name != BASE]
     figure, (axes,) = figures.panels([3.2 + 0.2 * len(names)])

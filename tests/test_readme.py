@@ -152,19 +152,17 @@ def test_one_answer_to_which_learning_rate() -> None:
 
 def test_the_losses_are_those_of_the_trainings() -> None:
     tasks = json.loads((ROOT / "docs/convergence.json").read_text())["tasks"]
-    by_name = [{row["optimizer"]: row for row in tasks[task]} for task in ("laws64x20", "laws64x20large", "laws64x80")]
+    columns = ("laws64x20", "laws64x20large", "laws64x80", "laws96x20", "lora64")
+    by_name = [{row["optimizer"]: row for row in tasks[task]} for task in columns]
+    assert [{row["seeds"] for row in trained.values()} for trained in by_name] == [{5}, {3}, {3}, {3}, {3}]
     table = rows(section(README, "How well it trains"))[1:]
     assert [name for name, *_ in table] == ["AdamW", "Muon", "SOAP", "NorMuon", "AdaFisher"]
-    for name, *cells, time in table:
-        assert cells == [_loss(trained.get(name)) for trained in by_name], name
-        assert time == f"{by_name[0][name]['time']:.2f}", name
-
-
-def _loss(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    error = "" if row["error"] is None else f" ± {row['error']:.3f}"
-    return f"{row['loss']:.3f}{error} ({row['seeds']})"
+    for name, *cells, time, state in table:
+        assert cells == [f"{by[name]['loss']:.3f}" if name in by else "–" for by in by_name], name
+        assert (time, state) == (f"{by_name[0][name]['time']:.2f}", f"{by_name[0][name]['bytes']:.1f}"), name
+    errors = [by[name]["error"] for by in by_name for name, *_ in table[1:] if name in by]
+    (told,) = re.findall(r"standard errors of up to\s(0.\d{3}), AdamW's (0.\d{3})", README)
+    assert told == (f"{max(errors):.3f}", f"{max(by['AdamW']['error'] for by in by_name):.3f}")
 
 
 def test_the_curves_ends_are_told() -> None:

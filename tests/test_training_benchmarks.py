@@ -111,10 +111,10 @@ def test_a_cells_rate_is_chosen_among_parts_of_the_best() -> None:
 
 
 def test_another_weight_decay_may_be_best_on_another_task() -> None:
-    done = all_of(lambda run: quadratic(run) + 2 * (run.task in ("tune64", "laws64x80") and run.wd != 0.1))
+    done = all_of(lambda run: quadratic(run) + 2 * (run.task in ("tune64", "lora64") and run.wd != 0.1))
     chosen = {task: by_name[BASE][0][0] for task, by_name in convergence.rows(done).items()}
-    assert chosen["tune64"].wd == chosen["laws64x80"].wd == 0.1
-    assert chosen[TUNED_ON].wd == chosen["cnn"].wd == chosen["laws96x80"].wd == 0.01
+    assert chosen["tune64"].wd == chosen["lora64"].wd == 0.1
+    assert chosen[TUNED_ON].wd == chosen["cnn"].wd == chosen["laws64x80"].wd == 0.01
     tried = {(run.lr, run.wd) for run in done if (run.task, run.optimizer, run.seed) == ("tune64", "adamw", 100)}
     assert {lr for lr, wd in tried if wd == 0.1} == {lr for lr, wd in tried if wd == 0.01}  # as many trials
 
@@ -157,6 +157,7 @@ def test_speed_up() -> None:
     assert speed_up(curve, Point(100, 2.0, 0.0)) == pytest.approx((1, 0))
     assert speed_up(curve, Point(100, 2.1, 0.0)) is None  # behind AdamW at its least tokens
     assert (speed_up(curve, Point(100, 0.9, 0.0)) or (0,))[0] == math.inf
+    assert speed_up(curve, Point(200, 0.9, 0.0)) is None  # of as many tokens AdamW has had no more
     assert speed_up(curve[:1], Point(100, 1.5, 0.0)) is None
     error = (speed_up([Point(100, 2.0, 0.2), Point(200, 1.0, 0.4)], Point(100, 1.5, 0.0)) or (0, 0))[1]
     assert error == pytest.approx(2**0.5 * math.log(2) * math.hypot(0.1, 0.2))
