@@ -183,7 +183,8 @@ def final_runs(cell: Cell, name: str, done: Done) -> tuple[list[Run], list[Run]]
     tried, chosen = of_rates(first, done) if len(first) > 1 else ([], first[0])
     if chosen is not None and cell.decays and best.wd != WDS[0]:
         more, other = of_rates([replace(run, wd=WDS[0]) for run in tried], done)
-        tried, chosen = [*tried, *more], best_of([chosen, other], done) if other else None
+        tried = [*tried, *more]
+        chosen = best_of([chosen, other], done) if other else None
     return [replace(chosen, seed=seed) for seed in range(cell.seeds)] if chosen else [], tried
 
 

@@ -182,23 +182,24 @@ def _with_error(value: float, digits: int, error: float) -> str:
 
 
 def summary(found: Found) -> str:
-    """Of those that are trained on all tasks: a table of the losses, and one of the speed-ups."""
+    """Of those that are trained on all tasks: tables of losses, differences and speed-ups."""
     names = [name for name in COLORS if all(name in _by_name(rows) for rows in found.values() if len(rows) > 1)]
     rivals = [name for name in names if name not in (BASE, OURS)]
-    others, losses, apart, tokens = [name for name in names if name != OURS], [], [], []
+    losses, apart, tokens = [], [], []
     for task, rows in found.items():
         by_name = _by_name(rows)
         if len(by_name) == 1:
             continue
         own, best = by_name[OURS], min((by_name[name] for name in rivals), key=lambda row: row["loss"])
         losses.append([task, *(_loss(by_name[name]) for name in names)])
-        apart.append([task, *(paired(own["finals"], by_name[name]["finals"]) for name in others)])
-        if any(_place(by_name[name]) for name in others if name != BASE) or _place(own):
+        apart.append([task, *(paired(own["finals"], by_name[name]["finals"]) for name in (BASE, *rivals))])
+        if any(_place(by_name[name]) for name in (OURS, *rivals)):
             known = not (own["beyond"] or best["beyond"]) and own["speed_up"] and best["speed_up"]
             ratio = f"{own['speed_up'] / best['speed_up']:.2f}" if known else "–"
             tokens.append([task, *(_faster(by_name[name]) for name in names if name != BASE), ratio])
     heads = ["AdamW's tokens", *(name for name in names if name != BASE), f"{OURS} / best rival"]
-    tables = [_table(["final loss", *names], losses), _table([f"{OURS} less", *others], apart), _table(heads, tokens)]
+    less = [f"{OURS} less", BASE, *rivals]
+    tables = [_table(["final loss", *names], losses), _table(less, apart), _table(heads, tokens)]
     return "\n\n".join([*tables, PAIRED]) + "\n"
 
 
@@ -209,7 +210,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def paired(own: Sequence[float], other: Sequence[float]) -> str:
-    """The mean difference of trainings with the same seeds, and half its 95 % interval by t."""
+    """The mean difference of trainings with the same seeds, and half its 95 % interval by t.
+
+    Bold where the interval does not hold 0.
+    """
     apart = [a - b for a, b in zip(own, other, strict=True)]
     if len(apart) < 2 or not all(map(math.isfinite, apart)):
         return "–"

@@ -200,6 +200,21 @@ def test_the_page_has_the_tables_of_the_trainings_that_are_committed() -> None:
         assert report.with_block(page, name, block) == page, f"{name}: run benchmarks/convergence.py --report"
 
 
+def test_the_prose_has_the_differences_of_the_trainings_that_are_committed() -> None:
+    tasks = report.numbers(convergence.rows(trainings.read(convergence.FILE)))
+    page = " ".join((report.ROOT / "docs" / "convergence.md").read_text().partition("<!-- summary")[0].split())
+    told = []
+    for task in ("laws64x20", "laws64x20large", "laws64x80", "laws96x20", "tune64", "lora64", "cnn"):
+        finals = {row["optimizer"]: row["finals"] for row in tasks[task]}
+        for name in {BASE, "Muon", "NorMuon", "SOAP", "AdaFisher without F"} & set(finals):
+            middle, half = (
+                abs(float(part)) for part in report.paired(finals[OURS], finals[name]).strip("*").split(" ± ")
+            )
+            told.append(any(f"{middle:.{digits}f} ± {half:.{digits}f}" in page for digits in (3, 4)))
+            assert told[-1], (task, name, middle, half)
+    assert len(told) == 23
+
+
 def test_the_proposal_has_the_table_of_the_trainings_that_are_committed() -> None:
     page = (report.ROOT / "docs" / "deepspeed_proposal.md").read_text()
     block = deepspeed_trainings.table(trainings.read(deepspeed_trainings.FILE))
